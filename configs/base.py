@@ -1,0 +1,177 @@
+"""Every field of a run, once, with its unit and meaning; and the scales.
+
+A variant's file (llamagen.py, mirai_e.py, mirai_i.py) calls `base.get_config(scale)` and overrides
+what differs. The scale is the part after the colon: `--config=configs/mirai_e.py:imagenet_b`.
+
+    demo            5,000 MNIST digits, 8x8 tokens; minutes on a laptop (also without a colon)
+    fashion_mnist   60,000 Fashion-MNIST images, 8x8 tokens
+    imagenet_b, imagenet_l, imagenet_xl, imagenet_xxl, imagenet_3b
+                    ImageNet 256, 16x16 tokens of VQ-16: the paper's recipe for each size
+"""
+
+import ml_collections
+
+SCALES = (
+    "demo",
+    "fashion_mnist",
+    "imagenet_b",
+    "imagenet_l",
+    "imagenet_xl",
+    "imagenet_xxl",
+    "imagenet_3b",
+)
+
+
+def get_config(scale: str = "") -> ml_collections.ConfigDict:
+    """The LlamaGen baseline at a scale.
+
+    Raises:
+        ValueError: the scale is unknown.
+    """
+    scale = scale or "demo"
+    if scale not in SCALES:
+        raise ValueError(f"scale '{scale}' is unknown; after the colon goes one of {', '.join(SCALES)}")
+    config = ml_collections.ConfigDict()
+    config.name = "base"  # the variant; with the scale it names the default workdir
+    config.scale = scale
+
+    config.seed = 0  # of parameters, data order, dropout and samples
+    config.num_steps = 400_320  # updates in the whole run; 80 epochs of ImageNet
+    config.batch_size = 256  # images an update, over all devices
+    config.ema_decay = 0.9999  # of the parameters' moving average, from step 0; 0: no average
+    config.log_every = 100  # steps between progress lines
+    config.sample_every = 10_000  # steps between sample grids; 0: only at the end
+    config.checkpoint_every = 10_000  # steps between checkpoints
+    config.keep_checkpoints = 2  # the newest that are kept
+
+    # Where foresight comes from: a tuple of terms, see `term`. () is LlamaGen.
+    config.foresight = ()
+
+    config.model = model = ml_collections.ConfigDict()
+    model.size = "B"  # B, L, XL, XXL, 3B, or '' for the three numbers below
+    model.num_layers = 0  # transformer blocks; 0: what the size says
+    model.num_heads = 0  # attention heads; 0: what the size says
+    model.width = 0  # channels; 0: what the size says
+    model.vocab_size = 16384  # tokens in the codebook
+    model.num_classes = 1000  # labels; the null class comes on top
+    model.grid = (16, 16)  # (height, width) of an image in tokens
+    model.token_dropout = 0.1  # probability, on the embedded tokens
+    model.residual_dropout = 0.1  # probability, on attention's output
+    model.ffn_dropout = 0.1  # probability, on the FFN's output
+    model.class_dropout = 0.1  # probability of the null class; 0: no null class, no guidance
+    model.dtype = "bfloat16"  # of matrix products: float32 or bfloat16; parameters are float32
+    model.unroll = 1  # blocks an iteration of the layer loop: more compiles longer
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.learning_rate = 1e-4  # at its highest
+    optimizer.schedule = "constant"  # constant, or cosine to zero at num_steps
+    optimizer.warmup_steps = 0  # linear ramp from zero
+    optimizer.b1 = 0.9  # AdamW's first decay
+    optimizer.b2 = 0.95  # AdamW's second decay
+    optimizer.eps = 1e-8  # AdamW's epsilon
+    optimizer.weight_decay = 0.05  # decoupled, on matrices and embeddings
+    optimizer.clip_norm = 1.0  # largest global gradient norm; 0: no clipping
+
+    config.data = data = ml_collections.ConfigDict()
+    data.name = "codes"  # mnist, fashion_mnist, or codes (ArrayRecord shards of codes)
+    data.path = ""  # folder of the shards or IDX files; 'tfds' lets tfds fetch fashion_mnist
+    data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
+    data.num_workers = 8  # processes that read; 0: threads of this process
+
+    config.tokenizer = tokenizer = ml_collections.ConfigDict()
+    tokenizer.name = "vq16"  # patch (k-means over patches, fitted at the start) or vq16
+    tokenizer.image_size = 256  # pixels a side of the images it sees
+    tokenizer.patch = 4  # pixels a side of a patch (patch only)
+
+    # The frozen bidirectional encoder that terms of source 'bidirectional' look at.
+    config.teacher = teacher = ml_collections.ConfigDict()
+    teacher.name = "dinov2_vitb14"  # efficientnet_lite0 (dinov2_* is not in this version)
+    teacher.image_size = 224  # pixels a side of what the encoder is shown
+    teacher.stage = 5  # the stage whose feature map is used (efficientnet_lite0: 1 to 7)
+
+    # Devices: the product must be their number; one entry may be -1, "what is left".
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.data = -1  # ways to split the batch
+    mesh.fsdp = 1  # ways to split the batch and the parameters
+    mesh.tensor = 1  # ways to split heads and FFN columns
+
+    # How the sample grids of a run are drawn (from the EMA).
+    config.sample = sample = ml_collections.ConfigDict()
+    sample.guidance = 2.0  # logits are uncond + guidance * (cond - uncond); 1: none
+    sample.interval = -1  # guide the first token and the t-th after it while t - 1 <= interval
+    sample.temperature = 1.0  # divides the logits
+    sample.top_k = 0  # keep the k likeliest tokens; 0: all
+    sample.top_p = 1.0  # keep the likeliest tokens that make up p; 1: all
+    sample.greedy = False  # always the likeliest token
+    sample.classes = 10  # rows of the grid, the first classes
+    sample.per_class = 8  # images of each
+
+    # At the end of a run on labelled images: a classifier trained on the real ones judges this many
+    # samples. 0: none.
+    config.judged_samples = 0
+
+    _SCALES[scale.partition("_")[0] if scale.startswith("imagenet") else scale](config, scale)
+    return config
+
+
+def term(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDict:
+    """One foresight term: the official Mirai-E, with `fields` over it.
+
+    Small scales take narrower projectors: 2048 would be most of the step.
+    """
+    t = ml_collections.ConfigDict()
+    t.name = ""  # of its metrics and parameters; '': after its source
+    t.source = "ema"  # ema, bidirectional (the teacher), or checkpoint (a pretrained generator)
+    t.level = "internal"  # internal (align states) or output (predict tokens, no source needed)
+    t.layout = "2d"  # 2d offsets are (rows, columns), 1d ones are raster steps
+    t.offsets = ((0, 0), (0, 1), (1, 0))  # K of them, one head each
+    t.borders = "wrap"  # 2d: wrap (flattened shift, as published) or mask (drop what leaves)
+    t.anchor = "consumed"  # a position is named by the token it has consumed (code), or the one
+    #                        it predicts: 'predicted' (paper)
+    t.weights = (2.0,)  # one a head, or one for all
+    t.reduction = "sum"  # over heads: sum (code) or mean (paper)
+    t.student_layer = 0  # block whose output is aligned; 0: two thirds of the depth
+    t.teacher_layer = 0  # block of the generator that gives targets; 0: two thirds of its depth
+    t.start_epoch = 0.0  # epoch at which the term starts
+    t.schedule = ()  # (epoch, multiplier) pairs: from that epoch on the weights times it
+    t.projector_width = 2048 if config.scale.startswith("imagenet") else 256  # hidden channels
+    t.checkpoint = ""  # workdir of the pretrained generator (source checkpoint)
+    t.update(fields)
+    return t
+
+
+def _demo(config, scale):
+    del scale
+    config.num_steps = 900
+    config.batch_size = 128
+    config.ema_decay = 0.99
+    config.log_every = 20
+    config.sample_every = 300
+    config.checkpoint_every = 300
+    config.judged_samples = 1000
+    config.model.update(
+        size="", num_layers=6, num_heads=4, width=128, vocab_size=256, num_classes=10, grid=(8, 8),
+        dtype="float32",
+    )  # fmt: skip
+    config.optimizer.update(learning_rate=2e-3, schedule="cosine", warmup_steps=50)
+    config.data.update(name="mnist", held_out=500, num_workers=0)
+    config.tokenizer.update(name="patch", image_size=32, patch=4)
+    config.teacher.update(name="efficientnet_lite0", image_size=64, stage=5)
+
+
+def _fashion_mnist(config, scale):
+    _demo(config, scale)
+    config.num_steps = 9_360  # 20 epochs
+    config.ema_decay = 0.999
+    config.log_every = 50
+    config.sample_every = 1_000
+    config.checkpoint_every = 1_000
+    config.data.update(name="fashion_mnist", path="/usr/share/datasets/fashion-mnist", held_out=0)
+
+
+def _imagenet(config, scale):
+    config.model.size = scale.removeprefix("imagenet_").upper()
+    config.sample.guidance = 1.75 if config.model.size in ("XL", "XXL", "3B") else 2.0
+
+
+_SCALES = {"demo": _demo, "fashion_mnist": _fashion_mnist, "imagenet": _imagenet}

@@ -1,0 +1,545 @@
+"""Reads a config, once: every field checked and handed on in the frozen dataclasses that modules take.
+
+Nothing else reads the ConfigDict. Every mistake is a ConfigError of one line that names the field,
+its value and what is allowed, raised before anything is compiled.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mirai_jax import foresight, sharding
+from mirai_jax.models import generator as generator_lib
+from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.models.teacher import TEACHERS
+from mirai_jax.optimizer import SCHEDULES, OptimizerConfig
+from mirai_jax.sample import SampleOptions
+
+# Fields that may differ between a workdir's config and the one it is continued with: they do not
+# change what is computed, or, for num_steps, only how far (see `check_same_run`).
+RESUMABLE = (
+    "num_steps",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "judged_samples",
+    "data.path",
+    "data.num_workers",
+    "model.unroll",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "sample.guidance",
+    "sample.interval",
+    "sample.temperature",
+    "sample.top_k",
+    "sample.top_p",
+    "sample.greedy",
+    "sample.classes",
+    "sample.per_class",
+)
+
+
+class ConfigError(ValueError):
+    """A wrong field: one line with its name, its value and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """`data.*`."""
+
+    name: str
+    path: str
+    held_out: int
+    num_workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSettings:
+    """`tokenizer.*`."""
+
+    name: str
+    image_size: int
+    patch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """`teacher.*`."""
+
+    name: str
+    image_size: int
+    stage: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A whole run, typed and checked. The fields are explained in configs/base.py."""
+
+    name: str
+    scale: str
+    seed: int
+    num_steps: int
+    batch_size: int
+    ema_decay: float
+    log_every: int
+    sample_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    judged_samples: int
+    terms: tuple[foresight.Term, ...]
+    term_checkpoints: tuple[tuple[str, str], ...]  # (term name, workdir) of `checkpoint` terms
+    generator: GeneratorConfig
+    optimizer: OptimizerConfig
+    data: DataSettings
+    tokenizer: TokenizerSettings
+    teacher: TeacherSettings
+    mesh: tuple[int, int, int]
+    sample: SampleOptions
+    sample_classes: int
+    sample_per_class: int
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether some term's teacher looks at the images."""
+        return any(t.source == "bidirectional" and t.level == "internal" for t in self.terms)
+
+
+def _require(good: bool, field: str, value: Any, allowed: str) -> None:
+    if not good:
+        raise ConfigError(f"{field} is {value!r}; it must be {allowed}")
+
+
+def _choice(field: str, value: str, allowed: typing.Iterable[str]) -> None:
+    _require(value in allowed, field, value, "one of " + ", ".join(allowed))
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    tuple: "a tuple",
+}
+
+
+def _typed(field: str, value: Any, kind: type) -> Any:
+    """The value as `kind`; an int passes for a float, a list for a tuple, nothing else is bent."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if good and kind is float:
+        good = value == value and abs(value) != float("inf")
+    _require(good, field, value, _KINDS[kind])
+    return value
+
+
+class _Section:
+    """One level of the config: hands out typed fields and knows its own path."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = ""):
+        self._values, self._path = values, path
+
+    def name(self, field: str) -> str:
+        return self._path + field
+
+    def get(self, field: str, kind: type) -> Any:
+        if field not in self._values:
+            raise ConfigError(f"config field '{self.name(field)}' is missing")
+        return _typed(self.name(field), self._values[field], kind)
+
+    def number(self, field: str, kind: type, low: float, high: float = float("inf")) -> Any:
+        value = self.get(field, kind)
+        top = "" if high == float("inf") else f" and at most {high:g}"
+        _require(low <= value <= high, self.name(field), value, f"at least {low:g}{top}")
+        return value
+
+    def choice(self, field: str, allowed: typing.Iterable[str]) -> str:
+        value = self.get(field, str)
+        _choice(self.name(field), value, allowed)
+        return value
+
+    def section(self, field: str) -> "_Section":
+        value = self._values.get(field)
+        _require(isinstance(value, Mapping), self.name(field), value, "a group of fields")
+        return _Section(value, f"{self.name(field)}.")
+
+
+def _probability(section: _Section, field: str) -> float:
+    value = section.get(field, float)
+    _require(0 <= value < 1, section.name(field), value, "at least 0 and less than 1")
+    return value
+
+
+def _pair(field: str, value: Any) -> tuple[int, int]:
+    good = isinstance(value, (tuple, list)) and len(value) == 2
+    good = good and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    _require(good, field, value, "a pair of whole numbers")
+    return tuple(value)
+
+
+def _generator(model: _Section) -> GeneratorConfig:
+    size = model.get("size", str)
+    if size:
+        _choice(model.name("size"), size, (*generator_lib.SIZES, "''"))
+    of_size = generator_lib.SIZES.get(size, (0, 0, 0))
+    numbers = {}
+    for field, default in zip(("num_layers", "num_heads", "width"), of_size, strict=True):
+        value = model.number(field, int, 0) or default
+        _require(value > 0, model.name(field), value, "1 or more where model.size is ''")
+        numbers[field] = value
+    grid = _pair(model.name("grid"), model.get("grid", tuple))
+    _require(min(grid) > 0 and grid[0] * grid[1] > 1, model.name("grid"), grid, "two or more tokens")
+    config = GeneratorConfig(
+        **numbers,
+        vocab_size=model.number("vocab_size", int, 2),
+        num_classes=model.number("num_classes", int, 1),
+        grid=grid,
+        token_dropout=_probability(model, "token_dropout"),
+        residual_dropout=_probability(model, "residual_dropout"),
+        ffn_dropout=_probability(model, "ffn_dropout"),
+        class_dropout=_probability(model, "class_dropout"),
+        dtype=model.choice("dtype", ("float32", "bfloat16")),
+        unroll=model.number("unroll", int, 1),
+    )
+    heads = config.num_heads
+    _require(
+        config.width % (4 * heads) == 0,
+        model.name("width"),
+        config.width,
+        f"a multiple of 4 * model.num_heads = {4 * heads} (rotary pairs for rows and columns)",
+    )
+    return config
+
+
+def two_thirds(num_layers: int) -> int:
+    """The default tap: block 8 of 12, 16 of 24, 24 of 36."""
+    return max(1, round(2 * num_layers / 3))
+
+
+def _offsets(term: _Section, layout: str, grid: tuple[int, int]) -> tuple:
+    """The offsets, each of which must leave some pair on the grid."""
+    name, offsets = term.name("offsets"), term.get("offsets", tuple)
+    _require(len(offsets) > 0, name, offsets, "one offset or more")
+    height, width = grid
+    if layout == "1d":
+        for n in offsets:
+            good = isinstance(n, int) and not isinstance(n, bool)
+            _require(good, name, offsets, "whole numbers for layout '1d', such as (0, 1, 2)")
+            limit = height * width - 1
+            _require(
+                abs(n) < limit,
+                name,
+                offsets,
+                f"less than {limit} steps each on the {height}x{width} grid, but {n} leaves it",
+            )
+        return tuple(offsets)
+    pairs = []
+    for offset in offsets:
+        if not isinstance(offset, (tuple, list)):
+            _require(False, name, offsets, "(rows, columns) pairs for layout '2d'")
+        rows, columns = _pair(name, offset)
+        _require(
+            abs(rows) < height and abs(columns) < width,
+            name,
+            offsets,
+            f"less than {height} rows and {width} columns each, but ({rows}, {columns}) leaves the "
+            f"{height}x{width} grid entirely",
+        )
+        pairs.append((rows, columns))
+    return tuple(pairs)
+
+
+def _numbers(field: str, values: Any, size: int | None = None) -> tuple[float, ...]:
+    good = isinstance(values, (tuple, list)) and (size is None or len(values) == size)
+    _require(good, field, values, "a tuple of numbers" if size is None else f"{size} numbers each")
+    return tuple(_typed(field, v, float) for v in values)
+
+
+def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set) -> tuple:
+    """One term, and the workdir of its pretrained generator or ''."""
+    source = term.choice("source", foresight.SOURCES)
+    level = term.choice("level", foresight.LEVELS)
+    layout = term.choice("layout", foresight.LAYOUTS)
+    internal = level == "internal"
+    name = term.get("name", str)
+    if not name:
+        base = source if internal else level
+        name = next(n for n in (base, *(f"{base}{i}" for i in range(2, 99))) if n not in taken)
+    _require(name.isidentifier(), term.name("name"), name, "letters, digits and underscores")
+    _require(name not in taken, term.name("name"), name, "used by one term only")
+    taken.add(name)
+    _require(
+        not (source == "ema" and internal and ema_decay == 0),
+        "ema_decay",
+        ema_decay,
+        f"above 0 for {term.name('source')} 'ema' (without an average there is no teacher)",
+    )
+    checkpoint = term.get("checkpoint", str)
+    pretrained = internal and source == "checkpoint"
+    _require(
+        bool(checkpoint) or not pretrained,
+        term.name("checkpoint"),
+        checkpoint,
+        "the workdir of a pretrained generator for source 'checkpoint'",
+    )
+    layers = student.num_layers
+    default = two_thirds(layers) if internal else layers
+    # A pretrained generator may be deeper than the student: checked when its config is read.
+    teacher_layers = 10_000 if pretrained else layers
+    weights = _numbers(term.name("weights"), term.get("weights", tuple))
+    offsets = _offsets(term, layout, student.grid)
+    _require(
+        len(weights) in (1, len(offsets)),
+        term.name("weights"),
+        weights,
+        f"one number for all, or one for each of the {len(offsets)} offsets",
+    )
+    _require(all(w >= 0 for w in weights), term.name("weights"), weights, "0 or more each")
+    schedule = tuple(
+        _numbers(term.name("schedule"), entry, 2) for entry in term.get("schedule", tuple)
+    )
+    epochs = [epoch for epoch, _ in schedule]
+    _require(
+        epochs == sorted(epochs),
+        term.name("schedule"),
+        schedule,
+        "(epoch, multiplier) pairs in order",
+    )
+    return foresight.Term(
+        name=name,
+        source=source,
+        level=level,
+        layout=layout,
+        offsets=offsets,
+        borders=term.choice("borders", foresight.BORDERS),
+        anchor=term.choice("anchor", foresight.ANCHORS),
+        weights=weights,
+        reduction=term.choice("reduction", foresight.REDUCTIONS),
+        student_layer=_layer(term, "student_layer", layers, default),
+        teacher_layer=_layer(
+            term, "teacher_layer", teacher_layers, 0 if pretrained else two_thirds(layers)
+        ),
+        start_epoch=term.number("start_epoch", float, 0),
+        schedule=schedule,
+        projector_width=term.number("projector_width", int, 1),
+    ), checkpoint
+
+
+def _layer(term: _Section, field: str, num_layers: int, default: int) -> int:
+    value = term.get(field, int)
+    _require(
+        0 <= value <= num_layers,
+        term.name(field),
+        value,
+        f"a block of the model, 1 to {num_layers} (0: the default)",
+    )
+    return value or default
+
+
+def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) -> Settings:
+    """Checks every field of a config and returns it typed.
+
+    Args:
+        config: a ConfigDict, or the dictionary of a workdir's config.json.
+        num_devices: over all processes.
+        num_processes: each reads its own share of a batch.
+
+    Raises:
+        ConfigError: the first wrong field, in one line.
+    """
+    config = _plain(config)
+    top = _Section(config)
+    ema_decay = _probability(top, "ema_decay")
+    generator = _generator(top.section("model"))
+    taken: set[str] = set()
+    read_terms = [
+        _term(_Section(values, f"foresight[{i}]."), generator, ema_decay, taken)
+        for i, values in enumerate(top.get("foresight", tuple))
+    ]
+    terms = tuple(term for term, _ in read_terms)
+    num_steps = top.number("num_steps", int, 1)
+    settings = Settings(
+        name=top.get("name", str),
+        scale=top.get("scale", str),
+        seed=top.number("seed", int, 0, 2**31 - 1),
+        num_steps=num_steps,
+        batch_size=top.number("batch_size", int, 1),
+        ema_decay=ema_decay,
+        log_every=top.number("log_every", int, 1),
+        sample_every=top.number("sample_every", int, 0),
+        checkpoint_every=top.number("checkpoint_every", int, 1),
+        keep_checkpoints=top.number("keep_checkpoints", int, 1),
+        judged_samples=top.number("judged_samples", int, 0),
+        terms=terms,
+        term_checkpoints=tuple(
+            (term.name, workdir)
+            for term, workdir in read_terms
+            if term.source == "checkpoint" and term.level == "internal"
+        ),
+        generator=generator,
+        optimizer=_optimizer(top.section("optimizer"), num_steps),
+        data=_data(top.section("data")),
+        tokenizer=_tokenizer(top.section("tokenizer"), generator),
+        teacher=_teacher(top.section("teacher"), terms),
+        mesh=_mesh(top.section("mesh"), num_devices),
+        **_sample(top.section("sample"), generator),
+    )
+    ways = settings.mesh[0] * settings.mesh[1]
+    for count, what in ((ways, f"the {ways} ways mesh.data * mesh.fsdp split it"),
+                        (num_processes, f"the {num_processes} processes")):  # fmt: skip
+        _require(
+            settings.batch_size % count == 0,
+            "batch_size",
+            settings.batch_size,
+            f"a multiple of {count}, {what} (there are {num_devices} devices)",
+        )
+    if settings.needs_images and settings.data.name == "codes":
+        raise ConfigError(
+            "data.name is 'codes'; a term of source 'bidirectional' looks at images, which shards "
+            "of codes do not hold: it must be one of mnist, fashion_mnist"
+        )
+    return settings
+
+
+def _optimizer(section: _Section, num_steps: int) -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=section.number("learning_rate", float, 0),
+        schedule=section.choice("schedule", SCHEDULES),
+        warmup_steps=section.number("warmup_steps", int, 0, num_steps),
+        num_steps=num_steps,
+        b1=_probability(section, "b1"),
+        b2=_probability(section, "b2"),
+        eps=section.number("eps", float, 0),
+        weight_decay=section.number("weight_decay", float, 0),
+        clip_norm=section.number("clip_norm", float, 0),
+    )
+
+
+def _data(section: _Section) -> DataSettings:
+    return DataSettings(
+        name=section.choice("name", ("mnist", "fashion_mnist", "codes")),
+        path=section.get("path", str),
+        held_out=section.number("held_out", int, 0),
+        num_workers=section.number("num_workers", int, 0),
+    )
+
+
+def _tokenizer(section: _Section, generator: GeneratorConfig) -> TokenizerSettings:
+    settings = TokenizerSettings(
+        name=section.choice("name", ("patch", "vq16")),
+        image_size=section.number("image_size", int, 1),
+        patch=section.number("patch", int, 1),
+    )
+    side = settings.patch if settings.name == "patch" else 16
+    grid = (settings.image_size // side,) * 2
+    _require(
+        settings.image_size % side == 0 and grid == generator.grid,
+        "model.grid",
+        generator.grid,
+        f"{grid}, the tokens of tokenizer.image_size={settings.image_size} at {side} pixels each",
+    )
+    return settings
+
+
+def _teacher(section: _Section, terms: tuple[foresight.Term, ...]) -> TeacherSettings:
+    settings = TeacherSettings(
+        name=section.get("name", str),
+        image_size=section.number("image_size", int, 32),
+        stage=section.number("stage", int, 1, 7),
+    )
+    if any(t.source == "bidirectional" and t.level == "internal" for t in terms):
+        _choice(section.name("name"), settings.name, TEACHERS)
+    return settings
+
+
+def _mesh(section: _Section, num_devices: int) -> tuple[int, int, int]:
+    try:
+        return sharding.mesh_shape(
+            *(section.get(axis, int) for axis in sharding.AXES), num_devices=num_devices
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _sample(section: _Section, generator: GeneratorConfig) -> dict[str, Any]:
+    fields = {
+        field.name: section.get(field.name, type(field.default))
+        for field in dataclasses.fields(SampleOptions)
+    }
+    try:
+        options = SampleOptions(**fields)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _require(
+        options.guidance == 1 or generator.has_null_class,
+        "sample.guidance",
+        options.guidance,
+        "1 where model.class_dropout is 0 (there is no null class)",
+    )
+    return dict(
+        sample=options,
+        sample_classes=section.number("classes", int, 1, generator.num_classes),
+        sample_per_class=section.number("per_class", int, 1),
+    )
+
+
+def _plain(config: Any) -> Any:
+    """ConfigDicts inside tuples too, as plain dictionaries."""
+    if hasattr(config, "items"):
+        return {key: _plain(value) for key, value in config.items()}
+    if isinstance(config, (tuple, list)):
+        return tuple(_plain(value) for value in config)
+    return config
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """The text of a workdir's config.json."""
+    return json.dumps(_plain(config), indent=2) + "\n"
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """{'a.b': leaf}; terms are opened, other tuples are leaves."""
+    if isinstance(value, Mapping):
+        parts = {f"{path}.{k}" if path else k: v for k, v in value.items()}
+    elif isinstance(value, (tuple, list)) and any(isinstance(v, Mapping) for v in value):
+        parts = {f"{path}[{i}]": v for i, v in enumerate(value)}
+    else:
+        return {path: value}
+    return {k: leaf for name, part in parts.items() for k, leaf in _flat(part, name).items()}
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """{field: (old value, new value)} of two configs; None stands for a missing field."""
+    old, new = (_flat(json.loads(to_json(c))) for c in (old, new))
+    fields = sorted(old.keys() | new.keys())
+    return {f: (old.get(f), new.get(f)) for f in fields if old.get(f) != new.get(f)}
+
+
+def check_same_run(old: Any, new: Any, workdir: str) -> dict[str, tuple[Any, Any]]:
+    """Refuses to continue a workdir under a config that computes something else.
+
+    Returns:
+        The differing fields that are allowed to (RESUMABLE).
+
+    Raises:
+        ConfigError: names every field that is not.
+    """
+    changed = differences(old, new)
+    refused = [f for f in changed if f not in RESUMABLE]
+    if "num_steps" in changed and new["optimizer"]["schedule"] != "constant":
+        refused.append("num_steps")  # the learning rate depends on it
+    if refused:
+        listed = "; ".join(f"{f} was {changed[f][0]!r}, is {changed[f][1]!r}" for f in refused)
+        raise ConfigError(
+            f"workdir {workdir} holds a run of another config: {listed}; "
+            "use the same values, or another --workdir"
+        )
+    return changed

@@ -1,0 +1,272 @@
+"""Foresight: training signals from later tokens (arXiv 2601.14671, section 3).
+
+A *term* aligns the student's hidden states with features that know later tokens. Every variant of
+the paper is a `Term`, and a run takes a tuple of them:
+
+* Mirai-E: source `ema`, targets are the EMA generator's own states at future grid positions;
+* Mirai-I: source `bidirectional`, targets are a frozen encoder's features at the same position;
+* the diagnostics: a static pretrained generator (`checkpoint`), raster offsets (`1d`), and tokens
+  themselves as targets (level `output`, multi-token prediction).
+
+Which position looks at which, in sequence positions j and grid positions n (raster order): the
+input is `[class, x_0 .. x_{L-2}]`, so position j = n + 1 has just consumed x_n and position j = n
+predicts x_n. The official code names a position by the token it has consumed, the paper by the one
+it predicts (`anchor`).
+
+Shapes: B batch, L positions, D student width, Z target width, K offsets, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+SOURCES = ("ema", "bidirectional", "checkpoint")
+LEVELS = ("internal", "output")
+LAYOUTS = ("2d", "1d")
+BORDERS = ("wrap", "mask")
+ANCHORS = ("consumed", "predicted")
+REDUCTIONS = ("sum", "mean")
+
+_DENSE = dict(param_dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02))
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One foresight loss. Defaults are those of the official Mirai-E code.
+
+    Attributes:
+        name: the key of its parameters and metrics, unique in a run.
+        source: where targets come from; one of SOURCES. Level `output` needs none: its targets
+            are the tokens.
+        level: `internal` aligns hidden states; `output` predicts the tokens at the offsets, counted
+            from the token that the position predicts, with K further heads.
+        layout: `2d` offsets are (rows, columns) on the grid, `1d` ones are raster steps.
+        offsets: K offsets. (0, 0) is the same position.
+        borders: of the 2-D layout: `wrap` shifts the flattened sequence, so that a pair may run
+            from a row's end into the next row (the official code); `mask` drops such pairs.
+        anchor: `consumed` or `predicted`, see above. Generator sources under `consumed` also align
+            the class position with itself, in every head.
+        weights: one weight a head, or one for all.
+        reduction: whether the weighted heads are summed (code) or averaged (paper).
+        student_layer, teacher_layer: blocks (from 1) whose output is aligned.
+        start_epoch: before it the term takes no part (its parameters still decay).
+        schedule: (epoch, multiplier) pairs in order: from that epoch on the weights are multiplied
+            by it.
+        projector_width: hidden width of the projectors (2048 officially, whatever the model).
+    """
+
+    name: str = "ema"
+    source: str = "ema"
+    level: str = "internal"
+    layout: str = "2d"
+    offsets: tuple = ((0, 0), (0, 1), (1, 0))
+    borders: str = "wrap"
+    anchor: str = "consumed"
+    weights: tuple[float, ...] = (2.0,)
+    reduction: str = "sum"
+    student_layer: int = 8
+    teacher_layer: int = 8
+    start_epoch: float = 15.0
+    schedule: tuple[tuple[float, float], ...] = ((80.0, 0.5),)
+    projector_width: int = 2048
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """K weights with the reduction folded in: the term is their dot product with the losses."""
+        count = len(self.offsets)
+        weights = self.weights * count if len(self.weights) == 1 else self.weights
+        return tuple(w / count for w in weights) if self.reduction == "mean" else weights
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """One name a head, e.g. `foresight_ema_r0c1` or, in 1-D, `foresight_ema_n2`."""
+        if self.layout == "2d":
+            return tuple(f"foresight_{self.name}_r{r}c{c}" for r, c in self.offsets)
+        return tuple(f"foresight_{self.name}_n{n}" for n in self.offsets)
+
+
+# ---------------------------------------------------------------------------------------------
+# Layout: which position looks at which.
+
+
+def alignment(term: Term, offset: Any, grid: tuple[int, int]) -> tuple[int, np.ndarray]:
+    """Pairs student position j with target position j + shift.
+
+    Args:
+        term: gives source, level, layout, borders and anchor.
+        offset: (rows, columns) or raster steps, as `term.layout` says.
+        grid: (height, width) of the token grid.
+
+    Returns:
+        The shift, and a float32 (L,) mask of the student positions that have a target. Targets are
+        indexed by sequence position for generator sources, by grid position otherwise (patches;
+        tokens). The class position paired with itself is not in the mask: `has_class_pair`.
+    """
+    height, width = grid
+    length = height * width
+    rows, columns = offset if term.layout == "2d" else (0, offset)
+    step = rows * width + columns
+    consumed = term.level == "internal" and term.anchor == "consumed"
+    generator_targets = term.level == "internal" and term.source != "bidirectional"
+
+    positions = np.arange(length)
+    here = positions - 1 if consumed else positions  # the grid position that j stands for
+    there = here + step
+    # A generator's sequence ends with x_{L-2}: no state has consumed the last token.
+    last = length - 2 if consumed and generator_targets else length - 1
+    valid = (here >= 0) & (there >= 0) & (there <= last)
+    if term.layout == "2d" and term.borders == "mask":
+        row, column = here // width + rows, here % width + columns
+        valid &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    shift = step - 1 if consumed and not generator_targets else step
+    return shift, valid.astype(np.float32)
+
+
+def has_class_pair(term: Term) -> bool:
+    """Whether the class position is aligned with itself: only states of a generator have one."""
+    return (
+        term.level == "internal" and term.anchor == "consumed" and term.source != "bidirectional"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Heads: K projectors (or token heads), stacked so that they are one matrix product.
+
+
+class Projector(nn.Module):
+    """Linear, SiLU, Linear, SiLU, Linear, with biases (the official `build_mlp`)."""
+
+    width: int
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BxLxD):
+        for i in range(2):
+            x_BxLxD = nn.Dense(self.width, dtype=self.dtype, name=f"linear_{i}", **_DENSE)(x_BxLxD)
+            x_BxLxD = nn.silu(x_BxLxD)
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2", **_DENSE)(x_BxLxD)
+
+
+class TokenHead(nn.Module):
+    """RMSNorm and a zero-initialised output layer, like the generator's own."""
+
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BxLxD):
+        x_BxLxD = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x_BxLxD)
+        return nn.Dense(
+            self.features,
+            use_bias=False,
+            kernel_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            name="output",
+        )(x_BxLxD)
+
+
+def heads(term: Term, features: int, dtype: str = "float32") -> nn.Module:
+    """The K heads of a term as one module: (B, L, D) -> (K, B, L, features).
+
+    Args:
+        term: level `internal` gives projectors, `output` token heads.
+        features: the target's width Z, or the vocabulary size V.
+        dtype: of the matrix products; parameters are float32, stacked on a leading axis K.
+    """
+    stack = dict(
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        out_axes=0,
+        axis_size=len(term.offsets),
+    )
+    if term.level == "output":
+        return nn.vmap(TokenHead, **stack)(features, dtype)
+    return nn.vmap(Projector, **stack)(term.projector_width, features, dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses.
+
+
+def _normalise(x: jax.Array) -> jax.Array:
+    """L2-normalises the last axis in float32; like torch, a norm under 1e-12 counts as 1e-12."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def _shifted(x: jax.Array, shift: int) -> jax.Array:
+    """x[:, j + shift] at j; where that leaves the sequence the values mean nothing (masked)."""
+    return jnp.roll(x, -shift, axis=1)
+
+
+def alignment_losses(
+    term: Term, projections_KxBxLxZ: jax.Array, target_BxLxZ: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+    """Minus the mean cosine over batch and aligned pairs, for each head.
+
+    Args:
+        term: an internal term.
+        projections_KxBxLxZ: the student's projected states.
+        target_BxLxZ: teacher states by sequence position, or patch features by grid position. No
+            gradient reaches them.
+        grid: (height, width), L = height * width.
+
+    Returns:
+        (K,) float32, each in [-1, 1].
+    """
+    target = _normalise(jax.lax.stop_gradient(target_BxLxZ))
+    losses = []
+    for k, offset in enumerate(term.offsets):
+        shift, mask_L = alignment(term, offset, grid)
+        student = _normalise(projections_KxBxLxZ[k])
+        cosine_BxL = jnp.sum(student * _shifted(target, shift), axis=-1)
+        total, count = jnp.mean(cosine_BxL @ mask_L), mask_L.sum()
+        if has_class_pair(term):
+            own = jnp.sum(student[:, 0] * target[:, 0], axis=-1)
+            total, count = total + jnp.mean(own), count + 1
+        losses.append(-total / count)
+    return jnp.stack(losses)
+
+
+def prediction_losses(
+    term: Term, logits_KxBxLxV: jax.Array, codes_BxL: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+    """Mean cross-entropy (nats) of the tokens at the offsets, for each head: (K,) float32."""
+    losses = []
+    for k, offset in enumerate(term.offsets):
+        shift, mask_L = alignment(term, offset, grid)
+        nll_BxL = optax.softmax_cross_entropy_with_integer_labels(
+            logits_KxBxLxV[k].astype(jnp.float32), _shifted(codes_BxL, shift)
+        )
+        losses.append(jnp.mean(nll_BxL @ mask_L) / mask_L.sum())
+    return jnp.stack(losses)
+
+
+# ---------------------------------------------------------------------------------------------
+# The weight over time. Epochs are of `steps_per_epoch` whole batches.
+
+
+def start_step(term: Term, steps_per_epoch: int) -> int:
+    """The first step (from 0) in which the term takes part."""
+    return round(term.start_epoch * steps_per_epoch)
+
+
+def active_terms(terms: tuple[Term, ...], step: int, steps_per_epoch: int) -> tuple[bool, ...]:
+    """Which terms take part in `step`."""
+    return tuple(step >= start_step(term, steps_per_epoch) for term in terms)
+
+
+def weight_multiplier(term: Term, step: jax.Array, steps_per_epoch: int) -> jax.Array:
+    """The schedule's multiplier at `step`: that of the last entry whose epoch has begun, else 1."""
+    multiplier = jnp.ones((), jnp.float32)
+    for epoch, value in term.schedule:
+        multiplier = jnp.where(step >= round(epoch * steps_per_epoch), value, multiplier)
+    return multiplier

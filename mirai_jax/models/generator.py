@@ -1,0 +1,337 @@
+"""The causal generator: LlamaGen's class-conditional transformer over a grid of image tokens.
+
+The sequence is `[class, x_0 .. x_{L-2}]`; the output at position j predicts x_j. Pre-norm RMSNorm,
+fused QKV, 2-D rotary embedding, SwiGLU, no biases (official file: autoregressive/models/gpt.py).
+
+The blocks are one `nn.scan`: their parameters are stacked on a leading axis of length N, so the
+time to compile hardly grows with depth, and a teacher that needs only the first blocks runs only
+those (`hidden_states`). Dropout is on exactly when the caller passes a "dropout" rng.
+
+Shape letters: B batch, L positions (grid height x width), D width, H heads, V vocabulary, N layers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# name -> (layers, heads, width), the sizes LlamaGen publishes.
+SIZES: Mapping[str, tuple[int, int, int]] = {
+    "B": (12, 12, 768),
+    "L": (24, 16, 1024),
+    "XL": (36, 20, 1280),
+    "XXL": (48, 24, 1536),
+    "3B": (24, 32, 3200),
+}
+
+_INIT = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything that fixes the generator's shapes and arithmetic.
+
+    The rates are probabilities in [0, 1). `class_dropout` > 0 adds the null class (the row
+    `num_classes` of the label table), without which there is no guidance. `dtype` is that of the
+    matrix products; parameters, the residual stream, norms and softmax stay float32, as under the
+    official code's autocast. `unroll` is the number of blocks per iteration of the layer loop.
+    """
+
+    num_layers: int
+    num_heads: int
+    width: int
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    grid: tuple[int, int] = (16, 16)
+    token_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    ffn_dropout: float = 0.1
+    class_dropout: float = 0.1
+    dtype: str = "float32"
+    unroll: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Two thirds of 4D, rounded up to a multiple of 256."""
+        return -(-int(8 * self.width / 3) // 256) * 256
+
+    @property
+    def has_null_class(self) -> bool:
+        return self.class_dropout > 0
+
+    @property
+    def null_class(self) -> int:
+        return self.num_classes
+
+
+@functools.lru_cache(maxsize=None)
+def rope_table(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> np.ndarray:
+    """2-D rotary factors by sequence position.
+
+    Args:
+        grid: (height, width) of the token grid.
+        head_dim: a multiple of 4: half of the pairs turn with the row, half with the column.
+        base: the rotary base.
+
+    Returns:
+        float32 (L + 1, head_dim / 2, 2): cosines and sines. Row 0 belongs to the class position
+        and is all zeros, which makes its q and k zero (so in the official
+        `precompute_freqs_cis_2d`); row 1 + n belongs to grid position n.
+    """
+    half = head_dim // 2
+    frequencies = 1.0 / base ** (np.arange(0, half, 2, dtype=np.float32) / half)
+    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    angles = np.concatenate(
+        [np.outer(rows, frequencies), np.outer(columns, frequencies)], axis=1
+    ).astype(np.float32)
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    return np.concatenate([np.zeros_like(table[:1]), table]).astype(np.float32)
+
+
+def apply_rope(x_BxTxHxd: jax.Array, table_Txdx2: jax.Array) -> jax.Array:
+    """Turns interleaved pairs of the last axis; float32 inside, the input's dtype outside."""
+    real, imaginary = x_BxTxHxd[..., 0::2], x_BxTxHxd[..., 1::2]
+    real, imaginary = real.astype(jnp.float32), imaginary.astype(jnp.float32)
+    cos, sin = table_Txdx2[:, None, :, 0], table_Txdx2[:, None, :, 1]
+    turned = jnp.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
+    return turned.reshape(x_BxTxHxd.shape).astype(x_BxTxHxd.dtype)
+
+
+def _attend_cached(q_BxHxd, k_BxHxd, v_BxHxd, cache, position):
+    """One query against the cache's first `position` entries and itself. Returns (B, H, d)."""
+    k_BxHxLxd, v_BxHxLxd = cache
+    scale = q_BxHxd.shape[-1] ** -0.5
+    f32 = {"preferred_element_type": jnp.float32}
+    past = jnp.einsum("bhd,bhld->bhl", q_BxHxd, k_BxHxLxd, **f32) * scale
+    past = jnp.where(jnp.arange(past.shape[-1]) < position, past, -jnp.inf)
+    own = jnp.einsum("bhd,bhd->bh", q_BxHxd, k_BxHxd, **f32)[..., None] * scale
+    weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1)
+    out = jnp.einsum("bhl,bhld->bhd", weights[..., :-1].astype(v_BxHxLxd.dtype), v_BxHxLxd, **f32)
+    return (out + weights[..., -1:] * v_BxHxd).astype(q_BxHxd.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with 2-D rotary positions."""
+
+    config: GeneratorConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD, cache=None, position=None):
+        """Returns the output (B, T, D) and, with a cache, this position's (k, v), each (B, H, d).
+
+        Without a cache all T positions attend causally. With one (k and v, each (B, H, L, d)),
+        T is 1 and `position` its place in the sequence; the cache is read, never written here.
+        """
+        config = self.config
+        heads, head_dim, dtype = config.num_heads, config.head_dim, config.dtype
+        dense = functools.partial(
+            nn.DenseGeneral, use_bias=False, kernel_init=_INIT, dtype=dtype, param_dtype=jnp.float32
+        )
+        qkv = dense(features=(3, heads, head_dim), name="wqkv")(x_BxTxD)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        table = jnp.asarray(rope_table(config.grid, head_dim))
+        if cache is None:
+            table = table[: x_BxTxD.shape[1]]
+        else:
+            table = jax.lax.dynamic_slice_in_dim(table, position, 1)
+        q, k = apply_rope(q, table), apply_rope(k, table)
+        if cache is None:
+            out, new = jax.nn.dot_product_attention(q, k, v, is_causal=True), None
+        else:
+            q, k, v = q[:, 0], k[:, 0], v[:, 0]
+            out, new = _attend_cached(q, k, v, cache, position)[:, None], (k, v)
+        out = dense(features=config.width, axis=(-2, -1), name="wo")(out)
+        return nn.Dropout(config.residual_dropout, deterministic=not self.has_rng("dropout"))(
+            out
+        ), new
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    config: GeneratorConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        config = self.config
+        dense = functools.partial(
+            nn.Dense, use_bias=False, kernel_init=_INIT, dtype=config.dtype, param_dtype=jnp.float32
+        )
+        gate = dense(config.ffn_width, name="w1")(x_BxTxD)
+        value = dense(config.ffn_width, name="w3")(x_BxTxD)
+        out = dense(config.width, name="w2")(nn.silu(gate) * value)
+        return nn.Dropout(config.ffn_dropout, deterministic=not self.has_rng("dropout"))(out)
+
+
+def _norm(config: GeneratorConfig, name: str | None = None) -> nn.RMSNorm:
+    """RMSNorm computed in float32 and handed on in the compute dtype."""
+    return nn.RMSNorm(epsilon=1e-5, dtype=config.dtype, param_dtype=jnp.float32, name=name)
+
+
+class Block(nn.Module):
+    """One pre-norm block, in the shape that `nn.scan` wants."""
+
+    config: GeneratorConfig
+    taps: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, carry, inputs):
+        """`carry`: (x (B, T, D) float32, the tapped states so far, position or None).
+
+        `inputs`: (this block's number from 1, its slice of the cache or None).
+        """
+        x, tapped, position = carry
+        number, cache = inputs
+        out, new = Attention(self.config, name="attention")(
+            _norm(self.config, "attention_norm")(x), cache, position
+        )
+        x = x + out
+        x = x + FeedForward(self.config, name="feed_forward")(_norm(self.config, "ffn_norm")(x))
+        tapped = tuple(
+            jnp.where(number == tap, x, old) for tap, old in zip(self.taps, tapped, strict=True)
+        )
+        return (x, tapped, position), new
+
+
+class Generator(nn.Module):
+    """The causal generator. `taps` are the blocks (from 1) whose output is handed out."""
+
+    config: GeneratorConfig
+    taps: tuple[int, ...] = ()
+
+    def setup(self):
+        config = self.config
+        embed = functools.partial(
+            nn.Embed,
+            features=config.width,
+            embedding_init=_INIT,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+        )
+        self.cls_embedding = embed(config.num_classes + config.has_null_class)
+        self.tok_embeddings = embed(config.vocab_size)
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=0,
+            out_axes=0,
+            length=config.num_layers,
+            unroll=config.unroll,
+        )(config, self._inner_taps)
+        self.norm = _norm(config)
+        self.output = nn.Dense(
+            config.vocab_size,
+            use_bias=False,
+            kernel_init=nn.initializers.zeros,
+            dtype=config.dtype,
+            param_dtype=jnp.float32,
+        )
+
+    @property
+    def _inner_taps(self) -> tuple[int, ...]:
+        """The taps below the top; the top one is the scan's own result."""
+        return tuple(tap for tap in self.taps if tap != self.config.num_layers)
+
+    def _embed(self, codes_BxT, labels_B):
+        """[class, codes] -> (B, 1 + T, D) float32, labels dropped and dropout applied if training."""
+        train = self.has_rng("dropout")
+        if train and self.config.has_null_class:
+            drop = jax.random.bernoulli(
+                self.make_rng("dropout"), self.config.class_dropout, labels_B.shape
+            )
+            labels_B = jnp.where(drop, self.config.null_class, labels_B)
+        x = jnp.concatenate(
+            [self.cls_embedding(labels_B)[:, None], self.tok_embeddings(codes_BxT)], axis=1
+        )
+        return self.token_dropout(x, deterministic=not train)
+
+    def _run(self, x_BxTxD, cache=None, position=None):
+        """All blocks. Returns (x, {tap: state}, the new keys and values or None)."""
+        tapped = tuple(jnp.zeros_like(x_BxTxD) for _ in self._inner_taps)
+        numbers = jnp.arange(1, self.config.num_layers + 1)
+        (x, tapped, _), new = self.layers((x_BxTxD, tapped, position), (numbers, cache))
+        taps = dict(zip(self._inner_taps, tapped, strict=True))
+        if self.config.num_layers in self.taps:
+            taps[self.config.num_layers] = x
+        return x, taps, new
+
+    def __call__(self, codes_BxT, labels_B):
+        """Next-token logits of all positions at once.
+
+        Args:
+            codes_BxT: int, the tokens before each prediction: x_0 .. x_{L-2} for the whole image,
+                fewer for a prefix.
+            labels_B: int, classes; `config.null_class` for unconditional.
+
+        Returns:
+            logits (B, 1 + T, V) in the compute dtype, and {tap: (B, 1 + T, D) float32}, the raw
+            residual stream after each block in `taps`.
+        """
+        x, taps, _ = self._run(self._embed(codes_BxT, labels_B))
+        return self.output(self.norm(x)), taps
+
+    def hidden(self, codes_BxT, labels_B):
+        """The states at `taps` alone: no final norm, no logits."""
+        return self._run(self._embed(codes_BxT, labels_B))[1]
+
+    def decode(self, codes_B, labels_B, cache, position):
+        """One step of cached generation.
+
+        Args:
+            codes_B: int, the token just drawn (ignored at position 0).
+            labels_B: int, classes (used at position 0 alone).
+            cache: (k, v), each (N, B, H, L, d), as from `empty_cache`.
+            position: int scalar, the sequence position to consume.
+
+        Returns:
+            logits (B, V) float32 for the token at `position`, and the cache with it added.
+        """
+        x_BxD = jnp.where(position == 0, self.cls_embedding(labels_B), self.tok_embeddings(codes_B))
+        x, _, new = self._run(x_BxD[:, None], cache, position)
+        # One write for all layers, in place when the cache is a loop's carry.
+        cache = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, fresh[:, :, :, None], position, axis=3)
+            for old, fresh in zip(cache, new, strict=True)
+        )
+        return self.output(self.norm(x))[:, 0].astype(jnp.float32), cache
+
+
+def empty_cache(config: GeneratorConfig, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Zero keys and values, each (N, B, H, L, d) in the compute dtype."""
+    shape = (config.num_layers, batch_size, config.num_heads, config.length, config.head_dim)
+    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+
+def hidden_states(
+    config: GeneratorConfig, params: Any, codes_BxT: jax.Array, labels_B: jax.Array, layer: int
+) -> jax.Array:
+    """The raw residual stream after block `layer`, in eval mode; no block above it is run.
+
+    Returns:
+        (B, 1 + T, D) float32 (the official `forward_ema`).
+    """
+    shallow = dataclasses.replace(config, num_layers=layer)
+    params = {**params, "layers": jax.tree.map(lambda x: x[:layer], params["layers"])}
+    model = Generator(shallow, taps=(layer,))
+    return model.apply({"params": params}, codes_BxT, labels_B, method="hidden")[layer]
+
+
+def init_params(config: GeneratorConfig, key: jax.Array) -> Any:
+    """Fresh float32 parameters: N(0, 0.02), norms one, the output head zero."""
+    codes = jnp.zeros((1, config.length - 1), jnp.int32)
+    return Generator(config).init({"params": key}, codes, jnp.zeros((1,), jnp.int32))["params"]

@@ -1,0 +1,57 @@
+"""Bidirectional teachers: frozen encoders of the whole image, for Mirai-I.
+
+The interface is a linen module with
+
+    features: int                         the width Z of what it returns
+    __call__(images_BxHxWxC uint8) -> (B, L, Z) float32
+
+where L is the token grid in raster order: position n describes what token n covers. An encoder
+whose own grid differs is resampled here; nothing is ever aligned with the wrong place.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mirai_jax.models.features import STAGE_CHANNELS, EfficientNetLite0
+
+TEACHERS = ("efficientnet_lite0",)
+
+
+def resample(features_BxhxwxZ: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """A feature map on the token grid, flattened: (B, L, Z). Linear; averages when it shrinks."""
+    batch, _, _, width = features_BxhxwxZ.shape
+    out = jax.image.resize(features_BxhxwxZ, (batch, *grid, width), "linear", antialias=True)
+    return out.reshape(batch, grid[0] * grid[1], width)
+
+
+class EfficientNetTeacher(nn.Module):
+    """A stage of EfficientNet-Lite0 (a supervised ImageNet classifier).
+
+    Attributes:
+        grid: (height, width) of the token grid.
+        image_size: pixels a side of what the network is shown; images are enlarged linearly.
+        stage: 1 to 7, the stage whose output is used.
+        dtype: of the convolutions.
+    """
+
+    grid: tuple[int, int]
+    image_size: int = 64
+    stage: int = 5
+    dtype: str = "float32"
+
+    @property
+    def features(self) -> int:
+        return STAGE_CHANNELS[self.stage - 1]
+
+    @nn.compact
+    def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
+        batch, _, _, channels = images_BxHxWxC.shape
+        images = images_BxHxWxC.astype(jnp.float32) / 255
+        images = jax.image.resize(
+            images, (batch, self.image_size, self.image_size, channels), "linear"
+        )
+        if channels == 1:
+            images = jnp.repeat(images, 3, axis=-1)
+        network = EfficientNetLite0(dtype=self.dtype, name="network")
+        return resample(network(images, stage=self.stage).astype(jnp.float32), self.grid)

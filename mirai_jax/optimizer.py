@@ -1,0 +1,68 @@
+"""The optimizer: AdamW with a decay mask, a global clip and a learning-rate schedule."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+SCHEDULES = ("constant", "cosine")
+
+# Parameters of one dimension in the official model; stacking layers or heads adds an axis, so the
+# mask goes by name and not by the number of dimensions.
+_NOT_DECAYED = ("scale", "bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the official recipe.
+
+    `clip_norm` is the largest global gradient norm (0: no clipping). `warmup_steps` is a linear
+    ramp from 0; `cosine` then falls to zero at `num_steps`.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    num_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the parameters that weight decay applies to: matrices and embeddings."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in _NOT_DECAYED, params
+    )
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """The learning rate by step."""
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if config.warmup_steps else config.learning_rate,
+            config.learning_rate,
+            config.warmup_steps,
+            config.num_steps,
+        )
+    if config.warmup_steps:
+        return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.constant_schedule(config.learning_rate)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then AdamW with decoupled weight decay."""
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if not config.clip_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

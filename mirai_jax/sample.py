@@ -1,0 +1,128 @@
+"""Sampling: KV-cached, the whole sequence in one jit, with classifier-free guidance.
+
+Image i is drawn from its own key, `fold_in(key, i)`, so it does not depend on the batch it is in.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mirai_jax.models.generator import Generator, GeneratorConfig, empty_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """How tokens are drawn from logits (official file: autoregressive/models/generate.py).
+
+    Attributes:
+        guidance: logits are `uncond + guidance * (cond - uncond)`; 1 runs no unconditional half.
+        interval: the first token is always guided, the t-th after it only while t - 1 <= interval;
+            -1 guides every token.
+        temperature: logits are divided by it, before the filters.
+        top_k: keep the k largest logits; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability exceeds p; 1 keeps all.
+        greedy: take the likeliest token.
+    """
+
+    guidance: float = 1.0
+    interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def __post_init__(self):
+        for name, value, good, allowed in (
+            ("guidance", self.guidance, self.guidance >= 1, "1 (none) or more"),
+            ("interval", self.interval, self.interval >= -1, "-1 (always) or more"),
+            ("temperature", self.temperature, self.temperature > 0, "more than 0"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (all)"),
+        ):
+            if not good:
+                raise ValueError(f"sample.{name} is {value}; it must be {allowed}")
+
+
+def filter_logits(logits_BxV: jax.Array, options: SampleOptions) -> jax.Array:
+    """Temperature, then top-k, then top-p; what is dropped becomes -inf. float32 in and out."""
+    logits = logits_BxV / options.temperature
+    if options.top_k:
+        smallest = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if options.top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        cumulative = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
+        # The first token past the threshold is kept: a token goes if those before it exceed p.
+        before = jnp.pad(cumulative[..., :-1], ((0, 0), (1, 0)))
+        kept = jnp.where(before > options.top_p, jnp.inf, descending)
+        logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
+    return logits
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def generate(
+    config: GeneratorConfig,
+    params: Any,
+    labels_B: jax.Array,
+    keys_B: jax.Array,
+    options: SampleOptions = SampleOptions(),
+) -> jax.Array:
+    """Draws whole images of tokens.
+
+    Args:
+        config: of the generator.
+        params: its parameters (the EMA's, as a rule).
+        labels_B: int, classes in [0, num_classes).
+        keys_B: typed PRNG keys, one an image.
+        options: how to draw.
+
+    Returns:
+        int32 (B, L) codes in raster order.
+
+    Raises:
+        ValueError: guidance is asked of a generator without a null class.
+    """
+    guided = options.guidance > 1
+    if guided and not config.has_null_class:
+        raise ValueError(
+            f"sample.guidance is {options.guidance}, but the generator has no null class "
+            "(model.class_dropout is 0); it must be 1"
+        )
+    count = labels_B.shape[0]
+    if guided:
+        labels_B = jnp.concatenate([labels_B, jnp.full_like(labels_B, config.null_class)])
+    model = Generator(config)
+
+    def step(carry, position):
+        codes, cache = carry
+        twice = jnp.concatenate([codes, codes]) if guided else codes
+        logits, cache = model.apply(
+            {"params": params}, twice, labels_B, cache, position, method="decode"
+        )
+        if guided:
+            conditional, unconditional = logits[:count], logits[count:]
+            logits = unconditional + options.guidance * (conditional - unconditional)
+            if options.interval >= 0:
+                # Token t after the first is drawn at position t: guided while t - 1 <= interval.
+                logits = jnp.where(position - 1 <= options.interval, logits, conditional)
+        logits = filter_logits(logits, options)
+        if options.greedy:
+            codes = jnp.argmax(logits, axis=-1)
+        else:
+            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, position)
+            codes = jax.vmap(jax.random.categorical)(keys, logits)
+        codes = codes.astype(jnp.int32)
+        return (codes, cache), codes
+
+    start = (jnp.zeros(count, jnp.int32), empty_cache(config, labels_B.shape[0]))
+    _, codes_LxB = jax.lax.scan(step, start, jnp.arange(config.length))
+    return codes_LxB.T
+
+
+def image_keys(key: jax.Array, indices: np.ndarray) -> jax.Array:
+    """The keys of images `indices`: `fold_in(key, i)`."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(indices))

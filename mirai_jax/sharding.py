@@ -1,0 +1,100 @@
+"""The device mesh, and the one table that says how each parameter lies on it.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads and
+FFN columns. Optimizer state and EMA follow the parameter whose path they contain.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+
+# First match wins. Layers (generator) and heads (foresight) are stacked on axis 0, never split.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"layers/attention/wqkv/kernel", P(None, "fsdp", None, "tensor", None)),  # N D 3 H d
+    (r"layers/attention/wo/kernel", P(None, "tensor", None, "fsdp")),  # N H d D
+    (r"layers/feed_forward/w[13]/kernel", P(None, "fsdp", "tensor")),  # N D F
+    (r"layers/feed_forward/w2/kernel", P(None, "tensor", "fsdp")),  # N F D
+    (r"cls_embedding/embedding", P(None, "fsdp")),  # classes D
+    (r"tok_embeddings/embedding", P("tensor", "fsdp")),  # V D
+    (r"foresight/.*/linear_0/kernel", P(None, "fsdp", "tensor")),  # K D P
+    (r"foresight/.*/linear_1/kernel", P(None, "tensor", "fsdp")),  # K P P
+    (r"foresight/.*/linear_2/kernel", P(None, "fsdp", "tensor")),  # K P Z
+    (r"foresight/.*/output/kernel", P(None, "fsdp", "tensor")),  # K D V
+    (r"output/kernel", P("fsdp", "tensor")),  # D V
+    (r".*", P()),  # norms, biases, counters, keys
+)
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
+    """Resolves one -1 ("what is left") and checks the product.
+
+    Raises:
+        ValueError: one line that names the mesh and the number of devices.
+    """
+    shape = [data, fsdp, tensor]
+    described = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True))
+    if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
+        raise ValueError(f"{described}: each must be 1 or more, and at most one -1 (what is left)")
+    known = int(np.prod([n for n in shape if n != -1]))
+    if -1 in shape and num_devices % known == 0:
+        shape[shape.index(-1)] = num_devices // known
+    elif known != num_devices:
+        raise ValueError(
+            f"{described}: the product must be the number of devices, which is {num_devices}"
+        )
+    return tuple(shape)
+
+
+def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor) over `devices` (default: all)."""
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _path(path: tuple) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh, path: str) -> P:
+    """Drops the axes that do not divide their dimension: that dimension is replicated."""
+    if len(spec) > len(shape):
+        return P()  # an optimizer's scalar or placeholder under a parameter's path
+    kept = [
+        axis if axis is None or size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, shape, strict=False)
+    ]
+    if tuple(kept) != tuple(spec):
+        logging.info("%s %s: replicated where %s does not divide it", path, shape, spec)
+    return P(*kept)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of `tree` (arrays or ShapeDtypeStructs), by RULES."""
+
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        name = _path(path)
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh, name))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split over `data` and `fsdp` on their first axis."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Places this process's share of a global batch on its devices."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,266 @@
+"""The train step: student, teachers, losses, update and EMA, in one jit over a mesh.
+
+There is one step for the baseline and every variant: an empty tuple of foresight terms is
+LlamaGen, and a term differs from another by its source and fields (`foresight.Term`).
+
+    x         = codes[:, :-1]                            the last token is only predicted
+    student   = generator(params, x, dropout)            logits, and states at the tapped layers
+    teacher   = EMA before this step | frozen encoder of the image | frozen generator
+    loss      = cross-entropy + sum over terms, heads of  weight * multiplier(step) * head loss
+    params    = AdamW(clip(gradient)),   ema = decay * ema + (1 - decay) * params
+
+Gradients never reach a teacher. Randomness is `fold_in(key, step)`: a step is a pure function of
+the state and the batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mirai_jax import foresight
+from mirai_jax.models import generator as generator_lib
+from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
+
+Batch = Mapping[str, jax.Array]  # codes (B, L) int, label (B,) int, image (B, H, W, C) uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything about training that is fixed while it runs (hashable: static to jit).
+
+    Attributes:
+        generator: the student's shapes; the EMA's are the same.
+        terms: the foresight terms; () is the LlamaGen baseline.
+        optimizer: AdamW and its schedule.
+        ema_decay: of the generator's parameters, from step 0. Projectors have no EMA: nothing
+            would read it.
+        steps_per_epoch: whole batches in an epoch, the unit of the terms' schedules.
+        teacher: the bidirectional encoder, image -> (B, L, Z), with a field `features` (Z).
+        static: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
+    """
+
+    generator: GeneratorConfig
+    terms: tuple[foresight.Term, ...] = ()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float = 0.9999
+    steps_per_epoch: int = 1
+    teacher: nn.Module | None = None
+    static: tuple[tuple[str, GeneratorConfig], ...] = ()
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The student layers that some term reads, each once."""
+        return tuple(sorted({term.student_layer for term in self.terms}))
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a checkpoint holds. `params` is {'generator': ..., 'foresight': {term name: ...}}."""
+
+    step: jax.Array  # int32 scalar: updates done
+    params: Any
+    ema: Any  # of params['generator']
+    opt_state: Any
+    key: jax.Array  # typed PRNG key, constant through a run
+
+
+def _target_width(recipe: Recipe, term: foresight.Term) -> int:
+    """Width of what the term's heads must produce."""
+    if term.level == "output":
+        return recipe.generator.vocab_size
+    if term.source == "bidirectional":
+        return recipe.teacher.features
+    if term.source == "checkpoint":
+        return dict(recipe.static)[term.name].width
+    return recipe.generator.width
+
+
+def _heads(recipe: Recipe, term: foresight.Term) -> nn.Module:
+    return foresight.heads(term, _target_width(recipe, term), recipe.generator.dtype)
+
+
+def init_params(recipe: Recipe, key: jax.Array) -> Any:
+    """Fresh parameters. The generator's do not depend on the terms: variants start alike."""
+    state = jnp.zeros((1, 1, recipe.generator.width))
+    projectors = {
+        term.name: _heads(recipe, term).init(jax.random.fold_in(key, i), state)["params"]
+        for i, term in enumerate(recipe.terms, start=1)
+    }
+    generator = generator_lib.init_params(recipe.generator, jax.random.fold_in(key, 0))
+    return {"generator": generator, "foresight": projectors}
+
+
+def init_state(recipe: Recipe, key: jax.Array, params: Any | None = None) -> TrainState:
+    """The state before step 0; the EMA starts as a copy of the generator."""
+    init_key, run_key = jax.random.split(key)
+    params = init_params(recipe, init_key) if params is None else params
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params["generator"]),  # its own buffers: both are donated
+        opt_state=make_optimizer(recipe.optimizer).init(params),
+        key=run_key,
+    )
+
+
+def teacher_targets(
+    recipe: Recipe, ema: Any, frozen: Any, batch: Batch, terms: tuple[foresight.Term, ...]
+) -> dict[str, jax.Array]:
+    """Targets (B, L, Z) of each internal term by name, computed once for terms that share them."""
+    codes, label = batch["codes"][:, :-1], batch["label"]
+    targets, shared = {}, {}
+    for term in terms:
+        if term.level == "output":
+            continue
+        if term.source == "ema":
+            source = ("ema", term.teacher_layer)
+            make = functools.partial(
+                generator_lib.hidden_states,
+                recipe.generator, ema, codes, label, term.teacher_layer,
+            )  # fmt: skip
+        elif term.source == "checkpoint":
+            source = ("checkpoint", term.name)
+            make = functools.partial(
+                generator_lib.hidden_states,
+                dict(recipe.static)[term.name], frozen[term.name], codes, label, term.teacher_layer,
+            )  # fmt: skip
+        else:
+            source = ("bidirectional",)
+            make = functools.partial(
+                recipe.teacher.apply, {"params": frozen["bidirectional"]}, batch["image"]
+            )
+        if source not in shared:
+            shared[source] = jax.lax.stop_gradient(make())
+        targets[term.name] = shared[source]
+    return targets
+
+
+def loss_fn(
+    params: Any,
+    recipe: Recipe,
+    targets: Mapping[str, jax.Array],
+    batch: Batch,
+    step: jax.Array,
+    active: tuple[bool, ...],
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The total loss and its parts.
+
+    Args:
+        params: {'generator', 'foresight'}.
+        recipe: static.
+        targets: of the active internal terms, by name.
+        batch: codes and labels.
+        step: for the schedule of the weights.
+        active: which terms take part; the others report 0.
+        dropout_key: None evaluates without dropout and without dropping labels.
+
+    Returns:
+        The total in nats, and float32 scalars: loss, cross_entropy, one a foresight head
+        (unweighted).
+    """
+    codes, grid = batch["codes"], recipe.generator.grid
+    logits, states = Generator(recipe.generator, taps=recipe.taps).apply(
+        {"params": params["generator"]},
+        codes[:, :-1],
+        batch["label"],
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), codes
+    ).mean()
+    total, parts = cross_entropy, {}
+    for term, is_active in zip(recipe.terms, active, strict=True):
+        if not is_active:
+            parts.update({name: jnp.zeros(()) for name in term.metric_names})
+            continue
+        outputs = _heads(recipe, term).apply(
+            {"params": params["foresight"][term.name]}, states[term.student_layer]
+        )
+        if term.level == "output":
+            losses = foresight.prediction_losses(term, outputs, codes, grid)
+        else:
+            losses = foresight.alignment_losses(term, outputs, targets[term.name], grid)
+        multiplier = foresight.weight_multiplier(term, step, recipe.steps_per_epoch)
+        total += multiplier * jnp.dot(jnp.asarray(term.head_weights), losses)
+        parts.update(zip(term.metric_names, losses, strict=True))
+    return total, {"loss": total, "cross_entropy": cross_entropy, **parts}
+
+
+def train_step(
+    recipe: Recipe,
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    active: tuple[bool, ...],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update; pure, and unaware of devices.
+
+    Args:
+        recipe: static.
+        state: the state before.
+        frozen: parameters of teachers that are not trained: {'bidirectional': ..., term name: ...}.
+        batch: codes (B, L), label (B,), and image (B, H, W, C) where a teacher looks at it.
+        active: static; `foresight.active_terms` of `state.step`. A term that has not started costs
+            nothing: neither its teacher nor its heads are run.
+
+    Returns:
+        The state after, and float32 scalars: those of `loss_fn`, grad_norm (before clipping) and
+        learning_rate.
+    """
+    terms = tuple(t for t, is_active in zip(recipe.terms, active, strict=True) if is_active)
+    targets = teacher_targets(recipe, state.ema, frozen, batch, terms)
+    gradients, metrics = jax.grad(loss_fn, has_aux=True)(
+        state.params,
+        recipe,
+        targets,
+        batch,
+        state.step,
+        active,
+        jax.random.fold_in(state.key, state.step),
+    )
+    updates, opt_state = make_optimizer(recipe.optimizer).update(
+        gradients, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params["generator"], state.ema, 1 - recipe.ema_decay)
+    metrics["grad_norm"] = optax.tree.norm(gradients)
+    metrics["learning_rate"] = jnp.asarray(learning_rate(recipe.optimizer)(state.step))
+    return state.replace(
+        step=state.step + 1, params=params, ema=ema, opt_state=opt_state
+    ), metrics
+
+
+def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
+    """The jitted step: `(state, frozen, batch, step) -> (state, metrics)`, the state donated.
+
+    `step` is `state.step` as a Python int: it picks the active terms, so that a run compiles once
+    more at the step in which a term starts. Shardings are pytrees (or prefixes) of NamedSharding;
+    metrics come back replicated.
+    """
+
+    @functools.partial(
+        jax.jit,
+        static_argnums=3,
+        donate_argnums=0,
+        in_shardings=(state_sharding, None, batch_sharding),
+        out_shardings=(state_sharding, None),
+    )
+    def jitted(state, frozen, batch, active):
+        return train_step(recipe, state, frozen, batch, active)
+
+    def run(state: TrainState, frozen: Any, batch: Batch, step: int):
+        active = foresight.active_terms(recipe.terms, step, recipe.steps_per_epoch)
+        return jitted(state, frozen, batch, active)
+
+    return run
+
+
+StepFn = Callable[[TrainState, Any, Batch, int], tuple[TrainState, dict[str, jax.Array]]]

@@ -1,0 +1,226 @@
+"""Numbers of the official PyTorch code, float32: every *.npz of the folder $MIRAI_GOLDEN.
+
+A file's kind is the start of its name; all sizes are read from the file. Parameters and arrays are
+under the names the official code gives them (DESIGN: "Golden numbers").
+"""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mirai_jax import convert, foresight, sample, step
+from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.optimizer import OptimizerConfig
+
+FOLDER = pathlib.Path(os.environ.get("MIRAI_GOLDEN", pathlib.Path(__file__).parent / "data"))
+GRID = (16, 16)
+
+
+def cases(kind: str) -> list:
+    """The files of a kind as test parameters; one that always fails if a whole folder has none."""
+    return [pytest.param(p, id=p.stem) for p in sorted(FOLDER.glob(f"{kind}_*.npz"))]
+
+
+def test_folder_has_cases():
+    assert any(cases("generator")), f"no generator_*.npz in {FOLDER}"
+    assert any(cases("trajectory_e")), f"no trajectory_e_*.npz in {FOLDER}"
+    assert any(cases("trajectory_i")), f"no trajectory_i_*.npz in {FOLDER}"
+
+
+def load(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def part(data: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)}
+
+
+def without_projectors(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k: v for k, v in state.items() if not k.startswith("projectors.")}
+
+
+def generator_config(data: dict[str, np.ndarray], rows: int) -> GeneratorConfig:
+    """`rows` of the label table tells whether there is a null class."""
+    num_classes = int(data["nc"])
+    return GeneratorConfig(
+        num_layers=int(data["n_layer"]),
+        num_heads=int(data["n_head"]),
+        width=int(data["dim"]),
+        vocab_size=int(data["vocab"]),
+        num_classes=num_classes,
+        grid=GRID,
+        token_dropout=0.0,
+        residual_dropout=0.0,
+        ffn_dropout=0.0,
+        class_dropout=0.1 if rows == num_classes + 1 else 0.0,
+    )
+
+
+def term_e(data: dict[str, np.ndarray], **fields) -> foresight.Term:
+    offsets = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0))
+    depth = int(data["depth"])
+    return foresight.Term(
+        offsets=offsets[: int(data["heads"])],
+        student_layer=depth,
+        teacher_layer=depth,
+        projector_width=int(data["pd"]),
+        schedule=(),
+        **fields,
+    )
+
+
+def term_i(data: dict[str, np.ndarray], **fields) -> foresight.Term:
+    return foresight.Term(
+        name="bidirectional",
+        source="bidirectional",
+        offsets=((0, 0),),
+        student_layer=int(data["depth"]),
+        projector_width=int(data["pd"]),
+        start_epoch=0,
+        schedule=(),
+        **fields,
+    )
+
+
+def close(actual, expected, relative=1e-4, what=""):
+    """Largest difference within `relative` of the largest expected magnitude, and no NaN."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} against {expected.shape}"
+    error = np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+    assert error <= relative, f"{what}: off by {error:.2e} relative, {relative:.0e} allowed"
+
+
+@pytest.mark.parametrize("path", cases("generator"))
+def test_generator(path):
+    data = load(path)
+    state = part(data, "params/")
+    config = generator_config(data, len(state["cls_embedding.embedding_table.weight"]))
+    params = convert.generator_from_torch(config, without_projectors(state))
+    depth = int(data["depth"])
+    codes, labels = data["codes"].astype(np.int32), data["labels"].astype(np.int32)
+    logits, taps = Generator(config, taps=(depth,)).apply(
+        {"params": params}, codes[:, :-1], labels
+    )
+    close(logits, data["logits"], what="logits")
+    close(taps[depth], data["hidden_at_depth"], what="hidden")
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
+    close(cross_entropy, data["cross_entropy"], what="cross-entropy")
+
+    term = term_e(data)
+    projections = foresight.heads(term, data["projections"].shape[-1]).apply(
+        {"params": convert.projectors_from_torch(state)}, taps[depth]
+    )
+    close(projections, data["projections"], what="projections")
+    losses = foresight.alignment_losses(term, projections, data["teacher_hidden"], GRID)
+    # A foresight loss is a mean cosine, of order 1 and here near 0: absolute.
+    np.testing.assert_allclose(losses, data["foresight_e"], rtol=0, atol=1e-6)
+    losses = foresight.alignment_losses(
+        term_i(data), projections[:1], data["bidirectional_features"], GRID
+    )
+    np.testing.assert_allclose(losses, data["foresight_i"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", cases("sampling"))
+def test_sampling(path):
+    data = load(path)
+    model = load(path.with_name(path.name.replace("sampling_", "generator_")))
+    state = without_projectors(part(model, "params/"))
+    config = generator_config(model, len(state["cls_embedding.embedding_table.weight"]))
+    params = convert.generator_from_torch(config, state)
+    labels = jnp.asarray(data["labels"], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), len(labels))
+    greedy = [name for name in data if name.startswith("greedy_")]
+    filtered = [name for name in data if name.startswith("probs_")]
+    assert greedy and filtered
+    for name in greedy:  # greedy_cfg3_interval100
+        guidance, _, interval = name.removeprefix("greedy_cfg").partition("_interval")
+        options = sample.SampleOptions(
+            guidance=float(guidance), interval=int(interval or -1), greedy=True
+        )
+        codes = sample.generate(config, params, labels, keys, options)
+        np.testing.assert_array_equal(codes, data[name], err_msg=name)
+    for name in filtered:  # probs_topk20_topp0.9_temp1.3
+        fields = dict(zip(("top_k", "top_p", "temperature"), name.split("_")[1:], strict=True))
+        options = sample.SampleOptions(
+            top_k=int(fields["top_k"].removeprefix("topk")),
+            top_p=float(fields["top_p"].removeprefix("topp")),
+            temperature=float(fields["temperature"].removeprefix("temp")),
+        )
+        probabilities = jax.nn.softmax(sample.filter_logits(jnp.asarray(data["logits"]), options))
+        np.testing.assert_allclose(probabilities, data[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+class StoredFeatures:
+    """Mirai-I's teacher in a trajectory: its outputs are stored, one batch a step."""
+
+    def __init__(self, features: int):
+        self.features = features
+
+    def apply(self, variables, image):
+        return image
+
+
+def run_trajectory(path, term, teacher=None):
+    """Trains as the official script does and compares every step, then the EMA."""
+    data = load(path)
+    state = part(data, "init/")
+    config = generator_config(data, len(state["cls_embedding.embedding_table.weight"]))
+    recipe = step.Recipe(
+        generator=config,
+        terms=(term,),
+        optimizer=OptimizerConfig(
+            learning_rate=float(data["lr"]),
+            weight_decay=float(data["weight_decay"]),
+            clip_norm=float(data["clip"]),
+        ),
+        ema_decay=float(data["ema_decay"]),
+        teacher=teacher,
+    )
+    params = {
+        "generator": convert.generator_from_torch(config, without_projectors(state)),
+        "foresight": {term.name: convert.projectors_from_torch(state, len(term.offsets))},
+    }
+    train_state = step.init_state(recipe, jax.random.key(0), jax.tree.map(jnp.asarray, params))
+    train_step = step.make_train_step(recipe)
+    for i, codes in enumerate(data["codes"]):
+        batch = {"codes": jnp.asarray(codes), "label": jnp.asarray(data["labels"][i], jnp.int32)}
+        if "features" in data:
+            batch["image"] = jnp.asarray(data["features"][i])
+        train_state, metrics = train_step(train_state, {"bidirectional": {}}, batch, i)
+        close(metrics["cross_entropy"], data["primary"][i], what=f"step {i}: cross-entropy")
+        close(metrics["loss"], data["total"][i], what=f"step {i}: total")
+        close(metrics["grad_norm"], data["grad_norm"][i], what=f"step {i}: gradient norm")
+        np.testing.assert_allclose(
+            [metrics[name] for name in term.metric_names],
+            data["foresight"][i],
+            rtol=0,
+            atol=1e-4,
+            err_msg=f"step {i}: foresight",
+        )
+    ema = convert.generator_to_torch(config, train_state.ema)
+    for name, expected in part(data, "final_ema/").items():
+        close(ema[name], expected, what=f"final EMA {name}")
+
+
+@pytest.mark.parametrize("path", cases("trajectory_e"))
+def test_trajectory_e(path):
+    data = load(path)
+    weights = (float(data["coefficient"]),)
+    # One step an epoch, so that the warm-up is counted in steps.
+    run_trajectory(path, term_e(data, weights=weights, start_epoch=int(data["warmup_steps"])))
+
+
+@pytest.mark.parametrize("path", cases("trajectory_i"))
+def test_trajectory_i(path):
+    data = load(path)
+    run_trajectory(
+        path,
+        term_i(data, weights=(float(data["coefficient"]),)),
+        teacher=StoredFeatures(data["features"].shape[-1]),
+    )
