@@ -30,7 +30,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     """
     scale = scale or "demo"
     if scale not in SCALES:
-        raise ValueError(f"scale '{scale}' is unknown; after the colon goes one of {', '.join(SCALES)}")
+        raise ValueError(
+            f"scale '{scale}' is unknown; after the colon goes one of {', '.join(SCALES)}"
+        )
     config = ml_collections.ConfigDict()
     config.name = "base"  # the variant; with the scale it names the default workdir
     config.scale = scale

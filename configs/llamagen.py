@@ -1,6 +1,6 @@
 """LlamaGen, the baseline: next-token likelihood alone.
 
-    python -m mirai_jax.main --config=configs/llamagen.py[:scale]
+python -m mirai_jax.main --config=configs/llamagen.py[:scale]
 """
 
 from configs import base

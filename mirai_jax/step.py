@@ -233,9 +233,7 @@ def train_step(
     ema = optax.incremental_update(params["generator"], state.ema, 1 - recipe.ema_decay)
     metrics["grad_norm"] = optax.tree.norm(gradients)
     metrics["learning_rate"] = jnp.asarray(learning_rate(recipe.optimizer)(state.step))
-    return state.replace(
-        step=state.step + 1, params=params, ema=ema, opt_state=opt_state
-    ), metrics
+    return state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), metrics
 
 
 def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):

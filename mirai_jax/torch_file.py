@@ -20,13 +20,33 @@ import numpy as np
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _STORAGE_DTYPES = {
-    "DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2",
-    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": "<i8", "IntStorage": "<i4",
-    "ShortStorage": "<i2", "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "?",
-    "ComplexFloatStorage": "<c8", "ComplexDoubleStorage": "<c16",
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+    "ComplexFloatStorage": "<c8",
+    "ComplexDoubleStorage": "<c16",
 }
-_DTYPE_NAMES = ("float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 "
-                "complex128").split()
+_DTYPE_NAMES = [
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "complex64",
+    "complex128",
+]
 _BIG_ENDIAN = "big-endian PyTorch files are not supported"
 _LEAVES = (str, int, float, bool, type(None), np.ndarray)
 
@@ -61,6 +81,7 @@ def read(path: str | os.PathLike) -> Any:
 
 class _Storage:
     """A one-dimensional array that tensors look into."""
+
     __slots__ = ("array",)
 
     def __setstate__(self, state):  # pickle's default would let the file overwrite the slot
@@ -69,6 +90,7 @@ class _Storage:
 
 class _Unpickler(pickle.Unpickler):
     """Resolves the few known names and refuses all others without looking them up."""
+
     reader: "_Reader"
 
     def find_class(self, module: str, name: str) -> Any:
@@ -80,8 +102,9 @@ class _Unpickler(pickle.Unpickler):
             return self.reader.parameter
         if module == "torch" and (name in _STORAGE_DTYPES or name in _DTYPE_NAMES):
             return name
-        raise TorchFileError(f"refused: it names {f'{module}.{name}'!r}; only tensors and plain "
-                             "containers are read")
+        raise TorchFileError(
+            f"refused: it names {f'{module}.{name}'!r}; only tensors and plain containers are read"
+        )
 
     def persistent_load(self, pid: Any) -> _Storage:
         return self.reader.storage(*pid)
@@ -116,8 +139,10 @@ class _Reader:
     def _entry(self, name: str) -> BinaryIO:
         info = self.zip.getinfo(self.folder + name)
         # torch never compresses; insisting on that leaves no room for a small file that inflates.
-        _require(info.compress_type == zipfile.ZIP_STORED and info.file_size <= self.size,
-                 f"its entry {name!r} is compressed or longer than the file")
+        _require(
+            info.compress_type == zipfile.ZIP_STORED and info.file_size <= self.size,
+            f"its entry {name!r} is compressed or longer than the file",
+        )
         return self.zip.open(info)
 
     def _read_stream(self) -> Any:
@@ -127,8 +152,10 @@ class _Reader:
         tree, keys = self._unpickle(self.file), self._unpickle(self.file)
         _require(sorted(keys) == sorted(self.arrays), "damaged PyTorch file (list of storages)")
         for key in keys:  # the tensors of `tree` already look into the arrays filled here
-            _require(int.from_bytes(self.file.read(8), "little") == self.arrays[key].size,
-                     f"truncated or damaged PyTorch file (storage {key!r})")
+            _require(
+                int.from_bytes(self.file.read(8), "little") == self.arrays[key].size,
+                f"truncated or damaged PyTorch file (storage {key!r})",
+            )
             _fill(self.arrays[key], self.file)
         return tree
 
@@ -137,8 +164,10 @@ class _Reader:
         start = file.tell()
         for op, arg, position in pickletools.genops(file):
             # The C unpickler allocates its memo up to the highest index that a file claims.
-            _require("PUT" not in op.name or arg <= position - start,
-                     "damaged PyTorch file (pickle memo index)")
+            _require(
+                "PUT" not in op.name or arg <= position - start,
+                "damaged PyTorch file (pickle memo index)",
+            )
         length = file.tell() - start
         file.seek(start)
         unpickler = _Unpickler(io.BytesIO(file.read(length)))
@@ -148,8 +177,10 @@ class _Reader:
     def storage(self, kind, storage_type, key, device, count, view=None) -> _Storage:
         """What a persistent id refers to. `view`: (own key, offset, count), from early torch."""
         dtype = np.dtype(_STORAGE_DTYPES[storage_type])
-        _require(kind == "storage" and type(key) is str and type(count) is int and count >= 0,
-                 "damaged PyTorch file (reference to a storage)")
+        _require(
+            kind == "storage" and type(key) is str and type(count) is int and count >= 0,
+            "damaged PyTorch file (reference to a storage)",
+        )
         if key not in self.arrays:
             self.budget -= count * dtype.itemsize
             _require(self.budget >= 0, f"truncated: {count} x {dtype} do not fit in the file")
@@ -158,8 +189,10 @@ class _Reader:
                 _fill(self.arrays[key], self._entry(f"data/{key}"))
         storage = _Storage()
         storage.array = self.arrays[key]
-        _require((storage.array.dtype, storage.array.size) == (dtype, count),
-                 f"damaged PyTorch file (storage {key!r} is declared two ways)")
+        _require(
+            (storage.array.dtype, storage.array.size) == (dtype, count),
+            f"damaged PyTorch file (storage {key!r} is declared two ways)",
+        )
         if view is not None:
             storage.array = self.tensor(storage, view[1], (view[2],), (1,))
         return storage
@@ -169,7 +202,11 @@ class _Reader:
         whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
         _require(whole and len(shape) == len(strides), "damaged PyTorch file (shape of a tensor)")
         array, count = storage.array, math.prod(shape)
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides)) if count else offset - 1
+        last = (
+            offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            if count
+            else offset - 1
+        )
         _require(last < array.size, "damaged PyTorch file (a tensor reaches outside its storage)")
         # torch's expand has stride 0, so that any number of elements would fit the storage.
         _require(count <= self.size, f"a tensor of {count} elements is larger than the file")

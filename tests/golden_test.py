@@ -104,9 +104,7 @@ def test_generator(path):
     params = convert.generator_from_torch(config, without_projectors(state))
     depth = int(data["depth"])
     codes, labels = data["codes"].astype(np.int32), data["labels"].astype(np.int32)
-    logits, taps = Generator(config, taps=(depth,)).apply(
-        {"params": params}, codes[:, :-1], labels
-    )
+    logits, taps = Generator(config, taps=(depth,)).apply({"params": params}, codes[:, :-1], labels)
     close(logits, data["logits"], what="logits")
     close(taps[depth], data["hidden_at_depth"], what="hidden")
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()

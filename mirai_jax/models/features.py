@@ -8,10 +8,10 @@ each batch normalisation is folded into the convolution before it.
 from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 # (expansion, channels, repeats, stride of the first repeat, kernel), stages 1 to 7.
 EFFICIENTNET_LITE0_STAGES = (
@@ -34,6 +34,7 @@ class _Depthwise(nn.Module):
     A sum of shifted products, which XLA fuses into one loop: on a CPU 5 to 25 times faster than
     the grouped convolution it equals.
     """
+
     kernel: int
     stride: int
     dtype: Any
@@ -44,12 +45,16 @@ class _Depthwise(nn.Module):
         B, H, W, C = x_BxHxWxC.shape
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (k, k, 1, C))
         y = self.param("bias", nn.initializers.zeros, (C,))  # float32: so are the sums
-        (top, bottom), (left, right) = jax.lax.padtype_to_pads((H, W), (k, k), (s, s), "SAME")
-        x = jnp.pad(x_BxHxWxC, ((0, 0), (top, bottom), (left, right), (0, 0)))
-        h, w = -(-H // s), -(-W // s)
+        h, w = -(-H // s), -(-W // s)  # rounded up
+        pad_h, pad_w = (max((out - 1) * s + k - size, 0) for out, size in ((h, H), (w, W)))
+        x = jnp.pad(
+            x_BxHxWxC, ((0, 0), (pad_h // 2, -(-pad_h // 2)), (pad_w // 2, -(-pad_w // 2)), (0, 0))
+        )
         for i in range(k):
             for j in range(k):
-                y += kernel[i, j, 0] * x[:, i:i + (h - 1) * s + 1:s, j:j + (w - 1) * s + 1:s]
+                y += (
+                    kernel[i, j, 0] * x[:, i : i + (h - 1) * s + 1 : s, j : j + (w - 1) * s + 1 : s]
+                )
         return y.astype(self.dtype)
 
 
@@ -59,11 +64,19 @@ class EfficientNetLite0(nn.Module):
     `dtype` is the type of the computation; float32 is computed as such on every device. Parameters
     are float32: `efficientnet_params`, or `pretrained.load_efficientnet_lite0`.
     """
+
     dtype: Any = jnp.float32
 
     def _conv(self, name: str, channels: int, kernel: int = 1, stride: int = 1) -> nn.Conv:
-        return nn.Conv(channels, (kernel, kernel), stride, "SAME", name=name, dtype=self.dtype,
-                       precision="highest")
+        return nn.Conv(
+            channels,
+            (kernel, kernel),
+            stride,
+            "SAME",
+            name=name,
+            dtype=self.dtype,
+            precision="highest",
+        )
 
     def _block(self, x, name: str, expansion, channels, stride, kernel):
         skip = x
@@ -95,17 +108,21 @@ class EfficientNetLite0(nn.Module):
         if not jnp.issubdtype(images_BxHxWx3.dtype, jnp.floating):
             raise ValueError(f"images must be floats in [0, 1], not {images_BxHxWx3.dtype}")
         if stage is not None and (logits or stage not in range(1, 8)):
-            raise ValueError(f"stage must be 1 to 7, or None for pooled features and logits; "
-                             f"got stage={stage!r}, logits={logits}")
+            raise ValueError(
+                f"stage must be 1 to 7, or None for pooled features and logits; "
+                f"got stage={stage!r}, logits={logits}"
+            )
 
         # The training data was (pixel - 127) / 128 with pixels 0 to 255.
         x = (images_BxHxWx3.astype(jnp.float32) * 255 - 127) / 128
         x = nn.relu6(self._conv("stem", STEM_CHANNELS, 3, 2)(x.astype(self.dtype)))
         for n, (expansion, channels, repeats, stride, kernel) in enumerate(
-                EFFICIENTNET_LITE0_STAGES, start=1):
+            EFFICIENTNET_LITE0_STAGES, start=1
+        ):
             for i in range(repeats):
-                x = self._block(x, f"stage{n}_{i}", expansion, channels, stride if i == 0 else 1,
-                                kernel)
+                x = self._block(
+                    x, f"stage{n}_{i}", expansion, channels, stride if i == 0 else 1, kernel
+                )
             if n == stage:
                 return x
         x = nn.relu6(self._conv("head", HEAD_CHANNELS)(x))
@@ -152,8 +169,11 @@ def efficientnet_params(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     given = {n: np.shape(a) for n, a in state_dict.items() if not n.endswith("num_batches_tracked")}
     problems = [f"missing {n}" for n in shapes.keys() - given.keys()]
     problems += [f"unexpected {n}" for n in given.keys() - shapes.keys()]
-    problems += [f"{n} is {given[n]}, not {shapes[n]}" for n in shapes.keys() & given.keys()
-                 if given[n] != shapes[n]]
+    problems += [
+        f"{n} is {given[n]}, not {shapes[n]}"
+        for n in shapes.keys() & given.keys()
+        if given[n] != shapes[n]
+    ]
     if problems:
         raise ValueError("not EfficientNet-Lite0 parameters: " + "; ".join(sorted(problems)))
 

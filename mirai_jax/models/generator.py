@@ -77,7 +77,7 @@ class GeneratorConfig:
         return self.num_classes
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rope_table(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> np.ndarray:
     """2-D rotary factors by sequence position.
 
@@ -110,6 +110,17 @@ def apply_rope(x_BxTxHxd: jax.Array, table_Txdx2: jax.Array) -> jax.Array:
     return turned.reshape(x_BxTxHxd.shape).astype(x_BxTxHxd.dtype)
 
 
+def _attend(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd):
+    """Causal attention over all positions, softmax in float32. Returns (B, T, H, d)."""
+    # Heads lead the matrix products: about twice as fast on CPU as with T leading.
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    causal = np.tri(q.shape[2], dtype=bool)
+    scores = jnp.where(causal, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, v).transpose(0, 2, 1, 3)
+
+
 def _attend_cached(q_BxHxd, k_BxHxd, v_BxHxd, cache, position):
     """One query against the cache's first `position` entries and itself. Returns (B, H, d)."""
     k_BxHxLxd, v_BxHxLxd = cache
@@ -136,11 +147,18 @@ class Attention(nn.Module):
         T is 1 and `position` its place in the sequence; the cache is read, never written here.
         """
         config = self.config
-        heads, head_dim, dtype = config.num_heads, config.head_dim, config.dtype
+        heads, head_dim = config.num_heads, config.head_dim
+        batch, length, width = x_BxTxD.shape
         dense = functools.partial(
-            nn.DenseGeneral, use_bias=False, kernel_init=_INIT, dtype=dtype, param_dtype=jnp.float32
+            nn.DenseGeneral,
+            use_bias=False,
+            kernel_init=_INIT,
+            dtype=config.dtype,
+            param_dtype=jnp.float32,
         )
-        qkv = dense(features=(3, heads, head_dim), name="wqkv")(x_BxTxD)
+        # Matrix products see one flat axis of tokens: XLA lays them out far better on CPU.
+        qkv = dense(features=(3, heads, head_dim), name="wqkv")(x_BxTxD.reshape(-1, width))
+        qkv = qkv.reshape(batch, length, 3, heads, head_dim)
         q, k, v = (qkv[:, :, i] for i in range(3))
         table = jnp.asarray(rope_table(config.grid, head_dim))
         if cache is None:
@@ -149,14 +167,13 @@ class Attention(nn.Module):
             table = jax.lax.dynamic_slice_in_dim(table, position, 1)
         q, k = apply_rope(q, table), apply_rope(k, table)
         if cache is None:
-            out, new = jax.nn.dot_product_attention(q, k, v, is_causal=True), None
+            out, new = _attend(q, k, v), None
         else:
             q, k, v = q[:, 0], k[:, 0], v[:, 0]
             out, new = _attend_cached(q, k, v, cache, position)[:, None], (k, v)
-        out = dense(features=config.width, axis=(-2, -1), name="wo")(out)
-        return nn.Dropout(config.residual_dropout, deterministic=not self.has_rng("dropout"))(
-            out
-        ), new
+        out = dense(features=width, axis=(-2, -1), name="wo")(out.reshape(-1, heads, head_dim))
+        dropout = nn.Dropout(config.residual_dropout, deterministic=not self.has_rng("dropout"))
+        return dropout(out).reshape(x_BxTxD.shape), new
 
 
 class FeedForward(nn.Module):
@@ -170,10 +187,12 @@ class FeedForward(nn.Module):
         dense = functools.partial(
             nn.Dense, use_bias=False, kernel_init=_INIT, dtype=config.dtype, param_dtype=jnp.float32
         )
-        gate = dense(config.ffn_width, name="w1")(x_BxTxD)
-        value = dense(config.ffn_width, name="w3")(x_BxTxD)
+        x_MxD = x_BxTxD.reshape(-1, config.width)  # one flat axis of tokens, as in Attention
+        gate = dense(config.ffn_width, name="w1")(x_MxD)
+        value = dense(config.ffn_width, name="w3")(x_MxD)
         out = dense(config.width, name="w2")(nn.silu(gate) * value)
-        return nn.Dropout(config.ffn_dropout, deterministic=not self.has_rng("dropout"))(out)
+        dropout = nn.Dropout(config.ffn_dropout, deterministic=not self.has_rng("dropout"))
+        return dropout(out).reshape(x_BxTxD.shape)
 
 
 def _norm(config: GeneratorConfig, name: str | None = None) -> nn.RMSNorm:

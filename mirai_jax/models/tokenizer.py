@@ -6,10 +6,10 @@ Every tokenizer is a linen module with the methods and attributes of `Tokenizer`
 
 from typing import Protocol
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 
 class Tokenizer(Protocol):
@@ -47,8 +47,11 @@ class PatchCodebook(nn.Module):
     channels: int = 1
 
     def setup(self) -> None:
-        self.codebook = self.param('codebook', nn.initializers.normal(1.0),
-                                   (self.vocab_size, self.patch**2 * self.channels))
+        self.codebook = self.param(
+            "codebook",
+            nn.initializers.normal(1.0),
+            (self.vocab_size, self.patch**2 * self.channels),
+        )
 
     @property
     def downsample(self) -> int:
@@ -59,8 +62,10 @@ class PatchCodebook(nn.Module):
         """(height, width) in tokens; raises ValueError if patches do not tile the image."""
         height, width = image_size
         if height % self.patch or width % self.patch:
-            raise ValueError(f'image size {height}x{width} does not divide into patches of '
-                             f'{self.patch}x{self.patch} pixels')
+            raise ValueError(
+                f"image size {height}x{width} does not divide into patches of "
+                f"{self.patch}x{self.patch} pixels"
+            )
         return height // self.patch, width // self.patch
 
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
@@ -75,13 +80,16 @@ class PatchCodebook(nn.Module):
         """
         expected = (*self.image_size, self.channels)
         if images_BxHxWxC.shape[1:] != expected:
-            raise ValueError(f'images are {images_BxHxWxC.shape[1:]}, this codebook takes '
-                             f'{expected} (height, width, channels)')
+            raise ValueError(
+                f"images are {images_BxHxWxC.shape[1:]}, this codebook takes "
+                f"{expected} (height, width, channels)"
+            )
         patches_BxLxP = unfold(images_BxHxWxC.astype(jnp.float32), self.patch)
         # Squared distance without the patch's own norm, which is the same for every prototype.
         # Highest precision: TPUs and GPUs would round the product enough to change codes.
-        product_BxLxV = jnp.matmul(patches_BxLxP, self.codebook.T,
-                                   precision=jax.lax.Precision.HIGHEST)
+        product_BxLxV = jnp.matmul(
+            patches_BxLxP, self.codebook.T, precision=jax.lax.Precision.HIGHEST
+        )
         distance_BxLxV = jnp.sum(jnp.square(self.codebook), axis=1) - 2 * product_BxLxV
         return jnp.argmin(distance_BxLxV, axis=-1).astype(jnp.int32)
 
@@ -102,12 +110,17 @@ def unfold(images_BxHxWxC: np.ndarray | jax.Array, patch: int) -> np.ndarray | j
     batch, height, width, channels = images_BxHxWxC.shape
     patches = images_BxHxWxC.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(
-        batch, (height // patch) * (width // patch), patch * patch * channels)
+        batch, (height // patch) * (width // patch), patch * patch * channels
+    )
 
 
 def to_unit(images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """Uint8 pixels 0 .. 255 -> float32 in [-1, 1]. Numpy in, numpy out; JAX in, JAX out."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    """Uint8 pixels 0 .. 255 -> float32 in [-1, 1]. Numpy in, numpy out; JAX in, JAX out.
+
+    Only the last product rounds, so numpy and every compiler agree to the bit: `x / 127.5 - 1`
+    differs under jit, where XLA multiplies by the reciprocal, and then leaves [-1, 1].
+    """
+    return (2 * images.astype(np.float32) - 255) * np.float32(1 / 255)
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

@@ -1,0 +1,88 @@
+"""Trains: `python -m mirai_jax.main --config=configs/mirai_e.py[:scale] [--config.field=value ...]`."""
+
+import contextlib
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mirai_jax import train
+from mirai_jax.errors import ConfigError, DataError, first_line
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:scale] of configs/.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; default: runs/<config>-<scale>. An unfinished run goes on."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several hosts: jax.distributed.initialize() finds the others."
+)
+
+
+def _missing_field(argv: list[str]) -> str | None:
+    """For a misspelt --config.field: what is allowed there instead."""
+    path = next((a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")), None)
+    if path is None:
+        return None
+    config = config_flags.ConfigFileFlagParser("config").parse(path)
+    for argument in argv:
+        flag, _, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag.startswith("config."):
+            node, walked = config, "config"
+            # foresight[0].weights -> foresight, 0, weights
+            for key in flag.removeprefix("config.").replace("[", ".").replace("]", "").split("."):
+                if isinstance(node, tuple):
+                    allowed = [str(i) for i in range(len(node))]
+                elif hasattr(node, "keys"):
+                    allowed = list(node.keys())
+                else:
+                    allowed = []
+                if key not in allowed:
+                    listed = ", ".join(allowed) or "none"
+                    return f"{flag} (given {value!r}) does not exist; {walked} has these fields: {listed}"
+                walked += f".{key}"
+                node = node[int(key)] if isinstance(node, tuple) else node[key]
+    return None
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser with errors of one line and exit status 1."""
+    try:
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is None:
+            raise ConfigError("--config is missing; it must be a file such as configs/mirai_e.py")
+        _CONFIG.value.to_dict()  # a file that cannot be read shows itself here
+        if len(rest) > 1:
+            raise ConfigError(f"argument {rest[1]!r} is not understood; use --config.field=value")
+        return rest
+    except Exception as error:  # whatever a config file or its flags raise
+        text = None
+        if isinstance(error, (AttributeError, KeyError, IndexError, flags.Error)):
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                text = _missing_field(argv)
+        if text is None:
+            # ml_collections wraps a config file's own error in its traceback: its last line.
+            text = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+            text = text.removeprefix("ValueError: ")
+        sys.exit(f"error: {text}")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    config = _CONFIG.value
+    workdir = _WORKDIR.value or pathlib.Path("runs") / f"{config.name}-{config.scale}"
+    try:
+        train.train(config, workdir)
+    except (ConfigError, DataError, train.TrainingError) as error:
+        sys.exit(f"error: {first_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; the same command goes on from the last checkpoint of {workdir}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,257 @@
+"""Records of codes, on disk (ArrayRecord shards) and in memory: what `data.make_dataset` reads.
+
+A record is a msgpack map {shape, codes, label, key}; `mirai_jax.extract` writes shards of them and
+`CodeRecords` gives random access to a folder of shards, checking each record as it is read.
+"""
+
+import bisect
+import glob
+import itertools
+import os
+import pathlib
+from collections.abc import Iterable
+from concurrent import futures
+from typing import Any
+
+import grain
+import msgpack
+import numpy as np
+from array_record.python import array_record_module
+
+from mirai_jax.errors import DataError, first_line
+
+SHARD_SUFFIXES = (".array_record", ".arrayrecord")
+
+
+def pack_record(codes_CxL: np.ndarray, label: int, key: str) -> bytes:
+    """Packs the codes of one image into the bytes of one ArrayRecord record.
+
+    Args:
+        codes_CxL: uint16; the codes, in row-major order, of each of C crops of the image.
+        label: class id, 0 or more.
+        key: which image this is (a file name, say); not used for training.
+
+    Returns:
+        A msgpack map; `unpack_record` reads it.
+
+    Raises:
+        DataError: a wrong shape, dtype or label.
+    """
+    codes = np.asarray(codes_CxL)
+    if codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size:
+        raise DataError(
+            f"codes of record {key!r} are {codes.dtype} {codes.shape}: allowed is "
+            "uint16 (crops, length)"
+        )
+    if not 0 <= label < 2**31:
+        raise DataError(
+            f"label {label} of record {key!r} is out of range: allowed are 0 to 2147483647"
+        )
+    return msgpack.packb(
+        {
+            "shape": list(codes.shape),
+            "codes": codes.astype("<u2").tobytes(),
+            "label": int(label),
+            "key": key,
+        }
+    )
+
+
+def unpack_record(raw: bytes) -> dict[str, Any]:
+    """Unpacks what `pack_record` packed.
+
+    Returns:
+        {'codes': uint16 (C, L), 'label': int, 'key': str}.
+
+    Raises:
+        DataError: the bytes are anything else (damaged, cut off, another format).
+    """
+    try:
+        record = msgpack.unpackb(raw)
+    except Exception as error:  # msgpack raises half a dozen kinds on damaged bytes
+        raise DataError(f"not a record of codes ({error})") from error
+    if not isinstance(record, dict) or set(record) != {"shape", "codes", "label", "key"}:
+        raise DataError("not a record of codes (its fields must be shape, codes, label and key)")
+    shape, codes, label, key = (record[field] for field in ("shape", "codes", "label", "key"))
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(side) is int and side > 0 for side in shape)
+    ):
+        raise DataError("damaged record of codes (shape must be two positive integers)")
+    if not isinstance(codes, bytes) or len(codes) != 2 * shape[0] * shape[1]:
+        raise DataError(f"damaged record of codes (codes must be {2 * shape[0] * shape[1]} bytes)")
+    if type(label) is not int or not 0 <= label < 2**31 or not isinstance(key, str):
+        raise DataError("damaged record of codes (label must be an integer of 0 or more, key text)")
+    return {
+        "codes": np.frombuffer(codes, "<u2").astype(np.uint16).reshape(shape),
+        "label": label,
+        "key": key,
+    }
+
+
+def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
+    """Writes one ArrayRecord file; it appears under its name only when it is whole.
+
+    Args:
+        path: ends in .array_record.
+        records: packed records, in order.
+
+    Returns:
+        How many records were written.
+    """
+    path = pathlib.Path(path)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        # group_size:1, since training reads single records in random order.
+        writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
+        count = 0
+        try:
+            for record in records:
+                writer.write(record)
+                count += 1
+        finally:
+            writer.close()
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count
+
+
+class CodeRecords:
+    """Random access to the records of ArrayRecord shards: {'codes': uint16 (C, L), 'label': int32}.
+
+    Pickles (worker processes reopen the files). Every record is checked when it is read.
+
+    Attributes:
+        crops: C, how many crops every record stores.
+    """
+
+    def __init__(self, path: str, *, grid: tuple[int, int], vocab_size: int, num_classes: int):
+        """Opens the shards.
+
+        Args:
+            path: a folder holding *.array_record files, or a glob pattern of files.
+            grid: (height, width) of the token grid; a record's L must be height * width.
+            vocab_size: codes must be below it.
+            num_classes: labels must be below it.
+
+        Raises:
+            DataError: nothing there, a damaged shard, or a first record of another shape.
+        """
+        files = _find_shards(path)
+        self._path, self._grid = path, tuple(grid)
+        self._vocab_size, self._num_classes = vocab_size, num_classes
+        with futures.ThreadPoolExecutor(16) as pool:  # many shards on network storage
+            self._shards = list(pool.map(_open_shard, files))
+        self._names = [os.path.basename(file) for file in files]
+        # Record k is in the first shard whose running total exceeds k.
+        self._totals = list(itertools.accumulate(len(shard) for shard in self._shards))
+        if not len(self):
+            raise DataError(f"data.path {path!r}: its {len(files)} shard(s) hold no record")
+        self.crops = None
+        self.crops = len(self[0]["codes"])
+
+    def __len__(self) -> int:
+        return self._totals[-1]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._totals, index)
+        position = index - (self._totals[shard - 1] if shard else 0)
+        try:
+            record = unpack_record(self._shards[shard][position])
+            self._check(record)
+        except Exception as error:  # a damaged shard raises whatever its C++ reader makes of it
+            raise DataError(
+                f"data.path {self._path!r}: record {position} of {self._names[shard]}: "
+                f"{first_line(error)}"
+            ) from error
+        return {"codes": record["codes"], "label": np.int32(record["label"])}
+
+    def __repr__(self) -> str:
+        return f"CodeRecords({self._path!r}, {len(self)} records)"
+
+    def _check(self, record: dict[str, Any]) -> None:
+        codes, label = record["codes"], record["label"]
+        height, width = self._grid
+        if codes.shape[1] != height * width:
+            raise DataError(
+                f"has {codes.shape[1]} codes a crop, but model.grid {height}x{width} "
+                f"needs {height * width}"
+            )
+        if self.crops is not None and len(codes) != self.crops:
+            raise DataError(f"has {len(codes)} crops, the first record has {self.crops}")
+        if codes.max() >= self._vocab_size:
+            raise DataError(
+                f"has code {codes.max()}: model.vocab_size allows 0 to {self._vocab_size - 1}"
+            )
+        if label >= self._num_classes:
+            raise DataError(
+                f"has label {label}: model.num_classes allows 0 to {self._num_classes - 1}"
+            )
+
+
+def _find_shards(path: str) -> list[str]:
+    """The shards of a folder or glob pattern, sorted by name."""
+    how = 'make them with "python -m mirai_jax.extract", then pass --config.data.path=FOLDER'
+    if not path:
+        raise DataError(
+            "data.path '' is unset: imagenet runs read ArrayRecord shards of codes; " + how
+        )
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        files = [
+            os.path.join(expanded, name)
+            for name in os.listdir(expanded)
+            if name.endswith(SHARD_SUFFIXES)
+        ]
+        if not files:
+            raise DataError(f"data.path {path!r} holds no *.array_record file: " + how)
+    else:
+        files = [file for file in glob.glob(expanded) if os.path.isfile(file)]
+        if not files:
+            raise DataError(
+                f"data.path {path!r} does not exist: it must be a folder of "
+                "*.array_record shards of codes (or a glob pattern of them); " + how
+            )
+    return sorted(files)
+
+
+def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
+    try:
+        return grain.sources.ArrayRecordDataSource(file)
+    except Exception as error:
+        raise DataError(
+            f"data.path {file!r} is not a whole ArrayRecord file ({first_line(error)})"
+        ) from error
+
+
+class CodedImages:
+    """Codes and labels in memory, with the images they came from if a teacher needs them.
+
+    Item k is {'codes': (1, L), 'label': int32, 'image': uint8 (H, W, C) unless images is None}.
+    """
+
+    def __init__(
+        self, codes_NxL: np.ndarray, labels_N: np.ndarray, images_NxHxWxC: np.ndarray | None = None
+    ):
+        counts = [len(part) for part in (codes_NxL, labels_N, images_NxHxWxC) if part is not None]
+        if len(set(counts)) != 1:
+            raise DataError(f"codes, labels and images must be equally many, they are {counts}")
+        self._codes = np.asarray(codes_NxL)[:, None]
+        self._labels = np.asarray(labels_N, np.int32)
+        self._images = images_NxHxWxC
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        item = {"codes": self._codes[index], "label": self._labels[index]}
+        if self._images is not None:
+            item["image"] = self._images[index]
+        return item
+
+    def __repr__(self) -> str:
+        return f"CodedImages({len(self)} records)"

@@ -1,0 +1,96 @@
+"""Pictures: sample grids and the summary figure of a run."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+_MARGIN = 4  # pixels of background around an image, after enlarging
+_BACKGROUND = (255, 255, 255)
+
+
+def sample_grid(images_BxHxWxC: np.ndarray, names: Sequence[str], side: int = 64) -> np.ndarray:
+    """One row a class with its name at the left.
+
+    Args:
+        images_BxHxWxC: uint8, the images of the first name first; B is a multiple of len(names).
+        names: one a row.
+        side: images are enlarged by a whole factor to about so many pixels.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    rows, columns = len(names), len(images_BxHxWxC) // len(names)
+    factor = max(1, side // images_BxHxWxC.shape[1])
+    images = images_BxHxWxC.repeat(factor, axis=1).repeat(factor, axis=2)
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    height, width = images.shape[1] + _MARGIN, images.shape[2] + _MARGIN
+    left = 12 + 7 * max(len(name) for name in names)
+    picture = Image.new("RGB", (left + columns * width, _MARGIN + rows * height), _BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(names):
+        top = _MARGIN + row * height
+        draw.text((6, top + height // 2 - 8), name, fill=(0, 0, 0))
+        for column in range(columns):
+            tile = Image.fromarray(images[row * columns + column])
+            picture.paste(tile, (left + column * width, top))
+    return np.asarray(picture)
+
+
+def save_picture(path: pathlib.Path, picture_HxWx3: np.ndarray) -> None:
+    """Writes a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture_HxWx3).save(path)
+
+
+def summary_figure(
+    path: pathlib.Path,
+    title: str,
+    metrics: Sequence[dict[str, Any]],
+    grid_HxWx3: np.ndarray | None,
+) -> None:
+    """The run at a glance: cross-entropy and foresight losses by step, and the last samples.
+
+    Args:
+        path: the PNG to write.
+        title: what the run is.
+        metrics: the entries of metrics.jsonl.
+        grid_HxWx3: a sample grid, or None.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [entry["step"] for entry in metrics]
+    heads = [k for k in (metrics[-1] if metrics else {}) if k.startswith("foresight_")]
+    curves = 1 + bool(heads)
+    figure, axes = plt.subplots(
+        1,
+        curves + (grid_HxWx3 is not None),
+        figsize=(5 * curves + (5 if grid_HxWx3 is not None else 0), 5),
+        layout="constrained",
+    )
+    axes = np.atleast_1d(axes)
+    figure.suptitle(title)
+    axes[0].plot(steps, [entry["cross_entropy"] for entry in metrics])
+    axes[0].set(title="Next-token cross-entropy (nats)", xlabel="step")
+    axes[0].set_ylim(bottom=0)
+    if heads:
+        for head in heads:
+            # 0 stands for a term that has not started.
+            values = [entry.get(head) or float("nan") for entry in metrics]
+            axes[1].plot(steps, values, label=head.removeprefix("foresight_"))
+        axes[1].set(title="Foresight losses, unweighted", xlabel="step")
+        axes[1].legend()
+    for axis in axes[:curves]:
+        axis.grid(alpha=0.3)
+    if grid_HxWx3 is not None:
+        axes[-1].imshow(grid_HxWx3)
+        axes[-1].set_title("Samples of the EMA, one class a row")
+        axes[-1].axis("off")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,384 @@
+"""The training loop: batch -> step -> metrics, samples, checkpoints; one run in one workdir."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+
+from mirai_jax import config as config_lib
+from mirai_jax import data, evaluate, foresight, frozen, records, report, sample, sharding
+from mirai_jax.checkpoint import Checkpoints
+from mirai_jax.config import Settings
+from mirai_jax.errors import ConfigError
+from mirai_jax.step import Recipe, TrainState, init_state, make_train_step
+from mirai_jax.workdir import MetricsWriter, Stopwatch, open_workdir, read_metrics, write_atomically
+
+Say = Callable[[str], None]
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on: one line with the step and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of besides its state.
+
+    `images` and `tokenizer` are None where the data set holds codes alone.
+    """
+
+    settings: Settings
+    recipe: Recipe
+    source: records.CodedImages | records.CodeRecords
+    images: data.LabelledImages | None
+    tokenizer: nn.Module | None
+    tokenizer_params: Any
+    frozen: Any  # teachers' parameters, as `train_step` takes them
+
+
+def build(settings: Settings, workdir: pathlib.Path, say: Say) -> Parts:
+    """Reads the data, fits or loads the frozen parts and fixes the recipe.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    images = tokenizer = tokenizer_params = None
+    if settings.data.name == "codes":
+        source = records.CodeRecords(
+            settings.data.path,
+            grid=settings.generator.grid,
+            vocab_size=settings.generator.vocab_size,
+            num_classes=settings.generator.num_classes,
+        )
+    else:
+        images = _labelled_images(settings, "train")
+        if len(images.class_names) != settings.generator.num_classes:
+            raise ConfigError(
+                f"model.num_classes is {settings.generator.num_classes}; it must be "
+                f"{len(images.class_names)}, the classes of {settings.data.name}"
+            )
+        tokenizer, tokenizer_params = frozen.make_tokenizer(
+            settings, images.images, workdir / "tokenizer.npz"
+        )
+        codes = frozen.encode_images(tokenizer, tokenizer_params, images.images)
+        source = records.CodedImages(
+            codes, images.labels, images.images if settings.needs_images else None
+        )
+    say(
+        f"data: {settings.data.name}, {len(source):,} images, {settings.generator.length} tokens each"
+    )
+
+    teacher, frozen_params, static = None, {}, []
+    if settings.needs_images:
+        teacher, frozen_params["bidirectional"] = frozen.make_teacher(settings)
+        say(f"teacher: {settings.teacher.name}, {teacher.features} features a position")
+    terms = list(settings.terms)
+    for name, path in settings.term_checkpoints:
+        i = next(i for i, term in enumerate(terms) if term.name == name)
+        config, frozen_params[name] = frozen.load_generator(
+            f"foresight[{i}].checkpoint", path, settings
+        )
+        layer = terms[i].teacher_layer or config_lib.two_thirds(config.num_layers)
+        if layer > config.num_layers:
+            raise ConfigError(
+                f"foresight[{i}].teacher_layer is {layer}; it must be a block of the pretrained "
+                f"generator, 1 to {config.num_layers} (0: the default)"
+            )
+        terms[i] = dataclasses.replace(terms[i], teacher_layer=layer)
+        static.append((name, config))
+        say(f"teacher: generator of {path}, {config.num_layers} layers of {config.width}")
+    recipe = Recipe(
+        generator=settings.generator,
+        terms=tuple(terms),
+        optimizer=settings.optimizer,
+        ema_decay=settings.ema_decay,
+        steps_per_epoch=data.steps_per_epoch(len(source), settings.batch_size),
+        teacher=teacher,
+        static=tuple(static),
+    )
+    return Parts(settings, recipe, source, images, tokenizer, tokenizer_params, frozen_params)
+
+
+def _labelled_images(settings: Settings, split: str) -> data.LabelledImages:
+    return data.load_images(
+        settings.data.name,
+        settings.data.path,
+        split,
+        settings.tokenizer.image_size,
+        settings.data.held_out,
+    )
+
+
+def draw(
+    parts: Parts, ema: Any, labels: np.ndarray, key: jax.Array, chunk: int = 250
+) -> np.ndarray:
+    """uint8 images (N, H, W, C) of the labels; image i depends on `key` and i alone."""
+    images = []
+    for start in range(0, len(labels), chunk):
+        indices = np.arange(start, start + chunk)
+        some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
+        codes = sample.generate(
+            parts.recipe.generator,
+            ema,
+            jnp.asarray(some),
+            sample.image_keys(key, indices),
+            parts.settings.sample,
+        )
+        images.append(frozen.decode_codes(parts.tokenizer, parts.tokenizer_params, codes))
+    return np.concatenate(images)[: len(labels)]
+
+
+def draw_grid(parts: Parts, ema: Any) -> np.ndarray:
+    """The run's sample grid: always the same classes and keys, so that grids can be compared."""
+    classes, count = parts.settings.sample_classes, parts.settings.sample_per_class
+    key = jax.random.fold_in(jax.random.key(parts.settings.seed), 1)
+    labels = np.repeat(np.arange(classes, dtype=np.int32), count)
+    images = draw(parts, ema, labels, key, chunk=min(len(labels), 250))
+    return report.sample_grid(images, parts.images.class_names[:classes])
+
+
+def judge_samples(parts: Parts, ema: Any) -> dict[str, float]:
+    """Agreement of a classifier of the real images with the class asked for, and its own limits."""
+    settings = parts.settings
+    judge = evaluate.fit_judge(parts.images.images, parts.images.labels)
+    labels = np.arange(settings.judged_samples, dtype=np.int32) % settings.generator.num_classes
+    key = jax.random.fold_in(jax.random.key(settings.seed), 2)
+    result = {"samples": evaluate.agreement(judge, draw(parts, ema, labels, key), labels)}
+    held_out = _labelled_images(settings, "held_out")
+    if len(held_out.labels):
+        codes = frozen.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
+        decoded = frozen.decode_codes(parts.tokenizer, parts.tokenizer_params, codes)
+        result["real"] = evaluate.agreement(judge, held_out.images, held_out.labels)
+        result["real_through_tokenizer"] = evaluate.agreement(judge, decoded, held_out.labels)
+    return result
+
+
+def duration(seconds: float) -> str:
+    """E.g. 45s, 3m05s, 2h07m, 3d04h."""
+    seconds = round(seconds)
+    for unit, size, sub, sub_size in (
+        ("d", 86400, "h", 3600),
+        ("h", 3600, "m", 60),
+        ("m", 60, "s", 1),
+    ):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // sub_size:02d}{sub}"
+    return f"{seconds}s"
+
+
+def progress_line(step: int, num_steps: int, metrics: Mapping[str, float], left: float) -> str:
+    """What the screen shows of a logged step."""
+    heads = [
+        f"{name.removeprefix('foresight_')} {value:.3f}"
+        for name, value in metrics.items()
+        if name.startswith("foresight_")
+    ]
+    parts = [
+        f"step {step:>{len(str(num_steps))}}/{num_steps}",
+        f"loss {metrics['loss']:.4f}",
+        f"ce {metrics['cross_entropy']:.4f}",
+        *heads,
+        f"grad {metrics['grad_norm']:.2f}",
+        f"{metrics['images_per_second']:.0f} img/s",
+        f"{duration(left)} left",
+    ]
+    return "  ".join(parts)
+
+
+def train(
+    config: Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    *,
+    devices: list[jax.Device] | None = None,
+    say: Say | None = None,
+) -> None:
+    """Trains, or continues, the run of `workdir` until it is finished.
+
+    Args:
+        config: a ConfigDict from configs/, or the like.
+        workdir: created if need be; a run of another config in it is refused.
+        devices: what to run on (default: all).
+        say: takes the lines for the screen (default: print, on the first process).
+
+    Raises:
+        ConfigError, DataError, TrainingError: one line each.
+    """
+    if say is None:
+        say = (lambda line: print(line, flush=True)) if jax.process_index() == 0 else lambda _: None
+    devices = jax.devices() if devices is None else devices
+    settings = config_lib.read(config, len(devices), jax.process_count())
+    workdir = pathlib.Path(workdir)
+    changed = open_workdir(workdir, config_lib.plain(config))
+    say(f"{settings.name}-{settings.scale} in {workdir}")
+    for field, (old, new) in changed.items():
+        say(f"continuing with {field} {new!r} (was {old!r})")
+    parts = build(settings, workdir, say)
+    _Run(parts, workdir, devices, say).run()
+
+
+class _Run:
+    """One run: state, files and the loop over them."""
+
+    def __init__(self, parts: Parts, workdir: pathlib.Path, devices: list, say: Say):
+        self.parts, self.workdir, self.say = parts, workdir, say
+        self.settings = settings = parts.settings
+        self.mesh = sharding.make_mesh(settings.mesh, devices)
+        say(f"devices: {len(devices)} x {devices[0].device_kind}, mesh {dict(self.mesh.shape)}")
+        key = jax.random.key(settings.seed)
+        make_state = lambda: init_state(parts.recipe, key)  # noqa: E731
+        self.state_sharding = sharding.shardings(jax.eval_shape(make_state), self.mesh)
+        self.state: TrainState = jax.jit(make_state, out_shardings=self.state_sharding)()
+        count = parameter_overview.count_parameters
+        say(
+            f"parameters: {count(self.state.params['generator']):,} in the generator, "
+            f"{count(self.state.params['foresight']):,} in foresight heads"
+        )
+        self.frozen = jax.device_put(parts.frozen, sharding.replicated(self.mesh))
+        self.batches = iter(
+            data.make_dataset(
+                parts.source,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                shard_index=jax.process_index(),
+                shard_count=jax.process_count(),
+                num_workers=settings.data.num_workers,
+            )
+        )
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
+        )
+
+    def run(self) -> None:
+        """Restores, trains what is left, and finishes."""
+        last, summary = self.settings.num_steps, self.workdir / "summary.png"
+        begin = self.checkpoints.latest_step() or 0
+        if begin > last:
+            raise ConfigError(
+                f"num_steps is {last}; workdir {self.workdir} is already at step {begin}: it must "
+                f"be {begin} or more"
+            )
+        if begin == last and summary.exists():
+            self.say(f"this run is finished ({last:,} steps); its figure: {summary}")
+            self.checkpoints.close()
+            return
+        if begin:
+            self.state = self.checkpoints.restore(self.state, self.batches)
+            self.say(f"resumed at step {begin:,} of {last:,}")
+        self.writer = MetricsWriter(self.workdir, begin)
+        try:
+            if begin < last:
+                self._loop(begin)
+            self._finish(summary)
+        finally:
+            self.writer.close()
+            self.checkpoints.close()
+
+    def _loop(self, begin: int) -> None:
+        settings = self.settings
+        train_step = make_train_step(
+            self.parts.recipe, self.state_sharding, sharding.batch_sharding(self.mesh)
+        )
+        self.watch, self.lap_steps = Stopwatch(), 0
+        waiting, active = None, None
+        for i in range(begin, settings.num_steps):
+            now_active = foresight.active_terms(
+                self.parts.recipe.terms, i, self.parts.recipe.steps_per_epoch
+            )
+            compiles, active = now_active != active, now_active
+            if compiles:
+                self._tell_compile(i, now_active)
+                self.watch.pause()
+            batch = sharding.put_batch(next(self.batches), self.mesh)
+            self.state, metrics = train_step(self.state, self.frozen, batch, i)
+            if compiles:
+                jax.block_until_ready(metrics)
+                self.watch.resume()
+            else:
+                self.lap_steps += 1
+            if waiting is not None:  # a step late, so that the device always has one queued
+                self._log(*waiting)
+            waiting = (i + 1, metrics)
+            self._save_and_sample(i + 1)
+        self._log(*waiting)
+
+    def _tell_compile(self, step: int, active: tuple[bool, ...]) -> None:
+        names = [
+            term.name
+            for term, is_active in zip(self.parts.recipe.terms, active, strict=True)
+            if is_active
+        ]
+        what = f"with foresight {', '.join(names)}" if names else "without foresight"
+        self.say(f"compiling the step {what} (step {step + 1})")
+
+    def _log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Waits for the step; writes it if it is one to be logged."""
+        settings = self.settings
+        jax.block_until_ready(metrics["loss"])
+        if step % settings.log_every and step != settings.num_steps and step != 1:
+            return
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        first = {name: values.pop(name) for name in ("loss", "cross_entropy")}
+        values = first | values
+        seconds = self.watch.lap() / max(self.lap_steps, 1)
+        values["images_per_second"] = settings.batch_size / seconds if self.lap_steps else 0.0
+        self.lap_steps = 0
+        self.writer.step(step, values)
+        left = seconds * (settings.num_steps - step)
+        self.say(progress_line(step, settings.num_steps, values, left))
+        if not np.isfinite(values["loss"]):
+            saved = self.checkpoints.latest_step()
+            raise TrainingError(
+                f"loss is {values['loss']} at step {step}; the last checkpoint is of "
+                f"{'no step yet' if saved is None else f'step {saved}'} ({self.workdir})"
+            )
+
+    def _save_and_sample(self, step: int) -> None:
+        every = self.settings.sample_every
+        self.watch.pause()
+        self.checkpoints.save(self.state, step, self.batches)
+        if every and step % every == 0 and step < self.settings.num_steps:
+            self._sample(step)
+        self.watch.resume()
+
+    def _sample(self, step: int) -> np.ndarray | None:
+        """Writes the grid of this step; None where there is no decoder."""
+        if self.parts.tokenizer is None:
+            self.say(f"no samples at step {step}: {self.settings.tokenizer.name} cannot decode yet")
+            return None
+        grid = draw_grid(self.parts, self.state.ema)
+        path = self.workdir / "samples" / f"step_{step:07d}.png"
+        report.save_picture(path, grid)
+        self.writer.image(step, "samples", grid)
+        self.say(f"samples: {path}")
+        return grid
+
+    def _finish(self, summary: pathlib.Path) -> None:
+        """The last checkpoint, the last grid, the judge and the figure."""
+        settings = self.settings
+        self.checkpoints.save(self.state, settings.num_steps, self.batches, force=True)
+        grid = self._sample(settings.num_steps)
+        if settings.judged_samples and self.parts.images is not None:
+            result = judge_samples(self.parts, self.state.ema)
+            write_atomically(self.workdir / "agreement.json", json.dumps(result, indent=2) + "\n")
+            self.writer.board(settings.num_steps, {f"agreement/{k}": v for k, v in result.items()})
+            line = f"a classifier of the real images sees the class asked for in {result['samples']:.1%}"
+            line += f" of {settings.judged_samples:,} samples"
+            if "real" in result:
+                line += (
+                    f" ({result['real']:.1%} of held-out real images, "
+                    f"{result['real_through_tokenizer']:.1%} of them through the tokenizer)"
+                )
+            self.say(line)
+        self.checkpoints.wait()
+        title = f"{settings.name}-{settings.scale}"
+        report.summary_figure(summary, title, read_metrics(self.workdir), grid)
+        self.say(f"finished: {settings.num_steps:,} steps; figure: {summary}")

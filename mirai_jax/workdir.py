@@ -1,0 +1,189 @@
+"""A run's folder: its config, the rule for continuing it, and its metrics.jsonl.
+
+config.json      the whole config
+metrics.jsonl    one JSON object a logged step; also as TensorBoard event files
+tokenizer.npz    the tokenizer, where the run fitted one
+checkpoints/     train states with the data iterator
+samples/         a grid of samples every so often
+summary.png      loss curves and the last grid, when the run is finished
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from mirai_jax.config import plain
+from mirai_jax.errors import ConfigError
+
+# Fields that may differ between a workdir's config and the one it is continued with: they do not
+# change what is computed, or, for num_steps, only how far (see `check_same_run`).
+RESUMABLE = (
+    "num_steps",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "judged_samples",
+    "data.path",
+    "data.num_workers",
+    "model.unroll",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "sample.guidance",
+    "sample.interval",
+    "sample.temperature",
+    "sample.top_k",
+    "sample.top_p",
+    "sample.greedy",
+    "sample.classes",
+    "sample.per_class",
+)
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """The text of a workdir's config.json."""
+    return json.dumps(plain(config), indent=2) + "\n"
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """{'a.b': leaf}; terms are opened, other tuples are leaves."""
+    if isinstance(value, Mapping):
+        parts = {f"{path}.{k}" if path else k: v for k, v in value.items()}
+    elif isinstance(value, (tuple, list)) and any(isinstance(v, Mapping) for v in value):
+        parts = {f"{path}[{i}]": v for i, v in enumerate(value)}
+    else:
+        return {path: value}
+    return {k: leaf for name, part in parts.items() for k, leaf in _flat(part, name).items()}
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """{field: (old value, new value)} of two configs; None stands for a missing field."""
+    old, new = (_flat(json.loads(to_json(c))) for c in (old, new))
+    fields = sorted(old.keys() | new.keys())
+    return {f: (old.get(f), new.get(f)) for f in fields if old.get(f) != new.get(f)}
+
+
+def check_same_run(old: Any, new: Any, workdir: str) -> dict[str, tuple[Any, Any]]:
+    """Refuses to continue a workdir under a config that computes something else.
+
+    Returns:
+        The differing fields that are allowed to (RESUMABLE).
+
+    Raises:
+        ConfigError: names every field that is not.
+    """
+    changed = differences(old, new)
+    refused = [f for f in changed if f not in RESUMABLE]
+    if "num_steps" in changed and new["optimizer"]["schedule"] != "constant":
+        refused.append("num_steps")  # the learning rate depends on it
+    if refused:
+        listed = "; ".join(f"{f} was {changed[f][0]!r}, is {changed[f][1]!r}" for f in refused)
+        raise ConfigError(
+            f"workdir {workdir} holds a run of another config: {listed}; "
+            "use the same values, or another --workdir"
+        )
+    return changed
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """The file is whole or not there, whenever the process is killed."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Creates the folder, or checks that it holds the same run; config.json is written either way.
+
+    Returns:
+        The fields that differ from the run so far and are allowed to.
+
+    Raises:
+        ConfigError: the folder cannot be used, or holds a run of another config.
+    """
+    path = workdir / "config.json"
+    changed = {}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            changed = check_same_run(json.loads(path.read_text()), config, str(workdir))
+        write_atomically(path, to_json(config))
+    except OSError as error:
+        raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it to start over") from error
+    return changed
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The logged steps in order; a last line that was cut off by a kill is left out."""
+    path, entries = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+class MetricsWriter:
+    """metrics.jsonl and TensorBoard event files, continued at a step.
+
+    Entries after `step` (of a run that went on past its last checkpoint) are dropped: they will be
+    written again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        kept = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
+        self._path = workdir / "metrics.jsonl"
+        write_atomically(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = self._path.open("a")
+        # purge_step tells TensorBoard to forget what older event files hold from there on.
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """One logged step, to both; its line is on the disk when this returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        self.board(step, values)
+
+    def board(self, step: int, values: Mapping[str, float]) -> None:
+        """To TensorBoard alone."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image_HxWxC: np.ndarray) -> None:
+        """A uint8 picture, to TensorBoard alone."""
+        self._board.add_image(name, image_HxWxC, step, dataformats="HWC")
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class Stopwatch:
+    """Seconds of training alone: `pause` leaves out what happens until `resume`."""
+
+    def __init__(self):
+        self._begun, self._sum = time.perf_counter(), 0.0
+
+    def pause(self) -> None:
+        self._sum += time.perf_counter() - self._begun
+
+    def resume(self) -> None:
+        self._begun = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        self.pause()
+        self.resume()
+        seconds, self._sum = self._sum, 0.0
+        return seconds

