@@ -14,7 +14,7 @@ from mirai_jax import config as config_lib
 from mirai_jax import pretrained, torch_file
 from mirai_jax.checkpoint import Checkpoints
 from mirai_jax.config import Settings
-from mirai_jax.errors import ConfigError
+from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.models import teacher, tokenizer
 from mirai_jax.models.generator import GeneratorConfig
 
@@ -126,7 +126,11 @@ def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:
 def make_tokenizer(
     settings: Settings, images_NxHxWxC: np.ndarray, path: pathlib.Path
 ) -> tuple[tokenizer.PatchCodebook, dict[str, np.ndarray]]:
-    """The run's patch codebook: read from `path`, or fitted to the images and written there."""
+    """The run's patch codebook: read from `path`, or fitted to the images. Nothing is written.
+
+    Raises:
+        ConfigError: the file is damaged or of another codebook.
+    """
     module = tokenizer.PatchCodebook(
         vocab_size=settings.generator.vocab_size,
         image_size=images_NxHxWxC.shape[1:3],
@@ -135,17 +139,23 @@ def make_tokenizer(
     )
     if path.exists():
         try:
-            return module, load_params(path)
-        except ValueError as error:
-            raise ConfigError(f"{error}; remove it to fit the tokenizer again") from error
-    params = fit_patch_codebook(
+            params = load_params(path)
+            module.apply(
+                {"params": params},
+                jnp.zeros((1, settings.generator.length), jnp.int32),
+                method="decode",
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is not this run's tokenizer ({first_line(error)}); remove it to fit it again"
+            ) from error
+        return module, params
+    return module, fit_patch_codebook(
         images_NxHxWxC,
         patch=settings.tokenizer.patch,
         vocab_size=settings.generator.vocab_size,
         seed=settings.seed,
     )
-    save_params(path, params)
-    return module, params
 
 
 def encode_images(

@@ -18,7 +18,14 @@ from mirai_jax.checkpoint import Checkpoints
 from mirai_jax.config import Settings
 from mirai_jax.errors import ConfigError
 from mirai_jax.step import Recipe, TrainState, init_state, make_train_step
-from mirai_jax.workdir import MetricsWriter, Stopwatch, open_workdir, read_metrics, write_atomically
+from mirai_jax.workdir import (
+    MetricsWriter,
+    Stopwatch,
+    check_workdir,
+    open_workdir,
+    read_metrics,
+    write_atomically,
+)
 
 Say = Callable[[str], None]
 
@@ -43,8 +50,8 @@ class Parts:
     frozen: Any  # teachers' parameters, as `train_step` takes them
 
 
-def build(settings: Settings, workdir: pathlib.Path, say: Say) -> Parts:
-    """Reads the data, fits or loads the frozen parts and fixes the recipe.
+def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
+    """Reads the data, fits or loads the frozen parts and fixes the recipe. Nothing is written.
 
     Raises:
         ConfigError, DataError: one line.
@@ -64,9 +71,7 @@ def build(settings: Settings, workdir: pathlib.Path, say: Say) -> Parts:
                 f"model.num_classes is {settings.generator.num_classes}; it must be "
                 f"{len(images.class_names)}, the classes of {settings.data.name}"
             )
-        tokenizer, tokenizer_params = frozen.make_tokenizer(
-            settings, images.images, workdir / "tokenizer.npz"
-        )
+        tokenizer, tokenizer_params = frozen.make_tokenizer(settings, images.images, tokenizer_path)
         codes = frozen.encode_images(tokenizer, tokenizer_params, images.images)
         source = records.CodedImages(
             codes, images.labels, images.images if settings.needs_images else None
@@ -173,8 +178,10 @@ def duration(seconds: float) -> str:
     return f"{seconds}s"
 
 
-def progress_line(step: int, num_steps: int, metrics: Mapping[str, float], left: float) -> str:
-    """What the screen shows of a logged step."""
+def progress_line(
+    step: int, num_steps: int, metrics: Mapping[str, float], left: float | None
+) -> str:
+    """What the screen shows of a logged step; the seconds left are not known at the first."""
     heads = [
         f"{name.removeprefix('foresight_')} {value:.3f}"
         for name, value in metrics.items()
@@ -187,7 +194,7 @@ def progress_line(step: int, num_steps: int, metrics: Mapping[str, float], left:
         *heads,
         f"grad {metrics['grad_norm']:.2f}",
         f"{metrics['images_per_second']:.0f} img/s",
-        f"{duration(left)} left",
+        *([] if left is None else [f"{duration(left)} left"]),
     ]
     return "  ".join(parts)
 
@@ -215,11 +222,16 @@ def train(
     devices = jax.devices() if devices is None else devices
     settings = config_lib.read(config, len(devices), jax.process_count())
     workdir = pathlib.Path(workdir)
-    changed = open_workdir(workdir, config_lib.plain(config))
+    config = config_lib.plain(config)
+    changed = check_workdir(workdir, config)
     say(f"{settings.name}-{settings.scale} in {workdir}")
     for field, (old, new) in changed.items():
         say(f"continuing with {field} {new!r} (was {old!r})")
-    parts = build(settings, workdir, say)
+    parts = build(settings, workdir / "tokenizer.npz", say)
+    # Only now, when all that the config names was found: a mistake leaves nothing behind.
+    open_workdir(workdir, config)
+    if parts.tokenizer is not None:
+        frozen.save_params(workdir / "tokenizer.npz", parts.tokenizer_params)
     _Run(parts, workdir, devices, say).run()
 
 
@@ -287,7 +299,7 @@ class _Run:
         train_step = make_train_step(
             self.parts.recipe, self.state_sharding, sharding.batch_sharding(self.mesh)
         )
-        self.watch, self.lap_steps = Stopwatch(), 0
+        self.watch, self.lap_steps, self.step_seconds = Stopwatch(), 0, 0.0
         waiting, active = None, None
         for i in range(begin, settings.num_steps):
             now_active = foresight.active_terms(
@@ -296,17 +308,14 @@ class _Run:
             compiles, active = now_active != active, now_active
             if compiles:
                 self._tell_compile(i, now_active)
-                self.watch.pause()
             batch = sharding.put_batch(next(self.batches), self.mesh)
             self.state, metrics = train_step(self.state, self.frozen, batch, i)
-            if compiles:
-                jax.block_until_ready(metrics)
-                self.watch.resume()
-            else:
-                self.lap_steps += 1
             if waiting is not None:  # a step late, so that the device always has one queued
                 self._log(*waiting)
             waiting = (i + 1, metrics)
+            if compiles:  # its seconds are its own: speed is told without them
+                jax.block_until_ready(metrics)
+                self.step_seconds, self.lap_steps = self.watch.lap(), -1
             self._save_and_sample(i + 1)
         self._log(*waiting)
 
@@ -323,16 +332,18 @@ class _Run:
         """Waits for the step; writes it if it is one to be logged."""
         settings = self.settings
         jax.block_until_ready(metrics["loss"])
+        self.lap_steps += 1
         if step % settings.log_every and step != settings.num_steps and step != 1:
             return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         first = {name: values.pop(name) for name in ("loss", "cross_entropy")}
         values = first | values
-        seconds = self.watch.lap() / max(self.lap_steps, 1)
-        values["images_per_second"] = settings.batch_size / seconds if self.lap_steps else 0.0
-        self.lap_steps = 0
+        left = None
+        if self.lap_steps > 0:
+            self.step_seconds, self.lap_steps = self.watch.lap() / self.lap_steps, 0
+            left = self.step_seconds * (settings.num_steps - step)
+        values["images_per_second"] = settings.batch_size / self.step_seconds
         self.writer.step(step, values)
-        left = seconds * (settings.num_steps - step)
         self.say(progress_line(step, settings.num_steps, values, left))
         if not np.isfinite(values["loss"]):
             saved = self.checkpoints.latest_step()

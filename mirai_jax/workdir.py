@@ -99,8 +99,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Creates the folder, or checks that it holds the same run; config.json is written either way.
+def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Checks that the folder is new or holds the same run. Nothing is written.
 
     Returns:
         The fields that differ from the run so far and are allowed to.
@@ -109,17 +109,29 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
         ConfigError: the folder cannot be used, or holds a run of another config.
     """
     path = workdir / "config.json"
-    changed = {}
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        if workdir.exists() and not workdir.is_dir():
+            raise ConfigError(f"workdir is {str(workdir)!r}; it must be a folder or not exist yet")
         if path.exists():
-            changed = check_same_run(json.loads(path.read_text()), config, str(workdir))
-        write_atomically(path, to_json(config))
+            return check_same_run(json.loads(path.read_text()), config, str(workdir))
     except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be used: {error.strerror}") from error
+        raise ConfigError(f"workdir {workdir} cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is damaged ({error}); remove it to start over") from error
-    return changed
+    return {}
+
+
+def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Creates the folder and writes config.json: from here on it belongs to this run.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / "config.json", to_json(config))
+    except OSError as error:
+        raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

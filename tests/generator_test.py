@@ -1,0 +1,361 @@
+"""The generator: causality by gradients, sizes, rotary table, taps, dropout, conversion."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mirai_jax import convert, foresight
+from mirai_jax.models import generator as generator_lib
+from mirai_jax.models.generator import Generator, GeneratorConfig, hidden_states
+
+CONFIG = GeneratorConfig(
+    num_layers=3, num_heads=2, width=32, vocab_size=24, num_classes=5, grid=(3, 4)
+)
+LAST = CONFIG.length - 1  # tokens that are consumed
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return jax.jit(generator_lib.init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def params(fresh):
+    """Random parameters, the output head too, large enough that every path matters."""
+    rng = np.random.RandomState(1)
+    return jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), fresh)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.RandomState(2)
+    codes = rng.randint(0, CONFIG.vocab_size, (4, LAST)).astype(np.int32)
+    return codes, rng.randint(0, CONFIG.num_classes, 4).astype(np.int32)
+
+
+def logits_of(config, params, codes, labels, key=None):
+    rngs = None if key is None else {"dropout": key}
+    return Generator(config).apply({"params": params}, codes, labels, rngs=rngs)[0]
+
+
+# Causality ---------------------------------------------------------------------------------------
+
+
+def test_no_logit_depends_on_a_token_at_its_position_or_later(params):
+    # Every token of both images has an id of its own, so that the gradient of a row of the
+    # embedding table is that of one token: the whole dependence, not a perturbation of it.
+    codes = np.random.RandomState(0).permutation(CONFIG.vocab_size)[: 2 * LAST].reshape(2, LAST)
+    probe = np.random.RandomState(3).normal(size=(CONFIG.vocab_size,)).astype(np.float32)
+
+    def scores(table):  # (2, L): a random mix of the logits at each position
+        given = {**params, "tok_embeddings": {"embedding": table}}
+        return logits_of(CONFIG, given, codes, np.array([0, 1])) @ probe
+
+    jacobian = jax.jit(jax.jacrev(scores))(params["tok_embeddings"]["embedding"])
+    size = np.abs(jacobian).max(axis=-1)  # (2, L, V)
+    for image in range(2):
+        own, other = size[image][:, codes[image]], size[image][:, codes[1 - image]]
+        for j in range(CONFIG.length):
+            assert (own[j, j:] == 0).all(), f"the logits at {j} see a token at {j} or later"
+            assert (own[j, :j] > 1e-5).all(), f"the logits at {j} do not see some earlier token"
+        assert (other == 0).all(), "an image sees another"
+
+
+def test_every_position_depends_on_the_class(params):
+    codes = np.zeros((1, LAST), np.int32)
+
+    def scores(table):
+        given = {**params, "cls_embedding": {"embedding": table}}
+        return logits_of(CONFIG, given, codes, np.array([2])).sum(axis=-1)[0]
+
+    size = np.abs(jax.jit(jax.jacrev(scores))(params["cls_embedding"]["embedding"])).max(axis=-1)
+    assert (size[:, 2] > 0).all()
+    assert (np.delete(size, 2, axis=1) == 0).all()
+
+
+# Sizes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, published, digits",
+    [("B", 110_888_448, 0), ("L", 342.9e6, -5), ("XL", 774.7e6, -5), ("XXL", 1.41e9, -7),
+     ("3B", 3.10e9, -7)],
+)  # fmt: skip
+def test_named_sizes_have_llamagens_parameter_counts(size, published, digits):
+    layers, heads, width = generator_lib.SIZES[size]
+    config = GeneratorConfig(layers, heads, width)
+    shapes = jax.eval_shape(lambda: generator_lib.init_params(config, jax.random.key(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert round(count, digits) == round(published)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    block = 4 * width**2 + 3 * width * config.ffn_width + 2 * width
+    assert count == layers * block + (16384 * 2 + 1001 + 1) * width
+    ffn = {"B": 2048, "L": 2816, "XL": 3584, "XXL": 4096, "3B": 8704}
+    assert config.ffn_width == ffn[size]
+
+
+def test_initialisation_is_the_official_one(fresh):
+    assert not np.any(fresh["output"]["kernel"])
+    for name in ("cls_embedding", "tok_embeddings"):
+        assert np.std(fresh[name]["embedding"]) == pytest.approx(0.02, rel=0.25)
+    layers = fresh["layers"]
+    kernels = [layers["attention"][n]["kernel"] for n in ("wqkv", "wo")]
+    kernels += [layers["feed_forward"][n]["kernel"] for n in ("w1", "w2", "w3")]
+    for kernel in kernels:
+        assert np.std(kernel) == pytest.approx(0.02, rel=0.1)
+        assert np.mean(kernel) == pytest.approx(0, abs=0.002)
+        assert not np.allclose(kernel[0], kernel[1])  # every layer draws its own
+    for scale in (fresh["norm"], layers["attention_norm"], layers["ffn_norm"]):
+        np.testing.assert_array_equal(scale["scale"], 1)
+    assert len(fresh["cls_embedding"]["embedding"]) == CONFIG.num_classes + 1
+    without = dataclasses.replace(CONFIG, class_dropout=0.0)
+    shapes = jax.eval_shape(lambda: generator_lib.init_params(without, jax.random.key(0)))
+    assert shapes["cls_embedding"]["embedding"].shape[0] == CONFIG.num_classes
+
+
+# Rotary positions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid, head_dim", [((3, 5), 16), ((4, 2), 8), ((1, 3), 4)])
+def test_rope_table_against_a_double_loop_over_the_grid(grid, head_dim):
+    table = generator_lib.rope_table(grid, head_dim)
+    height, width = grid
+    quarter = head_dim // 4  # pairs that turn with the row; as many with the column
+    assert table.shape == (height * width + 1, 2 * quarter, 2) and table.dtype == np.float32
+    assert not table[0].any()  # the class position
+    for row in range(height):
+        for column in range(width):
+            entry = table[1 + row * width + column]
+            for i in range(quarter):
+                frequency = 10000.0 ** (-i / quarter)
+                for pair, place in ((i, row), (quarter + i, column)):
+                    angle = place * frequency
+                    expected = [math.cos(angle), math.sin(angle)]
+                    np.testing.assert_allclose(entry[pair], expected, atol=1e-6)
+
+
+def test_rope_turns_interleaved_pairs_as_complex_numbers():
+    rng = np.random.RandomState(0)
+    x = rng.normal(size=(2, 7, 3, 8)).astype(np.float32)
+    table = generator_lib.rope_table((2, 3), 8)
+    turned = np.asarray(generator_lib.apply_rope(x, table))
+    factors = (table[..., 0] + 1j * table[..., 1])[:, None]
+    expected = (x[..., 0::2] + 1j * x[..., 1::2]) * factors
+    np.testing.assert_allclose(turned[..., 0::2], expected.real, atol=1e-6)
+    np.testing.assert_allclose(turned[..., 1::2], expected.imag, atol=1e-6)
+    assert not turned[:, 0].any()  # the class position's q and k are zero
+
+
+# Layers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tapped(params, batch):
+    model = Generator(CONFIG, taps=(1, 2, 3))
+    return jax.jit(model.apply)({"params": params}, *batch)
+
+
+def test_taps_are_the_hidden_states_of_every_layer(params, batch, tapped):
+    logits, taps = tapped
+    assert sorted(taps) == [1, 2, 3]
+    for layer, state in taps.items():
+        assert state.shape == (4, CONFIG.length, CONFIG.width) and state.dtype == jnp.float32
+        np.testing.assert_allclose(
+            hidden_states(CONFIG, params, *batch, layer), state, rtol=1e-5, atol=1e-5
+        )
+    assert not np.allclose(taps[1], taps[2], atol=1e-2)
+    plain, none = Generator(CONFIG).apply({"params": params}, *batch)
+    np.testing.assert_allclose(plain, logits, rtol=1e-5, atol=1e-5)
+    assert none == {}
+    hidden = Generator(CONFIG, taps=(3, 1)).apply({"params": params}, *batch, method="hidden")
+    assert sorted(hidden) == [1, 3]
+    np.testing.assert_allclose(hidden[3], taps[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("unroll", [2, 3])
+def test_the_unrolled_layer_loop_computes_the_same(params, batch, tapped, unroll):
+    config = dataclasses.replace(CONFIG, unroll=unroll)
+    logits, taps = Generator(config, taps=(1, 2, 3)).apply({"params": params}, *batch)
+    np.testing.assert_allclose(logits, tapped[0], rtol=1e-5, atol=1e-5)
+    for layer in taps:
+        np.testing.assert_allclose(taps[layer], tapped[1][layer], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_hidden_states_read_no_parameter_above_their_layer(params, batch, layer):
+    poisoned = {
+        **params,
+        "layers": jax.tree.map(lambda x: x.at[layer:].set(jnp.nan), params["layers"]),
+        "norm": {"scale": jnp.full(CONFIG.width, jnp.nan)},
+        "output": {"kernel": jnp.full((CONFIG.width, CONFIG.vocab_size), jnp.nan)},
+    }
+    states = hidden_states(CONFIG, poisoned, *batch, layer)
+    assert np.isfinite(states).all()
+    np.testing.assert_array_equal(states, hidden_states(CONFIG, params, *batch, layer))
+
+
+def test_a_prefix_gives_the_same_logits(params, batch, tapped):
+    codes, labels = batch
+    for length in (0, 5):
+        logits = logits_of(CONFIG, params, codes[:, :length], labels)
+        np.testing.assert_allclose(logits, tapped[0][:, : length + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(params, batch, tapped):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    logits, taps = Generator(config, taps=(2,)).apply({"params": params}, *batch)
+    assert logits.dtype == jnp.bfloat16 and taps[2].dtype == jnp.float32
+    for got, exact in ((logits, tapped[0]), (taps[2], tapped[1][2])):
+        exact = np.asarray(exact)
+        error = np.asarray(got, np.float32) - exact
+        assert 0 < np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(exact**2))
+    shapes = jax.eval_shape(lambda: generator_lib.init_params(config, jax.random.key(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+# Dropout -----------------------------------------------------------------------------------------
+
+RATES = ("token_dropout", "residual_dropout", "ffn_dropout", "class_dropout")
+
+
+def with_rates(**rates):
+    """A config with these rates alone; a null class as in CONFIG (a rate that never strikes)."""
+    return dataclasses.replace(
+        CONFIG, **(dict.fromkeys(RATES, 0.0) | {"class_dropout": 1e-9} | rates)
+    )
+
+
+def test_without_an_rng_nothing_is_dropped(params, batch, tapped):
+    high = with_rates(**dict.fromkeys(RATES, 0.9))
+    np.testing.assert_allclose(logits_of(high, params, *batch), tapped[0], rtol=1e-5, atol=1e-5)
+
+
+def test_with_an_rng_and_rates_of_zero_nothing_is_dropped(params, batch, tapped):
+    logits = logits_of(with_rates(), params, *batch, key=jax.random.key(0))
+    np.testing.assert_allclose(logits, tapped[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", RATES[:3])
+def test_each_dropout_acts_under_an_rng_alone_and_by_its_key(params, batch, tapped, rate):
+    config = with_rates(**{rate: 0.3})
+    apply = jax.jit(lambda key: logits_of(config, params, *batch, key=key))
+    once, again, other = (apply(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(once, again)
+    assert not np.allclose(once, other, atol=1e-2)
+    assert not np.allclose(once, tapped[0], atol=1e-2)
+
+
+def test_class_dropout_turns_whole_images_into_the_null_class(params, tapped):
+    count = 64
+    codes, labels = np.zeros((count, LAST), np.int32), np.arange(count) % CONFIG.num_classes
+    config = with_rates(class_dropout=0.25)
+    logits = logits_of(config, params, codes, labels, key=jax.random.key(0))
+    kept = logits_of(config, params, codes, labels)
+    null = logits_of(config, params, codes[:1], np.array([CONFIG.null_class]))
+    as_kept = np.abs(logits - kept).max(axis=(1, 2)) < 1e-4
+    as_null = np.abs(logits - null).max(axis=(1, 2)) < 1e-4
+    assert (as_kept ^ as_null).all()
+    assert 0.1 < as_null.mean() < 0.4
+
+
+def test_every_layer_drops_other_channels(params, batch):
+    # Without FFN a block adds dropout(attention): where a state stays as it was, it was dropped.
+    config = with_rates(residual_dropout=0.5)
+    feed_forward = params["layers"]["feed_forward"]
+    silent = {**feed_forward, "w2": jax.tree.map(jnp.zeros_like, feed_forward["w2"])}
+    given = {**params, "layers": {**params["layers"], "feed_forward": silent}}
+    taps = Generator(config, taps=(1, 2, 3)).apply(
+        {"params": given}, *batch, method="hidden", rngs={"dropout": jax.random.key(0)}
+    )
+    second, third = (np.asarray(taps[n] == taps[n - 1]) for n in (2, 3))
+    assert second.mean() == pytest.approx(0.5, abs=0.05)
+    assert third.mean() == pytest.approx(0.5, abs=0.05)
+    assert (second == third).mean() == pytest.approx(0.5, abs=0.05)
+
+
+# Conversion --------------------------------------------------------------------------------------
+
+
+def test_round_trip_of_the_generator_through_torch_names(params):
+    state = convert.generator_to_torch(CONFIG, params)
+    assert state["layers.2.attention.wqkv.weight"].shape == (96, 32)
+    assert state["layers.0.feed_forward.w2.weight"].shape == (32, 256)
+    assert len(state) == 4 + 7 * CONFIG.num_layers
+    back = convert.generator_from_torch(CONFIG, state)
+    assert jax.tree.structure(back) == jax.tree.structure(jax.device_get(params))
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, other)
+    # Rows of wqkv are q, k, v; rows of one of them are its heads in turn.
+    kernel = np.asarray(params["layers"]["attention"]["wqkv"]["kernel"])  # N D 3 H d
+    key_row = state["layers.1.attention.wqkv.weight"][32 + 16 + 5]
+    np.testing.assert_array_equal(key_row, kernel[1, :, 1, 1, 5])
+
+
+def test_a_generator_that_does_not_fit_is_refused_with_every_name(params):
+    state = convert.generator_to_torch(CONFIG, params)
+    del state["norm.weight"], state["layers.1.ffn_norm.weight"]
+    state["layers.3.ffn_norm.weight"] = np.zeros(32)
+    state["freqs_cis"] = np.zeros(3)
+    state["output.weight"] = state["output.weight"].T
+    state["layers.0.attention.wo.weight"] = np.zeros((32, 31))
+    with pytest.raises(ValueError) as error:
+        convert.generator_from_torch(CONFIG, state)
+    for told in (
+        "missing norm.weight (32,)",
+        "missing layers.1.ffn_norm.weight (32,)",
+        "unexpected layers.3.ffn_norm.weight",
+        "unexpected freqs_cis",
+        "output.weight is (32, 24), should be (24, 32)",
+        "layers.0.attention.wo.weight is (32, 31), should be (32, 32)",
+    ):
+        assert told in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).count(";") == 5
+
+
+def test_a_missing_null_class_is_named(params):
+    without = dataclasses.replace(CONFIG, class_dropout=0.0)
+    with pytest.raises(ValueError, match=r"embedding_table.weight is \(6, 32\), should be \(5, 32"):
+        convert.generator_from_torch(without, convert.generator_to_torch(CONFIG, params))
+
+
+@pytest.fixture(scope="module")
+def projectors():
+    term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=6)
+    heads = foresight.heads(term, 7)
+    return jax.device_get(heads.init(jax.random.key(0), jnp.zeros((1, 1, 5)))["params"])
+
+
+def test_round_trip_of_projectors_through_torch_names(projectors):
+    state = convert.projectors_to_torch(projectors)
+    assert len(state) == 18
+    assert state["projectors.2.0.weight"].shape == (6, 5)
+    assert state["projectors.0.4.weight"].shape == (7, 6)
+    for count in (None, 3):
+        back = convert.projectors_from_torch(state | {"norm.weight": np.ones(5)}, count)
+        assert jax.tree.structure(back) == jax.tree.structure(projectors)
+        for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(projectors), strict=True):
+            np.testing.assert_array_equal(one, other)
+    first = convert.projectors_from_torch(state, 1)
+    np.testing.assert_array_equal(first["linear_1"]["kernel"], projectors["linear_1"]["kernel"][:1])
+
+
+def test_incomplete_projectors_are_refused_with_every_name(projectors):
+    state = convert.projectors_to_torch(projectors)
+    del state["projectors.0.2.bias"], state["projectors.1.4.weight"]
+    with pytest.raises(ValueError, match="missing projectors.0.2.bias; projectors.1.4.weight"):
+        convert.projectors_from_torch(state)
+    with pytest.raises(ValueError, match="missing projectors.0.2.bias; .*projectors.3.0.weight"):
+        convert.projectors_from_torch(state, 4)
+    with pytest.raises(ValueError, match="missing projectors"):
+        convert.projectors_from_torch({"norm.weight": np.ones(5)})
+
+
+def test_misshapen_projectors_are_refused_by_name(projectors):
+    state = convert.projectors_to_torch(projectors)
+    state["projectors.1.2.weight"] = np.zeros((6, 5))
+    with pytest.raises(ValueError, match=r"projectors\.1\.2\.weight"):
+        convert.projectors_from_torch(state)

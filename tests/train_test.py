@@ -1,0 +1,219 @@
+"""The loop: resume bit for bit, what a run leaves behind, and what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import llamagen, mirai_e, mirai_i
+from mirai_jax import records, train, workdir
+from mirai_jax.checkpoint import Checkpoints
+from mirai_jax.errors import ConfigError, DataError
+
+
+def tiny(module=mirai_e, **fields):
+    """The demo, small enough for a test: real digits, a 2-layer generator, 8 steps."""
+    config = module.get_config("demo")
+    config.update(
+        num_steps=8, batch_size=16, log_every=1, sample_every=4, checkpoint_every=4,
+        judged_samples=0,
+    )  # fmt: skip
+    config.model.update(num_layers=2, num_heads=2, width=32, vocab_size=16, unroll=1)
+    config.optimizer.update(warmup_steps=2)
+    config.sample.update(classes=3, per_class=2)
+    for i, _ in enumerate(config.foresight):
+        # The data set is 281 batches long: start within the run, at its third step.
+        config.foresight[i].update(projector_width=16, start_epoch=2 / 281)
+    config.update(fields)
+    return config
+
+
+def run(config, folder, say=None, devices=1):
+    lines = []
+    train.train(
+        config,
+        folder,
+        devices=jax.devices()[:devices],
+        say=say or (lambda line: lines.append(line)),
+    )
+    return lines
+
+
+def without_speed(folder):
+    return [
+        {k: v for k, v in entry.items() if k != "images_per_second"}
+        for entry in workdir.read_metrics(folder)
+    ]
+
+
+def final_ema(folder):
+    checkpoints = Checkpoints(folder / "checkpoints")
+    ema = checkpoints.restore_ema()
+    checkpoints.close()
+    return ema
+
+
+def stop_at(step):
+    """A `say` that kills the run when it shows a step, as Ctrl-C would."""
+
+    def say(line):
+        if line.startswith(f"step {step}/"):
+            raise KeyboardInterrupt
+
+    return say
+
+
+@pytest.mark.parametrize("module", [mirai_e, mirai_i], ids=["mirai_e", "mirai_i"])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module):
+    config = tiny(module)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(config, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, halves, say=stop_at(6))  # past the checkpoint of step 4: 5 and 6 come again
+    assert not (halves / "summary.png").exists()
+    lines = run(config, halves)
+    assert any("resumed at step 4 of 8" in line for line in lines)
+    assert without_speed(halves) == without_speed(whole)
+    assert [entry["step"] for entry in without_speed(whole)] == list(range(1, 9))
+    jax.tree.map(np.testing.assert_array_equal, final_ema(halves), final_ema(whole))
+
+
+def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
+    config = tiny(judged_samples=30)
+    lines = run(config, tmp_path)
+    text = "\n".join(lines)
+    assert "compiling the step without foresight" in text
+    assert "compiling the step with foresight ema (step 3)" in text
+    assert "left" in text and "img/s" in text and str(tmp_path / "summary.png") in text
+    entries = workdir.read_metrics(tmp_path)
+    heads = ["foresight_ema_r0c0", "foresight_ema_r0c1", "foresight_ema_r1c0"]
+    expected = ["step", "loss", "cross_entropy", *heads, "grad_norm", "images_per_second"]
+    assert all(set(expected) <= set(entry) for entry in entries)
+    for entry in entries:
+        started = entry["step"] > 2
+        assert all((entry[head] != 0) == started for head in heads)
+        foresight = 2.0 * sum(entry[head] for head in heads)
+        assert entry["loss"] == pytest.approx(entry["cross_entropy"] + foresight, abs=1e-5)
+    assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 8
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert grids == ["step_0000004.png", "step_0000008.png"]
+    with Image.open(tmp_path / "samples" / grids[-1]) as picture:
+        height, width = 3 * 68 + 4, 2 * 68 + 12 + 7
+        assert picture.size == (width, height)
+    agreement = json.loads((tmp_path / "agreement.json").read_text())
+    assert agreement["real"] > 0.9 and 0 <= agreement["samples"] <= 1
+    again = run(config, tmp_path)
+    assert any("this run is finished (8 steps)" in line for line in again)
+    assert workdir.read_metrics(tmp_path) == entries
+
+
+def test_a_finished_run_without_its_figure_makes_it(tmp_path):
+    config = tiny(llamagen)
+    run(config, tmp_path)
+    (tmp_path / "summary.png").unlink()
+    lines = run(config, tmp_path)
+    assert (tmp_path / "summary.png").exists()
+    assert not any(line.startswith("step ") for line in lines)
+
+
+def test_another_config_is_refused_and_the_fields_named(tmp_path):
+    run(tiny(llamagen), tmp_path)
+    other = tiny(llamagen, batch_size=32, seed=1)
+    with pytest.raises(ConfigError) as error:
+        run(other, tmp_path)
+    assert "batch_size was 16, is 32" in str(error.value)
+    assert "seed was 0, is 1" in str(error.value)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
+    config = tiny(llamagen)
+    config.optimizer.schedule = "constant"
+    run(config, tmp_path)
+    config.num_steps = 10
+    lines = run(config, tmp_path)
+    assert any("num_steps 10 (was 8)" in line for line in lines)
+    assert [entry["step"] for entry in workdir.read_metrics(tmp_path)] == list(range(1, 11))
+    config.num_steps = 5
+    with pytest.raises(ConfigError, match="num_steps is 5"):
+        run(config, tmp_path)
+
+
+def test_eight_devices_train_as_one(tmp_path):
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    config = tiny(mirai_e)
+    run(config, one)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    run(config, eight, devices=8)
+    for a, b in zip(without_speed(one), without_speed(eight), strict=True):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
+
+
+def test_a_pretrained_generator_teaches(tmp_path):
+    run(tiny(llamagen), tmp_path / "teacher")
+    config = tiny(mirai_e, num_steps=4)
+    config.foresight[0].update(
+        source="checkpoint", checkpoint=str(tmp_path / "teacher"), start_epoch=0.0
+    )
+    lines = run(config, tmp_path / "student")
+    assert any("teacher: generator of" in line for line in lines)
+    losses = [e["foresight_checkpoint_r0c1"] for e in without_speed(tmp_path / "student")]
+    assert losses[-1] < losses[0] < 1
+    config.foresight[0].checkpoint = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"foresight\[0\]\.checkpoint is .*nowhere"):
+        run(config, tmp_path / "other")
+    config.foresight[0].update(checkpoint=str(tmp_path / "teacher"), teacher_layer=7)
+    with pytest.raises(ConfigError, match=r"foresight\[0\]\.teacher_layer is 7"):
+        run(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()  # a mistake leaves nothing that would stand in the way
+
+
+def test_codes_without_a_path_say_how_to_make_them(tmp_path):
+    config = llamagen.get_config("imagenet_b")
+    with pytest.raises(DataError, match="python -m mirai_jax.extract"):
+        run(config, tmp_path)
+    config.data.path = str(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"data\.path.*holds no"):
+        run(config, tmp_path)
+
+
+def test_trains_on_shards_of_codes(tmp_path):
+    rng = np.random.default_rng(0)
+    records.write_shard(
+        tmp_path / "codes-0.array_record",
+        (
+            records.pack_record(rng.integers(0, 16, (10, 16)).astype(np.uint16), k % 4, f"{k}")
+            for k in range(40)
+        ),
+    )
+    config = mirai_e.get_config("imagenet_b")
+    config.update(num_steps=3, batch_size=8, log_every=1)
+    config.model.update(
+        size="", num_layers=2, num_heads=2, width=32, vocab_size=16, num_classes=4, grid=(4, 4)
+    )
+    config.tokenizer.image_size = 64
+    config.data.update(path=str(tmp_path), num_workers=0)
+    config.foresight[0].update(projector_width=16, start_epoch=0.2)
+    lines = run(config, tmp_path / "run")
+    assert any("40 images, 16 tokens each" in line for line in lines)
+    assert any("no samples at step 3: vq16 cannot decode yet" in line for line in lines)
+    losses = [entry["foresight_ema_r0c0"] for entry in without_speed(tmp_path / "run")]
+    assert losses[0] == 0 and losses[1] != 0  # bfloat16, from step 2 of 5 an epoch
+    assert (tmp_path / "run" / "summary.png").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny(llamagen)
+    config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
+    with pytest.raises(train.TrainingError, match=r"loss is nan at step \d+; the last checkpoint"):
+        run(config, tmp_path)
+
+
+def test_durations_read_well():
+    cases = {5: "5s", 65: "1m05s", 3725: "1h02m", 90061: "1d01h"}
+    assert {seconds: train.duration(seconds) for seconds in cases} == cases
