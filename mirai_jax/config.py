@@ -381,10 +381,18 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
 
 
 def _optimizer(section: _Section, num_steps: int) -> OptimizerConfig:
+    schedule = section.choice("schedule", SCHEDULES)
+    warmup_steps = section.number("warmup_steps", int, 0)
+    _require(
+        schedule == "constant" or warmup_steps < num_steps,
+        section.name("warmup_steps"),
+        warmup_steps,
+        f"less than num_steps={num_steps} with optimizer.schedule {schedule!r}",
+    )
     return OptimizerConfig(
         learning_rate=section.number("learning_rate", float, 0),
-        schedule=section.choice("schedule", SCHEDULES),
-        warmup_steps=section.number("warmup_steps", int, 0, num_steps),
+        schedule=schedule,
+        warmup_steps=warmup_steps,
         num_steps=num_steps,
         b1=_probability(section, "b1"),
         b2=_probability(section, "b2"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 4  # pixels of background around an image, after enlarging
 _BACKGROUND = (255, 255, 255)
@@ -28,12 +28,14 @@ def sample_grid(images_BxHxWxC: np.ndarray, names: Sequence[str], side: int = 64
     if images.shape[-1] == 1:
         images = images.repeat(3, axis=-1)
     height, width = images.shape[1] + _MARGIN, images.shape[2] + _MARGIN
-    left = 12 + 7 * max(len(name) for name in names)
+    font = ImageFont.load_default(size=20)
+    left = 16 + round(max(font.getlength(name) for name in names))
     picture = Image.new("RGB", (left + columns * width, _MARGIN + rows * height), _BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for row, name in enumerate(names):
         top = _MARGIN + row * height
-        draw.text((6, top + height // 2 - 8), name, fill=(0, 0, 0))
+        middle = top + (height - _MARGIN) // 2
+        draw.text((8, middle), name, fill=(0, 0, 0), font=font, anchor="lm")
         for column in range(columns):
             tile = Image.fromarray(images[row * columns + column])
             picture.paste(tile, (left + column * width, top))

@@ -69,7 +69,7 @@ VARIANTS = {
 # Adam divides by the root of the squared gradient: with the usual eps of 1e-8 a parameter whose
 # gradient is rounding noise moves by the whole learning rate, in a direction that depends on the
 # order of a sum. This eps lies far above that noise and below most real gradients.
-OPTIMIZER = OptimizerConfig(learning_rate=5e-3, eps=1e-5, weight_decay=0.5, clip_norm=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-5, weight_decay=0.5, clip_norm=0.5)
 
 
 def make_recipe(terms, **fields):
