@@ -11,16 +11,6 @@ what differs. The scale is the part after the colon: `--config=configs/mirai_e.p
 
 import ml_collections
 
-SCALES = (
-    "demo",
-    "fashion_mnist",
-    "imagenet_b",
-    "imagenet_l",
-    "imagenet_xl",
-    "imagenet_xxl",
-    "imagenet_3b",
-)
-
 
 def get_config(scale: str = "") -> ml_collections.ConfigDict:
     """The LlamaGen baseline at a scale.
@@ -89,6 +79,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.teacher = teacher = ml_collections.ConfigDict()
     teacher.name = "dinov2_vitb14"  # efficientnet_lite0 (dinov2_* is not in this version)
     teacher.image_size = 224  # pixels a side of what the encoder is shown
+    teacher.dtype = "float32"  # of every teacher's products; official: outside autocast, so float32
     teacher.stage = 5  # the stage whose feature map is used (efficientnet_lite0: 1 to 7)
 
     # Devices: the product must be their number; one entry may be -1, "what is left".
@@ -112,15 +103,17 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     # samples. 0: none.
     config.judged_samples = 0
 
-    _SCALES[scale.partition("_")[0] if scale.startswith("imagenet") else scale](config, scale)
+    SCALES[scale](config)
     return config
 
 
 def term(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDict:
     """One foresight term: the official Mirai-E, with `fields` over it.
 
-    Small scales take narrower projectors: 2048 would be most of the step.
+    Small scales take narrower projectors (2048 would be most of the step) and start after one
+    epoch, since a dozen is all they have.
     """
+    published = config.scale.startswith("imagenet")
     t = ml_collections.ConfigDict()
     t.name = ""  # of its metrics and parameters; '': after its source
     t.source = "ema"  # ema, bidirectional (the teacher), or checkpoint (a pretrained generator)
@@ -134,16 +127,17 @@ def term(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDi
     t.reduction = "sum"  # over heads: sum (code) or mean (paper)
     t.student_layer = 0  # block whose output is aligned; 0: two thirds of the depth
     t.teacher_layer = 0  # block of the generator that gives targets; 0: two thirds of its depth
-    t.start_epoch = 0.0  # epoch at which the term starts
-    t.schedule = ()  # (epoch, multiplier) pairs: from that epoch on the weights times it
-    t.projector_width = 2048 if config.scale.startswith("imagenet") else 192  # hidden channels
+    t.start_epoch = 15.0 if published else 1.0  # epoch at which the term starts
+    t.schedule = (
+        ((80.0, 0.5),) if published else ()
+    )  # (epoch, multiplier) pairs: from that epoch on the weights times it
+    t.projector_width = 2048 if published else 192  # hidden channels
     t.checkpoint = ""  # workdir of the pretrained generator (source checkpoint)
     t.update(fields)
     return t
 
 
-def _demo(config, scale):
-    del scale
+def _demo(config):
     config.num_steps = 1_800  # 13 epochs
     config.batch_size = 32
     config.ema_decay = 0.995
@@ -163,8 +157,8 @@ def _demo(config, scale):
     config.teacher.update(name="efficientnet_lite0", image_size=64, stage=5)
 
 
-def _fashion_mnist(config, scale):
-    _demo(config, scale)
+def _fashion_mnist(config):
+    _demo(config)
     config.num_steps = 18_750  # 10 epochs
     config.ema_decay = 0.999
     config.log_every = 50
@@ -173,9 +167,20 @@ def _fashion_mnist(config, scale):
     config.data.update(name="fashion_mnist", path="/usr/share/datasets/fashion-mnist", held_out=0)
 
 
-def _imagenet(config, scale):
-    config.model.size = scale.removeprefix("imagenet_").upper()
-    config.sample.guidance = 1.75 if config.model.size in ("XL", "XXL", "3B") else 2.0
+def _imagenet(size):
+    def override(config):
+        config.model.size = size
+        config.sample.guidance = 2.0 if size in ("B", "L") else 1.75
+
+    return override
 
 
-_SCALES = {"demo": _demo, "fashion_mnist": _fashion_mnist, "imagenet": _imagenet}
+SCALES = {
+    "demo": _demo,
+    "fashion_mnist": _fashion_mnist,
+    "imagenet_b": _imagenet("B"),
+    "imagenet_l": _imagenet("L"),
+    "imagenet_xl": _imagenet("XL"),
+    "imagenet_xxl": _imagenet("XXL"),
+    "imagenet_3b": _imagenet("3B"),
+}

@@ -3,7 +3,7 @@
     python -m mirai_jax.main --config=configs/mirai_e.py[:scale]
 
 At imagenet scales this is the published run: three offsets of weight 2, from epoch 15 on, halved
-from epoch 80 on. Small runs are a few dozen epochs long, so there it starts after one.
+from epoch 80 on.
 """
 
 from configs import base
@@ -12,9 +12,5 @@ from configs import base
 def get_config(scale: str = ""):
     config = base.get_config(scale)
     config.name = "mirai_e"
-    if config.scale.startswith("imagenet"):
-        when = dict(start_epoch=15.0, schedule=((80.0, 0.5),))
-    else:
-        when = dict(start_epoch=1.0)
-    config.foresight = (base.term(config, source="ema", **when),)
+    config.foresight = (base.term(config, source="ema"),)
     return config

@@ -2,7 +2,8 @@
 
     python -m mirai_jax.main --config=configs/mirai_i.py[:scale]
 
-One head of weight 2 from the first step on, constant, as published.
+One head of weight 2 from the first step on, constant, as published. The imagenet scales need DINOv2,
+which is not in this version.
 """
 
 from configs import base
@@ -11,5 +12,7 @@ from configs import base
 def get_config(scale: str = ""):
     config = base.get_config(scale)
     config.name = "mirai_i"
-    config.foresight = (base.term(config, source="bidirectional", offsets=((0, 0),)),)
+    config.foresight = (
+        base.term(config, source="bidirectional", offsets=((0, 0),), start_epoch=0.0, schedule=()),
+    )
     return config

@@ -6,9 +6,9 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint.checkpoint_managers import save_decision_policy as policies
 
+from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.step import TrainState
 
 
@@ -20,13 +20,18 @@ def _storable(state: TrainState) -> TrainState:
 class Checkpoints:
     """The checkpoints of a workdir, written in the background.
 
-    `save` is to be called after every step; whether one is written is decided inside (every `every`
-    steps, and when the platform announces a preemption).
+    One is due every `every` steps, and when the platform announces a preemption.
     """
 
     def __init__(self, folder: pathlib.Path, *, every: int = 1, keep: int | None = None):
+        self._folder = folder
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
+            # Named here, so that their metadata can be read before anything is restored.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": grain.checkpoint.CheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=policies.AnySavePolicy(
                     [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
@@ -37,11 +42,13 @@ class Checkpoints:
             ),
         )
 
+    def due(self, step: int) -> bool:
+        """Whether `save` would write a checkpoint of this step."""
+        return self._manager.should_save(step)
+
     def save(self, state: TrainState, step: int, data: grain.DatasetIterator, force=False) -> bool:
         """Starts writing a checkpoint if one is due (or forced). Returns whether it did."""
-        if force and self._manager.latest_step() == step:
-            return False  # the interval has just written it
-        if not force and not self._manager.should_save(step):
+        if self._manager.latest_step() == step or not (force or self.due(step)):
             return False
         return self._manager.save(
             step,
@@ -55,27 +62,45 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def restore(self, like: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The newest checkpoint, with the shapes and shardings of `like`; moves `data` to match."""
-        step = self._manager.latest_step()
-        logging.info("restoring step %d", step)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_abstract(_storable(like))),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
+    def restore(self, step: int, like: TrainState, data: grain.DatasetIterator) -> TrainState:
+        """A checkpoint, with the shapes and shardings of `like`; moves `data` to match.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _storable(like)
         )
-        state = restored["state"]
+        state = self._read(step, abstract, data=grain.checkpoint.CheckpointRestore(data))
         return state.replace(key=jax.random.wrap_key_data(state.key))
 
     def restore_ema(self) -> Any:
-        """The generator's averaged parameters of the newest checkpoint, as host arrays."""
+        """The generator's averaged parameters of the newest checkpoint, as host arrays.
+
+        They may have been saved on any number of devices.
+
+        Raises:
+            ConfigError: there is no checkpoint, or it cannot be read.
+        """
         step = self._manager.latest_step()
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+        if step is None:
+            raise ConfigError(f"{self._folder} holds no checkpoint yet")
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+            self._manager.item_metadata(step)["state"],
         )
-        return jax.device_get(restored["state"]["ema"])
+        return jax.device_get(self._read(step, abstract)["ema"])
+
+    def _read(self, step: int, abstract: Any, **others: Any) -> Any:
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **others)
+            return self._manager.restore(step, args=args)["state"]
+        except Exception as error:  # whatever Orbax and TensorStore make of a damaged file
+            raise ConfigError(
+                f"checkpoint {self._folder / f'step_{step}'} cannot be read "
+                f"({first_line(error)}); remove that folder to go on from the one before it"
+            ) from error
 
     def wait(self) -> None:
         """Blocks until everything that was started is on the disk."""
@@ -83,9 +108,3 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
-
-
-def _abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )

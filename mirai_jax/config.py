@@ -5,6 +5,7 @@ its value and what is allowed, raised before anything is compiled.
 """
 
 import dataclasses
+import itertools
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,7 @@ class TeacherSettings:
     name: str
     image_size: int
     stage: int
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +86,10 @@ def _require(good: bool, field: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{field} is {value!r}; it must be {allowed}")
 
 
-def _choice(field: str, value: str, allowed: typing.Iterable[str]) -> None:
-    _require(value in allowed, field, value, "one of " + ", ".join(allowed))
+def _choice(field: str, value: str, allowed: typing.Iterable[str], more: str = "") -> None:
+    _require(
+        value in allowed, field, value, " ".join(["one of " + ", ".join(allowed), more]).strip()
+    )
 
 
 _KINDS = {
@@ -99,6 +103,8 @@ _KINDS = {
 
 def _typed(field: str, value: Any, kind: type) -> Any:
     """The value as `kind`; an int passes for a float, a list for a tuple, nothing else is bent."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{field} is a number of {value.bit_length()} bits; it must fit in 64")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is tuple and isinstance(value, list):
@@ -111,18 +117,25 @@ def _typed(field: str, value: Any, kind: type) -> Any:
 
 
 class _Section:
-    """One level of the config: hands out typed fields and knows its own path."""
+    """One level of the config: hands out typed fields, and knows which were asked for."""
 
-    def __init__(self, values: Mapping[str, Any], path: str = ""):
-        self._values, self._path = values, path
+    def __init__(self, path: str, values: Any):
+        _require(isinstance(values, Mapping), path, values, "a group of fields")
+        self._path, self._values = path, values
+        self._sections: list[_Section] = []
+        self._asked: list[str] = []
 
     def name(self, field: str) -> str:
-        return self._path + field
+        return f"{self._path}.{field}" if self._path else field
+
+    def raw(self, field: str) -> Any:
+        self._asked.append(field)
+        if field not in self._values:
+            raise ConfigError(f"config field {self.name(field)} is missing")
+        return self._values[field]
 
     def get(self, field: str, kind: type) -> Any:
-        if field not in self._values:
-            raise ConfigError(f"config field '{self.name(field)}' is missing")
-        return _typed(self.name(field), self._values[field], kind)
+        return _typed(self.name(field), self.raw(field), kind)
 
     def number(self, field: str, kind: type, low: float, high: float = float("inf")) -> Any:
         value = self.get(field, kind)
@@ -136,9 +149,26 @@ class _Section:
         return value
 
     def section(self, field: str) -> "_Section":
-        value = self._values.get(field)
-        _require(isinstance(value, Mapping), self.name(field), value, "a group of fields")
-        return _Section(value, f"{self.name(field)}.")
+        self._sections.append(_Section(self.name(field), self.raw(field)))
+        return self._sections[-1]
+
+    def sections(self, field: str) -> list["_Section"]:
+        """The entries of a tuple of groups: `field[0]`, `field[1]`, ..."""
+        entries = enumerate(self.get(field, tuple))
+        made = [_Section(f"{self.name(field)}[{i}]", values) for i, values in entries]
+        self._sections += made
+        return made
+
+    def refuse_unknown(self) -> None:
+        """Raises for a field, here or below, that nothing asked for: it would be ignored."""
+        for field in self._values:
+            if field not in self._asked:
+                raise ConfigError(
+                    f"config field {self.name(str(field))} (given {self._values[field]!r}) does not "
+                    f"exist; the fields here are {', '.join(self._asked)}"
+                )
+        for section in self._sections:
+            section.refuse_unknown()
 
 
 def _probability(section: _Section, field: str) -> float:
@@ -157,11 +187,18 @@ def _pair(field: str, value: Any) -> tuple[int, int]:
 def _generator(model: _Section) -> GeneratorConfig:
     size = model.get("size", str)
     if size:
-        _choice(model.name("size"), size, (*generator_lib.SIZES, "''"))
+        _choice(model.name("size"), size, generator_lib.SIZES, "or ''")
     of_size = generator_lib.SIZES.get(size, (0, 0, 0))
     numbers = {}
     for field, default in zip(("num_layers", "num_heads", "width"), of_size, strict=True):
-        value = model.number(field, int, 0) or default
+        value = model.number(field, int, 0)
+        _require(
+            not (size and value),
+            model.name(field),
+            value,
+            f"0 beside model.size {size!r}, which fixes it (with model.size '' it counts)",
+        )
+        value = value or default
         _require(value > 0, model.name(field), value, "1 or more where model.size is ''")
         numbers[field] = value
     grid = _pair(model.name("grid"), model.get("grid", tuple))
@@ -190,6 +227,9 @@ def _generator(model: _Section) -> GeneratorConfig:
     return config
 
 
+_LAST_EPOCH = 1e6  # more than any run has; in steps it must stay a finite number
+
+
 def two_thirds(num_layers: int) -> int:
     """The default tap: block 8 of 12, 16 of 24, 24 of 36."""
     return max(1, round(2 * num_layers / 3))
@@ -199,6 +239,7 @@ def _offsets(term: _Section, layout: str, grid: tuple[int, int]) -> tuple:
     """The offsets, each of which must leave some pair on the grid."""
     name, offsets = term.name("offsets"), term.get("offsets", tuple)
     _require(len(offsets) > 0, name, offsets, "one offset or more")
+    _require(len(set(map(repr, offsets))) == len(offsets), name, offsets, "each offset once")
     height, width = grid
     if layout == "1d":
         for n in offsets:
@@ -243,9 +284,21 @@ def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set
     name = term.get("name", str)
     if not name:
         base = source if internal else level
-        name = next(n for n in (base, *(f"{base}{i}" for i in range(2, 99))) if n not in taken)
-    _require(name.isidentifier(), term.name("name"), name, "letters, digits and underscores")
+        candidates = itertools.chain([base], (f"{base}{i}" for i in itertools.count(2)))
+        name = next(candidate for candidate in candidates if candidate not in taken)
+    _require(
+        name.isidentifier() and name.isascii(),
+        term.name("name"),
+        name,
+        "letters, digits and underscores",
+    )
     _require(name not in taken, term.name("name"), name, "used by one term only")
+    _require(
+        name != "bidirectional" or source == "bidirectional",
+        term.name("name"),
+        name,
+        "another name: this one is the frozen encoder's",
+    )
     taken.add(name)
     _require(
         not (source == "ema" and internal and ema_decay == 0),
@@ -279,12 +332,12 @@ def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set
     )
     epochs = [epoch for epoch, _ in schedule]
     _require(
-        epochs == sorted(epochs),
+        epochs == sorted(epochs) and all(0 <= epoch <= _LAST_EPOCH for epoch in epochs),
         term.name("schedule"),
         schedule,
         "(epoch, multiplier) pairs in order",
     )
-    return foresight.Term(
+    made = foresight.Term(
         name=name,
         source=source,
         level=level,
@@ -298,10 +351,18 @@ def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set
         teacher_layer=_layer(
             term, "teacher_layer", teacher_layers, 0 if pretrained else two_thirds(layers)
         ),
-        start_epoch=term.number("start_epoch", float, 0),
+        start_epoch=term.number("start_epoch", float, 0, _LAST_EPOCH),
         schedule=schedule,
         projector_width=term.number("projector_width", int, 1),
-    ), checkpoint
+    )
+    for offset in offsets:
+        _require(
+            foresight.alignment(made, offset, student.grid)[1].any(),
+            term.name("offsets"),
+            offsets,
+            f"offsets that leave some pair on the grid, but {offset} leaves none",
+        )
+    return made, checkpoint
 
 
 def _layer(term: _Section, field: str, num_layers: int, default: int) -> int:
@@ -327,13 +388,12 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
         ConfigError: the first wrong field, in one line.
     """
     config = plain(config)
-    top = _Section(config)
+    top = _Section("", config)
     ema_decay = _probability(top, "ema_decay")
     generator = _generator(top.section("model"))
     taken: set[str] = set()
     read_terms = [
-        _term(_Section(values, f"foresight[{i}]."), generator, ema_decay, taken)
-        for i, values in enumerate(top.get("foresight", tuple))
+        _term(section, generator, ema_decay, taken) for section in top.sections("foresight")
     ]
     terms = tuple(term for term, _ in read_terms)
     num_steps = top.number("num_steps", int, 1)
@@ -363,6 +423,7 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
         mesh=_mesh(top.section("mesh"), num_devices),
         **_sample(top.section("sample"), generator),
     )
+    top.refuse_unknown()
     ways = settings.mesh[0] * settings.mesh[1]
     for count, what in ((ways, f"the {ways} ways mesh.data * mesh.fsdp split it"),
                         (num_processes, f"the {num_processes} processes")):  # fmt: skip
@@ -372,6 +433,12 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
             settings.batch_size,
             f"a multiple of {count}, {what} (there are {num_devices} devices)",
         )
+    _require(
+        ways % num_processes == 0,
+        "mesh.data",
+        settings.mesh[0],
+        f"such that mesh.data * mesh.fsdp is a multiple of the {num_processes} processes",
+    )
     if settings.needs_images and settings.data.name == "codes":
         raise ConfigError(
             "data.name is 'codes'; a term of source 'bidirectional' looks at images, which shards "
@@ -396,7 +463,7 @@ def _optimizer(section: _Section, num_steps: int) -> OptimizerConfig:
         num_steps=num_steps,
         b1=_probability(section, "b1"),
         b2=_probability(section, "b2"),
-        eps=section.number("eps", float, 0),
+        eps=section.number("eps", float, 1e-16),
         weight_decay=section.number("weight_decay", float, 0),
         clip_norm=section.number("clip_norm", float, 0),
     )
@@ -433,9 +500,11 @@ def _teacher(section: _Section, terms: tuple[foresight.Term, ...]) -> TeacherSet
         name=section.get("name", str),
         image_size=section.number("image_size", int, 32),
         stage=section.number("stage", int, 1, 7),
+        dtype=section.choice("dtype", ("float32", "bfloat16")),
     )
     if any(t.source == "bidirectional" and t.level == "internal" for t in terms):
-        _choice(section.name("name"), settings.name, TEACHERS)
+        more = "(DINOv2 is not in this version)" if "dino" in settings.name else ""
+        _choice(section.name("name"), settings.name, TEACHERS, more)
     return settings
 
 

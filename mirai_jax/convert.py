@@ -144,6 +144,9 @@ def projectors_from_torch(state: Arrays, num_heads: int | None = None) -> Any:
     ]
     if missing or not wanted:
         raise ValueError("parameters do not fit: missing " + "; ".join(missing or ["projectors"]))
+    own = {name: array for name, array in state.items() if _PROJECTOR.fullmatch(name)}
+    first = {m.groups()[1:]: own[m[0]].shape for m in map(_PROJECTOR.fullmatch, own) if m[1] == "0"}
+    check_shapes(own, {name: first[_PROJECTOR.fullmatch(name).groups()[1:]] for name in own})
 
     def stacked(i: int, part: str) -> np.ndarray:
         return np.stack(

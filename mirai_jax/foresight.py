@@ -226,7 +226,8 @@ def alignment_losses(
         shift, mask_L = alignment(term, offset, grid)
         student = _normalise(projections_KxBxLxZ[k])
         cosine_BxL = jnp.sum(student * _shifted(target, shift), axis=-1)
-        total, count = jnp.mean(cosine_BxL @ mask_L), mask_L.sum()
+        # Sums, not a matrix product, which accelerators would round.
+        total, count = jnp.mean(jnp.sum(cosine_BxL * mask_L, axis=-1)), mask_L.sum()
         if has_class_pair(term):
             own = jnp.sum(student[:, 0] * target[:, 0], axis=-1)
             total, count = total + jnp.mean(own), count + 1
@@ -244,7 +245,7 @@ def prediction_losses(
         nll_BxL = optax.softmax_cross_entropy_with_integer_labels(
             logits_KxBxLxV[k].astype(jnp.float32), _shifted(codes_BxL, shift)
         )
-        losses.append(jnp.mean(nll_BxL @ mask_L) / mask_L.sum())
+        losses.append(jnp.mean(jnp.sum(nll_BxL * mask_L, axis=-1)) / mask_L.sum())
     return jnp.stack(losses)
 
 

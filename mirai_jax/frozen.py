@@ -140,22 +140,25 @@ def make_tokenizer(
     if path.exists():
         try:
             params = load_params(path)
-            module.apply(
-                {"params": params},
-                jnp.zeros((1, settings.generator.length), jnp.int32),
-                method="decode",
-            )
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
+            raise ConfigError(f"{error}; remove it to fit the tokenizer again") from error
+        shape = (settings.generator.vocab_size, settings.tokenizer.patch**2 * module.channels)
+        codebook = params.get("codebook", np.zeros(0))
+        if codebook.shape != shape or not np.isfinite(codebook).all():
             raise ConfigError(
-                f"{path} is not this run's tokenizer ({first_line(error)}); remove it to fit it again"
-            ) from error
+                f"{path} does not hold this run's codebook: {codebook.shape}, should be {shape} "
+                "finite numbers; remove it to fit the tokenizer again"
+            )
         return module, params
-    return module, fit_patch_codebook(
-        images_NxHxWxC,
-        patch=settings.tokenizer.patch,
-        vocab_size=settings.generator.vocab_size,
-        seed=settings.seed,
-    )
+    try:
+        return module, fit_patch_codebook(
+            images_NxHxWxC,
+            patch=settings.tokenizer.patch,
+            vocab_size=settings.generator.vocab_size,
+            seed=settings.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def encode_images(
@@ -185,7 +188,7 @@ def make_teacher(settings: Settings) -> tuple[teacher.EfficientNetTeacher, Any]:
         grid=settings.generator.grid,
         image_size=settings.teacher.image_size,
         stage=settings.teacher.stage,
-        dtype=settings.generator.dtype,
+        dtype=settings.teacher.dtype,
     )
     try:
         return module, {"network": pretrained.load_efficientnet_lite0()}
@@ -193,13 +196,16 @@ def make_teacher(settings: Settings) -> tuple[teacher.EfficientNetTeacher, Any]:
         raise ConfigError(f"teacher.name {settings.teacher.name!r}: {error}") from error
 
 
-def load_generator(field: str, workdir: str, settings: Settings) -> tuple[GeneratorConfig, Any]:
+def load_generator(
+    field: str, workdir: str, settings: Settings, tokenizer_params: Any
+) -> tuple[GeneratorConfig, Any]:
     """The EMA generator of a finished or running workdir, as a static teacher.
 
     Args:
         field: the config field that names the workdir, for messages.
         workdir: holds config.json and checkpoints/.
         settings: of the run that will use it; tokens and classes must be the same.
+        tokenizer_params: of that run, or None.
 
     Raises:
         ConfigError: no such run, no checkpoint, or other tokens.
@@ -210,7 +216,7 @@ def load_generator(field: str, workdir: str, settings: Settings) -> tuple[Genera
         # Its mesh is of no interest here: one device satisfies any other check.
         raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
         other = config_lib.read(raw, num_devices=1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{field} is {workdir!r}, not the workdir of a run ({error})") from error
     mine, theirs = settings.generator, other.generator
     for name in ("grid", "vocab_size", "num_classes"):
@@ -219,9 +225,19 @@ def load_generator(field: str, workdir: str, settings: Settings) -> tuple[Genera
                 f"{field} is {workdir!r}, whose model.{name} is {getattr(theirs, name)}; it must "
                 f"be {getattr(mine, name)}, as in this run"
             )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    if checkpoints.latest_step() is None:
+    if tokenizer_params is not None:
+        path = folder / "tokenizer.npz"
+        theirs_too = load_params(path) if path.exists() else {}
+        if not np.array_equal(theirs_too.get("codebook"), tokenizer_params["codebook"]):
+            raise ConfigError(
+                f"{field} is {workdir!r}, whose tokenizer is another one: its tokens mean something "
+                f"else; copy {path} into this run's workdir before its start, or train both with "
+                "the same data and seed"
+            )
+    if not (folder / "checkpoints").is_dir():
         raise ConfigError(f"{field} is {workdir!r}, a run without a checkpoint yet")
-    params = checkpoints.restore_ema()
-    checkpoints.close()
-    return theirs, params
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        return theirs, checkpoints.restore_ema()
+    finally:
+        checkpoints.close()

@@ -4,7 +4,6 @@ import contextlib
 import pathlib
 import sys
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -15,34 +14,31 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:scale] of confi
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; default: runs/<config>-<scale>. An unfinished run goes on."
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Several hosts: jax.distributed.initialize() finds the others."
-)
 
 
 def _missing_field(argv: list[str]) -> str | None:
     """For a misspelt --config.field: what is allowed there instead."""
-    path = next((a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")), None)
-    if path is None:
-        return None
-    config = config_flags.ConfigFileFlagParser("config").parse(path)
-    for argument in argv:
-        flag, _, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag.startswith("config."):
-            node, walked = config, "config"
-            # foresight[0].weights -> foresight, 0, weights
-            for key in flag.removeprefix("config.").replace("[", ".").replace("]", "").split("."):
-                if isinstance(node, tuple):
-                    allowed = [str(i) for i in range(len(node))]
-                elif hasattr(node, "keys"):
-                    allowed = list(node.keys())
-                else:
-                    allowed = []
-                if key not in allowed:
-                    listed = ", ".join(allowed) or "none"
-                    return f"{flag} (given {value!r}) does not exist; {walked} has these fields: {listed}"
-                walked += f".{key}"
-                node = node[int(key)] if isinstance(node, tuple) else node[key]
+    pairs = []  # of --flag=value and --flag value
+    for i, argument in enumerate(argv):
+        if argument.startswith("-"):
+            flag, given, value = argument.lstrip("-").partition("=")
+            pairs.append((flag, value if given else "".join(argv[i + 1 : i + 2])))
+    config = flags.FLAGS["config"].parser.parse(dict(pairs)["config"])
+    for flag, value in pairs:
+        if not flag.startswith("config."):
+            continue
+        node, walked = config, "config"
+        # foresight[0].weights -> foresight, [0], weights
+        for key in flag.removeprefix("config.").replace("[", ".[").split("."):
+            if isinstance(node, tuple):
+                allowed = [f"[{i}]" for i in range(len(node))]
+            else:
+                allowed = list(node.keys()) if hasattr(node, "keys") else []
+            if key not in allowed:
+                listed = ", ".join(allowed) or "none"
+                return f"{flag} (given {value!r}) does not exist; the fields of {walked}: {listed}"
+            walked += key if key.startswith("[") else f".{key}"
+            node = node[int(key[1:-1])] if isinstance(node, tuple) else node[key]
     return None
 
 
@@ -58,7 +54,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         return rest
     except Exception as error:  # whatever a config file or its flags raise
         text = None
-        if isinstance(error, (AttributeError, KeyError, IndexError, flags.Error)):
+        if isinstance(error, (AttributeError, LookupError, TypeError, flags.Error)):
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 text = _missing_field(argv)
         if text is None:
@@ -72,8 +68,6 @@ def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
     config = _CONFIG.value
     workdir = _WORKDIR.value or pathlib.Path("runs") / f"{config.name}-{config.scale}"
     try:

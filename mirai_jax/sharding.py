@@ -4,6 +4,7 @@ Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tens
 FFN columns. Optimizer state and EMA follow the parameter whose path they contain.
 """
 
+import math
 import re
 from typing import Any
 
@@ -42,7 +43,7 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
     described = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True))
     if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
         raise ValueError(f"{described}: each must be 1 or more, and at most one -1 (what is left)")
-    known = int(np.prod([n for n in shape if n != -1]))
+    known = math.prod(n for n in shape if n != -1)
     if -1 in shape and num_devices % known == 0:
         shape[shape.index(-1)] = num_devices // known
     elif known != num_devices:

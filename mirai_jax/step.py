@@ -15,7 +15,7 @@ the state and the batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +44,8 @@ class Recipe:
             would read it.
         steps_per_epoch: whole batches in an epoch, the unit of the terms' schedules.
         teacher: the bidirectional encoder, image -> (B, L, Z), with a field `features` (Z).
+        teacher_dtype: of the matrix products of generators that teach; float32 officially, where
+            teachers run outside autocast.
         static: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
     """
 
@@ -53,6 +55,7 @@ class Recipe:
     ema_decay: float = 0.9999
     steps_per_epoch: int = 1
     teacher: nn.Module | None = None
+    teacher_dtype: str = "float32"
     static: tuple[tuple[str, GeneratorConfig], ...] = ()
 
     @property
@@ -116,6 +119,10 @@ def teacher_targets(
     """Targets (B, L, Z) of each internal term by name, computed once for terms that share them."""
     codes, label = batch["codes"][:, :-1], batch["label"]
     targets, shared = {}, {}
+
+    def in_teacher_dtype(config: GeneratorConfig) -> GeneratorConfig:
+        return dataclasses.replace(config, dtype=recipe.teacher_dtype)
+
     for term in terms:
         if term.level == "output":
             continue
@@ -123,13 +130,14 @@ def teacher_targets(
             source = ("ema", term.teacher_layer)
             make = functools.partial(
                 generator_lib.hidden_states,
-                recipe.generator, ema, codes, label, term.teacher_layer,
+                in_teacher_dtype(recipe.generator), ema, codes, label, term.teacher_layer,
             )  # fmt: skip
         elif term.source == "checkpoint":
             source = ("checkpoint", term.name)
             make = functools.partial(
                 generator_lib.hidden_states,
-                dict(recipe.static)[term.name], frozen[term.name], codes, label, term.teacher_layer,
+                in_teacher_dtype(dict(recipe.static)[term.name]), frozen[term.name],
+                codes, label, term.teacher_layer,
             )  # fmt: skip
         else:
             source = ("bidirectional",)
@@ -189,7 +197,7 @@ def loss_fn(
         else:
             losses = foresight.alignment_losses(term, outputs, targets[term.name], grid)
         multiplier = foresight.weight_multiplier(term, step, recipe.steps_per_epoch)
-        total += multiplier * jnp.dot(jnp.asarray(term.head_weights), losses)
+        total += multiplier * jnp.sum(jnp.asarray(term.head_weights) * losses)
         parts.update(zip(term.metric_names, losses, strict=True))
     return total, {"loss": total, "cross_entropy": cross_entropy, **parts}
 
@@ -259,6 +267,3 @@ def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: 
         return jitted(state, frozen, batch, active)
 
     return run
-
-
-StepFn = Callable[[TrainState, Any, Batch, int], tuple[TrainState, dict[str, jax.Array]]]

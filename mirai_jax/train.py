@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,7 @@ class Parts:
     tokenizer: nn.Module | None
     tokenizer_params: Any
     frozen: Any  # teachers' parameters, as `train_step` takes them
+    batches: grain.IterDataset
 
 
 def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
@@ -76,6 +78,14 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
         source = records.CodedImages(
             codes, images.labels, images.images if settings.needs_images else None
         )
+    batches = data.make_dataset(
+        source,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+        num_workers=settings.data.num_workers,
+    )
     say(
         f"data: {settings.data.name}, {len(source):,} images, {settings.generator.length} tokens each"
     )
@@ -88,7 +98,7 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
     for name, path in settings.term_checkpoints:
         i = next(i for i, term in enumerate(terms) if term.name == name)
         config, frozen_params[name] = frozen.load_generator(
-            f"foresight[{i}].checkpoint", path, settings
+            f"foresight[{i}].checkpoint", path, settings, tokenizer_params
         )
         layer = terms[i].teacher_layer or config_lib.two_thirds(config.num_layers)
         if layer > config.num_layers:
@@ -106,9 +116,12 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
         ema_decay=settings.ema_decay,
         steps_per_epoch=data.steps_per_epoch(len(source), settings.batch_size),
         teacher=teacher,
+        teacher_dtype=settings.teacher.dtype,
         static=tuple(static),
     )
-    return Parts(settings, recipe, source, images, tokenizer, tokenizer_params, frozen_params)
+    return Parts(
+        settings, recipe, source, images, tokenizer, tokenizer_params, frozen_params, batches
+    )
 
 
 def _labelled_images(settings: Settings, split: str) -> data.LabelledImages:
@@ -227,12 +240,28 @@ def train(
     say(f"{settings.name}-{settings.scale} in {workdir}")
     for field, (old, new) in changed.items():
         say(f"continuing with {field} {new!r} (was {old!r})")
+    begin = _latest_step(workdir / "checkpoints")
+    if begin > settings.num_steps:
+        raise ConfigError(
+            f"num_steps is {settings.num_steps}; workdir {workdir} is already at step {begin}: it "
+            f"must be {begin} or more"
+        )
     parts = build(settings, workdir / "tokenizer.npz", say)
     # Only now, when all that the config names was found: a mistake leaves nothing behind.
     open_workdir(workdir, config)
     if parts.tokenizer is not None:
         frozen.save_params(workdir / "tokenizer.npz", parts.tokenizer_params)
-    _Run(parts, workdir, devices, say).run()
+    _Run(parts, workdir, devices, say).run(begin)
+
+
+def _latest_step(folder: pathlib.Path) -> int:
+    """The newest checkpoint's step; 0 where there is none. Creates nothing."""
+    if not folder.is_dir():
+        return 0
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.latest_step() or 0
+    checkpoints.close()
+    return step
 
 
 class _Run:
@@ -253,71 +282,67 @@ class _Run:
             f"{count(self.state.params['foresight']):,} in foresight heads"
         )
         self.frozen = jax.device_put(parts.frozen, sharding.replicated(self.mesh))
-        self.batches = iter(
-            data.make_dataset(
-                parts.source,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-                shard_index=jax.process_index(),
-                shard_count=jax.process_count(),
-                num_workers=settings.data.num_workers,
-            )
-        )
+        self.batches = iter(parts.batches)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             every=settings.checkpoint_every,
             keep=settings.keep_checkpoints,
         )
 
-    def run(self) -> None:
-        """Restores, trains what is left, and finishes."""
+    def run(self, begin: int) -> None:
+        """Restores step `begin`, trains what is left, and finishes."""
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
-        begin = self.checkpoints.latest_step() or 0
-        if begin > last:
-            raise ConfigError(
-                f"num_steps is {last}; workdir {self.workdir} is already at step {begin}: it must "
-                f"be {begin} or more"
-            )
         if begin == last and summary.exists():
             self.say(f"this run is finished ({last:,} steps); its figure: {summary}")
             self.checkpoints.close()
             return
-        if begin:
-            self.state = self.checkpoints.restore(self.state, self.batches)
-            self.say(f"resumed at step {begin:,} of {last:,}")
-        self.writer = MetricsWriter(self.workdir, begin)
+        summary.unlink(missing_ok=True)  # of a shorter run: it marks what is finished
         try:
-            if begin < last:
-                self._loop(begin)
-            self._finish(summary)
+            if begin:
+                self.state = self.checkpoints.restore(begin, self.state, self.batches)
+                self.say(f"resumed at step {begin:,} of {last:,}")
+            self.writer = MetricsWriter(self.workdir, begin)
+            try:
+                if begin < last:
+                    self._loop(begin)
+                self._finish(summary)
+            finally:
+                self.writer.close()
         finally:
-            self.writer.close()
             self.checkpoints.close()
 
     def _loop(self, begin: int) -> None:
-        settings = self.settings
+        settings, recipe = self.settings, self.parts.recipe
         train_step = make_train_step(
-            self.parts.recipe, self.state_sharding, sharding.batch_sharding(self.mesh)
+            recipe, self.state_sharding, sharding.batch_sharding(self.mesh)
         )
         self.watch, self.lap_steps, self.step_seconds = Stopwatch(), 0, 0.0
-        waiting, active = None, None
+        active = None
+        self.waiting: tuple[int, Any] | None = None  # a step dispatched and not yet looked at
         for i in range(begin, settings.num_steps):
-            now_active = foresight.active_terms(
-                self.parts.recipe.terms, i, self.parts.recipe.steps_per_epoch
-            )
+            now_active = foresight.active_terms(recipe.terms, i, recipe.steps_per_epoch)
             compiles, active = now_active != active, now_active
             if compiles:
+                self._log()
                 self._tell_compile(i, now_active)
+                self.watch.lap()
             batch = sharding.put_batch(next(self.batches), self.mesh)
             self.state, metrics = train_step(self.state, self.frozen, batch, i)
-            if waiting is not None:  # a step late, so that the device always has one queued
-                self._log(*waiting)
-            waiting = (i + 1, metrics)
+            self._log()  # a step late, so that the device always has one queued
+            self.waiting = (i + 1, metrics)
             if compiles:  # its seconds are its own: speed is told without them
                 jax.block_until_ready(metrics)
                 self.step_seconds, self.lap_steps = self.watch.lap(), -1
-            self._save_and_sample(i + 1)
-        self._log(*waiting)
+            samples = settings.sample_every and (i + 1) % settings.sample_every == 0
+            if self.checkpoints.due(i + 1) or samples:
+                # First its line, and a look at its loss: no broken state is ever saved.
+                self._log()
+                self.watch.pause()
+                self.checkpoints.save(self.state, i + 1, self.batches)
+                if samples and i + 1 < settings.num_steps:
+                    self._sample(i + 1)
+                self.watch.resume()
+        self._log()
 
     def _tell_compile(self, step: int, active: tuple[bool, ...]) -> None:
         names = [
@@ -328,14 +353,23 @@ class _Run:
         what = f"with foresight {', '.join(names)}" if names else "without foresight"
         self.say(f"compiling the step {what} (step {step + 1})")
 
-    def _log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Waits for the step; writes it if it is one to be logged."""
+    def _log(self) -> None:
+        """Waits for the step in `waiting`, checks it, and writes it if it is one to be logged."""
+        if self.waiting is None:
+            return
+        (step, metrics), self.waiting = self.waiting, None
         settings = self.settings
-        jax.block_until_ready(metrics["loss"])
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.lap_steps += 1
+        if not np.isfinite(values["loss"] + values["grad_norm"]):
+            saved = self.checkpoints.latest_step()
+            raise TrainingError(
+                f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {step}; the "
+                f"last checkpoint is of {'no step yet' if saved is None else f'step {saved}'} "
+                f"({self.workdir}): a lower optimizer.learning_rate may help"
+            )
         if step % settings.log_every and step != settings.num_steps and step != 1:
             return
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         first = {name: values.pop(name) for name in ("loss", "cross_entropy")}
         values = first | values
         left = None
@@ -345,20 +379,6 @@ class _Run:
         values["images_per_second"] = settings.batch_size / self.step_seconds
         self.writer.step(step, values)
         self.say(progress_line(step, settings.num_steps, values, left))
-        if not np.isfinite(values["loss"]):
-            saved = self.checkpoints.latest_step()
-            raise TrainingError(
-                f"loss is {values['loss']} at step {step}; the last checkpoint is of "
-                f"{'no step yet' if saved is None else f'step {saved}'} ({self.workdir})"
-            )
-
-    def _save_and_sample(self, step: int) -> None:
-        every = self.settings.sample_every
-        self.watch.pause()
-        self.checkpoints.save(self.state, step, self.batches)
-        if every and step % every == 0 and step < self.settings.num_steps:
-            self._sample(step)
-        self.watch.resume()
 
     def _sample(self, step: int) -> np.ndarray | None:
         """Writes the grid of this step; None where there is no decoder."""

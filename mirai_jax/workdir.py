@@ -30,7 +30,6 @@ RESUMABLE = (
     "checkpoint_every",
     "keep_checkpoints",
     "judged_samples",
-    "data.path",
     "data.num_workers",
     "model.unroll",
     "mesh.data",
@@ -112,13 +111,16 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str,
     try:
         if workdir.exists() and not workdir.is_dir():
             raise ConfigError(f"workdir is {str(workdir)!r}; it must be a folder or not exist yet")
-        if path.exists():
-            return check_same_run(json.loads(path.read_text()), config, str(workdir))
+        if not path.exists():
+            return {}
+        old = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"workdir {workdir} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); remove it to start over") from error
-    return {}
+    if not isinstance(old, dict):
+        raise ConfigError(f"{path} is damaged (it holds no config); remove it to start over")
+    return check_same_run(old, config, str(workdir))
 
 
 def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -71,7 +71,8 @@ def test_the_variants_are_all_here():
 @pytest.mark.parametrize("name", FILES)
 def test_every_config_reads_at_every_scale(name, scale):
     config = importlib.import_module(f"configs.{name}").get_config(scale)
-    if name == "mirai_i" and scale.startswith("imagenet"):  # its teacher comes later
+    looks = any(term.source == "bidirectional" for term in config.foresight)
+    if looks and scale.startswith("imagenet"):  # its teacher comes later
         message = refusal(config)
         assert "teacher.name" in message and "dinov2_vitb14" in message
         return
@@ -162,7 +163,6 @@ WRONG = [  # (fields, what the message holds besides the name and the value of t
     ({"seed": 2**31}, "at most"),
     ({"model.token_dropout": -0.1}, "at least 0 and less than 1"),
     ({"model.num_layers": 0}, "1 or more where model.size is ''"),
-    ({"optimizer.warmup_steps": 10**6}, "at most"),
     ({"sample.temperature": 0.0}, "more than 0"),
     ({"sample.top_p": 1.5}, "at most 1"),
     ({"sample.classes": 11}, "at most 10"),
@@ -174,6 +174,7 @@ WRONG = [  # (fields, what the message holds besides the name and the value of t
     ({"model.width": 100}, "a multiple of 4 * model.num_heads"),
     ({"model.grid": (8, 9)}, "(8, 8), the tokens of tokenizer.image_size=32"),
     ({"batch_size": 12}, "a multiple of 8"),
+    ({"optimizer.schedule": "cosine", "optimizer.warmup_steps": 10**6}, "less than num_steps="),
     ({TERM + "student_layer": 99}, "a block of the model, 1 to"),
     ({TERM + "teacher_layer": 99}, "a block of the model, 1 to"),
     ({TERM + "offsets": ((0, 0), (0, 8))}, "(0, 8) leaves the 8x8 grid entirely"),
@@ -212,7 +213,7 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh):
 def test_a_batch_must_divide_by_the_devices_that_split_it_alone():
     config = with_fields(get(), {"batch_size": 12, "mesh.data": 2, "mesh.tensor": 4})
     assert read(config).mesh == (2, 1, 4)
-    assert "a multiple of 5, the 5 processes" in refusal(config, num_processes=5)
+    assert "a multiple of the 5 processes" in refusal(config, num_processes=5)
     assert "there are 6 devices" in refusal(with_fields(get(), {"batch_size": 32}), num_devices=6)
 
 
@@ -409,7 +410,7 @@ def test_another_run_is_refused_with_every_field_that_differs():
 def test_fields_that_change_nothing_computed_may_differ():
     fields = {
         "log_every": 7, "sample_every": 0, "checkpoint_every": 9, "keep_checkpoints": 5,
-        "judged_samples": 3, "data.path": "elsewhere", "data.num_workers": 2, "model.unroll": 1,
+        "judged_samples": 3, "data.num_workers": 2, "model.unroll": 1,
         "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "sample.guidance": 1.0,
         "sample.top_k": 9, "sample.per_class": 1,
     }  # fmt: skip

@@ -535,6 +535,7 @@ def test_worker_processes_give_the_same_stream_and_resume(tmp_path):
         from absl import app
         import numpy as np
         from mirai_jax import data
+        from mirai_jax import records as records_lib
 
         def main(argv):
             source = records_lib.CodeRecords(argv[1], grid=(2, 3), vocab_size=160, num_classes=5)

@@ -22,6 +22,14 @@ def make_term(**fields):
     return Term(**{"start_epoch": 0.0, "schedule": (), **fields})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Without most optimisations: these programs are tiny, and compiling them is all the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 # The definition, written out: every position of the sequence and every cell of the grid is looked at
 # one by one. A *name* is the raster number of the token that a position stands for.
 

@@ -1,6 +1,7 @@
 """The generator: causality by gradients, sizes, rotary table, taps, dropout, conversion."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,12 +11,20 @@ import pytest
 
 from mirai_jax import convert, foresight
 from mirai_jax.models import generator as generator_lib
-from mirai_jax.models.generator import Generator, GeneratorConfig, hidden_states
+from mirai_jax.models.generator import Generator, GeneratorConfig
 
 CONFIG = GeneratorConfig(
     num_layers=3, num_heads=2, width=32, vocab_size=24, num_classes=5, grid=(3, 4)
 )
 LAST = CONFIG.length - 1  # tokens that are consumed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Without most optimisations: these programs are tiny, and compiling them is all the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +46,13 @@ def batch():
     return codes, rng.randint(0, CONFIG.num_classes, 4).astype(np.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, params, codes, labels, key=None):
     rngs = None if key is None else {"dropout": key}
     return Generator(config).apply({"params": params}, codes, labels, rngs=rngs)[0]
+
+
+hidden_states = jax.jit(generator_lib.hidden_states, static_argnums=(0, 4))
 
 
 # Causality ---------------------------------------------------------------------------------------
@@ -168,18 +181,15 @@ def test_taps_are_the_hidden_states_of_every_layer(params, batch, tapped):
             hidden_states(CONFIG, params, *batch, layer), state, rtol=1e-5, atol=1e-5
         )
     assert not np.allclose(taps[1], taps[2], atol=1e-2)
-    plain, none = Generator(CONFIG).apply({"params": params}, *batch)
+    plain, none = jax.jit(Generator(CONFIG).apply)({"params": params}, *batch)
     np.testing.assert_allclose(plain, logits, rtol=1e-5, atol=1e-5)
     assert none == {}
-    hidden = Generator(CONFIG, taps=(3, 1)).apply({"params": params}, *batch, method="hidden")
-    assert sorted(hidden) == [1, 3]
-    np.testing.assert_allclose(hidden[3], taps[3], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("unroll", [2, 3])
 def test_the_unrolled_layer_loop_computes_the_same(params, batch, tapped, unroll):
-    config = dataclasses.replace(CONFIG, unroll=unroll)
-    logits, taps = Generator(config, taps=(1, 2, 3)).apply({"params": params}, *batch)
+    model = Generator(dataclasses.replace(CONFIG, unroll=unroll), taps=(1, 2, 3))
+    logits, taps = jax.jit(model.apply)({"params": params}, *batch)
     np.testing.assert_allclose(logits, tapped[0], rtol=1e-5, atol=1e-5)
     for layer in taps:
         np.testing.assert_allclose(taps[layer], tapped[1][layer], rtol=1e-5, atol=1e-5)
@@ -207,7 +217,7 @@ def test_a_prefix_gives_the_same_logits(params, batch, tapped):
 
 def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(params, batch, tapped):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    logits, taps = Generator(config, taps=(2,)).apply({"params": params}, *batch)
+    logits, taps = jax.jit(Generator(config, taps=(2,)).apply)({"params": params}, *batch)
     assert logits.dtype == jnp.bfloat16 and taps[2].dtype == jnp.float32
     for got, exact in ((logits, tapped[0]), (taps[2], tapped[1][2])):
         exact = np.asarray(exact)
@@ -242,8 +252,9 @@ def test_with_an_rng_and_rates_of_zero_nothing_is_dropped(params, batch, tapped)
 @pytest.mark.parametrize("rate", RATES[:3])
 def test_each_dropout_acts_under_an_rng_alone_and_by_its_key(params, batch, tapped, rate):
     config = with_rates(**{rate: 0.3})
-    apply = jax.jit(lambda key: logits_of(config, params, *batch, key=key))
-    once, again, other = (apply(jax.random.key(seed)) for seed in (0, 0, 1))
+    once, again, other = (
+        logits_of(config, params, *batch, key=jax.random.key(seed)) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(once, again)
     assert not np.allclose(once, other, atol=1e-2)
     assert not np.allclose(once, tapped[0], atol=1e-2)
@@ -255,7 +266,7 @@ def test_class_dropout_turns_whole_images_into_the_null_class(params, tapped):
     config = with_rates(class_dropout=0.25)
     logits = logits_of(config, params, codes, labels, key=jax.random.key(0))
     kept = logits_of(config, params, codes, labels)
-    null = logits_of(config, params, codes[:1], np.array([CONFIG.null_class]))
+    null = logits_of(config, params, codes, np.full(count, CONFIG.null_class))
     as_kept = np.abs(logits - kept).max(axis=(1, 2)) < 1e-4
     as_null = np.abs(logits - null).max(axis=(1, 2)) < 1e-4
     assert (as_kept ^ as_null).all()

@@ -18,6 +18,14 @@ CONFIG = GeneratorConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Without most optimisations: these programs are tiny, and compiling them is all the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def params():
     """Random parameters with which the classes and the tokens so far matter."""

@@ -1,7 +1,4 @@
-"""The train step: what gradients reach, the EMA, every variant, and the same step over a mesh.
-
-Programs here are compiled without most optimisations: they are tiny, and compiling is all the time.
-"""
+"""The train step: what gradients reach, the EMA, every variant, and the same step over a mesh."""
 
 import dataclasses
 import functools
@@ -28,6 +25,7 @@ PRETRAINED = GeneratorConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
+    """Without most optimisations: these programs are tiny, and compiling them is all the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -59,8 +57,8 @@ VARIANTS = {
     "i": (I,),
     "e_and_i": (E, I),
     "checkpoint": (STATIC,),
-    "output_1d": (make_term(name="next", level="output", layout="1d", offsets=(1, 2)),),
-    "output_2d": (
+    "output": (
+        make_term(name="next", level="output", layout="1d", offsets=(1, 2)),
         make_term(name="below", level="output", offsets=((1, 0), (1, 1)), borders="mask"),
     ),
 }

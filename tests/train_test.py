@@ -121,6 +121,40 @@ def test_a_finished_run_without_its_figure_makes_it(tmp_path):
     assert not any(line.startswith("step ") for line in lines)
 
 
+def test_stopped_while_drawing_loses_no_line(tmp_path):
+    config = tiny(llamagen)
+
+    def say(line):
+        if line.startswith("samples:"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, say=say)  # at step 4, whose checkpoint is being written
+    assert [entry["step"] for entry in without_speed(tmp_path)] == [1, 2, 3, 4]
+    lines = run(config, tmp_path)
+    assert any("resumed at step 4" in line for line in lines)
+    assert [entry["step"] for entry in without_speed(tmp_path)] == list(range(1, 9))
+
+
+def test_mistakes_leave_nothing_in_the_way(tmp_path):
+    with pytest.raises(DataError, match="batch_size 8192"):
+        run(tiny(llamagen, batch_size=8192), tmp_path / "a")
+    with pytest.raises(ConfigError, match="vocab_size"):
+        config = tiny(llamagen)
+        config.model.vocab_size = 1_000_000
+        run(config, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="it must be a folder"):
+        run(tiny(llamagen), tmp_path / "file")
+    for text in ("[]", "{", "\xff"):
+        folder = tmp_path / "b"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+            run(tiny(llamagen), folder)
+
+
 def test_another_config_is_refused_and_the_fields_named(tmp_path):
     run(tiny(llamagen), tmp_path)
     other = tiny(llamagen, batch_size=32, seed=1)
@@ -133,15 +167,32 @@ def test_another_config_is_refused_and_the_fields_named(tmp_path):
 
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
     config = tiny(llamagen)
-    config.optimizer.schedule = "constant"
     run(config, tmp_path)
     config.num_steps = 10
     lines = run(config, tmp_path)
     assert any("num_steps 10 (was 8)" in line for line in lines)
     assert [entry["step"] for entry in workdir.read_metrics(tmp_path)] == list(range(1, 11))
+    before = (tmp_path / "config.json").read_text()
     config.num_steps = 5
-    with pytest.raises(ConfigError, match="num_steps is 5"):
+    with pytest.raises(ConfigError, match="num_steps is 5; .* already at step 10"):
         run(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_run_killed_before_its_new_figure_is_not_taken_for_finished(tmp_path):
+    config = tiny(llamagen)
+    run(config, tmp_path)
+    config.num_steps = 10
+
+    def say(line):
+        if line.startswith("samples:"):  # the last checkpoint is written, the figure is not
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, say=say)
+    lines = run(config, tmp_path)
+    assert any(line.startswith("finished: 10 steps") for line in lines)
+    assert (tmp_path / "samples" / "step_0000010.png").exists()
 
 
 def test_eight_devices_train_as_one(tmp_path):
@@ -156,7 +207,9 @@ def test_eight_devices_train_as_one(tmp_path):
 
 
 def test_a_pretrained_generator_teaches(tmp_path):
-    run(tiny(llamagen), tmp_path / "teacher")
+    teacher = tiny(llamagen)
+    teacher.mesh.update(data=2, fsdp=4)  # its checkpoint is read on one device
+    run(teacher, tmp_path / "teacher", devices=8)
     config = tiny(mirai_e, num_steps=4)
     config.foresight[0].update(
         source="checkpoint", checkpoint=str(tmp_path / "teacher"), start_epoch=0.0
@@ -170,6 +223,10 @@ def test_a_pretrained_generator_teaches(tmp_path):
         run(config, tmp_path / "other")
     config.foresight[0].update(checkpoint=str(tmp_path / "teacher"), teacher_layer=7)
     with pytest.raises(ConfigError, match=r"foresight\[0\]\.teacher_layer is 7"):
+        run(config, tmp_path / "other")
+    config.foresight[0].teacher_layer = 1
+    config.seed = 1  # fits another codebook: the same tokens would mean something else
+    with pytest.raises(ConfigError, match="whose tokenizer is another one"):
         run(config, tmp_path / "other")
     assert not (tmp_path / "other").exists()  # a mistake leaves nothing that would stand in the way
 
@@ -199,6 +256,7 @@ def test_trains_on_shards_of_codes(tmp_path):
         size="", num_layers=2, num_heads=2, width=32, vocab_size=16, num_classes=4, grid=(4, 4)
     )
     config.tokenizer.image_size = 64
+    config.sample.classes = 4
     config.data.update(path=str(tmp_path), num_workers=0)
     config.foresight[0].update(projector_width=16, start_epoch=0.2)
     lines = run(config, tmp_path / "run")
@@ -209,11 +267,24 @@ def test_trains_on_shards_of_codes(tmp_path):
     assert (tmp_path / "run" / "summary.png").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    config = tiny(llamagen)
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
+    config = tiny(llamagen, log_every=8, checkpoint_every=2)
     config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
-    with pytest.raises(train.TrainingError, match=r"loss is nan at step \d+; the last checkpoint"):
+    with pytest.raises(train.TrainingError, match="at step 2; the last checkpoint is of no step"):
         run(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("step_*"))
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    config = tiny(llamagen)
+    run(config, tmp_path)
+    config.num_steps = 10
+    for file in (tmp_path / "checkpoints" / "step_8" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:7])
+    with pytest.raises(ConfigError, match=r"step_8 cannot be read .*remove that folder") as error:
+        run(config, tmp_path)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_durations_read_well():
