@@ -117,36 +117,31 @@ def teacher_targets(
     recipe: Recipe, ema: Any, frozen: Any, batch: Batch, terms: tuple[foresight.Term, ...]
 ) -> dict[str, jax.Array]:
     """Targets (B, L, Z) of each internal term by name, computed once for terms that share them."""
-    codes, label = batch["codes"][:, :-1], batch["label"]
-    targets, shared = {}, {}
 
-    def in_teacher_dtype(config: GeneratorConfig) -> GeneratorConfig:
-        return dataclasses.replace(config, dtype=recipe.teacher_dtype)
+    def target(term: foresight.Term) -> jax.Array:
+        if term.source == "bidirectional":
+            return recipe.teacher.apply({"params": frozen["bidirectional"]}, batch["image"])
+        if term.source == "checkpoint":
+            config, params = dict(recipe.static)[term.name], frozen[term.name]
+        else:
+            config, params = recipe.generator, ema
+        config = dataclasses.replace(config, dtype=recipe.teacher_dtype)
+        return generator_lib.hidden_states(
+            config, params, batch["codes"][:, :-1], batch["label"], term.teacher_layer
+        )
 
+    targets, made = {}, {}
     for term in terms:
         if term.level == "output":
-            continue
-        if term.source == "ema":
-            source = ("ema", term.teacher_layer)
-            make = functools.partial(
-                generator_lib.hidden_states,
-                in_teacher_dtype(recipe.generator), ema, codes, label, term.teacher_layer,
-            )  # fmt: skip
-        elif term.source == "checkpoint":
-            source = ("checkpoint", term.name)
-            make = functools.partial(
-                generator_lib.hidden_states,
-                in_teacher_dtype(dict(recipe.static)[term.name]), frozen[term.name],
-                codes, label, term.teacher_layer,
-            )  # fmt: skip
-        else:
-            source = ("bidirectional",)
-            make = functools.partial(
-                recipe.teacher.apply, {"params": frozen["bidirectional"]}, batch["image"]
-            )
-        if source not in shared:
-            shared[source] = jax.lax.stop_gradient(make())
-        targets[term.name] = shared[source]
+            continue  # its targets are the tokens
+        same = (
+            term.source,
+            term.teacher_layer if term.source != "bidirectional" else 0,
+            term.name if term.source == "checkpoint" else "",
+        )
+        if same not in made:
+            made[same] = jax.lax.stop_gradient(target(term))
+        targets[term.name] = made[same]
     return targets
 
 
