@@ -6,11 +6,10 @@ its value and what is allowed, raised before anything is compiled.
 
 import dataclasses
 import itertools
-import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax import foresight, sharding
+from mirai_jax import fields, foresight, sharding
 from mirai_jax.errors import ConfigError
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
@@ -81,128 +80,25 @@ class Settings:
         return any(t.source == "bidirectional" and t.level == "internal" for t in self.terms)
 
 
-def _require(good: bool, field: str, value: Any, allowed: str) -> None:
-    if not good:
-        raise ConfigError(f"{field} is {value!r}; it must be {allowed}")
-
-
-def _choice(field: str, value: str, allowed: typing.Iterable[str], more: str = "") -> None:
-    _require(
-        value in allowed, field, value, " ".join(["one of " + ", ".join(allowed), more]).strip()
-    )
-
-
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "a string",
-    tuple: "a tuple",
-}
-
-
-def _typed(field: str, value: Any, kind: type) -> Any:
-    """The value as `kind`; an int passes for a float, a list for a tuple, nothing else is bent."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{field} is a number of {value.bit_length()} bits; it must fit in 64")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is tuple and isinstance(value, list):
-        value = tuple(value)
-    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if good and kind is float:
-        good = value == value and abs(value) != float("inf")
-    _require(good, field, value, _KINDS[kind])
-    return value
-
-
-class _Section:
-    """One level of the config: hands out typed fields, and knows which were asked for."""
-
-    def __init__(self, path: str, values: Any):
-        _require(isinstance(values, Mapping), path, values, "a group of fields")
-        self._path, self._values = path, values
-        self._sections: list[_Section] = []
-        self._asked: list[str] = []
-
-    def name(self, field: str) -> str:
-        return f"{self._path}.{field}" if self._path else field
-
-    def raw(self, field: str) -> Any:
-        self._asked.append(field)
-        if field not in self._values:
-            raise ConfigError(f"config field {self.name(field)} is missing")
-        return self._values[field]
-
-    def get(self, field: str, kind: type) -> Any:
-        return _typed(self.name(field), self.raw(field), kind)
-
-    def number(self, field: str, kind: type, low: float, high: float = float("inf")) -> Any:
-        value = self.get(field, kind)
-        top = "" if high == float("inf") else f" and at most {high:g}"
-        _require(low <= value <= high, self.name(field), value, f"at least {low:g}{top}")
-        return value
-
-    def choice(self, field: str, allowed: typing.Iterable[str]) -> str:
-        value = self.get(field, str)
-        _choice(self.name(field), value, allowed)
-        return value
-
-    def section(self, field: str) -> "_Section":
-        self._sections.append(_Section(self.name(field), self.raw(field)))
-        return self._sections[-1]
-
-    def sections(self, field: str) -> list["_Section"]:
-        """The entries of a tuple of groups: `field[0]`, `field[1]`, ..."""
-        entries = enumerate(self.get(field, tuple))
-        made = [_Section(f"{self.name(field)}[{i}]", values) for i, values in entries]
-        self._sections += made
-        return made
-
-    def refuse_unknown(self) -> None:
-        """Raises for a field, here or below, that nothing asked for: it would be ignored."""
-        for field in self._values:
-            if field not in self._asked:
-                raise ConfigError(
-                    f"config field {self.name(str(field))} (given {self._values[field]!r}) does not "
-                    f"exist; the fields here are {', '.join(self._asked)}"
-                )
-        for section in self._sections:
-            section.refuse_unknown()
-
-
-def _probability(section: _Section, field: str) -> float:
-    value = section.get(field, float)
-    _require(0 <= value < 1, section.name(field), value, "at least 0 and less than 1")
-    return value
-
-
-def _pair(field: str, value: Any) -> tuple[int, int]:
-    good = isinstance(value, (tuple, list)) and len(value) == 2
-    good = good and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    _require(good, field, value, "a pair of whole numbers")
-    return tuple(value)
-
-
-def _generator(model: _Section) -> GeneratorConfig:
+def _generator(model: fields.Section) -> GeneratorConfig:
     size = model.get("size", str)
     if size:
-        _choice(model.name("size"), size, generator_lib.SIZES, "or ''")
+        fields.choice(model.name("size"), size, generator_lib.SIZES, "or ''")
     of_size = generator_lib.SIZES.get(size, (0, 0, 0))
     numbers = {}
     for field, default in zip(("num_layers", "num_heads", "width"), of_size, strict=True):
         value = model.number(field, int, 0)
-        _require(
+        fields.require(
             not (size and value),
             model.name(field),
             value,
             f"0 beside model.size {size!r}, which fixes it (with model.size '' it counts)",
         )
         value = value or default
-        _require(value > 0, model.name(field), value, "1 or more where model.size is ''")
+        fields.require(value > 0, model.name(field), value, "1 or more where model.size is ''")
         numbers[field] = value
-    grid = _pair(model.name("grid"), model.get("grid", tuple))
-    _require(
+    grid = fields.pair(model.name("grid"), model.get("grid", tuple))
+    fields.require(
         min(grid) > 0 and grid[0] * grid[1] > 1, model.name("grid"), grid, "two or more tokens"
     )
     config = GeneratorConfig(
@@ -210,15 +106,15 @@ def _generator(model: _Section) -> GeneratorConfig:
         vocab_size=model.number("vocab_size", int, 2),
         num_classes=model.number("num_classes", int, 1),
         grid=grid,
-        token_dropout=_probability(model, "token_dropout"),
-        residual_dropout=_probability(model, "residual_dropout"),
-        ffn_dropout=_probability(model, "ffn_dropout"),
-        class_dropout=_probability(model, "class_dropout"),
+        token_dropout=fields.probability(model, "token_dropout"),
+        residual_dropout=fields.probability(model, "residual_dropout"),
+        ffn_dropout=fields.probability(model, "ffn_dropout"),
+        class_dropout=fields.probability(model, "class_dropout"),
         dtype=model.choice("dtype", ("float32", "bfloat16")),
         unroll=model.number("unroll", int, 1),
     )
     heads = config.num_heads
-    _require(
+    fields.require(
         config.width % (4 * heads) == 0,
         model.name("width"),
         config.width,
@@ -235,18 +131,18 @@ def two_thirds(num_layers: int) -> int:
     return max(1, round(2 * num_layers / 3))
 
 
-def _offsets(term: _Section, layout: str, grid: tuple[int, int]) -> tuple:
+def _offsets(term: fields.Section, layout: str, grid: tuple[int, int]) -> tuple:
     """The offsets, each of which must leave some pair on the grid."""
     name, offsets = term.name("offsets"), term.get("offsets", tuple)
-    _require(len(offsets) > 0, name, offsets, "one offset or more")
-    _require(len(set(map(repr, offsets))) == len(offsets), name, offsets, "each offset once")
+    fields.require(len(offsets) > 0, name, offsets, "one offset or more")
+    fields.require(len(set(map(repr, offsets))) == len(offsets), name, offsets, "each offset once")
     height, width = grid
     if layout == "1d":
         for n in offsets:
             good = isinstance(n, int) and not isinstance(n, bool)
-            _require(good, name, offsets, "whole numbers for layout '1d', such as (0, 1, 2)")
+            fields.require(good, name, offsets, "whole numbers for layout '1d', such as (0, 1, 2)")
             limit = height * width - 1
-            _require(
+            fields.require(
                 abs(n) < limit,
                 name,
                 offsets,
@@ -256,9 +152,9 @@ def _offsets(term: _Section, layout: str, grid: tuple[int, int]) -> tuple:
     pairs = []
     for offset in offsets:
         if not isinstance(offset, (tuple, list)):
-            _require(False, name, offsets, "(rows, columns) pairs for layout '2d'")
-        rows, columns = _pair(name, offset)
-        _require(
+            fields.require(False, name, offsets, "(rows, columns) pairs for layout '2d'")
+        rows, columns = fields.pair(name, offset)
+        fields.require(
             abs(rows) < height and abs(columns) < width,
             name,
             offsets,
@@ -269,13 +165,7 @@ def _offsets(term: _Section, layout: str, grid: tuple[int, int]) -> tuple:
     return tuple(pairs)
 
 
-def _numbers(field: str, values: Any, size: int | None = None) -> tuple[float, ...]:
-    good = isinstance(values, (tuple, list)) and (size is None or len(values) == size)
-    _require(good, field, values, "a tuple of numbers" if size is None else f"{size} numbers each")
-    return tuple(_typed(field, v, float) for v in values)
-
-
-def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set) -> tuple:
+def _term(term: fields.Section, student: GeneratorConfig, ema_decay: float, taken: set) -> tuple:
     """One term, and the workdir of its pretrained generator or ''."""
     source = term.choice("source", foresight.SOURCES)
     level = term.choice("level", foresight.LEVELS)
@@ -286,21 +176,21 @@ def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set
         base = source if internal else level
         candidates = itertools.chain([base], (f"{base}{i}" for i in itertools.count(2)))
         name = next(candidate for candidate in candidates if candidate not in taken)
-    _require(
+    fields.require(
         name.isidentifier() and name.isascii(),
         term.name("name"),
         name,
         "letters, digits and underscores",
     )
-    _require(name not in taken, term.name("name"), name, "used by one term only")
-    _require(
+    fields.require(name not in taken, term.name("name"), name, "used by one term only")
+    fields.require(
         name != "bidirectional" or source == "bidirectional",
         term.name("name"),
         name,
         "another name: this one is the frozen encoder's",
     )
     taken.add(name)
-    _require(
+    fields.require(
         not (source == "ema" and internal and ema_decay == 0),
         "ema_decay",
         ema_decay,
@@ -308,7 +198,7 @@ def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set
     )
     checkpoint = term.get("checkpoint", str)
     pretrained = internal and source == "checkpoint"
-    _require(
+    fields.require(
         bool(checkpoint) or not pretrained,
         term.name("checkpoint"),
         checkpoint,
@@ -318,20 +208,20 @@ def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set
     default = two_thirds(layers) if internal else layers
     # A pretrained generator may be deeper than the student: checked when its config is read.
     teacher_layers = 10_000 if pretrained else layers
-    weights = _numbers(term.name("weights"), term.get("weights", tuple))
+    weights = fields.numbers(term.name("weights"), term.get("weights", tuple))
     offsets = _offsets(term, layout, student.grid)
-    _require(
+    fields.require(
         len(weights) in (1, len(offsets)),
         term.name("weights"),
         weights,
         f"one number for all, or one for each of the {len(offsets)} offsets",
     )
-    _require(all(w >= 0 for w in weights), term.name("weights"), weights, "0 or more each")
+    fields.require(all(w >= 0 for w in weights), term.name("weights"), weights, "0 or more each")
     schedule = tuple(
-        _numbers(term.name("schedule"), entry, 2) for entry in term.get("schedule", tuple)
+        fields.numbers(term.name("schedule"), entry, 2) for entry in term.get("schedule", tuple)
     )
     epochs = [epoch for epoch, _ in schedule]
-    _require(
+    fields.require(
         epochs == sorted(epochs) and all(0 <= epoch <= _LAST_EPOCH for epoch in epochs),
         term.name("schedule"),
         schedule,
@@ -356,7 +246,7 @@ def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set
         projector_width=term.number("projector_width", int, 1),
     )
     for offset in offsets:
-        _require(
+        fields.require(
             foresight.alignment(made, offset, student.grid)[1].any(),
             term.name("offsets"),
             offsets,
@@ -365,9 +255,9 @@ def _term(term: _Section, student: GeneratorConfig, ema_decay: float, taken: set
     return made, checkpoint
 
 
-def _layer(term: _Section, field: str, num_layers: int, default: int) -> int:
+def _layer(term: fields.Section, field: str, num_layers: int, default: int) -> int:
     value = term.get(field, int)
-    _require(
+    fields.require(
         0 <= value <= num_layers,
         term.name(field),
         value,
@@ -387,9 +277,9 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
     Raises:
         ConfigError: the first wrong field, in one line.
     """
-    config = plain(config)
-    top = _Section("", config)
-    ema_decay = _probability(top, "ema_decay")
+    config = fields.plain(config)
+    top = fields.Section("", config)
+    ema_decay = fields.probability(top, "ema_decay")
     generator = _generator(top.section("model"))
     taken: set[str] = set()
     read_terms = [
@@ -427,13 +317,13 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
     ways = settings.mesh[0] * settings.mesh[1]
     for count, what in ((ways, f"the {ways} ways mesh.data * mesh.fsdp split it"),
                         (num_processes, f"the {num_processes} processes")):  # fmt: skip
-        _require(
+        fields.require(
             settings.batch_size % count == 0,
             "batch_size",
             settings.batch_size,
             f"a multiple of {count}, {what} (there are {num_devices} devices)",
         )
-    _require(
+    fields.require(
         ways % num_processes == 0,
         "mesh.data",
         settings.mesh[0],
@@ -447,10 +337,10 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
     return settings
 
 
-def _optimizer(section: _Section, num_steps: int) -> OptimizerConfig:
+def _optimizer(section: fields.Section, num_steps: int) -> OptimizerConfig:
     schedule = section.choice("schedule", SCHEDULES)
     warmup_steps = section.number("warmup_steps", int, 0)
-    _require(
+    fields.require(
         schedule == "constant" or warmup_steps < num_steps,
         section.name("warmup_steps"),
         warmup_steps,
@@ -461,15 +351,15 @@ def _optimizer(section: _Section, num_steps: int) -> OptimizerConfig:
         schedule=schedule,
         warmup_steps=warmup_steps,
         num_steps=num_steps,
-        b1=_probability(section, "b1"),
-        b2=_probability(section, "b2"),
+        b1=fields.probability(section, "b1"),
+        b2=fields.probability(section, "b2"),
         eps=section.number("eps", float, 1e-16),
         weight_decay=section.number("weight_decay", float, 0),
         clip_norm=section.number("clip_norm", float, 0),
     )
 
 
-def _data(section: _Section) -> DataSettings:
+def _data(section: fields.Section) -> DataSettings:
     return DataSettings(
         name=section.choice("name", ("mnist", "fashion_mnist", "codes")),
         path=section.get("path", str),
@@ -478,7 +368,7 @@ def _data(section: _Section) -> DataSettings:
     )
 
 
-def _tokenizer(section: _Section, generator: GeneratorConfig) -> TokenizerSettings:
+def _tokenizer(section: fields.Section, generator: GeneratorConfig) -> TokenizerSettings:
     settings = TokenizerSettings(
         name=section.choice("name", ("patch", "vq16")),
         image_size=section.number("image_size", int, 1),
@@ -486,7 +376,7 @@ def _tokenizer(section: _Section, generator: GeneratorConfig) -> TokenizerSettin
     )
     side = settings.patch if settings.name == "patch" else 16
     grid = (settings.image_size // side,) * 2
-    _require(
+    fields.require(
         settings.image_size % side == 0 and grid == generator.grid,
         "model.grid",
         generator.grid,
@@ -495,7 +385,7 @@ def _tokenizer(section: _Section, generator: GeneratorConfig) -> TokenizerSettin
     return settings
 
 
-def _teacher(section: _Section, terms: tuple[foresight.Term, ...]) -> TeacherSettings:
+def _teacher(section: fields.Section, terms: tuple[foresight.Term, ...]) -> TeacherSettings:
     settings = TeacherSettings(
         name=section.get("name", str),
         image_size=section.number("image_size", int, 32),
@@ -504,11 +394,11 @@ def _teacher(section: _Section, terms: tuple[foresight.Term, ...]) -> TeacherSet
     )
     if any(t.source == "bidirectional" and t.level == "internal" for t in terms):
         more = "(DINOv2 is not in this version)" if "dino" in settings.name else ""
-        _choice(section.name("name"), settings.name, TEACHERS, more)
+        fields.choice(section.name("name"), settings.name, TEACHERS, more)
     return settings
 
 
-def _mesh(section: _Section, num_devices: int) -> tuple[int, int, int]:
+def _mesh(section: fields.Section, num_devices: int) -> tuple[int, int, int]:
     try:
         return sharding.mesh_shape(
             *(section.get(axis, int) for axis in sharding.AXES), num_devices=num_devices
@@ -519,16 +409,16 @@ def _mesh(section: _Section, num_devices: int) -> tuple[int, int, int]:
         raise ConfigError(str(error)) from None
 
 
-def _sample(section: _Section, generator: GeneratorConfig) -> dict[str, Any]:
-    fields = {
+def _sample(section: fields.Section, generator: GeneratorConfig) -> dict[str, Any]:
+    values = {
         field.name: section.get(field.name, type(field.default))
         for field in dataclasses.fields(SampleOptions)
     }
     try:
-        options = SampleOptions(**fields)
+        options = SampleOptions(**values)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    _require(
+    fields.require(
         options.guidance == 1 or generator.has_null_class,
         "sample.guidance",
         options.guidance,
@@ -539,12 +429,3 @@ def _sample(section: _Section, generator: GeneratorConfig) -> dict[str, Any]:
         sample_classes=section.number("classes", int, 1, generator.num_classes),
         sample_per_class=section.number("per_class", int, 1),
     )
-
-
-def plain(config: Any) -> Any:
-    """ConfigDicts inside tuples too, as plain dictionaries."""
-    if hasattr(config, "items"):
-        return {key: plain(value) for key, value in config.items()}
-    if isinstance(config, (tuple, list)):
-        return tuple(plain(value) for value in config)
-    return config

@@ -14,7 +14,7 @@ import numpy as np
 from clu import parameter_overview
 
 from mirai_jax import config as config_lib
-from mirai_jax import data, evaluate, foresight, frozen, records, report, sample, sharding
+from mirai_jax import data, evaluate, fields, foresight, frozen, records, report, sample, sharding
 from mirai_jax.checkpoint import Checkpoints
 from mirai_jax.config import Settings
 from mirai_jax.errors import ConfigError
@@ -235,7 +235,7 @@ def train(
     devices = jax.devices() if devices is None else devices
     settings = config_lib.read(config, len(devices), jax.process_count())
     workdir = pathlib.Path(workdir)
-    config = config_lib.plain(config)
+    config = fields.plain(config)
     changed = check_workdir(workdir, config)
     say(f"{settings.name}-{settings.scale} in {workdir}")
     for field, (old, new) in changed.items():

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from mirai_jax.config import plain
 from mirai_jax.errors import ConfigError
+from mirai_jax.fields import plain
 
 # Fields that may differ between a workdir's config and the one it is continued with: they do not
 # change what is computed, or, for num_steps, only how far (see `check_same_run`).

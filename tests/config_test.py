@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from configs import base
 from mirai_jax import config as config_lib
+from mirai_jax import fields as fields_lib
 from mirai_jax import foresight, optimizer, workdir
 from mirai_jax.errors import ConfigError
 
@@ -25,7 +26,7 @@ examples = settings(deadline=None, derandomize=True)
 
 def get(name="mirai_e", scale=""):
     """A config as plain dictionaries and tuples."""
-    return config_lib.plain(importlib.import_module(f"configs.{name}").get_config(scale))
+    return fields_lib.plain(importlib.import_module(f"configs.{name}").get_config(scale))
 
 
 def read(config, **kwargs):
@@ -111,7 +112,7 @@ def test_no_colon_is_the_demo_and_every_field_is_base_s(name):
     def names(tree):
         return set(workdir._flat({k: v for k, v in tree.items() if k != "foresight"}))
 
-    assert names(get(name)) == names(config_lib.plain(base.get_config()))
+    assert names(get(name)) == names(fields_lib.plain(base.get_config()))
 
 
 def test_only_scales_that_need_it_are_other_runs():
@@ -493,5 +494,5 @@ def test_metrics_go_on_from_the_step_that_was_restored(tmp_path):
 
 def test_config_dicts_inside_tuples_become_plain():
     config = ml_collections.ConfigDict({"a": (ml_collections.ConfigDict({"b": [1, 2]}),)})
-    result = config_lib.plain(config)
+    result = fields_lib.plain(config)
     assert result == {"a": ({"b": (1, 2)},)} and type(result["a"][0]) is dict
