@@ -227,7 +227,10 @@ def load_generator(
             )
     if tokenizer_params is not None:
         path = folder / "tokenizer.npz"
-        theirs_too = load_params(path) if path.exists() else {}
+        try:
+            theirs_too = load_params(path) if path.exists() else {}
+        except ValueError as error:
+            raise ConfigError(f"{field} is {workdir!r}: {error}") from error
         if not np.array_equal(theirs_too.get("codebook"), tokenizer_params["codebook"]):
             raise ConfigError(
                 f"{field} is {workdir!r}, whose tokenizer is another one: its tokens mean something "

@@ -44,7 +44,6 @@ class Parts:
 
     settings: Settings
     recipe: Recipe
-    source: records.CodedImages | records.CodeRecords
     images: data.LabelledImages | None
     tokenizer: nn.Module | None
     tokenizer_params: Any
@@ -119,9 +118,7 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
         teacher_dtype=settings.teacher.dtype,
         static=tuple(static),
     )
-    return Parts(
-        settings, recipe, source, images, tokenizer, tokenizer_params, frozen_params, batches
-    )
+    return Parts(settings, recipe, images, tokenizer, tokenizer_params, frozen_params, batches)
 
 
 def _labelled_images(settings: Settings, split: str) -> data.LabelledImages:
@@ -246,11 +243,16 @@ def train(
             f"num_steps is {settings.num_steps}; workdir {workdir} is already at step {begin}: it "
             f"must be {begin} or more"
         )
-    parts = build(settings, workdir / "tokenizer.npz", say)
+    summary = workdir / "summary.png"
+    if begin == settings.num_steps and summary.exists():
+        say(f"this run is finished ({begin:,} steps); its figure: {summary}")
+        return
+    tokenizer_path = workdir / "tokenizer.npz"
+    parts = build(settings, tokenizer_path, say)
     # Only now, when all that the config names was found: a mistake leaves nothing behind.
     open_workdir(workdir, config)
-    if parts.tokenizer is not None:
-        frozen.save_params(workdir / "tokenizer.npz", parts.tokenizer_params)
+    if parts.tokenizer is not None and not tokenizer_path.exists():
+        frozen.save_params(tokenizer_path, parts.tokenizer_params)
     _Run(parts, workdir, devices, say).run(begin)
 
 
@@ -292,10 +294,6 @@ class _Run:
     def run(self, begin: int) -> None:
         """Restores step `begin`, trains what is left, and finishes."""
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
-        if begin == last and summary.exists():
-            self.say(f"this run is finished ({last:,} steps); its figure: {summary}")
-            self.checkpoints.close()
-            return
         summary.unlink(missing_ok=True)  # of a shorter run: it marks what is finished
         try:
             if begin:

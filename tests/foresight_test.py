@@ -22,12 +22,7 @@ def make_term(**fields):
     return Term(**{"start_epoch": 0.0, "schedule": (), **fields})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Without most optimisations: these programs are tiny, and compiling them is all the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # The definition, written out: every position of the sequence and every cell of the grid is looked at

@@ -19,12 +19,7 @@ CONFIG = GeneratorConfig(
 LAST = CONFIG.length - 1  # tokens that are consumed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Without most optimisations: these programs are tiny, and compiling them is all the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
