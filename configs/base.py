@@ -7,6 +7,8 @@ what differs. The scale is the part after the colon: `--config=configs/mirai_e.p
     fashion_mnist   60,000 Fashion-MNIST images, 8x8 tokens
     imagenet_b, imagenet_l, imagenet_xl, imagenet_xxl, imagenet_3b
                     ImageNet 256, 16x16 tokens of VQ-16: the paper's recipe for each size
+    imagenet_b_384 ... imagenet_3b_384
+                    the same on 384x384 pixels, 24x24 tokens
 """
 
 import ml_collections
@@ -65,22 +67,34 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     optimizer.clip_norm = 1.0  # largest global gradient norm; 0: no clipping
 
     config.data = data = ml_collections.ConfigDict()
-    data.name = "codes"  # mnist, fashion_mnist, or codes (ArrayRecord shards of codes)
-    data.path = ""  # folder of the shards or IDX files; 'tfds' lets tfds fetch fashion_mnist
+    data.name = "images"  # mnist, fashion_mnist (in memory), or images (the fields below)
+    data.path = ""  # folder of shards of codes (python -m mirai_jax.extract), or of IDX files;
+    #                 'tfds' lets tfds fetch fashion_mnist
+    data.images = ""  # where the images themselves are, for a teacher that looks at them and for
+    #                   codes made online: a folder with a folder a class, or tfds:NAME[:SPLIT]
+    data.codes = "stored"  # stored, or online: the tokenizer runs in the step, on the crop itself
+    data.crop_range = 1.1  # online: crops are taken from the centre image_size * this, as stored
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
-    data.num_workers = 8  # processes that read; 0: threads of this process
+    data.num_workers = 8  # processes that read and decode; 0: threads of this process
 
     config.tokenizer = tokenizer = ml_collections.ConfigDict()
-    tokenizer.name = "vq16"  # patch (k-means over patches, fitted at the start) or vq16
+    tokenizer.name = "vq16"  # patch (k-means over patches, fitted at the start), vq16 or vq8
+    tokenizer.path = ""  # weights of vq16 and vq8: LlamaGen's .pt or a converted folder; only
+    #                      sample grids and online codes need them
     tokenizer.image_size = 256  # pixels a side of the images it sees
     tokenizer.patch = 4  # pixels a side of a patch (patch only)
 
     # The frozen bidirectional encoder that terms of source 'bidirectional' look at.
     config.teacher = teacher = ml_collections.ConfigDict()
-    teacher.name = "dinov2_vitb14"  # efficientnet_lite0 (dinov2_* is not in this version)
-    teacher.image_size = 224  # pixels a side of what the encoder is shown
+    teacher.name = "dinov2_vitb14"  # dinov2_vit{s,b,l,g}14[_reg4], dinov2 (the shape its file has,
+    #                                 heads 64 wide), or efficientnet_lite0
+    teacher.path = ""  # weights of dinov2: the published .pth or a converted folder
+    teacher.image_size = 0  # pixels a side of what the encoder is shown; 0: one patch a token
+    #                         (dinov2). Where patches and tokens differ, features are resampled
+    teacher.layer = 0  # block whose normalised output is used (dinov2); 0: the last
+    teacher.stage = 5  # stage whose feature map is used (efficientnet_lite0: 1 to 7)
     teacher.dtype = "float32"  # of every teacher's products; official: outside autocast, so float32
-    teacher.stage = 5  # the stage whose feature map is used (efficientnet_lite0: 1 to 7)
+    teacher.cached = False  # compute all features once, before training (data sets in memory)
 
     # Devices: the product must be their number; one entry may be -1, "what is left".
     config.mesh = mesh = ml_collections.ConfigDict()
@@ -167,9 +181,11 @@ def _fashion_mnist(config):
     config.data.update(name="fashion_mnist", path="/usr/share/datasets/fashion-mnist", held_out=0)
 
 
-def _imagenet(size):
+def _imagenet(size, pixels=256):
     def override(config):
         config.model.size = size
+        config.model.grid = (pixels // 16, pixels // 16)
+        config.tokenizer.image_size = pixels
         config.sample.guidance = 2.0 if size in ("B", "L") else 1.75
 
     return override
@@ -178,9 +194,9 @@ def _imagenet(size):
 SCALES = {
     "demo": _demo,
     "fashion_mnist": _fashion_mnist,
-    "imagenet_b": _imagenet("B"),
-    "imagenet_l": _imagenet("L"),
-    "imagenet_xl": _imagenet("XL"),
-    "imagenet_xxl": _imagenet("XXL"),
-    "imagenet_3b": _imagenet("3B"),
+    **{f"imagenet_{size.lower()}": _imagenet(size) for size in ("B", "L", "XL", "XXL", "3B")},
+    **{
+        f"imagenet_{size.lower()}_384": _imagenet(size, 384)
+        for size in ("B", "L", "XL", "XXL", "3B")
+    },
 }

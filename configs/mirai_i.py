@@ -2,8 +2,11 @@
 
     python -m mirai_jax.main --config=configs/mirai_i.py[:scale]
 
-One head of weight 2 from the first step on, constant, as published. The imagenet scales need DINOv2,
-which is not in this version.
+One head of weight 2 from the first step on, constant, as published. At imagenet scales this is the
+published run; it needs the shards of codes, the images that they were made of, and DINOv2's weights:
+
+    --config.data.path=SHARDS --config.data.images=IMAGENET/train
+    --config.teacher.path=dinov2_vitb14_pretrain.pth --config.tokenizer.path=vq_ds16_c2i.pt
 """
 
 from configs import base

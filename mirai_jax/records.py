@@ -18,6 +18,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
+from mirai_jax import manifest as manifest_lib
 from mirai_jax.errors import DataError, first_line
 
 SHARD_SUFFIXES = (".array_record", ".arrayrecord")
@@ -99,6 +100,9 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
 
     Returns:
         How many records were written.
+
+    Raises:
+        OSError: they could not be; nothing is left behind.
     """
     path = pathlib.Path(path)
     unfinished = path.with_name(path.name + ".tmp")
@@ -113,18 +117,21 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
         finally:
             writer.close()
         os.replace(unfinished, path)
+    except RuntimeError as error:  # the C++ writer's, of a full disk for one
+        raise OSError(f"{path} cannot be written ({first_line(error)})") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return count
 
 
 class CodeRecords:
-    """Random access to the records of ArrayRecord shards: {'codes': uint16 (C, L), 'label': int32}.
+    """Random access to ArrayRecord shards: {'codes': uint16 (C, L), 'label': int32, 'key': str}.
 
     Pickles (worker processes reopen the files). Every record is checked when it is read.
 
     Attributes:
         crops: C, how many crops every record stores.
+        manifest: what extraction noted of a folder, or None if there is no manifest.json.
     """
 
     def __init__(self, path: str, *, grid: tuple[int, int], vocab_size: int, num_classes: int):
@@ -139,7 +146,12 @@ class CodeRecords:
         Raises:
             DataError: nothing there, a damaged shard, or a first record of another shape.
         """
+        self.manifest = manifest_lib.read(path) if path else None
+        if self.manifest is not None:
+            self.manifest.check_complete(path)
         files = _find_shards(path)
+        if self.manifest is not None:
+            self.manifest.check_files(path, [os.path.basename(file) for file in files])
         self._path, self._grid = path, tuple(grid)
         self._vocab_size, self._num_classes = vocab_size, num_classes
         with futures.ThreadPoolExecutor(16) as pool:  # many shards on network storage
@@ -149,6 +161,11 @@ class CodeRecords:
         self._totals = list(itertools.accumulate(len(shard) for shard in self._shards))
         if not len(self):
             raise DataError(f"data.path {path!r}: its {len(files)} shard(s) hold no record")
+        if self.manifest is not None and len(self) != self.manifest.num_records:
+            raise DataError(
+                f"data.path {path!r} holds {len(self)} records; its manifest says "
+                f"{self.manifest.num_records}"
+            )
         self.crops = None
         self.crops = len(self[0]["codes"])
 
@@ -168,7 +185,7 @@ class CodeRecords:
                 f"data.path {self._path!r}: record {position} of {self._names[shard]}: "
                 f"{first_line(error)}"
             ) from error
-        return {"codes": record["codes"], "label": np.int32(record["label"])}
+        return {**record, "label": np.int32(record["label"])}
 
     def __repr__(self) -> str:
         return f"CodeRecords({self._path!r}, {len(self)} records)"
@@ -229,29 +246,34 @@ def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
 
 
 class CodedImages:
-    """Codes and labels in memory, with the images they came from if a teacher needs them.
+    """Labels in memory, with whichever of codes, images and teacher features a run needs.
 
-    Item k is {'codes': (1, L), 'label': int32, 'image': uint8 (H, W, C) unless images is None}.
+    Item k is {'label': int32, 'codes': (1, L) or 'crops': 1, and, unless they are None,
+    'image': uint8 (H, W, C) and 'features': float32 (L, Z)}.
     """
 
     def __init__(
-        self, codes_NxL: np.ndarray, labels_N: np.ndarray, images_NxHxWxC: np.ndarray | None = None
+        self,
+        codes_NxL: np.ndarray | None,
+        labels_N: np.ndarray,
+        images_NxHxWxC: np.ndarray | None = None,
+        features_NxLxZ: np.ndarray | None = None,
     ):
-        counts = [len(part) for part in (codes_NxL, labels_N, images_NxHxWxC) if part is not None]
+        parts = (codes_NxL, labels_N, images_NxHxWxC, features_NxLxZ)
+        counts = [len(part) for part in parts if part is not None]
         if len(set(counts)) != 1:
             raise DataError(f"codes, labels and images must be equally many, they are {counts}")
-        self._codes = np.asarray(codes_NxL)[:, None]
         self._labels = np.asarray(labels_N, np.int32)
-        self._images = images_NxHxWxC
+        self._parts = {"image": images_NxHxWxC, "features": features_NxLxZ}
+        if codes_NxL is not None:
+            self._parts["codes"] = np.asarray(codes_NxL)[:, None]
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        item = {"codes": self._codes[index], "label": self._labels[index]}
-        if self._images is not None:
-            item["image"] = self._images[index]
-        return item
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+        item = {"crops": 1, "label": self._labels[index]}
+        return item | {k: part[index] for k, part in self._parts.items() if part is not None}
 
     def __repr__(self) -> str:
         return f"CodedImages({len(self)} records)"

@@ -26,10 +26,13 @@ import optax
 
 from mirai_jax import foresight
 from mirai_jax.models import generator as generator_lib
+from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
-Batch = Mapping[str, jax.Array]  # codes (B, L) int, label (B,) int, image (B, H, W, C) uint8
+# label (B,) int; codes (B, L) int unless the step makes them; where a teacher needs them, image
+# (B, H, W, C) uint8, or its features (B, L, Z)
+Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Recipe:
         teacher_dtype: of the matrix products of generators that teach; float32 officially, where
             teachers run outside autocast.
         static: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
+        tokenizer: makes the codes of a batch from its images; None: batches hold codes.
     """
 
     generator: GeneratorConfig
@@ -57,6 +61,7 @@ class Recipe:
     teacher: nn.Module | None = None
     teacher_dtype: str = "float32"
     static: tuple[tuple[str, GeneratorConfig], ...] = ()
+    tokenizer: nn.Module | None = None
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -119,6 +124,8 @@ def teacher_targets(
     """Targets (B, L, Z) of each internal term by name, computed once for terms that share them."""
 
     def target(term: foresight.Term) -> jax.Array:
+        if term.source == "bidirectional" and "features" in batch:
+            return batch["features"]  # computed once, before training
         if term.source == "bidirectional":
             return recipe.teacher.apply({"params": frozen["bidirectional"]}, batch["image"])
         if term.source == "checkpoint":
@@ -209,8 +216,9 @@ def train_step(
     Args:
         recipe: static.
         state: the state before.
-        frozen: parameters of teachers that are not trained: {'bidirectional': ..., term name: ...}.
-        batch: codes (B, L), label (B,), and image (B, H, W, C) where a teacher looks at it.
+        frozen: parameters that are not trained: {'bidirectional': ..., term name: ..., and
+            'tokenizer': ... where the step makes the codes}.
+        batch: see `Batch`.
         active: static; `foresight.active_terms` of `state.step`. A term that has not started costs
             nothing: neither its teacher nor its heads are run.
 
@@ -218,6 +226,11 @@ def train_step(
         The state after, and float32 scalars: those of `loss_fn`, grad_norm (before clipping) and
         learning_rate.
     """
+    if recipe.tokenizer is not None:
+        images = tokenizer_lib.to_unit(batch["image"])
+        tokenizer_params = {"params": frozen["tokenizer"]}
+        codes = recipe.tokenizer.apply(tokenizer_params, images, method="encode")
+        batch = {**batch, "codes": codes}
     terms = tuple(t for t, is_active in zip(recipe.terms, active, strict=True) if is_active)
     targets = teacher_targets(recipe, state.ema, frozen, batch, terms)
     gradients, metrics = jax.grad(loss_fn, has_aux=True)(

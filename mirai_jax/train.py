@@ -1,24 +1,22 @@
 """The training loop: batch -> step -> metrics, samples, checkpoints; one run in one workdir."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
+from mirai_jax import codebook, evaluate, fields, foresight, frozen, report, sample, sharding
 from mirai_jax import config as config_lib
-from mirai_jax import data, evaluate, fields, foresight, frozen, records, report, sample, sharding
 from mirai_jax.checkpoint import Checkpoints
-from mirai_jax.config import Settings
 from mirai_jax.errors import ConfigError
-from mirai_jax.step import Recipe, TrainState, init_state, make_train_step
+from mirai_jax.parts import Parts, build, labelled_images
+from mirai_jax.progress import duration
+from mirai_jax.step import TrainState, init_state, make_train_step
 from mirai_jax.workdir import (
     MetricsWriter,
     Stopwatch,
@@ -33,102 +31,6 @@ Say = Callable[[str], None]
 
 class TrainingError(RuntimeError):
     """The run cannot go on: one line with the step and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a run is made of besides its state.
-
-    `images` and `tokenizer` are None where the data set holds codes alone.
-    """
-
-    settings: Settings
-    recipe: Recipe
-    images: data.LabelledImages | None
-    tokenizer: nn.Module | None
-    tokenizer_params: Any
-    frozen: Any  # teachers' parameters, as `train_step` takes them
-    batches: grain.IterDataset
-
-
-def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
-    """Reads the data, fits or loads the frozen parts and fixes the recipe. Nothing is written.
-
-    Raises:
-        ConfigError, DataError: one line.
-    """
-    images = tokenizer = tokenizer_params = None
-    if settings.data.name == "codes":
-        source = records.CodeRecords(
-            settings.data.path,
-            grid=settings.generator.grid,
-            vocab_size=settings.generator.vocab_size,
-            num_classes=settings.generator.num_classes,
-        )
-    else:
-        images = _labelled_images(settings, "train")
-        if len(images.class_names) != settings.generator.num_classes:
-            raise ConfigError(
-                f"model.num_classes is {settings.generator.num_classes}; it must be "
-                f"{len(images.class_names)}, the classes of {settings.data.name}"
-            )
-        tokenizer, tokenizer_params = frozen.make_tokenizer(settings, images.images, tokenizer_path)
-        codes = frozen.encode_images(tokenizer, tokenizer_params, images.images)
-        source = records.CodedImages(
-            codes, images.labels, images.images if settings.needs_images else None
-        )
-    batches = data.make_dataset(
-        source,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-        num_workers=settings.data.num_workers,
-    )
-    say(
-        f"data: {settings.data.name}, {len(source):,} images, {settings.generator.length} tokens each"
-    )
-
-    teacher, frozen_params, static = None, {}, []
-    if settings.needs_images:
-        teacher, frozen_params["bidirectional"] = frozen.make_teacher(settings)
-        say(f"teacher: {settings.teacher.name}, {teacher.features} features a position")
-    terms = list(settings.terms)
-    for name, path in settings.term_checkpoints:
-        i = next(i for i, term in enumerate(terms) if term.name == name)
-        config, frozen_params[name] = frozen.load_generator(
-            f"foresight[{i}].checkpoint", path, settings, tokenizer_params
-        )
-        layer = terms[i].teacher_layer or config_lib.two_thirds(config.num_layers)
-        if layer > config.num_layers:
-            raise ConfigError(
-                f"foresight[{i}].teacher_layer is {layer}; it must be a block of the pretrained "
-                f"generator, 1 to {config.num_layers} (0: the default)"
-            )
-        terms[i] = dataclasses.replace(terms[i], teacher_layer=layer)
-        static.append((name, config))
-        say(f"teacher: generator of {path}, {config.num_layers} layers of {config.width}")
-    recipe = Recipe(
-        generator=settings.generator,
-        terms=tuple(terms),
-        optimizer=settings.optimizer,
-        ema_decay=settings.ema_decay,
-        steps_per_epoch=data.steps_per_epoch(len(source), settings.batch_size),
-        teacher=teacher,
-        teacher_dtype=settings.teacher.dtype,
-        static=tuple(static),
-    )
-    return Parts(settings, recipe, images, tokenizer, tokenizer_params, frozen_params, batches)
-
-
-def _labelled_images(settings: Settings, split: str) -> data.LabelledImages:
-    return data.load_images(
-        settings.data.name,
-        settings.data.path,
-        split,
-        settings.tokenizer.image_size,
-        settings.data.held_out,
-    )
 
 
 def draw(
@@ -156,7 +58,7 @@ def draw_grid(parts: Parts, ema: Any) -> np.ndarray:
     key = jax.random.fold_in(jax.random.key(parts.settings.seed), 1)
     labels = np.repeat(np.arange(classes, dtype=np.int32), count)
     images = draw(parts, ema, labels, key, chunk=min(len(labels), 250))
-    return report.sample_grid(images, parts.images.class_names[:classes])
+    return report.sample_grid(images, parts.class_names[:classes])
 
 
 def judge_samples(parts: Parts, ema: Any) -> dict[str, float]:
@@ -166,26 +68,13 @@ def judge_samples(parts: Parts, ema: Any) -> dict[str, float]:
     labels = np.arange(settings.judged_samples, dtype=np.int32) % settings.generator.num_classes
     key = jax.random.fold_in(jax.random.key(settings.seed), 2)
     result = {"samples": evaluate.agreement(judge, draw(parts, ema, labels, key), labels)}
-    held_out = _labelled_images(settings, "held_out")
+    held_out = labelled_images(settings, "held_out")
     if len(held_out.labels):
         codes = frozen.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
         decoded = frozen.decode_codes(parts.tokenizer, parts.tokenizer_params, codes)
         result["real"] = evaluate.agreement(judge, held_out.images, held_out.labels)
         result["real_through_tokenizer"] = evaluate.agreement(judge, decoded, held_out.labels)
     return result
-
-
-def duration(seconds: float) -> str:
-    """E.g. 45s, 3m05s, 2h07m, 3d04h."""
-    seconds = round(seconds)
-    for unit, size, sub, sub_size in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "m", 60),
-        ("m", 60, "s", 1),
-    ):
-        if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // sub_size:02d}{sub}"
-    return f"{seconds}s"
 
 
 def progress_line(
@@ -251,8 +140,8 @@ def train(
     parts = build(settings, tokenizer_path, say)
     # Only now, when all that the config names was found: a mistake leaves nothing behind.
     open_workdir(workdir, config)
-    if parts.tokenizer is not None and not tokenizer_path.exists():
-        frozen.save_params(tokenizer_path, parts.tokenizer_params)
+    if settings.data.in_memory and not tokenizer_path.exists():
+        codebook.save_params(tokenizer_path, parts.tokenizer_params)
     _Run(parts, workdir, devices, say).run(begin)
 
 
@@ -381,7 +270,7 @@ class _Run:
     def _sample(self, step: int) -> np.ndarray | None:
         """Writes the grid of this step; None where there is no decoder."""
         if self.parts.tokenizer is None:
-            self.say(f"no samples at step {step}: {self.settings.tokenizer.name} cannot decode yet")
+            self.say(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
             return None
         grid = draw_grid(self.parts, self.state.ema)
         path = self.workdir / "samples" / f"step_{step:07d}.png"

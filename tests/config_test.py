@@ -72,11 +72,12 @@ def test_the_variants_are_all_here():
 @pytest.mark.parametrize("name", FILES)
 def test_every_config_reads_at_every_scale(name, scale):
     config = importlib.import_module(f"configs.{name}").get_config(scale)
-    looks = any(term.source == "bidirectional" for term in config.foresight)
-    if looks and scale.startswith("imagenet"):  # its teacher comes later
-        message = refusal(config)
-        assert "teacher.name" in message and "dinov2_vitb14" in message
-        return
+    if scale.startswith("imagenet") and any(t.source == "bidirectional" for t in config.foresight):
+        # What no config can know is asked for by name.
+        assert "teacher.path is ''" in refusal(config)
+        config.teacher.path = "dinov2_vitb14_pretrain.pth"
+        assert "data.images is ''" in refusal(config)
+        config.data.images = "imagenet/train"
     result = read(config)
     assert (result.name, result.scale) == (name, scale)
     assert result.mesh[0] == 8
@@ -149,7 +150,7 @@ WRONG = [  # (fields, what the message holds besides the name and the value of t
     ({"model.size": "M"}, "one of B, L, XL, XXL, 3B"),
     ({"model.dtype": "float16"}, "one of float32, bfloat16"),
     ({"optimizer.schedule": "linear"}, "one of constant, cosine"),
-    ({"data.name": "cifar"}, "one of mnist, fashion_mnist, codes"),
+    ({"data.name": "cifar"}, "one of mnist, fashion_mnist, images"),
     ({"tokenizer.name": "vqgan"}, "one of patch, vq16"),
     ({TERM + "source": "dino"}, "one of ema, bidirectional, checkpoint"),
     ({TERM + "level": "middle"}, "one of internal, output"),
@@ -236,10 +237,53 @@ def test_an_output_term_needs_no_average_and_taps_the_top():
     assert term.student_layer == get()["model"]["num_layers"]
 
 
-def test_images_are_needed_for_a_bidirectional_teacher():
-    config = with_fields(get("mirai_i", "imagenet_b"), {"teacher.name": "efficientnet_lite0"})
-    message = refusal(config)
-    assert "data.name is 'codes'" in message and "mnist, fashion_mnist" in message
+IMAGENET_I = {"data.images": "train", "teacher.path": "dino.pth", "tokenizer.path": "vq.pt"}
+
+
+def test_the_published_mirai_i():
+    for scale, grid in (("imagenet_b", (16, 16)), ("imagenet_l_384", (24, 24))):
+        result = read(with_fields(get("mirai_i", scale), IMAGENET_I))
+        (term,) = result.terms
+        assert (term.source, term.offsets, term.weights) == ("bidirectional", ((0, 0),), (2.0,))
+        assert (term.start_epoch, term.schedule) == (0.0, ())
+        assert result.generator.grid == grid and result.step_sees_images
+        # No size: one patch a token, 224 and 336 pixels.
+        assert (result.teacher.name, result.teacher.image_size) == ("dinov2_vitb14", 0)
+        assert result.data.codes == "stored"
+
+
+@pytest.mark.parametrize(
+    "fields, where, allowed",
+    [
+        ({"data.images": ""}, "data.images is ''", "a folder"),
+        ({"teacher.path": ""}, "teacher.path is ''", "the published .pth"),
+        ({"teacher.image_size": 225}, "teacher.image_size is 225", "a multiple of 14"),
+        ({"teacher.name": "efficientnet_lite0"}, "teacher.image_size is 0", "32 or more"),
+        ({"teacher.cached": True}, "teacher.cached is True", "False with data.name 'images'"),
+        ({"teacher.layer": -1}, "teacher.layer is -1", "at least 0"),
+        ({"data.codes": "online", "tokenizer.path": ""}, "tokenizer.path is ''", "the weights of"),
+        ({"data.codes": "offline"}, "data.codes is 'offline'", "one of stored, online"),
+        ({"tokenizer.name": "patch", "tokenizer.patch": 16}, "tokenizer.name is 'patch'", "vq16"),
+        ({"tokenizer.name": "vq8"}, "model.grid is (16, 16)", "(32, 32)"),
+        ({"data.crop_range": 0.9}, "data.crop_range is 0.9", "at least 1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_what_data_tokenizer_and_teacher_ask_of_each_other(fields, where, allowed):
+    config = with_fields(get("mirai_i", "imagenet_b"), IMAGENET_I)
+    read(config)
+    message = refusal(with_fields(config, fields))
+    assert where in message and allowed in message
+
+
+def test_images_are_asked_for_only_where_the_step_sees_them():
+    assert not read(get("mirai_e", "imagenet_b")).step_sees_images
+    online = {"data.codes": "online", "tokenizer.path": "vq.pt"}
+    assert "data.images is ''" in refusal(with_fields(get("mirai_e", "imagenet_b"), online))
+    result = read(with_fields(get("mirai_e", "imagenet_b"), {**online, "data.images": "train"}))
+    assert result.step_sees_images and not result.needs_images
+    assert read(get("mirai_i")).step_sees_images
+    assert not read(with_fields(get("mirai_i"), {"teacher.cached": True})).step_sees_images
 
 
 @pytest.mark.parametrize(
@@ -319,7 +363,9 @@ scalars = st.one_of(
     st.integers(),
     st.sampled_from([10**30, -(10**30), 10**400]),
     st.floats(),
-    st.sampled_from(["", "ema", "bidirectional", "checkpoint", "output", "1d", "mask", "codes"]),
+    st.sampled_from(
+        ["", "ema", "bidirectional", "checkpoint", "output", "1d", "mask", "images", "online"]
+    ),
     st.sampled_from(["cosine", "vq16", "predicted", "B", "''", "bfloat16", "mean"]),
     st.text(max_size=5),
 )
@@ -413,7 +459,7 @@ def test_another_run_is_refused_with_every_field_that_differs():
 def test_fields_that_change_nothing_computed_may_differ():
     fields = {
         "log_every": 7, "sample_every": 0, "checkpoint_every": 9, "keep_checkpoints": 5,
-        "judged_samples": 3, "data.num_workers": 2, "model.unroll": 1,
+        "judged_samples": 3, "data.num_workers": 2, "data.path": "moved", "model.unroll": 1,
         "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "sample.guidance": 1.0,
         "sample.top_k": 9, "sample.per_class": 1,
     }  # fmt: skip

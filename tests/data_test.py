@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax import data, errors
+from mirai_jax import data, errors, image_sets
 from mirai_jax import records as records_lib
 
 GRID = (2, 3)
@@ -51,7 +51,7 @@ def damaged(raw, how):
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
 def test_idx_round_trip(shape, seed):
     array = np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
-    np.testing.assert_array_equal(data.parse_idx(idx_bytes(array), "x", array.ndim), array)
+    np.testing.assert_array_equal(image_sets.parse_idx(idx_bytes(array), "x", array.ndim), array)
 
 
 @examples
@@ -63,7 +63,7 @@ def test_idx_round_trip(shape, seed):
 )
 def test_idx_of_any_bytes_is_data_or_a_data_error(raw, dimensions):
     try:
-        array = data.parse_idx(raw, "x", dimensions)
+        array = image_sets.parse_idx(raw, "x", dimensions)
     except errors.DataError:
         return
     assert array.dtype == np.uint8 and array.ndim == dimensions and array.size
@@ -74,7 +74,7 @@ def test_idx_of_any_bytes_is_data_or_a_data_error(raw, dimensions):
 def test_damaged_idx_is_data_or_a_data_error(how):
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     try:
-        parsed = data.parse_idx(damaged(idx_bytes(array), how), "x", 3)
+        parsed = image_sets.parse_idx(damaged(idx_bytes(array), how), "x", 3)
     except errors.DataError:
         return
     assert parsed.size == array.size and not how[0]  # a flipped pixel, or bytes dealt otherwise
@@ -99,7 +99,7 @@ def write_fashion(folder, images=12, labels=12, largest=9, compress=False):
 def test_fashion_mnist_from_a_folder(tmp_path, compress):
     pixels, classes = write_fashion(tmp_path, compress=compress)
     for split in ("train", "held_out"):
-        loaded = data.load_images("fashion_mnist", str(tmp_path), split)
+        loaded = image_sets.load_images("fashion_mnist", str(tmp_path), split)
         assert loaded.images.shape == (12, 32, 32, 1) and loaded.images.dtype == np.uint8
         np.testing.assert_array_equal(loaded.images[:, 2:30, 2:30, 0], pixels)
         assert loaded.images.sum(dtype=int) == pixels.sum(dtype=int)  # the border is black
@@ -110,7 +110,7 @@ def test_fashion_mnist_from_a_folder(tmp_path, compress):
 def test_fashion_mnist_refuses_what_is_wrong(tmp_path):
     def message(**kwargs):
         with pytest.raises(errors.DataError) as error:
-            data.load_images("fashion_mnist", str(tmp_path), **kwargs)
+            image_sets.load_images("fashion_mnist", str(tmp_path), **kwargs)
         return one_line(error)
 
     assert "train-images-idx3-ubyte" in message() and "data.path" in message()
@@ -137,7 +137,7 @@ def test_tfds_without_a_network_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(data, "_fashion_mnist_builder", unreachable)
     with pytest.raises(errors.DataError) as error:
-        data.load_images("fashion_mnist", "tfds")
+        image_sets.load_images("fashion_mnist", "tfds")
     assert "no route to host" in one_line(error) and "--config.data.path=FOLDER" in str(error.value)
 
 
@@ -156,9 +156,9 @@ def mnist():
 
 
 def test_mnist_is_split_by_class_and_never_overlaps(mnist):
-    whole = data.load_images("mnist")
-    train = data.load_images("mnist", held_out=500)
-    held_out = data.load_images("mnist", split="held_out", held_out=500)
+    whole = image_sets.load_images("mnist")
+    train = image_sets.load_images("mnist", held_out=500)
+    held_out = image_sets.load_images("mnist", split="held_out", held_out=500)
     assert whole.images.shape == (5000, 32, 32, 1) and whole.images.dtype == np.uint8
     assert whole.class_names == tuple("0123456789")
     np.testing.assert_array_equal(whole.images[:, 2:30, 2:30, 0].reshape(5000, -1), mnist[0])
@@ -169,23 +169,23 @@ def test_mnist_is_split_by_class_and_never_overlaps(mnist):
 
     assert digits([*train.images, *held_out.images]) == digits(whole.images)
     assert not set(digits(train.images)) & set(digits(held_out.images))
-    again = data.load_images("mnist", split="held_out", held_out=500)
+    again = image_sets.load_images("mnist", split="held_out", held_out=500)
     np.testing.assert_array_equal(again.images, held_out.images)
     # Holding out fewer holds out some of the same, so scores of both settings can be compared.
-    fewer = data.load_images("mnist", split="held_out", held_out=100)
+    fewer = image_sets.load_images("mnist", split="held_out", held_out=100)
     assert set(digits(fewer.images)) < set(digits(held_out.images))
 
 
 @pytest.mark.parametrize("held_out", [-10, 5, 5000])
 def test_mnist_refuses_a_split_that_does_not_fit(mnist, held_out):
     with pytest.raises(errors.DataError) as error:
-        data.load_images("mnist", held_out=held_out)
+        image_sets.load_images("mnist", held_out=held_out)
     assert f"data.held_out {held_out} does not fit: allowed are" in one_line(error)
 
 
 def test_an_unknown_data_set_is_named():
     with pytest.raises(errors.DataError, match="data.name 'cifar' is unknown: allowed are 'mnist'"):
-        data.load_images("cifar")
+        image_sets.load_images("cifar")
 
 
 # Records -----------------------------------------------------------------------------------------

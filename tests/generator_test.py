@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import convert, foresight
+from mirai_jax import foresight, torch_names
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import Generator, GeneratorConfig
 
@@ -287,11 +287,11 @@ def test_every_layer_drops_other_channels(params, batch):
 
 
 def test_round_trip_of_the_generator_through_torch_names(params):
-    state = convert.generator_to_torch(CONFIG, params)
+    state = torch_names.generator_to_torch(CONFIG, params)
     assert state["layers.2.attention.wqkv.weight"].shape == (96, 32)
     assert state["layers.0.feed_forward.w2.weight"].shape == (32, 256)
     assert len(state) == 4 + 7 * CONFIG.num_layers
-    back = convert.generator_from_torch(CONFIG, state)
+    back = torch_names.generator_from_torch(CONFIG, state)
     assert jax.tree.structure(back) == jax.tree.structure(jax.device_get(params))
     for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -302,14 +302,14 @@ def test_round_trip_of_the_generator_through_torch_names(params):
 
 
 def test_a_generator_that_does_not_fit_is_refused_with_every_name(params):
-    state = convert.generator_to_torch(CONFIG, params)
+    state = torch_names.generator_to_torch(CONFIG, params)
     del state["norm.weight"], state["layers.1.ffn_norm.weight"]
     state["layers.3.ffn_norm.weight"] = np.zeros(32)
     state["freqs_cis"] = np.zeros(3)
     state["output.weight"] = state["output.weight"].T
     state["layers.0.attention.wo.weight"] = np.zeros((32, 31))
     with pytest.raises(ValueError) as error:
-        convert.generator_from_torch(CONFIG, state)
+        torch_names.generator_from_torch(CONFIG, state)
     for told in (
         "missing norm.weight (32,)",
         "missing layers.1.ffn_norm.weight (32,)",
@@ -325,7 +325,7 @@ def test_a_generator_that_does_not_fit_is_refused_with_every_name(params):
 def test_a_missing_null_class_is_named(params):
     without = dataclasses.replace(CONFIG, class_dropout=0.0)
     with pytest.raises(ValueError, match=r"embedding_table.weight is \(6, 32\), should be \(5, 32"):
-        convert.generator_from_torch(without, convert.generator_to_torch(CONFIG, params))
+        torch_names.generator_from_torch(without, torch_names.generator_to_torch(CONFIG, params))
 
 
 @pytest.fixture(scope="module")
@@ -336,32 +336,32 @@ def projectors():
 
 
 def test_round_trip_of_projectors_through_torch_names(projectors):
-    state = convert.projectors_to_torch(projectors)
+    state = torch_names.projectors_to_torch(projectors)
     assert len(state) == 18
     assert state["projectors.2.0.weight"].shape == (6, 5)
     assert state["projectors.0.4.weight"].shape == (7, 6)
     for count in (None, 3):
-        back = convert.projectors_from_torch(state | {"norm.weight": np.ones(5)}, count)
+        back = torch_names.projectors_from_torch(state | {"norm.weight": np.ones(5)}, count)
         assert jax.tree.structure(back) == jax.tree.structure(projectors)
         for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(projectors), strict=True):
             np.testing.assert_array_equal(one, other)
-    first = convert.projectors_from_torch(state, 1)
+    first = torch_names.projectors_from_torch(state, 1)
     np.testing.assert_array_equal(first["linear_1"]["kernel"], projectors["linear_1"]["kernel"][:1])
 
 
 def test_incomplete_projectors_are_refused_with_every_name(projectors):
-    state = convert.projectors_to_torch(projectors)
+    state = torch_names.projectors_to_torch(projectors)
     del state["projectors.0.2.bias"], state["projectors.1.4.weight"]
     with pytest.raises(ValueError, match="missing projectors.0.2.bias; projectors.1.4.weight"):
-        convert.projectors_from_torch(state)
+        torch_names.projectors_from_torch(state)
     with pytest.raises(ValueError, match="missing projectors.0.2.bias; .*projectors.3.0.weight"):
-        convert.projectors_from_torch(state, 4)
+        torch_names.projectors_from_torch(state, 4)
     with pytest.raises(ValueError, match="missing projectors"):
-        convert.projectors_from_torch({"norm.weight": np.ones(5)})
+        torch_names.projectors_from_torch({"norm.weight": np.ones(5)})
 
 
 def test_misshapen_projectors_are_refused_by_name(projectors):
-    state = convert.projectors_to_torch(projectors)
+    state = torch_names.projectors_to_torch(projectors)
     state["projectors.1.2.weight"] = np.zeros((6, 5))
     with pytest.raises(ValueError, match=r"projectors\.1\.2\.weight"):
-        convert.projectors_from_torch(state)
+        torch_names.projectors_from_torch(state)

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from mirai_jax import convert, foresight, sample, step
+from mirai_jax import foresight, sample, step, torch_names
+from mirai_jax.models import dinov2, vq
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
 
@@ -30,6 +31,8 @@ def test_folder_has_cases():
     assert any(cases("generator")), f"no generator_*.npz in {FOLDER}"
     assert any(cases("trajectory_e")), f"no trajectory_e_*.npz in {FOLDER}"
     assert any(cases("trajectory_i")), f"no trajectory_i_*.npz in {FOLDER}"
+    assert any(cases("vq")), f"no vq_*.npz in {FOLDER}"
+    assert any(cases("dinov2")), f"no dinov2_*.npz in {FOLDER}"
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -101,7 +104,7 @@ def test_generator(path):
     data = load(path)
     state = part(data, "params/")
     config = generator_config(data, len(state["cls_embedding.embedding_table.weight"]))
-    params = convert.generator_from_torch(config, without_projectors(state))
+    params = torch_names.generator_from_torch(config, without_projectors(state))
     depth = int(data["depth"])
     codes, labels = data["codes"].astype(np.int32), data["labels"].astype(np.int32)
     logits, taps = Generator(config, taps=(depth,)).apply({"params": params}, codes[:, :-1], labels)
@@ -112,7 +115,7 @@ def test_generator(path):
 
     term = term_e(data)
     projections = foresight.heads(term, data["projections"].shape[-1]).apply(
-        {"params": convert.projectors_from_torch(state)}, taps[depth]
+        {"params": torch_names.projectors_from_torch(state)}, taps[depth]
     )
     close(projections, data["projections"], what="projections")
     losses = foresight.alignment_losses(term, projections, data["teacher_hidden"], GRID)
@@ -130,7 +133,7 @@ def test_sampling(path):
     model = load(path.with_name(path.name.replace("sampling_", "generator_")))
     state = without_projectors(part(model, "params/"))
     config = generator_config(model, len(state["cls_embedding.embedding_table.weight"]))
-    params = convert.generator_from_torch(config, state)
+    params = torch_names.generator_from_torch(config, state)
     labels = jnp.asarray(data["labels"], jnp.int32)
     keys = jax.random.split(jax.random.key(0), len(labels))
     greedy = [name for name in data if name.startswith("greedy_")]
@@ -181,8 +184,8 @@ def run_trajectory(path, term, teacher=None):
         teacher=teacher,
     )
     params = {
-        "generator": convert.generator_from_torch(config, without_projectors(state)),
-        "foresight": {term.name: convert.projectors_from_torch(state, len(term.offsets))},
+        "generator": torch_names.generator_from_torch(config, without_projectors(state)),
+        "foresight": {term.name: torch_names.projectors_from_torch(state, len(term.offsets))},
     }
     train_state = step.init_state(recipe, jax.random.key(0), jax.tree.map(jnp.asarray, params))
     train_step = step.make_train_step(recipe)
@@ -201,7 +204,7 @@ def run_trajectory(path, term, teacher=None):
             atol=1e-4,
             err_msg=f"step {i}: foresight",
         )
-    ema = convert.generator_to_torch(config, train_state.ema)
+    ema = torch_names.generator_to_torch(config, train_state.ema)
     for name, expected in part(data, "final_ema/").items():
         close(ema[name], expected, what=f"final EMA {name}")
 
@@ -222,3 +225,57 @@ def test_trajectory_i(path):
         term_i(data, weights=(float(data["coefficient"]),)),
         teacher=StoredFeatures(data["features"].shape[-1]),
     )
+
+
+def channels_last(images_bchw: np.ndarray) -> np.ndarray:
+    return images_bchw.transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("path", cases("vq"))
+def test_vq(path):
+    data = load(path)
+    state = part(data, "params/")
+    config = vq.VQConfig(
+        multipliers=tuple(int(m) for m in data["ch_mult"]),
+        width=int(data["ch"]),
+        z_channels=int(data["z_channels"]),
+        vocab_size=int(data["codebook_size"]),
+        code_width=int(data["embed_dim"]),
+    )
+    assert vq.config_of(state) == config
+    variables = {"params": torch_names.vq_from_torch(config, state)}
+    module, images = vq.VQModel(config), channels_last(data["image_bchw"])
+    latents = module.apply(variables, images, method="latents")
+    close(latents, channels_last(data["latent_bchw"]), 1e-4, "latents")
+    codes = jax.jit(lambda x: module.apply(variables, x, method="encode"))(images)
+    np.testing.assert_array_equal(codes, data["codes"])
+    grid = module.grid(images.shape[1:3])
+    decoded = module.apply(variables, codes, grid, method="decode_unclipped")
+    close(decoded, channels_last(data["reconstruction_bchw"]), 1e-4, "reconstruction")
+    back = torch_names.vq_to_torch(config, variables["params"])
+    assert all(np.array_equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("path", cases("dinov2"))
+def test_dinov2(path):
+    data = load(path)
+    state = part(data, "params/")
+    heads, patch = int(data["num_heads"]), int(data["patch_size"])
+    config = dinov2.config_of(state, heads)
+    assert (config.width, config.num_layers) == (int(data["embed_dim"]), int(data["depth"]))
+    assert (config.registers, config.patch) == (int(data["registers"]), patch)
+    params = torch_names.dinov2_from_torch(config, state)
+    shown = channels_last(data["preprocessed_bchw"])
+    size = shown.shape[1:3]
+    images = dinov2.preprocess(channels_last(data["raw_image_bchw"]), size)
+    close(images, shown, 1e-5, "preprocessed image")
+    grid = (size[0] // patch, size[1] // patch)
+    positions = dinov2.resample_positions(params["pos_embed"], config.pos_grid, grid)
+    close(positions, data["resampled_pos_embed"], 1e-5, "position embedding")
+    patches, cls = dinov2.DinoV2(config).apply({"params": params}, images)
+    features = data["patch_features"]
+    close(patches.reshape(features.shape), features, 1e-4, "patch features")
+    close(cls, data["cls_feature"], 1e-4, "class feature")
+    back = torch_names.dinov2_to_torch(config, params)
+    assert back.keys() == state.keys()
+    assert all(np.array_equal(back[name], state[name]) for name in state)

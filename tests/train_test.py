@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
-from mirai_jax import records, train, workdir
+from mirai_jax import progress, records, train, workdir
 from mirai_jax.checkpoint import Checkpoints
 from mirai_jax.errors import ConfigError, DataError
 
@@ -50,7 +50,7 @@ def without_speed(folder):
 
 def final_ema(folder):
     checkpoints = Checkpoints(folder / "checkpoints")
-    ema = checkpoints.restore_ema()
+    ema = checkpoints.restore_weights()[0]["ema"]
     checkpoints.close()
     return ema
 
@@ -261,7 +261,7 @@ def test_trains_on_shards_of_codes(tmp_path):
     config.foresight[0].update(projector_width=16, start_epoch=0.2)
     lines = run(config, tmp_path / "run")
     assert any("40 images, 16 tokens each" in line for line in lines)
-    assert any("no samples at step 3: vq16 cannot decode yet" in line for line in lines)
+    assert any("no samples at step 3: tokenizer.path is unset" in line for line in lines)
     losses = [entry["foresight_ema_r0c0"] for entry in without_speed(tmp_path / "run")]
     assert losses[0] == 0 and losses[1] != 0  # bfloat16, from step 2 of 5 an epoch
     assert (tmp_path / "run" / "summary.png").exists()
@@ -289,4 +289,4 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
 
 def test_durations_read_well():
     cases = {5: "5s", 65: "1m05s", 3725: "1h02m", 90061: "1d01h"}
-    assert {seconds: train.duration(seconds) for seconds in cases} == cases
+    assert {seconds: progress.duration(seconds) for seconds in cases} == cases

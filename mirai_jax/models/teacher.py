@@ -13,9 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mirai_jax.models import dinov2
 from mirai_jax.models.features import STAGE_CHANNELS, EfficientNetLite0
 
-TEACHERS = ("efficientnet_lite0",)
+# "dinov2" is one of any size, as its weights tell; the others are the published ones.
+TEACHERS = ("efficientnet_lite0", "dinov2", *dinov2.NAMES)
 
 
 def resample(features_BxhxwxZ: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -55,3 +57,49 @@ class EfficientNetTeacher(nn.Module):
             images = jnp.repeat(images, 3, axis=-1)
         network = EfficientNetLite0(dtype=self.dtype, name="network")
         return resample(network(images, stage=self.stage).astype(jnp.float32), self.grid)
+
+
+class DinoTeacher(nn.Module):
+    """Normalised patch features of DINOv2 (trained without labels), the teacher of Mirai-I.
+
+    Attributes:
+        grid: (height, width) of the token grid.
+        config: of the network.
+        image_size: pixels of the longer side of what the network is shown, a multiple of the
+            patch; the other side follows the token grid. 0 gives every token one patch.
+        layer: the block, from 1, whose output is used; 0 for the last.
+        dtype: of the matrix products.
+    """
+
+    grid: tuple[int, int]
+    config: dinov2.DinoConfig
+    image_size: int = 0
+    layer: int = 0
+    dtype: str = "float32"
+
+    @property
+    def features(self) -> int:
+        return self.config.width
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """(height, width) of the grid of patches; ValueError if they do not tile `image_size`."""
+        if not self.image_size:
+            return self.grid
+        longer, rest = divmod(self.image_size, self.config.patch)
+        if rest or longer < 1:
+            raise ValueError(
+                f"image_size is {self.image_size}, must be a multiple of {self.config.patch}"
+            )
+        height, width = (max(1, round(longer * side / max(self.grid))) for side in self.grid)
+        return height, width
+
+    @nn.compact
+    def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
+        """uint8 images -> (B, L, Z) float32; grey ones are shown as RGB."""
+        if images_BxHxWxC.shape[-1] == 1:
+            images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
+        height, width = (side * self.config.patch for side in self.patches)
+        images = dinov2.preprocess(images_BxHxWxC, (height, width))
+        network = dinov2.DinoV2(self.config, self.dtype, name="network")
+        return resample(network(images, self.layer)[0], self.grid)

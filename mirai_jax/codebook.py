@@ -1,0 +1,111 @@
+"""The patch codebook of small data sets: fitting it by k-means, keeping it in a file."""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from mirai_jax.models import tokenizer
+
+# K-means over more patches than this changes the codebook's error by under a percent.
+_PATCHES_FITTED = 200_000
+
+
+def fit_patch_codebook(
+    images_NxHxWxC: np.ndarray, *, patch: int, vocab_size: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Fits the parameters of `tokenizer.PatchCodebook` by k-means.
+
+    The same images and seed give the same codebook, bit for bit, on the same machine. Codes are
+    numbered from the darkest prototype to the brightest.
+
+    Args:
+        images_NxHxWxC: uint8; height and width are multiples of `patch`.
+        patch: side of a patch in pixels.
+        vocab_size: number of prototypes V.
+        seed: chooses the patches fitted and where k-means starts.
+
+    Returns:
+        {'codebook': float32 (V, patch * patch * C)}, in the units of images in [-1, 1].
+
+    Raises:
+        ValueError: fewer distinct patches than `vocab_size`, or patches that do not tile.
+    """
+    height, width = images_NxHxWxC.shape[1:3]
+    if height % patch or width % patch:
+        raise ValueError(
+            f"image size {height}x{width} does not divide into patches of {patch}x{patch} pixels"
+        )
+    patches = tokenizer.unfold(images_NxHxWxC, patch)
+    patches = patches.reshape(-1, patches.shape[-1])
+    rng = np.random.RandomState(seed)  # its stream never changes between numpy versions
+    some = patches
+    if len(patches) > _PATCHES_FITTED:
+        some = patches[rng.choice(len(patches), _PATCHES_FITTED, replace=False)]
+    distinct, counts = _count_distinct(some)
+    if len(distinct) < vocab_size and some is not patches:
+        distinct, counts = _count_distinct(patches)
+    if len(distinct) < vocab_size:
+        raise ValueError(
+            f"model.vocab_size {vocab_size} is too large: the images have only "
+            f"{len(distinct)} distinct {patch}x{patch} patches"
+        )
+    codebook = _kmeans(tokenizer.to_unit(distinct), counts, vocab_size, rng.randint(2**31 - 1))
+    order = np.argsort(codebook.mean(axis=1), kind="stable")
+    return {"codebook": codebook[order]}
+
+
+def _count_distinct(patches_NxP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct rows of uint8 patches and how often each occurs: most are blank, fit those once."""
+    rows = np.ascontiguousarray(patches_NxP)
+    whole = rows.view(f"V{rows.shape[1]}").ravel()
+    distinct, counts = np.unique(whole, return_counts=True)
+    return distinct.view(np.uint8).reshape(-1, rows.shape[1]), counts
+
+
+def _kmeans(points_NxP: np.ndarray, counts_N: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    from sklearn.cluster import KMeans  # here: slow to import, and only a first run fits
+    from threadpoolctl import threadpool_limits
+
+    # One thread: several add up their partial sums in an order that varies from run to run.
+    with threadpool_limits(1):
+        fitted = KMeans(clusters, n_init=1, max_iter=40, random_state=seed).fit(
+            points_NxP, sample_weight=counts_N
+        )
+    return fitted.cluster_centers_.astype(np.float32)
+
+
+def save_params(path: str | os.PathLike[str], params: dict[str, Any]) -> None:
+    """Saves a nested dict of arrays as .npz under names like 'a/b/kernel', whole or not at all."""
+    arrays = {
+        name: np.asarray(array)
+        for name, array in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    for name, array in arrays.items():
+        if array.dtype.kind == "V":  # bfloat16: .npz would give it back as raw bytes
+            raise ValueError(f"parameter {name} is {array.dtype}, which .npz cannot keep")
+    path = pathlib.Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Loads what `save_params` saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return traverse_util.unflatten_dict(dict(arrays), sep="/")
+        except Exception as error:
+            raise ValueError(f"{path}: damaged parameter file") from error

@@ -1,0 +1,331 @@
+"""Decodes an image and cuts the crops whose codes are trained on.
+
+Extraction turns crops into codes; training rebuilds the crop that stored codes came from. Both go
+through the functions here, so that both see the same pixels.
+"""
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mirai_jax.errors import DataError, first_line
+
+EXIF = ("ignore", "apply")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")  # as Pillow calls them
+NOTES = (
+    "animated",
+    "16-bit",
+    "palette",
+    "cmyk",
+    "alpha",
+    "exif orientation ignored",
+    "exif orientation applied",
+)
+_ORIENTATION, _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 274, 258, 262, 284, 339  # TIFF tags
+_UPRIGHT = {  # what undoes each orientation but 1, which is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CropSpec:
+    """Which crops are cut from an image.
+
+    Attributes:
+        image_size: S, the side of a crop in pixels, 1 to 4096.
+        crop_range: the ten crops are cut from a centre crop of side int(S * crop_range); 1 to 10.
+        ten: ten crops; if False, the centre crop of side S and its mirror image.
+        exif: 'ignore' leaves an image as it is stored, as PyTorch's usual loaders do; 'apply' turns
+            it by its EXIF orientation. (Pillow always turns TIFF files.)
+
+    Raises:
+        DataError: a field that is none of these.
+    """
+
+    image_size: int = 256
+    crop_range: float = 1.1
+    ten: bool = True
+    exif: str = "ignore"
+
+    def __post_init__(self):
+        if type(self.image_size) is not int or not 1 <= self.image_size <= 4096:
+            raise _wrong("image_size", self.image_size, "whole numbers from 1 to 4096")
+        if type(self.crop_range) not in (int, float) or not 1 <= self.crop_range <= 10:
+            raise _wrong("crop_range", self.crop_range, "numbers from 1 to 10")
+        if type(self.ten) is not bool:
+            raise _wrong("ten", self.ten, "true and false")
+        if self.exif not in EXIF:
+            raise _wrong("exif", self.exif, " and ".join(map(repr, EXIF)))
+
+    @property
+    def count(self) -> int:
+        """C, how many crops an image gives."""
+        return 10 if self.ten else 2
+
+    @property
+    def resized(self) -> int:
+        """R, the side of the centre crop that all crops are cut from."""
+        return int(self.image_size * self.crop_range) if self.ten else self.image_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "CropSpec":
+        """The reverse of `to_dict`.
+
+        Raises:
+            DataError: not a dictionary, or a field is missing, unknown or wrong.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(fields, dict):
+            raise DataError(f"a crop spec is a dictionary of {', '.join(names)}, not {fields!r}")
+        for name in names:
+            if name not in fields:
+                raise DataError(f"crop spec: {name} is missing")
+        for name in fields:
+            if name not in names:
+                raise DataError(f"crop spec: {name!r} is unknown: allowed are {', '.join(names)}")
+        return cls(**fields)
+
+
+def _wrong(field: str, value: Any, allowed: str) -> DataError:
+    return DataError(f"crop spec: {field} is {value!r}: allowed are {allowed}")
+
+
+# From bytes to pixels ----------------------------------------------------------------------------
+
+
+def decode(raw: bytes | np.ndarray, exif: str = "ignore") -> tuple[Image.Image, tuple[str, ...]]:
+    """Decodes an image of any kind to RGB; of an animation or a stack of pages, the first image.
+
+    Args:
+        raw: a file in one of FORMATS; or pixels, uint8 (H, W), (H, W, 1) or (H, W, 3).
+        exif: as in CropSpec.
+
+    Returns:
+        The image (mode RGB), and which of NOTES were done to it: alpha is composited on white,
+        16-bit values are scaled from 0 .. 65535 to 0 .. 255. Nothing is noted of ordinary colour
+        or grey images.
+
+    Raises:
+        DataError: damaged, cut off, empty, of another format, of more pixels than Pillow's
+            MAX_IMAGE_PIXELS, or of a kind whose range of values is unknown.
+    """
+    if exif not in EXIF:
+        raise _wrong("exif", exif, " and ".join(map(repr, EXIF)))
+    if isinstance(raw, np.ndarray):
+        return _from_pixels(raw), ()
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        return _to_rgb(image, exif)
+    except DataError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise DataError(
+            f"not an image, or one whose header is damaged (formats read: {', '.join(FORMATS)})"
+        ) from error
+    except Exception as error:  # on damaged bytes Pillow raises a dozen kinds
+        raise DataError(f"image cannot be decoded ({first_line(error)})") from error
+
+
+def _from_pixels(pixels: np.ndarray) -> Image.Image:
+    shape = pixels.shape
+    grey = len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
+    colour = len(shape) == 3 and shape[2] == 3
+    if pixels.dtype != np.uint8 or not pixels.size or not (grey or colour):
+        raise DataError(
+            f"pixels are {pixels.dtype} {shape}: allowed is uint8 (H, W), (H, W, 1) or (H, W, 3)"
+        )
+    return Image.fromarray(pixels.reshape(shape[:2]) if grey else pixels).convert("RGB")
+
+
+def _to_rgb(image: Image.Image, exif: str) -> tuple[Image.Image, tuple[str, ...]]:
+    """Loads an opened image and converts it; returns it with its notes."""
+    _check_pixel_count(*image.size)
+    sixteen_bit = _is_16_bit(image)
+    _refuse_misread(image, sixteen_bit)
+    animated = getattr(image, "is_animated", False)
+    is_tiff = image.format == "TIFF"
+    tiff_orientation = image.tag_v2.get(_ORIENTATION) if is_tiff else None
+    image.load()  # Pillow turns TIFF files here, and reads what a PNG file has after its pixels
+    orientation = tiff_orientation if is_tiff else _orientation(image)
+
+    palette, cmyk = image.mode in ("P", "PA"), image.mode == "CMYK"
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _scale_to_8_bit(image)
+    alpha = image.has_transparency_data
+    if alpha:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    stored_turned = orientation in _UPRIGHT
+    applied = stored_turned and (is_tiff or exif == "apply")
+    if applied and not is_tiff:
+        image = image.transpose(_UPRIGHT[orientation])
+
+    ignored = stored_turned and not applied
+    done = (animated, sixteen_bit, palette, cmyk, alpha, ignored, applied)
+    return image, tuple(note for note, is_done in zip(NOTES, done, strict=True) if is_done)
+
+
+def _check_pixel_count(width: int, height: int) -> None:
+    # Up to twice the limit, Pillow only warns; no thread can safely make an error of its warnings.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise DataError(f"image of {width}x{height} pixels: allowed are {limit} pixels")
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether an opened, not yet loaded image has more than 8 bits a channel."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return True
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(_BITS, (1,))) > 8
+    if image.format == "PNG":
+        return ";16" in image.tile[0][3]
+    if image.format == "PPM" and image.tile[0][0] != "raw":
+        return image.tile[0][3][1] > 255  # (mode, largest value)
+    return False
+
+
+def _refuse_misread(image: Image.Image, sixteen_bit: bool) -> None:
+    """Refuses the kinds of images that Pillow would get wrong, or that have no known range."""
+    reason = None
+    if image.mode == "F":
+        reason = "floating-point pixels have no known range"
+    elif image.format == "PNG" and "transparency" in image.info and image.mode != "P":
+        if ";" in image.tile[0][3]:  # Pillow compares it with the value scaled to 8 bits
+            reason = "a transparent colour (tRNS) needs 8 bits a channel"
+    elif image.format == "TIFF":
+        bits = max(image.tag_v2.get(_BITS, (1,)))
+        if bits == 12:
+            reason = "12 bits a channel are not supported"
+        elif 2 in image.tag_v2.get(_SAMPLE_FORMAT, ()) and bits <= 16:
+            reason = "signed pixels have no known range"
+        elif sixteen_bit and image.tag_v2.get(_PHOTOMETRIC) == 0:
+            reason = "white as zero with 16 bits is not supported"
+        elif sixteen_bit and image.tag_v2.get(_PLANES) == 2:
+            reason = "16-bit channels in separate planes are not supported"
+    if reason:
+        raise DataError(f"{image.format} image: {reason}")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # a damaged EXIF block: the pixels are whole, and nobody says how to turn
+        return None
+
+
+def _scale_to_8_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int32)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(
+            f"{image.format} image: its values are {values.min()} to {values.max()}: "
+            "allowed are 0 to 65535"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+# From pixels to crops ----------------------------------------------------------------------------
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's centre crop, pixel for pixel: the shorter side becomes `size`, the longer one is cut.
+
+    With Pillow up to 12, as the official codes were made, ADM's own code gives the same pixels;
+    with Pillow 13 it does not for some shapes (its `resize` takes the two axes in another order).
+
+    Args:
+        image: mode RGB, of any size.
+        size: side of the crop.
+
+    Returns:
+        uint8 (size, size, 3).
+
+    Raises:
+        DataError: an image so long and narrow that, resized, it exceeds Pillow's MAX_IMAGE_PIXELS.
+    """
+    while min(image.size) >= 2 * size:
+        image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    _check_pixel_count(width, height)
+    pixels = np.asarray(_resize(image, width, height, Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[top : top + size, left : left + size].copy()
+
+
+def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+    """Resizes across, then down: the order is seen in the last bits, and Pillow 13 changed it."""
+    return image.resize((width, image.height), kernel).resize((width, height), kernel)
+
+
+def crop(resized_RxRx3: np.ndarray, index: int, spec: CropSpec) -> np.ndarray:
+    """One crop of an image that `center_crop` resized to spec.resized.
+
+    Args:
+        resized_RxRx3: uint8.
+        index: of ten crops, in the order of torchvision's TenCrop: top left, top right, bottom
+            left, bottom right and centre of the image, then the same five of its mirror image.
+            Of two, the image and its mirror image.
+        spec: which crops.
+
+    Returns:
+        uint8 (S, S, 3).
+
+    Raises:
+        DataError: the image has another size, or there is no such crop.
+    """
+    if resized_RxRx3.shape != (spec.resized, spec.resized, 3):
+        raise DataError(
+            f"crops are cut from {(spec.resized, spec.resized, 3)} pixels, "
+            f"not from {resized_RxRx3.shape}"
+        )
+    if not 0 <= index < spec.count:
+        raise DataError(f"crop {index} does not exist: allowed are 0 to {spec.count - 1}")
+    mirrored, place = divmod(index, spec.count // 2)
+    image = resized_RxRx3[:, ::-1] if mirrored else resized_RxRx3
+    far = spec.resized - spec.image_size
+    middle = round(far / 2)  # halves to even, as torchvision
+    top, left = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))[place]
+    return image[top : top + spec.image_size, left : left + spec.image_size].copy()
+
+
+def all_crops(resized_RxRx3: np.ndarray, spec: CropSpec) -> np.ndarray:
+    """All crops of an image, as `crop` numbers them: uint8 (C, S, S, 3)."""
+    return np.stack([crop(resized_RxRx3, index, spec) for index in range(spec.count)])
+
+
+def load_crop(raw: bytes | np.ndarray, index: int, spec: CropSpec) -> np.ndarray:
+    """Decodes an image and cuts crop `index`: uint8 (S, S, 3).
+
+    Raises:
+        DataError: as `decode`, `center_crop` and `crop`.
+    """
+    image, _ = decode(raw, spec.exif)
+    return crop(center_crop(image, spec.resized), index, spec)
+
+
+def load_all_crops(raw: bytes | np.ndarray, spec: CropSpec) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Decodes an image and cuts all its crops; crop k is the very pixels of load_crop(raw, k, spec).
+
+    Returns:
+        uint8 (C, S, S, 3), and the notes of `decode`.
+
+    Raises:
+        DataError: as `decode` and `center_crop`.
+    """
+    image, notes = decode(raw, spec.exif)
+    return all_crops(center_crop(image, spec.resized), spec), notes

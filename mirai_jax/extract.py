@@ -1,0 +1,436 @@
+"""Images -> ArrayRecord shards of codes: `python -m mirai_jax.extract`.
+
+    python -m mirai_jax.extract --images=imagenet/train --tokenizer=vq_ds16_c2i.pt --out=codes/imagenet
+
+Every record holds the codes of all crops of one image, its label, and the key of the image, by which
+training finds it again. The folder also gets manifest.json (what was extracted from what),
+report.json (each image that is not in the shards, and each that was not plain RGB) and
+reconstructions.png (images beside what their codes decode to: look at it).
+
+Shard k holds the k-th `images_per_shard` images of the source, in its order. A shard appears under
+its name when it is whole and has been read back; the same command goes on after any stop, and ends
+with the same bytes. With several hosts, give each `--process_index` of `--process_count`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from array_record.python import array_record_module
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mirai_jax import frozen, manifest, records, report, weights
+from mirai_jax.crops import CropSpec, load_all_crops
+from mirai_jax.errors import ConfigError, DataError, first_line
+from mirai_jax.images import open_images
+from mirai_jax.manifest import Manifest, Shard
+from mirai_jax.models import tokenizer, vq
+from mirai_jax.progress import Progress
+
+_IMAGES = flags.DEFINE_string(
+    "images", None, "Folder with a folder a class, tfds:NAME[:SPLIT], grain:MODULE:SOURCE, ..."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Weights of the VQ tokenizer: LlamaGen's .pt or a converted folder."
+)
+_OUT = flags.DEFINE_string("out", None, "Folder of the shards.")
+_SIZE = flags.DEFINE_integer("image_size", 256, "Pixels a side of a crop.")
+_RANGE = flags.DEFINE_float("crop_range", 1.1, "Crops come from the centre image_size * this.")
+_TEN = flags.DEFINE_bool("ten_crop", True, "Ten crops; else the centre and its mirror image.")
+_EXIF = flags.DEFINE_enum(
+    "exif", "ignore", ("ignore", "apply"), "EXIF orientation; the official code ignores it."
+)
+_PER_SHARD = flags.DEFINE_integer("images_per_shard", 4096, "Images of the source a shard.")
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Images encoded together, with all their crops.")
+_PRECISION = flags.DEFINE_enum(
+    "precision", "float32", ("float32", "tensorfloat32", "bfloat16"),
+    "Of the encoder's products; less is faster on GPU and TPU, and moves some codes.",
+)  # fmt: skip
+_WORKERS = flags.DEFINE_integer("num_workers", 2 * (os.cpu_count() or 1), "Decoding threads.")
+_SHOWN = flags.DEFINE_integer("reconstructions", 8, "Images in reconstructions.png.")
+_INDEX = flags.DEFINE_integer("process_index", None, "Which host this is; default: JAX's.")
+_COUNT = flags.DEFINE_integer("process_count", None, "How many hosts share the work.")
+
+_PARTS = "parts"  # folder of one JSON a finished shard, until all of them are there
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An extraction, whoever takes part in it."""
+
+    images: Any
+    module: vq.VQModel
+    params: Any
+    manifest: Manifest
+    out: pathlib.Path
+    num_workers: int
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.images) // self.manifest.images_per_shard)
+
+    def shard_name(self, k: int) -> str:
+        return f"codes-{k:05d}-of-{self.num_shards:05d}.array_record"
+
+    def indices(self, k: int) -> range:
+        """Of the images of shard k."""
+        size = self.manifest.images_per_shard
+        return range(k * size, min((k + 1) * size, len(self.images)))
+
+    def part_file(self, k: int) -> pathlib.Path:
+        return self.out / _PARTS / f"{k:05d}.json"
+
+    def part(self, k: int) -> dict[str, Any] | None:
+        """What was noted of shard k when it was finished; None if it is not."""
+        if not (self.out / self.shard_name(k)).is_file():
+            return None
+        try:
+            return json.loads(self.part_file(k).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+
+def prepare(
+    images: str,
+    tokenizer_path: str,
+    out: str,
+    crops: CropSpec,
+    *,
+    images_per_shard: int = 4096,
+    batch_size: int = 16,
+    precision: str = "float32",
+    num_workers: int = 4,
+) -> Job:
+    """Opens what an extraction needs and begins, or finds, its manifest.
+
+    Raises:
+        ConfigError, DataError: one line; nothing was written.
+    """
+    for name, value in (("images_per_shard", images_per_shard), ("batch_size", batch_size),
+                        ("num_workers", num_workers)):  # fmt: skip
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be 1 or more")
+    loaded = weights.load("--tokenizer", tokenizer_path, "tokenizer")
+    module = vq.VQModel(loaded.config)
+    params = jax.tree.map(lambda a: np.asarray(a, np.float32), loaded.params)
+    try:
+        grid = module.grid((crops.image_size, crops.image_size))
+    except ValueError as error:
+        raise ConfigError(f"--image_size is {crops.image_size}: {error}") from error
+    if module.vocab_size > 2**16:
+        raise ConfigError(f"--tokenizer has {module.vocab_size} codes; shards keep 16 bits each")
+    source = open_images(images)
+    shapes = {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in dataclasses.asdict(loaded.config).items()
+    }  # as JSON gives them back
+    made = Manifest(
+        images=source.describe(),
+        crops=crops,
+        tokenizer={"checksum": weights.checksum(params), "file": loaded.source["file"], **shapes},
+        grid=grid,
+        vocab_size=module.vocab_size,
+        class_names=tuple(source.class_names),
+        images_per_shard=images_per_shard,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    folder = pathlib.Path(out)
+    before = manifest.read(folder)
+    if before is None and folder.is_dir() and any(folder.glob("*.array_record")):
+        raise ConfigError(f"--out is {out!r}, which holds shards without a manifest.json")
+    if before is not None and (changed := before.differences(made)):
+        raise ConfigError(
+            f"--out is {out!r}, an extraction of something else: {'; '.join(changed)[:1000]}"
+        )
+    if before is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.write(folder, made)
+    (folder / _PARTS).mkdir(exist_ok=True)
+    return Job(source, module, params, before or made, folder, num_workers)
+
+
+class Encoder:
+    """uint8 crops -> codes, over all devices of this process."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        devices = jax.local_devices()
+        mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+        self._rows, self._splits = NamedSharding(mesh, P("batch")), len(devices)
+        self._params = jax.device_put(job.params, NamedSharding(mesh, P()))
+        self._encode = jax.jit(self._codes)
+
+    def _codes(self, params: Any, crops_BxSxSx3: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision(self._job.manifest.precision):
+            images = tokenizer.to_unit(crops_BxSxSx3)
+            return self._job.module.apply({"params": params}, images, method="encode")
+
+    def __call__(self, crops_BxCxSxSx3: np.ndarray) -> jax.Array:
+        """Starts encoding; (B * C or a little more, L) int32, to be fetched later."""
+        rows = crops_BxCxSxSx3.reshape(-1, *crops_BxCxSxSx3.shape[2:])
+        missing = -len(rows) % self._splits
+        rows = np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
+        return self._encode(self._params, jax.device_put(rows, self._rows))
+
+
+@dataclasses.dataclass
+class _Image:
+    """One image on its way: its crops, or why there are none."""
+
+    index: int
+    crops: np.ndarray | None
+    notes: tuple[str, ...]
+    problem: str
+
+
+def _load(job: Job, index: int) -> _Image:
+    # What cannot be read ends the work, since a lost disk is no property of an image; what cannot
+    # be decoded is listed.
+    raw = job.images.read(index)
+    try:
+        crops, notes = load_all_crops(raw, job.manifest.crops)
+        return _Image(index, crops, notes, "")
+    except DataError as error:
+        return _Image(index, None, (), first_line(error))
+
+
+def _loaded(job: Job, indices: Iterator[int]) -> Iterator[_Image]:
+    """The images in order, decoded by threads that run two batches ahead."""
+    ahead = 2 * job.manifest.batch_size + job.num_workers
+    with futures.ThreadPoolExecutor(job.num_workers) as pool:
+        waiting: deque[futures.Future] = deque()
+        try:
+            for index in indices:
+                waiting.append(pool.submit(_load, job, index))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _batches(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Image]]]:
+    """(shard, images): batches never cross a shard, so that its bytes depend on nothing else."""
+    size = job.manifest.batch_size
+    stream = _loaded(job, (i for k in shards for i in job.indices(k)))
+    for k in shards:
+        left = len(job.indices(k))
+        while left:
+            batch = [next(stream) for _ in range(min(size, left))]
+            left -= len(batch)
+            yield k, batch
+
+
+def _pixels(job: Job, batch: list[_Image]) -> np.ndarray:
+    """All batches have one shape: images that are missing are black, and their codes not kept."""
+    spec = job.manifest.crops
+    shape = (job.manifest.batch_size, spec.count, spec.image_size, spec.image_size, 3)
+    pixels = np.zeros(shape, np.uint8)
+    for row, image in enumerate(batch):
+        if image.crops is not None:
+            pixels[row] = image.crops
+    return pixels
+
+
+def _encoded(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Image], np.ndarray]]:
+    """(shard, images, codes (B, C, L)); the device always has the next batch queued."""
+    encode, waiting = Encoder(job), None
+    count = job.manifest.crops.count
+
+    def fetched(k: int, batch: list[_Image], codes: jax.Array):
+        rows = np.asarray(codes)[: job.manifest.batch_size * count]
+        return k, batch, rows.astype(np.uint16).reshape(-1, count, rows.shape[-1])
+
+    for k, batch in _batches(job, shards):
+        started = (k, batch, encode(_pixels(job, batch)))
+        if waiting is not None:
+            yield fetched(*waiting)
+        waiting = started
+    if waiting is not None:
+        yield fetched(*waiting)
+
+
+def _finish_shard(job: Job, k: int, packed: list[bytes], part: dict[str, Any]) -> None:
+    """Writes shard k, reads it back, and notes it."""
+    path = job.out / job.shard_name(k)
+    # Unlike a write to a full disk, this cannot pass for whole: it is compared before it counts.
+    job.part_file(k).unlink(missing_ok=True)
+    records.write_shard(path, packed)
+    reader = array_record_module.ArrayRecordReader(str(path))
+    try:
+        same = reader.num_records() == len(packed) and (not packed or reader.read_all() == packed)
+    finally:
+        reader.close()
+    if not same:
+        path.unlink()
+        raise OSError(f"{path} does not hold what was written to it")
+    part |= {"name": path.name, "records": len(packed), "sha256": weights.sha256_of_file(path)}
+    _write_json(job.part_file(k), part)
+
+
+def _write_json(path: pathlib.Path, tree: Any) -> None:
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def extract(job: Job, shards: list[int], progress: Progress) -> None:
+    """Makes those of the shards that are not there yet."""
+    todo = [k for k in shards if job.part(k) is None]
+    packed, part = [], {"failed": [], "notes": {}}
+    done = 0
+    for k, batch, codes in _encoded(job, todo):
+        for image, codes_CxL in zip(batch, codes, strict=False):
+            key = job.images.key(image.index)
+            if image.crops is None:
+                part["failed"].append({"key": key, "reason": image.problem})
+                continue
+            packed.append(records.pack_record(codes_CxL, job.images.label(image.index), key))
+            for note in image.notes:
+                part["notes"].setdefault(note, []).append(key)
+        done += len(batch)
+        progress.advance(len(batch))
+        if done == len(job.indices(k)):
+            _finish_shard(job, k, packed, part)
+            packed, part, done = [], {"failed": [], "notes": {}}, 0
+
+
+def finish(job: Job) -> Manifest | None:
+    """Writes report.json and the final manifest if every shard of every host is there."""
+    parts = [job.part(k) for k in range(job.num_shards)]
+    if not all(parts):
+        return None
+    failed = [entry for part in parts for entry in part["failed"]]
+    notes: dict[str, list[str]] = {}
+    for part in parts:
+        for note, keys in part["notes"].items():
+            notes.setdefault(note, []).extend(keys)
+    skipped = list(getattr(job.images, "skipped", ()))
+    _write_json(job.out / "report.json", {"failed": failed, "skipped": skipped, "notes": notes})
+    made = dataclasses.replace(
+        job.manifest,
+        complete=True,
+        num_records=sum(part["records"] for part in parts),
+        num_failed=len(failed),
+        shards=tuple(Shard(p["name"], p["records"], p["sha256"]) for p in parts),
+    )
+    manifest.write(job.out, made)
+    for k in range(job.num_shards):
+        job.part_file(k).unlink(missing_ok=True)
+    (job.out / _PARTS).rmdir()
+    return made
+
+
+def draw_reconstructions(job: Job, count: int) -> pathlib.Path | None:
+    """Images of the source, evenly spread, above what their codes decode to."""
+    chosen = np.unique(np.linspace(0, len(job.images) - 1, count).astype(int))
+    loaded = [_load(job, int(i)) for i in chosen]
+    # The centre crop: the last of the first half.
+    centre = job.manifest.crops.count // 2 - 1
+    originals = [image.crops[centre] for image in loaded if image.crops is not None]
+    if not originals:
+        return None
+    originals = np.stack(originals)
+    codes = frozen.encode_images(job.module, job.params, originals)
+    decoded = frozen.decode_codes(job.module, job.params, codes)
+    path = job.out / "reconstructions.png"
+    both = np.concatenate([originals, decoded])
+    report.save_picture(path, report.sample_grid(both, ("image", "from its codes"), side=128))
+    return path
+
+
+def run(job: Job, process_index: int, process_count: int, shown: int) -> Manifest | None:
+    """This host's share, and the end if it is the last. Returns the final manifest, or None."""
+    mine = [k for k in range(job.num_shards) if k % process_count == process_index]
+    sizes = {k: len(job.indices(k)) for k in mine}
+    before = sum(sizes[k] for k in mine if job.part(k) is not None)
+    total = sum(sizes.values())
+    if before:
+        print(f"{before:,} of {total:,} images were done before", flush=True)
+    if shown and process_index == 0 and (path := draw_reconstructions(job, shown)):
+        print(f"look at {path}: each image above what its codes decode to", flush=True)
+    progress = Progress(total, "images", before)
+    try:
+        extract(job, mine, progress)
+    finally:
+        progress.close()
+    return finish(job)
+
+
+def _summary(job: Job, made: Manifest) -> str:
+    size = sum((job.out / shard.name).stat().st_size for shard in made.shards)
+    text = (
+        f"{made.num_records:,} images in {len(made.shards)} shards, {size:,} bytes"
+        f" ({size / max(1, made.num_records):,.0f} an image)"
+    )
+    found = json.loads((job.out / "report.json").read_text())
+    text += f"; {made.num_failed} images failed" + (
+        f" ({', '.join(entry['key'] for entry in found['failed'][:5])}"
+        f"{', ...' if made.num_failed > 5 else ''})"
+        if made.num_failed
+        else ""
+    )
+    for name, keys in (("other files skipped", found["skipped"]), *found["notes"].items()):
+        text += f"; {name}: {len(keys)}" if keys else ""
+    return f"{text}; every name: {job.out / 'report.json'}"
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+        for flag in (_IMAGES, _TOKENIZER, _OUT):
+            if not flag.value:
+                raise ConfigError(f"--{flag.name} is missing; --help says what it is")
+        index = jax.process_index() if _INDEX.value is None else _INDEX.value
+        count = jax.process_count() if _COUNT.value is None else _COUNT.value
+        if not 0 <= index < count:
+            raise ConfigError(f"--process_index is {index}; it must be 0 to {count - 1}")
+        crops = CropSpec(_SIZE.value, _RANGE.value, _TEN.value, _EXIF.value)
+        finished = manifest.read(_OUT.value)
+        job = prepare(
+            _IMAGES.value,
+            _TOKENIZER.value,
+            _OUT.value,
+            crops,
+            images_per_shard=_PER_SHARD.value,
+            batch_size=_BATCH.value,
+            precision=_PRECISION.value,
+            num_workers=_WORKERS.value,
+        )
+        if finished is not None and finished.complete:
+            made = finished
+        else:
+            made = run(job, index, count, _SHOWN.value)
+        if made is None:
+            print("this share is done; others are not: the last to end writes the manifest")
+        else:
+            print(_summary(job, made))
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {first_line(error)}")
+    except OSError as error:
+        sys.exit(
+            f"error: {_OUT.value} cannot be written ({first_line(error)}); nothing half-done counts"
+        )
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on where it stopped")
+
+
+if __name__ == "__main__":
+    app.run(main)

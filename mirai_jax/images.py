@@ -1,0 +1,414 @@
+"""Where images come from: folders, tensorflow_datasets, Python objects and the small built-in sets.
+
+Extraction goes through a source by number; each image has a key that is stored with its codes.
+Training asks by that key alone, which lists and loads nothing else. Every source pickles: worker
+processes open it again.
+"""
+
+import abc
+import functools
+import importlib
+import itertools
+import operator
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mirai_jax import image_sets
+from mirai_jax.errors import DataError, first_line
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+FORMS = (
+    "FOLDER (with a folder of images for each class), tfds:NAME[:SPLIT], "
+    "grain:package.module:attribute, mnist and fashion_mnist[:FOLDER]"
+)
+# A version belongs to the name: imagenet2012:5.1.0, or 5.*.*
+_TFDS = re.compile(r"tfds:(?P<name>[^:]+(:(\d+|\*)(\.(\d+|\*)){2})?)(:(?P<split>.+))?")
+_GRAIN = re.compile(r"grain:(?P<module>[\w.]+):(?P<attribute>\w+)")
+_BUILT_IN = re.compile(r"mnist|fashion_mnist(:.+)?", re.DOTALL)
+_NUMBERED = re.compile(r"([0-9]{1,18})(:.*)?", re.DOTALL)
+
+
+class ImageSource(abc.ABC):
+    """Labelled images, by number and by key.
+
+    An image is its encoded bytes, or pixels: uint8 (H, W), (H, W, 1) or (H, W, 3).
+
+    Attributes:
+        class_names: one name a class; () if the source does not name them.
+        skipped: keys of files that were found and left out, since they are no images.
+    """
+
+    class_names: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    @abc.abstractmethod
+    def label(self, index: int) -> int:
+        """The class of image `index`, 0 or more."""
+
+    @abc.abstractmethod
+    def key(self, index: int) -> str:
+        """A name of image `index` that stays the same."""
+
+    @abc.abstractmethod
+    def read(self, index: int) -> bytes | np.ndarray:
+        """Image `index`."""
+
+    @abc.abstractmethod
+    def find(self, key: str) -> bytes | np.ndarray:
+        """The image that `key` names, without listing the others.
+
+        Raises:
+            DataError: there is no such image, or it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What this is, ready for JSON: kind, name, split and number. Names no path."""
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+
+
+def open_images(spec: str) -> ImageSource:
+    """Opens a source of images.
+
+    Args:
+        spec: one of
+            FOLDER: a folder with a folder of images for each class, as torchvision's ImageFolder;
+            tfds:NAME[:SPLIT]: a data set that tensorflow_datasets has prepared as ArrayRecord,
+                split 'train' unless given; nothing is ever downloaded;
+            grain:package.module:attribute: random access (len and []) to items {'image': encoded
+                bytes or uint8 pixels, 'label': int, optionally 'key': str}, or a callable that
+                returns it; it may have class_names;
+            mnist, fashion_mnist[:FOLDER]: the training images of `image_sets.load_images`.
+
+    Raises:
+        DataError: none of these, or not there.
+    """
+    if found := _TFDS.fullmatch(spec):
+        return _Tfds(spec, found["name"], found["split"] or "train")
+    if found := _GRAIN.fullmatch(spec):
+        return _Grain(spec, found["module"], found["attribute"])
+    if _BUILT_IN.fullmatch(spec):
+        name, _, path = spec.partition(":")
+        return _BuiltIn(spec, name, path)
+    folder = os.path.abspath(os.path.expanduser(spec))
+    if spec and os.path.isdir(folder):
+        return _Folder(spec, folder)
+    raise DataError(
+        f"images {spec!r} is no folder and none of the other forms: allowed are {FORMS}"
+    )
+
+
+# A folder ----------------------------------------------------------------------------------------
+
+
+class _Folder(ImageSource):
+    """ROOT/CLASS/.../IMAGE; listed when it is first asked for a number."""
+
+    def __init__(self, spec: str, root: str):
+        self._spec, self._root = spec, root
+
+    def __len__(self) -> int:
+        return len(self._listing[0])
+
+    def label(self, index: int) -> int:
+        self._check(index)
+        return int(self._listing[1][index])
+
+    def key(self, index: int) -> str:
+        self._check(index)
+        return self._listing[0][index]
+
+    def read(self, index: int) -> bytes:
+        return self.find(self.key(index))
+
+    def find(self, key: str) -> bytes:
+        if not isinstance(key, str) or {"", ".", ".."} & set(key.split("/")):
+            raise DataError(f"image key {key!r} is no path inside a folder of images")
+        try:
+            with open(os.path.join(self._root, key), "rb") as file:
+                return file.read()
+        except (OSError, ValueError) as error:  # ValueError: no name of a file at all
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise DataError(f"images {self._spec!r}: {key!r} cannot be read ({why})") from error
+
+    def describe(self) -> dict[str, Any]:
+        name = os.path.basename(self._root)
+        return {"kind": "folder", "name": name, "split": "", "number": len(self)}
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        classes, files = self._scan(self._root)
+        if not classes:
+            loose = any(map(_is_image, files))
+            raise DataError(
+                f"images {self._spec!r} holds {'images but no class folders' if loose else 'none'}: "
+                f"expected are FOLDER/CLASS/IMAGE, with images of {' '.join(SUFFIXES)}"
+            )
+        return tuple(classes)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return self._listing[2]
+
+    @functools.cached_property
+    def _listing(self) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
+        """Keys and labels of the images, and the keys of the other files."""
+        keys, labels, skipped = [], [], list(self._scan(self._root)[1])
+        for label, class_name in enumerate(self.class_names):
+            before = len(keys)
+            # By folder, then by file: the order of torchvision's ImageFolder.
+            for folder, files in sorted(self._walk(class_name, frozenset())):
+                for name in files:
+                    (keys if _is_image(name) else skipped).append(f"{folder}/{name}")
+            if len(keys) == before:
+                raise DataError(
+                    f"images {self._spec!r}: class folder {class_name!r} holds no image: "
+                    f"expected are files of {' '.join(SUFFIXES)}"
+                )
+            labels += [label] * (len(keys) - before)
+        for key in itertools.chain(keys, skipped):
+            try:
+                key.encode()
+            except UnicodeEncodeError as error:  # it could not be stored with the codes
+                raise DataError(
+                    f"images {self._spec!r}: the file name {os.fsencode(key)!r} is not UTF-8: "
+                    "rename it"
+                ) from error
+        return keys, np.array(labels, np.int32), tuple(sorted(skipped))
+
+    def _walk(self, folder: str, above: frozenset[str]) -> Iterator[tuple[str, list[str]]]:
+        """(folder, its files) of a folder below the root and of all folders inside it."""
+        here = os.path.join(self._root, folder)
+        real = os.path.realpath(here)
+        if real in above:
+            raise DataError(f"images {self._spec!r}: {folder!r} links to a folder that it is in")
+        folders, files = self._scan(here)
+        yield folder, files
+        for name in folders:
+            yield from self._walk(f"{folder}/{name}", above | {real})
+
+    def _scan(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the files in a folder, each sorted; no hidden ones."""
+        folders, files = [], []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        (folders if entry.is_dir() else files).append(entry.name)
+        except OSError as error:
+            inside = os.path.relpath(folder, self._root)
+            raise DataError(
+                f"images {self._spec!r}: folder {inside!r} cannot be listed ({error.strerror})"
+            ) from error
+        return sorted(folders), sorted(files)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+# Numbered records --------------------------------------------------------------------------------
+
+
+class _Numbered(ImageSource):
+    """Images that come by number. A key is the number, or number:name where images have names."""
+
+    def __init__(self, spec: str):
+        self._spec = spec
+
+    def __reduce__(self):
+        return open_images, (self._spec,)
+
+    @abc.abstractmethod
+    def _record(self, index: int) -> tuple[Any, Any, str | None]:
+        """Image, label and name of record `index`; may raise anything."""
+
+    def label(self, index: int) -> int:
+        label = self._get(index)[1]
+        try:
+            label = operator.index(label)
+        except TypeError as error:
+            raise DataError(
+                f"images {self._spec!r}: label {label!r} of image {index} is no integer"
+            ) from error
+        last = len(self.class_names) - 1 if self.class_names else 2**31 - 1
+        if not 0 <= label <= last:
+            raise DataError(
+                f"images {self._spec!r}: label {label} of image {index} is out of range: allowed "
+                f"are 0 to {last}"
+            )
+        return label
+
+    def key(self, index: int) -> str:
+        return self._key(index, self._get(index)[2])
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self._image(index, self._get(index)[0])
+
+    def find(self, key: str) -> bytes | np.ndarray:
+        found = _NUMBERED.fullmatch(key) if isinstance(key, str) else None
+        if not found or not int(found[1]) < len(self):
+            raise DataError(
+                f"images {self._spec!r}: there is no image {key!r}: keys are 0 to {len(self) - 1}, "
+                "with a colon and a name behind where images have names"
+            )
+        index = int(found[1])
+        image, _, name = self._get(index)
+        actual = self._key(index, name)
+        if actual != key:
+            raise DataError(
+                f"images {self._spec!r}: image {index} is {actual!r}, not {key!r}: the key is from "
+                "other images"
+            )
+        return self._image(index, image)
+
+    def _key(self, index: int, name: str | None) -> str:
+        return str(index) if name is None else f"{index}:{name}"
+
+    def _image(self, index: int, image: Any) -> bytes | np.ndarray:
+        if not isinstance(image, bytes | np.ndarray):
+            raise DataError(
+                f"images {self._spec!r}: image {index} is a {type(image).__name__}: allowed are "
+                "encoded bytes and arrays of pixels"
+            )
+        return image
+
+    def _get(self, index: int) -> tuple[Any, Any, str | None]:
+        self._check(index)
+        try:
+            return self._record(index)
+        except Exception as error:  # of data sets' own code and files
+            raise DataError(
+                f"images {self._spec!r}: record {index} cannot be read "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+
+
+class _Tfds(_Numbered):
+    """A data set that tensorflow_datasets has prepared, read without TensorFlow."""
+
+    def __init__(self, spec: str, name: str, split: str):
+        super().__init__(spec)
+        import tensorflow_datasets as tfds  # here, because it takes seconds to import
+
+        how = (
+            "prepare it once with Python's tensorflow_datasets.builder("
+            f"{name!r}, file_format='array_record').download_and_prepare(), under the same "
+            "TFDS_DATA_DIR"
+        )
+        try:
+            # From files alone: the data set's own code could start a download.
+            builder = tfds.core.read_only_builder.builder_from_files(
+                name, data_dir=os.environ.get("TFDS_DATA_DIR")
+            )
+            features = builder.info.features
+        except Exception as error:  # tfds lets pass whatever its parts raise
+            raise DataError(
+                f"images {spec!r} are not prepared on this machine ({first_line(error)}): {how}"
+            ) from error
+        if (
+            not {"image", "label"} <= set(features)
+            or not isinstance(features["image"], tfds.features.Image)
+            or features["image"].np_dtype == np.float32  # stored as bytes that are no image
+        ):
+            raise DataError(
+                f"images {spec!r}: its features are {', '.join(sorted(features))}: needed are "
+                "'image', of integers, and 'label'"
+            )
+        try:
+            self._source = builder.as_data_source(
+                split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise DataError(
+                f"images {spec!r} are not prepared as ArrayRecord files: {how}"
+            ) from error
+        except Exception as error:
+            raise DataError(f"images {spec!r}: {first_line(error)}") from error
+        named = isinstance(features["label"], tfds.features.ClassLabel)
+        self.class_names = tuple(features["label"].names) if named else ()
+        self._name, self._split = builder.info.full_name, split
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "tfds", "name": self._name, "split": self._split, "number": len(self)}
+
+    def _record(self, index: int) -> tuple[Any, Any, str | None]:
+        record = self._source[index]
+        name = record.get("file_name")
+        if isinstance(name, bytes):
+            name = name.decode(errors="backslashreplace")
+        return record["image"], record["label"], name
+
+
+class _Grain(_Numbered):
+    """Any object with len and [] that a module has or makes."""
+
+    def __init__(self, spec: str, module: str, attribute: str):
+        super().__init__(spec)
+        try:
+            source = getattr(importlib.import_module(module), attribute)
+            if isinstance(source, type) or not _is_random_access(source):
+                source = source()
+        except Exception as error:  # of somebody's own code
+            raise DataError(
+                f"images {spec!r} cannot be opened ({type(error).__name__}: {first_line(error)})"
+            ) from error
+        if not _is_random_access(source):
+            raise DataError(
+                f"images {spec!r} is a {type(source).__name__}: needed is an object with len and []"
+            )
+        self._source, self._name = source, f"{module}:{attribute}"
+        self.class_names = tuple(map(str, getattr(source, "class_names", ())))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "grain", "name": self._name, "split": "", "number": len(self)}
+
+    def _record(self, index: int) -> tuple[Any, Any, str | None]:
+        item = self._source[index]
+        return item["image"], item["label"], item.get("key")
+
+
+def _is_random_access(source: Any) -> bool:
+    return hasattr(source, "__len__") and hasattr(source, "__getitem__")
+
+
+class _BuiltIn(_Numbered):
+    """The training images of `image_sets.load_images`, loaded when they are first asked for."""
+
+    def __init__(self, spec: str, name: str, path: str):
+        super().__init__(spec)
+        self._name, self._path = name, path
+
+    def __len__(self) -> int:
+        return len(self._loaded.labels)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "built-in", "name": self._name, "split": "train", "number": len(self)}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._loaded.class_names
+
+    @functools.cached_property
+    def _loaded(self) -> image_sets.LabelledImages:
+        return image_sets.load_images(self._name, self._path, split="train", image_size=28)
+
+    def _record(self, index: int) -> tuple[Any, Any, str | None]:
+        return self._loaded.images[index], self._loaded.labels[index], None

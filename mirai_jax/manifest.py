@@ -1,0 +1,137 @@
+"""manifest.json of a folder of shards: what was extracted from what, and whether it is all there."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mirai_jax.crops import CropSpec
+from mirai_jax.errors import DataError, first_line
+
+FILE = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One whole ArrayRecord file."""
+
+    name: str
+    records: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What fixes the bytes of an extraction, and what came of it.
+
+    Attributes:
+        images: the source, as it describes itself, with its number of images.
+        crops: which crops each record holds.
+        tokenizer: {'checksum', 'file', 'multipliers', ...}: which network made the codes.
+        grid: (height, width) of a crop in tokens.
+        vocab_size: codes are below it.
+        class_names: one a label.
+        images_per_shard: of the source, in its order.
+        batch_size: images encoded together.
+        precision: of the encoder's products.
+        complete: whether all shards are written; the rest is empty before.
+        num_records: images in the shards.
+        num_failed: images of the source that are not, listed in report.json.
+        shards: the files.
+    """
+
+    images: Mapping[str, Any]
+    crops: CropSpec
+    tokenizer: Mapping[str, Any]
+    grid: tuple[int, int]
+    vocab_size: int
+    class_names: tuple[str, ...]
+    images_per_shard: int
+    batch_size: int
+    precision: str
+    complete: bool = False
+    num_records: int = 0
+    num_failed: int = 0
+    shards: tuple[Shard, ...] = ()
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """Fields that fix the bytes and differ: 'crops was ..., is ...'."""
+        result = ("complete", "num_records", "num_failed", "shards")
+        mine, theirs = self.to_dict(), other.to_dict()
+        names = [name for name in mine if name not in result and mine[name] != theirs[name]]
+        return [f"{name} was {mine[name]!r}, is {theirs[name]!r}" for name in names]
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def check_complete(self, path: str) -> None:
+        """Raises DataError unless extraction ended."""
+        if not self.complete:
+            raise DataError(
+                f"data.path {path!r} is an extraction that has not ended: start the same "
+                '"python -m mirai_jax.extract" again, it goes on where it stopped'
+            )
+
+    def check_files(self, path: str, files: Sequence[str]) -> None:
+        """Raises DataError unless `files` are exactly the shards."""
+        wanted = {shard.name for shard in self.shards}
+        missing, others = sorted(wanted - set(files)), sorted(set(files) - wanted)
+        if missing or others:
+            wrong = [f"{len(missing)} missing, such as {missing[0]}"] if missing else []
+            wrong += [f"{len(others)} of another, such as {others[0]}"] if others else []
+            raise DataError(
+                f"data.path {path!r} must hold the {len(wanted)} shards of its manifest: "
+                + "; ".join(wrong)
+            )
+
+
+def from_dict(tree: Any) -> Manifest:
+    """Raises DataError for anything but what `to_dict` gives."""
+    try:
+        tree = dict(tree)
+        shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
+        crops = CropSpec.from_dict(tree.pop("crops"))
+        height, width = tree.pop("grid")
+        names = tuple(tree.pop("class_names"))
+        made = Manifest(crops=crops, grid=(height, width), class_names=names, shards=shards, **tree)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"not a manifest ({first_line(error)})") from error
+    for name, kind in (("complete", bool), ("num_records", int), ("images_per_shard", int),
+                       ("batch_size", int), ("vocab_size", int)):  # fmt: skip
+        if type(getattr(made, name)) is not kind:
+            raise DataError(f"not a manifest ({name} is {getattr(made, name)!r})")
+    if not all(type(name) is str for name in (*names, *(shard.name for shard in shards))):
+        raise DataError("not a manifest (names must be text)")
+    return made
+
+
+def read(folder: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a folder; None if it has none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    file = pathlib.Path(folder).expanduser() / FILE
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({first_line(error)})") from error
+    try:
+        return from_dict(json.loads(text))
+    except (DataError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: {first_line(error)}") from error
+
+
+def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Writes the manifest, whole or not at all."""
+    file = pathlib.Path(folder) / FILE
+    unfinished = file.with_name(f"{FILE}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(json.dumps(manifest.to_dict(), indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)

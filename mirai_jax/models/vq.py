@@ -1,0 +1,320 @@
+"""LlamaGen's convolutional tokenizer: VQ-16 and VQ-8, images <-> codes of a learned codebook.
+
+A residual convolutional encoder, a lookup of the nearest codebook row on the unit sphere, and a
+mirrored decoder (official file: tokenizer/tokenizer_image/vq_model.py; only inference is here).
+Parameters are named as in PyTorch, `conv_blocks.0` being `conv_blocks_0`; the decoder's
+`conv_blocks_0` is its deepest level. Images are (B, H, W, channels), float32 in [-1, 1].
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# name -> channel multipliers from the finest level to the deepest; each level but the last halves.
+MULTIPLIERS: Mapping[str, tuple[int, ...]] = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}
+
+_GROUPS = 32
+# Distances to so many codebook rows at a time: to all 16,384 they would outgrow the activations.
+_ROWS_AT_ONCE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConfig:
+    """Everything that fixes the tokenizer's shapes; the defaults are the published VQ-16.
+
+    Attributes:
+        multipliers: channels of each level, finest first, in units of `width`.
+        width: channels of the finest level, a multiple of 32 (group normalisation).
+        z_channels: width of the encoder's output and of the decoder's input.
+        vocab_size: rows of the codebook V.
+        code_width: length of a row.
+        channels: of an image.
+    """
+
+    multipliers: tuple[int, ...] = MULTIPLIERS["vq16"]
+    width: int = 128
+    z_channels: int = 256
+    vocab_size: int = 16384
+    code_width: int = 8
+    channels: int = 3
+
+    @property
+    def downsample(self) -> int:
+        """Pixels a token covers along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+def config_of(state: Mapping[str, Any]) -> VQConfig:
+    """The config whose PyTorch state dict has these shapes.
+
+    Raises:
+        ValueError: it is not the state dict of such a tokenizer.
+    """
+    try:
+        width, channels = state["encoder.conv_in.weight"].shape[:2]
+        vocab_size, code_width = state["quantize.embedding.weight"].shape
+        z_channels = state["encoder.conv_out.weight"].shape[0]
+        multipliers = []
+        while (name := f"encoder.conv_blocks.{len(multipliers)}.res.0.conv1.weight") in state:
+            multipliers.append(state[name].shape[0] // width)
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"not a VQ tokenizer ({error})") from error
+    return VQConfig(tuple(multipliers), width, z_channels, vocab_size, code_width, channels)
+
+
+class VQModel(nn.Module):
+    """The tokenizer; see `tokenizer.Tokenizer` for the interface.
+
+    Images may have any size that is a multiple of `downsample`.
+
+    Attributes:
+        config: shapes.
+        dtype: of the convolutions; the lookup is always float32.
+    """
+
+    config: VQConfig
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        config = self.config
+        self.encoder = _Encoder(config, self.dtype)
+        self.decoder = _Decoder(config, self.dtype)
+        self.quantize = _Codebook(config)
+        self.quant_conv = _conv(config.code_width, 1, self.dtype)
+        self.post_quant_conv = _conv(config.z_channels, 1, self.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def downsample(self) -> int:
+        return self.config.downsample
+
+    @nn.nowrap
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in tokens; raises ValueError if tokens do not tile the image."""
+        height, width = image_size
+        if height % self.downsample or width % self.downsample or not height * width:
+            raise ValueError(
+                f"image size {height}x{width} does not divide into tokens of "
+                f"{self.downsample}x{self.downsample} pixels"
+            )
+        return height // self.downsample, width // self.downsample
+
+    def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
+        """The images as the tokenizer can show them."""
+        grid = self.grid(images_BxHxWxC.shape[1:3])
+        return self.decode(self.encode(images_BxHxWxC), grid)
+
+    def latents(self, images_BxHxWxC: jax.Array) -> jax.Array:
+        """Images -> what is looked up in the codebook, float32 (B, h, w, code_width)."""
+        self.grid(images_BxHxWxC.shape[1:3])
+        if images_BxHxWxC.shape[-1] != self.config.channels:
+            raise ValueError(
+                f"images have {images_BxHxWxC.shape[-1]} channels, this tokenizer takes "
+                f"{self.config.channels}"
+            )
+        latents = self.quant_conv(self.encoder(images_BxHxWxC.astype(self.dtype)))
+        return latents.astype(jnp.float32)
+
+    def encode(self, images_BxHxWxC: jax.Array) -> jax.Array:
+        """Float32 images in [-1, 1] -> int32 codes (B, L), the grid row by row."""
+        latents = self.latents(images_BxHxWxC)
+        return self.quantize.nearest(latents).reshape(len(latents), -1)
+
+    def decode(self, codes_BxL: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
+        """Int codes (B, L) -> float32 images (B, H, W, C), clipped to [-1, 1].
+
+        Args:
+            codes_BxL: the grid row by row.
+            grid: (height, width) in tokens; by default square.
+        """
+        return jnp.clip(self.decode_unclipped(codes_BxL, grid), -1, 1)
+
+    def decode_unclipped(
+        self, codes_BxL: jax.Array, grid: tuple[int, int] | None = None
+    ) -> jax.Array:
+        """`decode` as the decoder gives it: values a little outside [-1, 1] are usual."""
+        batch, length = codes_BxL.shape
+        side = math.isqrt(length)
+        height, width = grid or (side, side)
+        if height * width != length:
+            raise ValueError(f"{length} codes an image do not fill a {height}x{width} grid")
+        rows = self.quantize.rows(codes_BxL).reshape(batch, height, width, -1)
+        images = self.decoder(self.post_quant_conv(rows.astype(self.dtype)))
+        return images.astype(jnp.float32)
+
+
+class _Codebook(nn.Module):
+    """Rows on the unit sphere; the nearest row is the code."""
+
+    config: VQConfig
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.code_width)
+        self.embedding = self.param("embedding", nn.initializers.normal(1.0), shape)
+
+    def nearest(self, latents: jax.Array) -> jax.Array:
+        """(..., code_width) -> int32 (...). Of equally near rows the first, as in PyTorch."""
+        latents, rows = _unit(latents), _unit(self.embedding)
+        square = jnp.sum(jnp.square(latents), axis=-1, keepdims=True)
+        best = jnp.full(latents.shape[:-1], jnp.inf)
+        code = jnp.zeros(latents.shape[:-1], jnp.int32)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            some = rows[start : start + _ROWS_AT_ONCE]
+            # Highest precision: TPUs and GPUs would round the product enough to change codes.
+            product = jnp.matmul(latents, some.T, precision=jax.lax.Precision.HIGHEST)
+            distance = square + jnp.sum(jnp.square(some), axis=-1) - 2 * product
+            nearer = distance.min(axis=-1) < best
+            best = jnp.where(nearer, distance.min(axis=-1), best)
+            code = jnp.where(nearer, start + distance.argmin(axis=-1).astype(jnp.int32), code)
+        return code
+
+    def rows(self, codes: jax.Array) -> jax.Array:
+        return jnp.take(_unit(self.embedding), codes, axis=0)
+
+
+def _unit(vectors: jax.Array) -> jax.Array:
+    """On the unit sphere, as torch's F.normalize."""
+    norm = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / jnp.maximum(norm, 1e-12)
+
+
+def _conv(channels: int, size: int, dtype: str, **options: Any) -> nn.Conv:
+    return nn.Conv(channels, (size, size), dtype=dtype, **options)
+
+
+def _norm(dtype: str, name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class _ResBlock(nn.Module):
+    channels: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = x
+        for i in (1, 2):
+            h = nn.swish(_norm(self.dtype, f"norm{i}")(h))
+            h = _conv(self.channels, 3, self.dtype, name=f"conv{i}")(h)
+        if x.shape[-1] != self.channels:
+            x = _conv(self.channels, 1, self.dtype, name="nin_shortcut")(x)
+        return x + h
+
+
+class _Attention(nn.Module):
+    """One head over all positions."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        h = _norm(self.dtype, "norm")(x)
+        q, k, v = (
+            _conv(channels, 1, self.dtype, name=n)(h).reshape(batch, -1, channels) for n in "qkv"
+        )
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * channels**-0.5, axis=-1).astype(self.dtype)
+        h = jnp.einsum("bqk,bkc->bqc", weights, v).reshape(x.shape)
+        return x + _conv(channels, 1, self.dtype, name="proj_out")(h)
+
+
+class _Level(nn.Module):
+    """Residual blocks at one resolution, with attention at the deepest; then a change of size."""
+
+    channels: int
+    blocks: int
+    attention: bool
+    resize: str  # 'down', 'up' or ''
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(self.blocks):
+            x = _ResBlock(self.channels, self.dtype, name=f"res_{i}")(x)
+            if self.attention:
+                x = _Attention(self.dtype, name=f"attn_{i}")(x)
+        if self.resize == "down":
+            x = _Down(self.dtype, name="downsample")(x)
+        elif self.resize == "up":
+            x = _Up(self.dtype, name="upsample")(x)
+        return x
+
+
+class _Down(nn.Module):
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # One row and column of zeros at the bottom and right alone.
+        padding = ((0, 1), (0, 1))
+        conv = _conv(x.shape[-1], 3, self.dtype, strides=2, padding=padding, name="conv")
+        return conv(x)
+
+
+class _Up(nn.Module):
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        return _conv(x.shape[-1], 3, self.dtype, name="conv")(x)
+
+
+def _middle(x: jax.Array, dtype: str) -> jax.Array:
+    """Inside a compact method: the blocks between the levels and the latents."""
+    x = _ResBlock(x.shape[-1], dtype, name="mid_0")(x)
+    x = _Attention(dtype, name="mid_1")(x)
+    return _ResBlock(x.shape[-1], dtype, name="mid_2")(x)
+
+
+class _Encoder(nn.Module):
+    config: VQConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, deepest = self.config, len(self.config.multipliers) - 1
+        x = _conv(config.width, 3, self.dtype, name="conv_in")(x)
+        for i, multiplier in enumerate(config.multipliers):
+            x = _Level(
+                config.width * multiplier,
+                blocks=2,
+                attention=i == deepest,
+                resize="" if i == deepest else "down",
+                dtype=self.dtype,
+                name=f"conv_blocks_{i}",
+            )(x)
+        x = _middle(x, self.dtype)
+        x = nn.swish(_norm(self.dtype, "norm_out")(x))
+        return _conv(config.z_channels, 3, self.dtype, name="conv_out")(x)
+
+
+class _Decoder(nn.Module):
+    config: VQConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, finest = self.config, len(self.config.multipliers) - 1
+        x = _conv(config.width * config.multipliers[-1], 3, self.dtype, name="conv_in")(x)
+        x = _middle(x, self.dtype)
+        for i, multiplier in enumerate(reversed(config.multipliers)):
+            x = _Level(
+                config.width * multiplier,
+                blocks=3,
+                attention=i == 0,
+                resize="" if i == finest else "up",
+                dtype=self.dtype,
+                name=f"conv_blocks_{i}",
+            )(x)
+        x = nn.swish(_norm(self.dtype, "norm_out")(x))
+        return _conv(config.channels, 3, self.dtype, name="conv_out")(x)

@@ -1,0 +1,232 @@
+"""What a run is made of besides its state: data, frozen networks, and the recipe of the step."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import grain
+import jax
+import numpy as np
+
+from mirai_jax import config as config_lib
+from mirai_jax import data, frozen, image_sets, records, weights
+from mirai_jax.config import Settings
+from mirai_jax.crops import CropSpec
+from mirai_jax.errors import ConfigError, DataError
+from mirai_jax.image_sets import LabelledImages
+from mirai_jax.images import open_images
+from mirai_jax.step import Recipe
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A run without its state.
+
+    `images` is None where the data set is not held in memory, `tokenizer` where nothing decodes.
+    """
+
+    settings: Settings
+    recipe: Recipe
+    images: LabelledImages | None
+    class_names: tuple[str, ...]
+    tokenizer: nn.Module | None
+    tokenizer_params: Any
+    frozen: Any  # parameters of teachers, and of an online tokenizer, as `train_step` takes them
+    batches: grain.IterDataset
+
+
+def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
+    """Reads the data, fits or loads the frozen parts and fixes the recipe. Nothing is written.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    images = tokenizer = tokenizer_params = None
+    if settings.data.in_memory:
+        images = labelled_images(settings, "train")
+        tokenizer, tokenizer_params = frozen.make_codebook(settings, images.images, tokenizer_path)
+    elif settings.tokenizer.path:
+        tokenizer, tokenizer_params = frozen.load_vq(settings)
+        say(f"tokenizer: {settings.tokenizer.name} of {settings.tokenizer.path}")
+    teacher, frozen_params = None, {}
+    if settings.needs_images:
+        teacher, frozen_params["bidirectional"] = frozen.make_teacher(settings)
+        say(f"teacher: {settings.teacher.name}, {teacher.features} features a position")
+    if settings.data.in_memory:
+        load_crop, class_names = None, images.class_names
+        source = _in_memory(settings, images, tokenizer, tokenizer_params, teacher, frozen_params)
+    else:
+        source, load_crop, class_names = _on_disk(settings, tokenizer, tokenizer_params, say)
+    if class_names and len(class_names) != settings.generator.num_classes:
+        raise ConfigError(
+            f"model.num_classes is {settings.generator.num_classes}; it must be "
+            f"{len(class_names)}, the classes of {settings.data.name}"
+        )
+    if settings.data.online:
+        frozen_params["tokenizer"] = tokenizer_params
+    batches = data.make_dataset(
+        source,
+        load_crop=load_crop,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+        num_workers=settings.data.num_workers,
+    )
+    say(
+        f"data: {settings.data.name}, {len(source):,} images, {settings.generator.length} tokens "
+        f"each, {settings.data.codes} codes"
+    )
+    terms, static = _load_generators(settings, tokenizer_params, frozen_params, say)
+    recipe = Recipe(
+        generator=settings.generator,
+        terms=terms,
+        optimizer=settings.optimizer,
+        ema_decay=settings.ema_decay,
+        steps_per_epoch=data.steps_per_epoch(len(source), settings.batch_size),
+        teacher=teacher,
+        teacher_dtype=settings.teacher.dtype,
+        static=static,
+        tokenizer=tokenizer if settings.data.online else None,
+    )
+    names = class_names or tuple(str(i) for i in range(settings.generator.num_classes))
+    return Parts(
+        settings, recipe, images, names, tokenizer, tokenizer_params, frozen_params, batches
+    )
+
+
+def labelled_images(settings: Settings, split: str) -> LabelledImages:
+    """The small image set of the config; `split` is 'train' or 'held_out'."""
+    return image_sets.load_images(
+        settings.data.name,
+        settings.data.path,
+        split,
+        settings.tokenizer.image_size,
+        settings.data.held_out,
+    )
+
+
+def _in_memory(
+    settings: Settings,
+    images: LabelledImages,
+    tokenizer: nn.Module,
+    tokenizer_params: Any,
+    teacher: nn.Module | None,
+    frozen_params: Any,
+) -> records.CodedImages:
+    codes = features = None
+    if not settings.data.online:
+        codes = frozen.encode_images(tokenizer, tokenizer_params, images.images)
+    if settings.needs_images and settings.teacher.cached:
+        # No longer needed in the step, so not on the devices either.
+        params = frozen_params.pop("bidirectional")
+        features = frozen.teacher_features(teacher, params, images.images)
+    pixels = images.images if settings.step_sees_images else None
+    return records.CodedImages(codes, images.labels, pixels, features)
+
+
+def _on_disk(
+    settings: Settings, tokenizer: nn.Module | None, tokenizer_params: Any, say: Say
+) -> tuple[records.CodeRecords | data.OnlineImages, data.CropLoader | None, tuple[str, ...]]:
+    """The source of a large image set, what loads its crops if the step sees them, its classes."""
+    images = open_images(settings.data.images) if settings.step_sees_images else None
+    if settings.data.online:
+        spec = CropSpec(settings.tokenizer.image_size, settings.data.crop_range)
+        return data.OnlineImages(images, spec), data.CropLoader(images, spec), images.class_names
+    source = records.CodeRecords(
+        settings.data.path,
+        grid=settings.generator.grid,
+        vocab_size=settings.generator.vocab_size,
+        num_classes=settings.generator.num_classes,
+    )
+    manifest = source.manifest
+    if manifest is not None:
+        _check_manifest(settings, manifest, tokenizer_params)
+    names = () if manifest is None else manifest.class_names
+    if images is None:
+        return source, None, names
+    if manifest is None:
+        raise ConfigError(
+            f"data.path is {settings.data.path!r}; it must be a folder with the manifest.json of "
+            "its extraction, which says which crops the codes are of: a teacher looks at them"
+        )
+    loader = data.CropLoader(images, manifest.crops)
+    _check_crops(source, loader, tokenizer, tokenizer_params, settings.data.images, say)
+    return source, loader, names
+
+
+def _check_manifest(settings: Settings, manifest: Any, tokenizer_params: Any) -> None:
+    """That the shards were made for this run's images and by its tokenizer."""
+    wanted = settings.tokenizer.image_size
+    if manifest.crops.image_size != wanted:
+        raise ConfigError(
+            f"tokenizer.image_size is {wanted}; it must be {manifest.crops.image_size}, the crops "
+            f"of {settings.data.path}"
+        )
+    if tokenizer_params is not None:
+        theirs = manifest.tokenizer.get("checksum")
+        if weights.checksum(tokenizer_params) != theirs:
+            raise ConfigError(
+                f"tokenizer.path is {settings.tokenizer.path!r}, not the tokenizer that made the "
+                f"codes of {settings.data.path} ({manifest.tokenizer.get('file')}, checksum "
+                f"{str(theirs)[:12]})"
+            )
+
+
+def _check_crops(
+    source: records.CodeRecords,
+    loader: data.CropLoader,
+    tokenizer: nn.Module | None,
+    tokenizer_params: Any,
+    path: str,
+    say: Say,
+) -> None:
+    """Rebuilds a few crops: an early error where `data.images` are not the images of the codes."""
+    some = np.unique(np.linspace(0, len(source) - 1, 4).astype(int))
+    found = [source[int(i)] for i in some]
+    picked = [int(i) % source.crops for i in some]
+    try:
+        pixels = [loader(r["key"], crop) for r, crop in zip(found, picked, strict=True)]
+    except DataError as error:
+        raise DataError(
+            f"data.images is {path!r}; it must hold the images of the codes: {error}"
+        ) from error
+    if tokenizer is None:
+        return
+    codes = frozen.encode_images(tokenizer, tokenizer_params, np.stack(pixels))
+    stored = np.stack([r["codes"][crop] for r, crop in zip(found, picked, strict=True)])
+    share = float((codes == stored).mean())
+    # Another chip or precision moves a few codes that were almost a tie; other images move all.
+    if share < 0.5:
+        raise DataError(
+            f"data.images is {path!r}, but only {share:.0%} of the codes made of its crops are the "
+            "stored ones: these are not the images that the codes were made of"
+        )
+    say(f"images: {len(some)} crops rebuilt, {share:.1%} of their codes are the stored ones")
+
+
+def _load_generators(
+    settings: Settings, tokenizer_params: Any, frozen_params: Any, say: Say
+) -> tuple[tuple, tuple]:
+    """The terms with their teacher layers fixed, and the shapes of the pretrained generators."""
+    terms, static = list(settings.terms), []
+    codebook = tokenizer_params if settings.data.in_memory else None
+    for name, path in settings.term_checkpoints:
+        i = next(i for i, term in enumerate(terms) if term.name == name)
+        config, frozen_params[name] = frozen.load_generator(
+            f"foresight[{i}].checkpoint", path, settings, codebook
+        )
+        layer = terms[i].teacher_layer or config_lib.two_thirds(config.num_layers)
+        if layer > config.num_layers:
+            raise ConfigError(
+                f"foresight[{i}].teacher_layer is {layer}; it must be a block of the pretrained "
+                f"generator, 1 to {config.num_layers} (0: the default)"
+            )
+        terms[i] = dataclasses.replace(terms[i], teacher_layer=layer)
+        static.append((name, config))
+        say(f"teacher: generator of {path}, {config.num_layers} layers of {config.width}")
+    return tuple(terms), tuple(static)

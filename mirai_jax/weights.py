@@ -1,0 +1,320 @@
+"""Weights from elsewhere: state dicts inside PyTorch files, and converted folders.
+
+A converted folder holds one network as this project keeps it:
+
+    model.json   what it is: kind, shapes, and the file it came from
+    params/      its parameters (Orbax), bit for bit those of that file
+
+Whatever takes weights takes either: `load`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from mirai_jax import safetensors_file, torch_file, torch_names
+from mirai_jax.errors import ConfigError, first_line
+from mirai_jax.models import dinov2, generator, vq
+
+Arrays = Mapping[str, np.ndarray]
+
+# Where training scripts put the state dict, the better one first.
+WRAPPERS = ("ema", "model", "module", "state_dict")
+_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of DistributedDataParallel
+_CONFIGS = {
+    "generator": generator.GeneratorConfig,
+    "tokenizer": vq.VQConfig,
+    "teacher": dinov2.DinoConfig,
+}
+KINDS = tuple(_CONFIGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One network.
+
+    Attributes:
+        kind: one of KINDS.
+        config: its shapes: GeneratorConfig, VQConfig or DinoConfig.
+        params: the tree that its module takes; NumPy arrays of the file's own dtypes.
+        projectors: of a generator: the stacked projectors trained with it, or None.
+        source: where it came from: {'file', 'entry', 'sha256'}.
+    """
+
+    kind: str
+    config: Any
+    params: Any
+    projectors: Any = None
+    source: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tree(self) -> Any:
+        return {"params": self.params} | (
+            {} if self.projectors is None else {"projectors": self.projectors}
+        )
+
+
+# PyTorch files ------------------------------------------------------------------------------------
+
+
+def _is_state(tree: Any) -> bool:
+    return (
+        isinstance(tree, dict)
+        and len(tree) > 0
+        and all(isinstance(n, str) and isinstance(a, np.ndarray) for n, a in tree.items())
+    )
+
+
+def _find_state(tree: Any, entry: str, path: Any) -> tuple[dict[str, np.ndarray], str]:
+    if not entry and _is_state(tree):
+        return dict(tree), ""
+    keys = [str(key) for key in tree] if isinstance(tree, dict) else []
+    for name in [entry] if entry else WRAPPERS:
+        if isinstance(tree, dict) and _is_state(tree.get(name)):
+            return dict(tree[name]), name
+    wanted = f"no state dict under {entry!r}" if entry else "no state dict"
+    raise ConfigError(
+        f"{path} holds {wanted}: it must be one, or a dictionary with one under one of "
+        f"{', '.join(WRAPPERS)}; its entries are {', '.join(keys[:20]) or 'none'}"
+    )
+
+
+def read_state(
+    path: str | os.PathLike[str], entry: str = ""
+) -> tuple[dict[str, np.ndarray], str, dict[str, Any]]:
+    """Reads the state dict of a .pt, .pth or .safetensors file; nothing in it is executed.
+
+    Args:
+        path: the file.
+        entry: the key of a training checkpoint to take; '' takes the file itself if it is a state
+            dict, else the first of WRAPPERS that is there.
+
+    Returns:
+        {name: array} without the prefixes that wrappers add, the key it was under ('' for none),
+        and the training script's arguments where the file keeps them.
+
+    Raises:
+        ConfigError: no such file, damaged, or something else.
+    """
+    try:
+        if pathlib.Path(path).suffix == ".safetensors":
+            tree = safetensors_file.read(path)
+        else:
+            tree = torch_file.read(path)
+    except (torch_file.TorchFileError, safetensors_file.SafetensorsError) as error:
+        raise ConfigError(first_line(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error
+    state, found = _find_state(tree, entry, path)
+    arguments = tree.get("args") if isinstance(tree, dict) else None
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): array for name, array in state.items()}
+                stripped = True
+    return state, found, arguments if isinstance(arguments, dict) else {}
+
+
+def _generator_config(state: Arrays, grid: tuple[int, int], num_heads: int):
+    layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    try:
+        vocab_size, width = state["tok_embeddings.weight"].shape
+        rows = state["cls_embedding.embedding_table.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"not a class-conditional LlamaGen generator ({error})") from error
+    if not num_heads:
+        sizes = {(n, d): heads for n, heads, d in generator.SIZES.values()}
+        num_heads = sizes.get((len(layers), width), 0)
+    if not num_heads or width % num_heads:
+        raise ConfigError(
+            f"num_heads is {num_heads}; a generator of {len(layers)} layers and width {width} is "
+            "none of the published sizes: it must be told, and divide the width"
+        )
+    return generator.GeneratorConfig(
+        num_layers=len(layers),
+        num_heads=num_heads,
+        width=width,
+        vocab_size=vocab_size,
+        num_classes=rows - 1,
+        grid=grid,
+    )
+
+
+def kind_of(state: Arrays) -> str:
+    """Which network a state dict is of, or ''."""
+    marks = {
+        "generator": "tok_embeddings.weight",
+        "tokenizer": "quantize.embedding.weight",
+        "teacher": "patch_embed.proj.weight",
+    }
+    return next((kind for kind, name in marks.items() if name in state), "")
+
+
+def from_state(
+    state: Arrays,
+    source: Mapping[str, str],
+    *,
+    grid: tuple[int, int] = (16, 16),
+    num_heads: int = 0,
+) -> Weights:
+    """A PyTorch state dict -> the network that it is of, every name and shape checked.
+
+    Args:
+        state: as `read_state` gives it.
+        source: for the record and for messages.
+        grid: tokens (height, width) of a generator, which its weights do not tell.
+        num_heads: of a generator or teacher of no published size; 0: by its size.
+
+    Raises:
+        ConfigError: it is none of the networks, or names and shapes do not fit; all are listed.
+    """
+    kind, file = kind_of(state), source.get("file", "")
+    try:
+        if kind == "generator":
+            config = _generator_config(state, grid, num_heads)
+            heads = {n: a for n, a in state.items() if n.startswith("projectors.")}
+            # The rotary table that some versions keep as a buffer is computed here.
+            own = {n: a for n, a in state.items() if n not in heads and n != "freqs_cis"}
+            params = torch_names.generator_from_torch(config, own)
+            projectors = torch_names.projectors_from_torch(heads) if heads else None
+            return Weights(kind, config, params, projectors, source)
+        if kind == "tokenizer":
+            config = vq.config_of(state)
+            return Weights(kind, config, torch_names.vq_from_torch(config, state), None, source)
+        if kind == "teacher":
+            config = dinov2.config_of(state, num_heads or None)
+            params = torch_names.dinov2_from_torch(config, state)
+            return Weights(kind, config, params, None, source)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {first_line(error)}") from error
+    raise ConfigError(
+        f"{file} is none of a LlamaGen generator, a LlamaGen tokenizer and a DINOv2 encoder; its "
+        f"names begin {', '.join(sorted(state)[:5])}"
+    )
+
+
+def to_state(weights: Weights) -> dict[str, np.ndarray]:
+    """The inverse of `from_state`: names and layouts of PyTorch."""
+    if weights.kind == "generator":
+        state = torch_names.generator_to_torch(weights.config, weights.params)
+        if weights.projectors is not None:
+            state |= torch_names.projectors_to_torch(weights.projectors)
+        return state
+    if weights.kind == "tokenizer":
+        return torch_names.vq_to_torch(weights.config, weights.params)
+    return torch_names.dinov2_to_torch(weights.config, weights.params)
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Converted folders --------------------------------------------------------------------------------
+
+
+def is_converted(path: str | os.PathLike[str]) -> bool:
+    return (pathlib.Path(path) / "model.json").is_file()
+
+
+def save(folder: str | os.PathLike[str], weights: Weights) -> None:
+    """Writes a converted folder, whole or not at all.
+
+    Raises:
+        ConfigError: the folder exists.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists():
+        raise ConfigError(f"{folder} exists; it must be a new folder")
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    about = {
+        "kind": weights.kind,
+        "config": dataclasses.asdict(weights.config),
+        "source": dict(weights.source),
+    }
+    try:
+        unfinished.mkdir(parents=True)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(unfinished.absolute() / "params", weights.tree)
+        (unfinished / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load_converted(folder: str | os.PathLike[str]) -> Weights:
+    """Reads what `save` wrote.
+
+    Raises:
+        ConfigError: it is damaged or something else.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        about = json.loads((folder / "model.json").read_text())
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
+        config = _CONFIGS[about["kind"]](**fields)
+        source = dict(about["source"])
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore((folder / "params").absolute())
+        return Weights(about["kind"], config, tree["params"], tree.get("projectors"), source)
+    except Exception as error:  # whatever JSON, Orbax and TensorStore make of a damaged folder
+        raise ConfigError(
+            f"{folder} is not a whole converted folder ({first_line(error)}); make it with "
+            '"python -m mirai_jax.convert"'
+        ) from error
+
+
+def load(
+    field: str, path: str, kind: str, *, grid: tuple[int, int] = (16, 16), num_heads: int = 0
+) -> Weights:
+    """The weights that a config field or a flag names: a PyTorch file or a converted folder.
+
+    Args:
+        field: its name, for messages.
+        path: what it holds.
+        kind: what it must be.
+        grid, num_heads: see `from_state`; a converted folder knows them.
+
+    Raises:
+        ConfigError: no such thing, another network, or numbers that are not finite.
+    """
+    try:
+        if os.path.isdir(path):
+            weights = load_converted(path)
+        else:
+            state, entry, _ = read_state(path)
+            source = {"file": os.path.basename(path), "entry": entry}
+            weights = from_state(state, source, grid=grid, num_heads=num_heads)
+    except ConfigError as error:
+        raise ConfigError(f"{field} is {path!r}: {first_line(error)}") from error
+    if weights.kind != kind:
+        raise ConfigError(f"{field} is {path!r}, a {weights.kind}; it must be a {kind}")
+    for name, array in traverse_util.flatten_dict(weights.params, sep="/").items():
+        # Through float32: NumPy's isfinite does not know bfloat16's kin everywhere.
+        if not np.isfinite(np.asarray(array, np.float32)).all():
+            raise ConfigError(f"{field} is {path!r}, whose {name} has numbers that are not finite")
+    logging.debug("%s: %s of %s", field, weights.config, path)
+    return weights
+
+
+def checksum(params: Any) -> str:
+    """SHA-256 over names and float32 values: the same for every file format they were kept in."""
+    digest = hashlib.sha256()
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for name in sorted(flat):
+        array = np.ascontiguousarray(np.asarray(flat[name], "<f4"))
+        digest.update(f"{name} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()

@@ -1,0 +1,654 @@
+"""Decoding and cropping: against references in plain NumPy, and never silently wrong."""
+
+import dataclasses
+import io
+import json
+import math
+import struct
+import warnings
+import zlib
+from concurrent import futures
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from mirai_jax import crops
+from mirai_jax.errors import DataError
+
+examples = settings(deadline=None, derandomize=True)
+SMALL = crops.CropSpec(image_size=8, crop_range=1.4)  # cut from 11 x 11
+
+
+def pixels(height, width, channels=3, seed=0):
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+
+
+def encoded(image, kind, **options):
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def decoded(raw, exif="ignore"):
+    """Pixels and notes."""
+    image, notes = crops.decode(raw, exif)
+    assert image.mode == "RGB"
+    return np.asarray(image), notes
+
+
+def refusal(call, *args):
+    with pytest.raises(DataError) as error:
+        call(*args)
+    assert str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def grey(values):
+    return np.repeat(np.asarray(values)[..., None], 3, -1)
+
+
+def png(rows, width, depth, colour, transparent=b""):
+    """A PNG file of packed rows; colour 0 is grey, 2 colour, 4 grey and alpha, 6 colour and alpha."""
+
+    def chunk(name, body):
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"tRNS", transparent) if transparent else b"")
+        + chunk(b"IDAT", body)
+        + chunk(b"IEND", b"")
+    )
+
+
+def tiff(array, bits=None, order="<", **tags):
+    """An uncompressed TIFF file of one strip; tags named t262=1 and so on replace the usual ones."""
+    bits = bits or 8 * array.dtype.itemsize
+    height, width = array.shape[:2]
+    samples = array.shape[2] if array.ndim == 3 else 1
+    body = array.astype(array.dtype.newbyteorder(order)).tobytes()
+    fields = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: 2 if samples == 3 else 1,
+        277: samples,
+    }
+    fields |= {278: height, 279: len(body)} | {int(tag[1:]): tags[tag] for tag in tags}
+    # One value of BitsPerSample stands for all samples.
+    start = 8 + 2 + 12 * (len(fields) + 1) + 4
+    fields[273] = start
+    entries = b"".join(
+        struct.pack(order + "HHI", tag, 3, 1) + struct.pack(order + "HH", value, 0)
+        for tag, value in sorted(fields.items())
+    )
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8)
+    return head + struct.pack(order + "H", len(fields)) + entries + bytes(4) + body
+
+
+# The centre crop ---------------------------------------------------------------------------------
+
+
+def box(x):
+    return 1.0 if -0.5 < x <= 0.5 else 0.0
+
+
+def bicubic(x, a=-0.5):
+    x = abs(x)
+    if x < 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+
+def resize_rows(image, size, kernel, support):
+    """Resizes axis 0 with antialiasing, in 22 bits of fixed point."""
+    length = len(image)
+    if size == length:
+        return image
+    scale = length / size
+    stretch = max(scale, 1.0)
+    out = np.empty((size, *image.shape[1:]), np.uint8)
+    for row in range(size):
+        centre = (row + 0.5) * scale
+        first = max(0, int(centre - support * stretch + 0.5))
+        last = min(length, int(centre + support * stretch + 0.5))
+        weights = np.array([kernel((k - centre + 0.5) / stretch) for k in range(first, last)])
+        weights = weights / sum(weights)
+        fixed = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights)).astype(np.int64)
+        total = np.tensordot(fixed, image[first:last].astype(np.int64), 1) + (1 << 21)
+        out[row] = np.clip(total >> 22, 0, 255)
+    return out
+
+
+def resize(image, height, width, kernel, support):
+    """Across, then down: the order shows."""
+    columns = resize_rows(image.swapaxes(0, 1), width, kernel, support).swapaxes(0, 1)
+    return resize_rows(columns, height, kernel, support)
+
+
+def adm_center_crop(image, size):
+    while min(image.shape[:2]) >= 2 * size:
+        image = resize(image, image.shape[0] // 2, image.shape[1] // 2, box, 0.5)
+    scale = size / min(image.shape[:2])
+    height, width = (round(side * scale) for side in image.shape[:2])
+    image = resize(image, height, width, bicubic, 2.0)
+    y, x = (height - size) // 2, (width - size) // 2
+    return image[y : y + size, x : x + size]
+
+
+def assert_center_crop(height, width, size, seed=0):
+    image = pixels(height, width, seed=seed)
+    got = crops.center_crop(Image.fromarray(image), size)
+    assert got.dtype == np.uint8 and got.shape == (size, size, 3)
+    np.testing.assert_array_equal(got, adm_center_crop(image, size))
+
+
+@pytest.mark.parametrize(
+    "height, width, size",
+    [
+        (1, 1, 9),
+        (1, 30, 8),
+        (30, 1, 8),
+        (2, 2, 1),
+        (11, 11, 11),  # nothing to resize
+        (21, 22, 11),
+        (22, 22, 11),  # halved once
+        (23, 45, 11),
+        (44, 91, 11),  # halved twice
+        (12, 500, 11),  # very long
+        (38, 2, 1),  # a shape that Pillow 13 by itself would resize down first
+        (180, 240, 64),
+    ],
+)
+def test_center_crop_is_adms(height, width, size):
+    assert_center_crop(height, width, size)
+
+
+@settings(examples, max_examples=60)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 14), st.integers(0, 99))
+def test_center_crop_is_adms_at_any_size(height, width, size, seed):
+    assert_center_crop(height, width, size, seed)
+
+
+def test_images_too_long_and_narrow_are_refused_before_they_fill_the_memory():
+    message = refusal(crops.center_crop, Image.new("RGB", (400_000, 1)), 281)
+    assert "112400000x281 pixels" in message and str(Image.MAX_IMAGE_PIXELS) in message
+
+
+# The crops ---------------------------------------------------------------------------------------
+
+
+def coordinates(side):
+    """An image whose every pixel holds its own (row, column, 0)."""
+    y, x = np.mgrid[:side, :side]
+    return np.stack([y, x, 0 * y], -1).astype(np.uint8)
+
+
+def test_ten_crops_in_torchvisions_order():
+    spec = crops.CropSpec(image_size=8, crop_range=1.4)
+    assert (spec.resized, spec.count) == (11, 10)
+    got = crops.all_crops(coordinates(11), spec)
+    assert got.shape == (10, 8, 8, 3) and got.dtype == np.uint8
+    # (row, column) of the top left and the top right pixel; the margin is 3, round(1.5) is 2.
+    plain = [((0, 0), (0, 7)), ((0, 3), (0, 10)), ((3, 0), (3, 7)), ((3, 3), (3, 10))]
+    plain += [((2, 2), (2, 9))]
+    # Cut from the mirror image: its top left is the image's top right; its centre starts at
+    # column 2 of the mirror image, which is column 8.
+    mirror = [((0, 10), (0, 3)), ((0, 7), (0, 0)), ((3, 10), (3, 3)), ((3, 7), (3, 0))]
+    mirror += [((2, 8), (2, 1))]
+    for one, (left, right) in zip(got, plain + mirror, strict=True):
+        assert tuple(one[0, 0, :2]) == left and tuple(one[0, -1, :2]) == right
+        assert one[-1, 0, 0] == left[0] + 7
+
+
+@settings(examples, max_examples=60)
+@given(st.integers(1, 12), st.floats(1, 3), st.booleans(), st.integers(0, 99))
+def test_crops_against_slices(size, crop_range, ten, seed):
+    spec = crops.CropSpec(size, crop_range, ten)
+    image = pixels(spec.resized, spec.resized, seed=seed)
+    if ten:
+        far, middle = spec.resized - size, int(round((spec.resized - size) / 2.0))
+        places = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+        want = [
+            turned[y : y + size, x : x + size]
+            for turned in (image, np.fliplr(image))
+            for y, x in places
+        ]
+    else:
+        want = [image, np.fliplr(image)]
+    np.testing.assert_array_equal(crops.all_crops(image, spec), want)
+    for index in range(spec.count):
+        one = crops.crop(image, index, spec)
+        np.testing.assert_array_equal(one, want[index])
+        assert one.flags.c_contiguous and not np.shares_memory(one, image)
+
+
+def test_crops_refuse_another_size_and_another_number():
+    assert "(11, 11, 3)" in refusal(crops.crop, pixels(11, 12), 0, SMALL)
+    for index in (-1, 10):
+        assert "allowed are 0 to 9" in refusal(crops.crop, pixels(11, 11), index, SMALL)
+    two = crops.CropSpec(11, ten=False)
+    assert "allowed are 0 to 1" in refusal(crops.crop, pixels(11, 11), 2, two)
+
+
+def test_a_crop_alone_is_that_of_all_crops_also_in_threads():
+    raw = encoded(pixels(40, 31), "JPEG")
+    for spec in (SMALL, crops.CropSpec(8, ten=False)):
+        stored, notes = crops.load_all_crops(raw, spec)
+        assert notes == () and stored.shape == (spec.count, 8, 8, 3)
+        with futures.ThreadPoolExecutor(4) as pool:
+            indices = 5 * list(range(spec.count))
+            rebuilt = list(pool.map(lambda k, s=spec: crops.load_crop(raw, k, s), indices))
+        np.testing.assert_array_equal(rebuilt, np.concatenate(5 * [stored]))
+
+
+# The spec ----------------------------------------------------------------------------------------
+
+
+def test_the_default_spec_is_the_official_one():
+    spec = crops.CropSpec()
+    assert (spec.image_size, spec.resized, spec.count, spec.exif) == (256, 281, 10, "ignore")
+    assert crops.CropSpec(384).resized == 422
+    two = crops.CropSpec(ten=False)
+    assert (two.resized, two.count) == (256, 2)
+
+
+def test_a_spec_survives_json():
+    spec = crops.CropSpec(64, 1.25, ten=False, exif="apply")
+    assert crops.CropSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("image_size", 0),
+        ("image_size", 2.0),
+        ("image_size", True),
+        ("crop_range", 0.99),
+        ("crop_range", math.nan),
+        ("crop_range", math.inf),
+        ("crop_range", "1"),
+        ("ten", 1),
+        ("exif", "Apply"),
+        ("exif", None),
+    ],
+)
+def test_a_wrong_field_is_named(field, value):
+    fields = crops.CropSpec().to_dict() | {field: value}
+    message = refusal(crops.CropSpec.from_dict, fields)
+    assert field in message and repr(value) in message and "allowed are" in message
+
+
+def test_a_missing_or_unknown_field_is_named():
+    fields = crops.CropSpec().to_dict()
+    assert "'size' is unknown" in refusal(crops.CropSpec.from_dict, fields | {"size": 3})
+    del fields["ten"]
+    assert "ten is missing" in refusal(crops.CropSpec.from_dict, fields)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@examples
+@given(
+    json_values | st.fixed_dictionaries({name: json_values for name in crops.CropSpec().to_dict()})
+)
+def test_any_json_is_a_spec_or_a_data_error(value):
+    try:
+        spec = crops.CropSpec.from_dict(value)
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:
+        assert dataclasses.asdict(spec) == value and spec.resized >= spec.image_size
+
+
+# Kinds of images ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG"])
+def test_plain_colour_and_grey(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    for image in (pixels(5, 7), pixels(5, 7, 0)):
+        raw = encoded(image, kind, **options)
+        got, notes = decoded(raw)
+        assert notes == ()
+        # The lossy one is judged elsewhere; here, that grey and colour are what Pillow says.
+        want = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")) if kind == "JPEG" else image
+        np.testing.assert_array_equal(got, want if want.ndim == 3 else grey(want))
+
+
+def test_black_and_white():
+    bits = pixels(5, 7, 0) > 127
+    for kind in ("PNG", "TIFF", "PPM", "BMP"):
+        got, notes = decoded(encoded(Image.fromarray(bits), kind))
+        np.testing.assert_array_equal(got, grey(255 * bits))
+        assert notes == ()
+
+
+def test_pixels_are_taken_as_they_are():
+    image = pixels(5, 7)
+    np.testing.assert_array_equal(decoded(image)[0], image)
+    np.testing.assert_array_equal(decoded(image[:, ::-1])[0], image[:, ::-1])
+    np.testing.assert_array_equal(decoded(image[..., :1])[0], grey(image[..., 0]))
+    np.testing.assert_array_equal(decoded(image[..., 0])[0], grey(image[..., 0]))
+    assert decoded(image)[1] == ()
+    np.testing.assert_array_equal(
+        crops.load_crop(image, 3, SMALL), crops.load_crop(encoded(image, "PNG"), 3, SMALL)
+    )
+    for wrong in (image / 255, image[:0], image[..., :2], image[None], pixels(3, 3, 4)):
+        assert str(wrong.shape) in refusal(crops.decode, wrong)
+
+
+def test_palettes():
+    indices = pixels(5, 7, 0) % 4
+    colours = pixels(4, 1, seed=1)[:, 0]
+    image = Image.fromarray(indices).convert("P")
+    image.putdata(indices.reshape(-1).tolist())
+    image.putpalette(colours.tobytes())
+    for kind in ("PNG", "GIF", "TIFF", "BMP"):
+        got, notes = decoded(encoded(image, kind))
+        np.testing.assert_array_equal(got, colours[indices])
+        assert notes == ("palette",)
+    want = colours[indices]
+    want[indices == 2] = 255  # on white
+    for kind in ("PNG", "GIF"):
+        got, notes = decoded(encoded(image, kind, transparency=2))
+        np.testing.assert_array_equal(got, want)
+        assert notes == ("palette", "alpha")
+    half, _ = decoded(encoded(image, "PNG", transparency=bytes([255, 255, 51, 255])))
+    blend = 0.2 * colours[2] + 0.8 * 255
+    np.testing.assert_allclose(
+        half[indices == 2], np.tile(blend, ((indices == 2).sum(), 1)), atol=1
+    )
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_alpha_is_composited_on_white(channels, kind):
+    image = pixels(9, 9, channels)
+    image[0, :, -1], image[1, :, -1] = 0, 255
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    if (kind, channels) == ("WEBP", 2):
+        image = np.asarray(Image.fromarray(image).convert("RGBA"))
+    got, notes = decoded(encoded(image, kind, **options))
+    alpha = image[..., -1:] / 255
+    want = np.broadcast_to(alpha * image[..., :-1] + (1 - alpha) * 255, got.shape)
+    np.testing.assert_allclose(got, want, atol=1)
+    np.testing.assert_array_equal(got[0], np.full_like(got[0], 255))
+    np.testing.assert_array_equal(got[1], np.broadcast_to(image[1, :, :-1], got[1].shape))
+    assert notes == ("alpha",)
+
+
+def test_one_transparent_colour():
+    image = pixels(4, 4)
+    got, notes = decoded(encoded(image, "PNG", transparency=tuple(map(int, image[1, 2]))))
+    want = image.copy()
+    want[1, 2] = 255
+    np.testing.assert_array_equal(got, want)
+    assert notes == ("alpha",)
+    # Pillow compares the colour with values already scaled to 8 bits.
+    rows = [bytes([0x01, 0x23]), bytes([0x45, 0x67])]
+    np.testing.assert_array_equal(decoded(png(rows, 4, 4, 0))[0][0, :, 0], [0, 17, 34, 51])
+    assert "tRNS" in refusal(crops.decode, png(rows, 4, 4, 0, b"\0\3"))
+    assert "tRNS" in refusal(crops.decode, png([bytes(6)], 1, 16, 2, bytes(6)))
+    assert "tRNS" in refusal(crops.decode, png([bytes(2)], 1, 16, 0, bytes(2)))
+
+
+def test_cmyk_and_ycck_jpeg():
+    def jpeg(colour):
+        return encoded(Image.new("CMYK", (16, 16), tuple(colour)), "JPEG", quality=100)
+
+    for colour, want in (((255, 0, 0, 0), (0, 255, 255)), ((0, 102, 255, 51), (204, 122, 0))):
+        got, notes = decoded(jpeg(colour))
+        np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), atol=4)
+        assert notes == ("cmyk",)
+    got, notes = decoded(encoded(Image.new("CMYK", (4, 4), (0, 102, 255, 51)), "TIFF"))
+    np.testing.assert_allclose(got, np.broadcast_to((204, 122, 0), got.shape), atol=1)
+    assert notes == ("cmyk",)
+
+    # YCCK: cyan, magenta and yellow stored as Y, Cb and Cr, which byte 11 of Adobe's block says.
+    cyan, magenta, yellow = 200, 30, 60
+    ycc = Image.new("RGB", (1, 1), (cyan, magenta, yellow)).convert("YCbCr").getpixel((0, 0))
+    raw = jpeg([255 - value for value in ycc] + [0])
+    where = raw.index(b"Adobe") + 11
+    assert raw[where] == 0
+    got, notes = decoded(raw[:where] + b"\2" + raw[where + 1 :])
+    want = (255 - cyan, 255 - magenta, 255 - yellow)
+    np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), atol=4)
+    assert notes == ("cmyk",)
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+    values = np.random.RandomState(0).randint(0, 65536, (5, 7)).astype(np.uint16)
+    values[0, :4] = 0, 255, 256, 65535
+    want = grey(np.round(values / 257))
+    files = [encoded(values, kind) for kind in ("PNG", "TIFF", "PPM")]
+    files += [tiff(values, order=order) for order in "<>"]
+    files += [encoded(values, "TIFF", compression="tiff_lzw")]
+    files += [encoded(Image.fromarray(values.astype(np.int32)), "TIFF")]  # 32 bits a pixel
+    for raw in files:
+        got, notes = decoded(raw)
+        np.testing.assert_array_equal(got, want)
+        assert notes == ("16-bit",)
+
+
+def test_16_bit_colour():
+    values = np.random.RandomState(0).randint(0, 65536, (5, 7, 4)).astype(np.uint16)
+    colour = values[..., :3]
+    files = [png([row.astype(">u2").tobytes() for row in colour], 7, 16, 2)]
+    files += [tiff(colour, order=order) for order in "<>"]
+    files += [b"P6 7 5 65535\n" + colour.astype(">u2").tobytes()]
+    for raw in files:
+        got, notes = decoded(raw)
+        np.testing.assert_allclose(got, colour / 257, atol=1)
+        assert notes == ("16-bit",)
+    for part, kind in ((values, 6), (values[..., 2:], 4)):
+        got, notes = decoded(png([row.astype(">u2").tobytes() for row in part], 7, 16, kind))
+        alpha = part[..., -1:] / 65535
+        want = alpha * part[..., :-1] / 257 + (1 - alpha) * 255
+        np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), atol=2)
+        assert notes == ("16-bit", "alpha")
+
+
+def test_ppm_of_other_ranges():
+    assert decoded(b"P5 3 1 15\n" + bytes([0, 3, 15]))[0][0, :, 0].tolist() == [0, 51, 255]
+    got, notes = decoded(b"P5 3 1 1000\n" + struct.pack(">3H", 0, 500, 1000))
+    np.testing.assert_allclose(got[0, :, 0], [0, 127.5, 255], atol=1)
+    assert notes == ("16-bit",)
+    got, notes = decoded(b"P2 2 1 255\n7 9\n")
+    assert got[0, :, 0].tolist() == [7, 9] and notes == ()
+
+
+def test_what_has_no_known_range_is_refused():
+    for raw in (
+        encoded(np.ones((2, 2), np.float32), "TIFF"),
+        tiff(np.ones((2, 2), np.int8), t339=2),
+        tiff(np.ones((2, 2), np.int16), t339=2),
+    ):
+        assert "no known range" in refusal(crops.decode, raw)
+    for value in (-1, 65536, -(2**31), 2**31 - 1):
+        raw = encoded(Image.fromarray(np.array([[0, value]], np.int32)), "TIFF")
+        message = refusal(crops.decode, raw)
+        assert str(value) in message and "0 to 65535" in message
+
+
+def test_what_pillow_misreads_is_refused():
+    values = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    assert "white as zero" in refusal(crops.decode, tiff(values, t262=0))
+    assert "12 bits" in refusal(crops.decode, tiff(values, bits=12, t256=5))
+    planes = tiff(np.zeros((2, 2, 3), np.uint16), t284=2)
+    assert "separate planes" in refusal(crops.decode, planes)
+    np.testing.assert_array_equal(  # with 8 bits, Pillow turns it round
+        decoded(tiff(values.astype(np.uint8), t262=0))[0], grey(255 - values)
+    )
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame(kind):
+    frames = [Image.new("RGB", (9, 6), colour) for colour in ("red", "blue", "lime")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    got, notes = decoded(
+        encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    )
+    np.testing.assert_array_equal(got, np.broadcast_to([255, 0, 0], (6, 9, 3)))
+    assert notes == (("animated", "palette") if kind == "GIF" else ("animated",))
+
+
+UPRIGHT = {  # how each orientation is undone
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "TIFF"])
+def test_exif_orientation(kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = pixels(5, 7)
+    raw = encoded(image, kind, exif=exif, **options)
+    if kind == "JPEG":
+        image = np.asarray(Image.open(io.BytesIO(raw)))
+    ignored, ignored_notes = decoded(raw)
+    applied, applied_notes = decoded(raw, "apply")
+    np.testing.assert_array_equal(applied, UPRIGHT[orientation](image))
+    if kind == "TIFF":  # where Pillow always turns
+        np.testing.assert_array_equal(ignored, applied)
+        assert ignored_notes == applied_notes
+    else:
+        np.testing.assert_array_equal(ignored, image)
+        assert ignored_notes == (("exif orientation ignored",) if orientation > 1 else ())
+    assert applied_notes == (("exif orientation applied",) if orientation > 1 else ())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_or_odd_exif_block_does_not_cost_the_image():
+    image = Image.new("RGB", (8, 8), "red")
+    exif = Image.Exif()
+    exif[274] = 9
+    for block in (exif.tobytes(), b"Exif\0\0II*\0\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"):
+        raw = encoded(image, "JPEG", exif=block)
+        for how in crops.EXIF:
+            assert decoded(raw, how)[1] == ()
+
+
+def test_exif_must_be_ignored_or_applied():
+    assert "'ignore' and 'apply'" in refusal(crops.decode, encoded(pixels(2, 2), "PNG"), "Apply")
+
+
+def test_notes_come_from_the_vocabulary_in_its_order():
+    image = Image.new("P", (4, 4))
+    exif = Image.Exif()
+    exif[274] = 3
+    got = decoded(encoded(image, "PNG", transparency=0, exif=exif))[1]
+    assert got == ("palette", "alpha", "exif orientation ignored")
+    assert list(got) == [note for note in crops.NOTES if note in got]
+
+
+# What is no image --------------------------------------------------------------------------------
+
+
+def test_what_is_no_image_says_so():
+    for raw in (b"", b"text", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
+        assert "JPEG, PNG" in refusal(crops.decode, raw)
+    # Formats that no data set uses, some of which run other programs, are not tried.
+    assert "JPEG, PNG" in refusal(crops.decode, encoded(pixels(4, 4), "TGA"))
+    refusal(crops.decode, png([b""], 0, 8, 2))
+    refusal(crops.decode, b"P6 0 4 255\n")
+    refusal(crops.decode, "text")
+
+
+ORDINARY = {
+    "jpeg": encoded(pixels(20, 24), "JPEG"),
+    "progressive": encoded(pixels(20, 24), "JPEG", progressive=True),
+    "cmyk": encoded(Image.fromarray(pixels(9, 9)).convert("CMYK"), "JPEG"),
+    "png": encoded(pixels(9, 11), "PNG"),
+    "png16": encoded(pixels(9, 11, 0).astype(np.uint16), "PNG"),
+    "gif": encoded(Image.fromarray(pixels(9, 11)).quantize(9), "GIF"),
+    "webp": encoded(pixels(9, 11), "WEBP"),
+    "bmp": encoded(pixels(9, 11), "BMP"),
+    "ppm": encoded(pixels(9, 11), "PPM"),
+    "pgm10": b"P5 4 3 1000\n" + bytes(24),
+    "tiff": encoded(pixels(9, 11), "TIFF"),
+    "tiff_lzw": encoded(pixels(9, 11), "TIFF", compression="tiff_lzw"),
+    "tiff16": tiff(np.zeros((3, 4), np.uint16)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's remarks on what it finds in damaged files
+@pytest.mark.parametrize("kind", ORDINARY)
+def test_a_truncated_file_is_refused_unless_all_its_pixels_are_there(kind):
+    raw = ORDINARY[kind]
+    whole, _ = decoded(raw)
+    refusals = 0
+    for end in [*range(0, len(raw), 1 + len(raw) // 60), *range(len(raw) - 16, len(raw))]:
+        try:
+            got, _ = decoded(raw[:end])
+        except DataError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+        else:
+            np.testing.assert_array_equal(got, whole)
+    assert refusals > 50 or refusals > len(raw) - 16
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(examples, max_examples=300)
+@given(st.sampled_from(sorted(ORDINARY)), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_a_damaged_file_is_an_image_or_a_data_error(kind, where, flip):
+    raw = bytearray(ORDINARY[kind])
+    raw[int(where * len(raw))] ^= flip
+    try:
+        got, notes = decoded(bytes(raw))
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:
+        assert got.size and set(notes) <= set(crops.NOTES)
+
+
+@pytest.mark.filterwarnings("ignore")
+@examples
+@given(st.sampled_from([b"", *(raw[:12] for raw in ORDINARY.values())]), st.binary(max_size=80))
+def test_any_bytes_are_an_image_or_a_data_error(start, rest):
+    assume(start[:2] != b"P5")  # the plain kinds make an image of almost anything
+    try:
+        decoded(start + rest)
+    except DataError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("filters", ["ignore", "error"])
+@pytest.mark.parametrize("side", [12_000, 40_000])  # of the first, Pillow only warns
+def test_decompression_bombs_are_refused(side, filters):
+    bomb = png([bytes(side)] + 3 * [b""], side, 1, 0)
+    bomb = bomb.replace(struct.pack(">II", side, 4), struct.pack(">II", side, side))
+    header = bomb[12:29]
+    bomb = bomb[:29] + struct.pack(">I", zlib.crc32(header)) + bomb[33:]
+    before = [Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]
+    with warnings.catch_warnings():
+        warnings.simplefilter(filters)
+        assert "pixels" in refusal(crops.decode, bomb)
+    assert before == [Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]

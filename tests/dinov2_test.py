@@ -1,0 +1,328 @@
+"""DINOv2: network, resampling, teacher.
+
+dinov2_b.npz was computed in float32 on a CPU with the official code (facebookresearch/dinov2, built
+with `interpolate_antialias=True, interpolate_offset=0`, without xformers) and PyTorch 2.13, on random
+parameters that float16 can hold: two blocks 16 wide, two heads, three registers, SwiGLU, positions
+for 5x5 patches. At the top are the names of DESIGN's `dinov2_a`. `layer1/` is block 1 and `gelu/`
+the network with other feed-forward parameters, both on the left 28 columns of `preprocessed_bchw`;
+`positions/HxW` is `pos_embed` after torch's bicubic with antialiasing and `shown/HxW` are `pixels`
+after /255, mean, deviation and torch's bicubic without.
+"""
+
+import dataclasses
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirai_jax import torch_names
+from mirai_jax.models import dinov2, teacher
+
+with np.load(pathlib.Path(__file__).parent / "data" / "dinov2_b.npz") as file:
+    DATA = dict(file)
+STATE = {n.removeprefix("params/"): a for n, a in DATA.items() if n.startswith("params/")}
+GELU_MLP = {
+    n.removeprefix("gelu/params/"): a for n, a in DATA.items() if n.startswith("gelu/params/")
+}
+GELU_STATE = {n: a for n, a in STATE.items() if ".mlp." not in n} | GELU_MLP
+SHOWN = DATA["preprocessed_bchw"].transpose(0, 2, 3, 1)
+SMALL = dinov2.DinoConfig(width=16, num_layers=2, num_heads=2, pos_grid=(4, 4))
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def network(state, dtype="float32", layer=0):
+    """The network of a state dict as a jitted function of images."""
+    config = dinov2.config_of(state, num_heads=2)
+    params = torch_names.dinov2_from_torch(config, state)
+    return jax.jit(
+        lambda images: dinov2.DinoV2(config, dtype).apply({"params": params}, images, layer)
+    )
+
+
+def random_params(config, seed=0):
+    """Larger than a fresh network's, so that attention and every path matter."""
+    init = dinov2.DinoV2(config).init
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 14, 14, 3)))["params"]
+    rng = np.random.RandomState(seed)
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+
+
+def random_pixels(*shape, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+
+
+# Against PyTorch ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix, state, columns, layer",
+    [("", STATE, 42, 0), ("layer1/", STATE, 28, 1), ("gelu/", GELU_STATE, 28, 2)],
+    ids=["swiglu", "first block, 3x2 patches", "gelu, 3x2 patches"],
+)
+def test_matches_the_official_network(prefix, state, columns, layer):
+    patches, cls = network(state, layer=layer)(SHOWN[:, :, :columns])
+    want, want_cls = DATA[f"{prefix}patch_features"], DATA[f"{prefix}cls_feature"]
+    assert patches.shape == (2, 3, columns // 14, 16)
+    assert patches.dtype == cls.dtype == jnp.float32
+    np.testing.assert_allclose(patches.reshape(want.shape), want, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(cls, want_cls, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("grid", ["3x2", "8x2", "7x6"])
+def test_positions_match_torch(grid):
+    positions, want = STATE["pos_embed"], DATA[f"positions/{grid}"]
+    got = dinov2.resample_positions(positions, (5, 5), tuple(map(int, grid.split("x"))))
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    np.testing.assert_array_equal(got[:, 0], positions[:, 0])
+
+
+def test_positions_of_the_same_grid_are_untouched():
+    positions = STATE["pos_embed"]
+    np.testing.assert_array_equal(dinov2.resample_positions(positions, (5, 5), (5, 5)), positions)
+
+
+@pytest.mark.parametrize("size", ["84x14", "13x57"])
+def test_preprocessing_matches_torch(size):
+    """96x45 pixels made smaller, and smaller in one direction and larger in the other."""
+    want, size = DATA[f"shown/{size}"], tuple(map(int, size.split("x")))
+    pixels = jnp.asarray(DATA["pixels"])
+    for images in (pixels, pixels.astype(jnp.float32) / 255):
+        got = dinov2.preprocess(images, size)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+# Sizes and state dicts ----------------------------------------------------------------------------
+
+
+def shapes_of(config):
+    """{official name: an array of that shape}, no memory behind them."""
+    images = jax.ShapeDtypeStruct((1, 14, 14, 3), np.float32)
+    shapes = jax.eval_shape(dinov2.DinoV2(config).init, jax.random.key(0), images)["params"]
+    empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    return torch_names.dinov2_to_torch(config, empty)
+
+
+PARAMETERS = {
+    "dinov2_vits14": 22_056_576,
+    "dinov2_vitb14": 86_580_480,
+    "dinov2_vitl14": 304_368_640,
+    "dinov2_vitg14": 1_136_480_768,
+    "dinov2_vits14_reg4": 22_058_112,
+    "dinov2_vitb14_reg4": 86_583_552,
+    "dinov2_vitl14_reg4": 304_372_736,
+    "dinov2_vitg14_reg4": 1_136_486_912,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_sizes_are_told_from_their_shapes(name):
+    config = dinov2.named(name)
+    state = shapes_of(config)
+    assert sum(array.size for array in state.values()) == PARAMETERS[name]
+    assert dinov2.config_of(state) == config
+    assert name in teacher.TEACHERS
+
+
+def test_unknown_names_are_refused():
+    assert set(dinov2.NAMES) == set(PARAMETERS)
+    for name in ("dinov2_vith14", "vitb14", "dinov2_vitb14_reg", "dinov2_vitb14_reg4_reg4", ""):
+        with pytest.raises(ValueError, match="not a published DINOv2; those are dinov2_vits14, "):
+            dinov2.named(name)
+
+
+def test_config_of_a_state_dict():
+    want = dinov2.DinoConfig(
+        width=16, num_layers=2, num_heads=2, registers=3, swiglu=True, pos_grid=(5, 5)
+    )
+    assert dinov2.config_of(STATE, num_heads=2) == want
+    want = dataclasses.replace(want, swiglu=False)
+    assert dinov2.config_of(GELU_STATE, num_heads=2) == want
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"cls_token": None}, "it has no cls_token"),
+        ({"pos_embed": np.zeros((1, 24, 16))}, "pos_embed has 23 patches, not a square"),
+        (
+            {"pos_embed": np.zeros((26, 16))},
+            r"pos_embed is \(26, 16\), should be 3 axes, none empty",
+        ),
+        ({f"blocks.{i}.norm1.weight": None for i in range(2)}, "it has no blocks.0.norm1.weight"),
+        ({"cls_token": np.zeros((1, 1, 15))}, "num_heads is 2, must divide the width of 15"),
+    ],
+)
+def test_another_state_dict_is_refused(change, message):
+    state = {n: a for n, a in (STATE | change).items() if a is not None}
+    with pytest.raises(ValueError, match=message) as error:
+        dinov2.config_of(state, num_heads=2)
+    assert "\n" not in str(error.value)
+
+
+def test_the_number_of_heads_must_be_known():
+    with pytest.raises(ValueError, match="16 wide, no multiple of 64: num_heads must be given"):
+        dinov2.config_of(STATE)
+
+
+NAMES = [*STATE, "head.weight", "blocks.0.0.norm1.weight", ""]
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(NAMES) | st.text(), st.lists(st.integers(0, 130), max_size=5)),
+    st.none() | st.integers(-1, 4),
+)
+def test_any_state_dict_gives_a_config_or_one_line(shapes, num_heads):
+    state = STATE | {n: np.broadcast_to(np.float32(0), shape) for n, shape in shapes.items()}
+    for found in (state, {n: state[n] for n in shapes}):
+        try:
+            config = dinov2.config_of(found, num_heads)
+        except ValueError as error:
+            assert "\n" not in str(error)
+        else:
+            assert config.width % config.num_heads == 0 and config.num_layers > 0
+
+
+# The network's behaviour --------------------------------------------------------------------------
+
+
+def test_a_fresh_network_keeps_blocks_that_a_tap_leaves_out():
+    def init(layer):
+        images = jnp.zeros((1, 28, 14, 3))
+        return jax.eval_shape(
+            lambda key: dinov2.DinoV2(SMALL).init(key, images, layer), jax.random.key(0)
+        )
+
+    assert init(1) == init(0)
+    assert {x.shape[0] for x in jax.tree.leaves(init(1)["params"]["blocks"])} == {2}
+
+
+@pytest.mark.parametrize("layer, depth", [(0, 3), (1, 1), (2, 2), (3, 3)])
+def test_only_blocks_up_to_the_tap_are_run(layer, depth):
+    config = dataclasses.replace(SMALL, num_layers=3)
+    params = random_params(config)
+    images = jnp.asarray(np.random.RandomState(1).normal(size=(1, 28, 28, 3)), jnp.float32)
+    run = lambda params: dinov2.DinoV2(config).apply({"params": params}, images, layer)[0]
+    assert re.findall(r" length=(\d+)", str(jax.make_jaxpr(run)(params))) == [str(depth)]
+    got = run(params)
+    cut = lambda x, fill: jnp.asarray(x).at[depth:].set(fill)
+    broken = params | {"blocks": jax.tree.map(lambda x: cut(x, jnp.nan), params["blocks"])}
+    np.testing.assert_array_equal(run(broken), got)
+    # Blocks that add nothing are as good as none.
+    silent = params["blocks"] | {
+        n: {"gamma": cut(params["blocks"][n]["gamma"], 0)} for n in ("ls1", "ls2")
+    }
+    whole = dinov2.DinoV2(config).apply({"params": params | {"blocks": silent}}, images)[0]
+    np.testing.assert_allclose(got, whole, atol=1e-5)
+
+
+def test_every_patch_sees_every_other():
+    params = random_params(SMALL)
+    images = np.random.RandomState(1).normal(size=(1, 28, 42, 3)).astype(np.float32)
+    first_patch = jax.jit(
+        jax.grad(lambda x: dinov2.DinoV2(SMALL).apply({"params": params}, x)[0][0, 0, 0].sum())
+    )(images)
+    by_patch = np.abs(first_patch).reshape(2, 14, 3, 14, 3).max(axis=(1, 3, 4))
+    assert (by_patch > 0).all()
+
+
+def test_bfloat16_is_close_to_float32():
+    exact, _ = network(STATE)(SHOWN)
+    rough, cls = network(STATE, "bfloat16")(SHOWN)
+    assert rough.dtype == cls.dtype == jnp.float32
+    error = np.abs(rough - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 0.03
+
+
+@pytest.mark.parametrize(
+    "images, layer, message",
+    [
+        (jnp.zeros((1, 28, 30, 3)), 0, "images are 28x30, sides must be multiples of 14"),
+        (jnp.zeros((1, 3, 28, 28)), 0, r"images must be \(B, H, W, 3\), not \(1, 3, 28, 28\)"),
+        (jnp.zeros((28, 28, 3)), 0, r"images must be \(B, H, W, 3\), not \(28, 28, 3\)"),
+        (jnp.zeros((1, 28, 28, 3), jnp.uint8), 0, "images must be floats, not uint8"),
+        (jnp.zeros((1, 28, 28, 3)), 3, "layer is 3, this network has blocks 1 to 2"),
+        (jnp.zeros((1, 28, 28, 3)), -1, "layer is -1, this network has blocks 1 to 2"),
+    ],
+)
+def test_refuses(images, layer, message):
+    with pytest.raises(ValueError, match=message):
+        dinov2.DinoV2(SMALL).init(jax.random.key(0), images, layer)
+
+
+def test_preprocessing_refuses_other_integers():
+    with pytest.raises(ValueError, match="images must be floats, not int32"):
+        dinov2.preprocess(jnp.zeros((1, 28, 28, 3), jnp.int32), (14, 14))
+
+
+# The teacher --------------------------------------------------------------------------------------
+
+
+def teach(images, grid, config=SMALL, **how):
+    module = teacher.DinoTeacher(grid, config, **how)
+    params = {"network": random_params(config)}
+    return jax.jit(lambda x: module.apply({"params": params}, x))(images)
+
+
+def test_teacher_gives_each_token_its_patch():
+    images = random_pixels(2, 20, 30, 3)
+    module = teacher.DinoTeacher((2, 3), SMALL, layer=1)
+    assert module.features == 16
+    params = random_params(SMALL)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    assert jax.tree.map(np.shape, shapes) == {"network": jax.tree.map(np.shape, params)}
+    shown = dinov2.preprocess(images, (28, 42))
+    want = dinov2.DinoV2(SMALL).apply({"params": params}, shown, layer=1)[0]
+    got = teach(images, (2, 3), layer=1)
+    assert got.shape == (2, 6, 16) and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want.reshape(2, 6, 16), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "image_size, patches",
+    [(0, (3, 4)), (56, (3, 4)), (14 * 8, (6, 8)), (14 * 11, (8, 11)), (14, (1, 1))],
+)
+def test_the_longer_side_has_image_size(image_size, patches):
+    assert teacher.DinoTeacher((3, 4), SMALL, image_size).patches == patches
+    assert teacher.DinoTeacher((4, 3), SMALL, image_size).patches == patches[::-1]
+
+
+@pytest.mark.parametrize("image_size", [60, 7, -14])
+def test_teacher_refuses_a_size_that_patches_do_not_tile(image_size):
+    with pytest.raises(ValueError, match=f"image_size is {image_size}, must be a multiple of 14"):
+        teach(random_pixels(1, 8, 8, 3), (2, 2), image_size=image_size)
+
+
+@pytest.mark.parametrize("image_size", [0, 14 * 8, 14 * 11], ids=["same", "finer", "uneven"])
+@pytest.mark.parametrize("token", [0, 3, 6, 11])
+def test_features_lie_where_the_pixels_are(image_size, token):
+    """Of all tokens, the one whose pixels change changes most: on the token grid and off it."""
+    config = dataclasses.replace(SMALL, num_layers=1)
+    row, column = divmod(token, 4)
+    images = np.full((2, 3 * 16, 4 * 16, 3), 128, np.uint8)
+    images[1, 16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)] = random_pixels(16, 16, 3)
+    features = teach(images, (3, 4), config, image_size=image_size)
+    change = np.linalg.norm(features[1] - features[0], axis=-1)
+    assert np.argmax(change) == token
+    assert change[token] > 1.5 * np.partition(change, -2)[-2]
+
+
+def test_coarser_patches_are_spread_over_their_tokens():
+    config = dataclasses.replace(SMALL, num_layers=1)
+    images = np.full((2, 64, 96, 3), 128, np.uint8)
+    images[1, 32:, 64:] = random_pixels(32, 32, 3)
+    features = teach(images, (4, 6), config, image_size=14 * 3)
+    change = np.linalg.norm(features[1] - features[0], axis=-1).reshape(4, 6)
+    assert np.argmax(change) == 23 and change[3, 5] > 2 * change[:2, :4].max()
+
+
+def test_grey_images_are_shown_as_rgb():
+    grey = random_pixels(2, 16, 16, 1)
+    np.testing.assert_array_equal(teach(grey, (2, 2)), teach(np.repeat(grey, 3, axis=-1), (2, 2)))

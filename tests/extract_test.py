@@ -1,0 +1,293 @@
+"""Extraction: what the shards hold, and that no stop, no bad image and no full disk spoils them."""
+
+import hashlib
+import io
+import json
+import pathlib
+import resource
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mirai_jax import extract, manifest, records, torch_names, torch_writer
+from mirai_jax.crops import CropSpec, load_all_crops
+from mirai_jax.data import CropLoader, OnlineImages, make_dataset
+from mirai_jax.errors import ConfigError, DataError
+from mirai_jax.images import open_images
+from mirai_jax.models import tokenizer, vq
+from mirai_jax.progress import Progress
+
+CONFIG = vq.VQConfig(multipliers=(1, 1, 2), width=32, z_channels=32, vocab_size=64)
+SPEC = CropSpec(image_size=24, crop_range=1.25)
+PER_SHARD, BATCH = 6, 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """A small VQ of random weights, in a PyTorch file as LlamaGen's."""
+    module = vq.VQModel(CONFIG)
+    params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    path = tmp_path_factory.mktemp("vq") / "vq.pt"
+    torch_writer.write(path, {"model": torch_names.vq_to_torch(CONFIG, jax.device_get(params))})
+    return path
+
+
+def picture(seed, size=(40, 33)):
+    """A smooth picture with an edge, unlike its mirror image."""
+    rng = np.random.RandomState(seed)
+    coarse = Image.fromarray(rng.randint(0, 256, (4, 3, 3)).astype(np.uint8))
+    pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).copy()
+    pixels[:, : size[0] // 3] = rng.randint(0, 256, 3)
+    return Image.fromarray(pixels)
+
+
+def save_images(folder, count=17):
+    for i in range(count):
+        path = folder / ("cats", "dogs", "owls")[i % 3] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, (40 + i, 33)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_images(tmp_path / "images")
+    return tmp_path / "images"
+
+
+def prepare(folder, tokenizer_file, out, spec=SPEC, **fields):
+    fields = {"images_per_shard": PER_SHARD, "batch_size": BATCH, "num_workers": 2} | fields
+    return extract.prepare(str(folder), str(tokenizer_file), str(out), spec, **fields)
+
+
+def make(folder, tokenizer_file, out, index=0, count=1, **fields):
+    job = prepare(folder, tokenizer_file, out, **fields)
+    return extract.run(job, index, count, shown=0)
+
+
+def digests(folder):
+    """Of all that must be the same whatever happened on the way."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".png")
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
+
+
+def read_all(out):
+    source = records.CodeRecords(str(out), grid=(6, 6), vocab_size=64, num_classes=3)
+    return [source[k] for k in range(len(source))]
+
+
+@pytest.fixture(scope="module")
+def codes_of(tokenizer_file):
+    """uint8 crops, up to ten of them -> their codes, encoded together."""
+    job = prepare("mnist", tokenizer_file, tokenizer_file.parent / "unused")
+    apply = jax.jit(lambda x: job.module.apply({"params": job.params}, x, method="encode"))
+
+    def codes_of(pixels_BxSxSx3):
+        ten = np.resize(pixels_BxSxSx3, (10, *pixels_BxSxSx3.shape[1:]))
+        return np.asarray(apply(tokenizer.to_unit(ten)))[: len(pixels_BxSxSx3)]
+
+    return codes_of
+
+
+def test_records_hold_the_codes_of_every_crop(folder, tokenizer_file, codes_of, tmp_path):
+    made = make(folder, tokenizer_file, tmp_path / "codes")
+    assert made.complete and made.num_records == 17 and made.num_failed == 0
+    assert [shard.records for shard in made.shards] == [6, 6, 5]
+    assert made.class_names == ("cats", "dogs", "owls") and made.grid == (6, 6)
+    assert made == manifest.read(tmp_path / "codes")
+    found = read_all(tmp_path / "codes")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    assert [record["key"] for record in found] == names
+    for record in found:
+        assert record["label"] == ("cats", "dogs", "owls").index(record["key"].split("/")[0])
+        crops, _ = load_all_crops((folder / record["key"]).read_bytes(), SPEC)
+        np.testing.assert_array_equal(record["codes"], codes_of(crops))
+    # Codes tell images and crops apart, or the comparisons above would mean little.
+    assert len({record["codes"][k].tobytes() for record in found for k in range(10)}) > 160
+    assert not list((tmp_path / "codes").rglob("*.tmp")) and not (tmp_path / "codes/parts").exists()
+
+
+class Stop(Progress):
+    """Stops the work after so many images, as Ctrl-C would."""
+
+    def __init__(self, after):
+        super().__init__(0, "images", stream=None)
+        self._after = after
+
+    def advance(self, count):
+        super().advance(count)
+        if self._done >= self._after:
+            raise KeyboardInterrupt
+
+
+def test_stopped_anywhere_it_ends_with_the_same_bytes(folder, tokenizer_file, tmp_path):
+    make(folder, tokenizer_file, tmp_path / "whole")
+    for after in (1, 4, 5, 9):
+        job = prepare(folder, tokenizer_file, tmp_path / "codes")
+        with pytest.raises(KeyboardInterrupt):
+            extract.extract(job, list(range(job.num_shards)), Stop(after))
+        with pytest.raises(DataError, match="has not ended: start the same"):
+            read_all(tmp_path / "codes")
+    # Killed while it wrote: what lies there counts for nothing.
+    (tmp_path / "codes" / "codes-00002-of-00003.array_record").write_bytes(b"half a shard")
+    (tmp_path / "codes" / "codes-00002-of-00003.array_record.tmp").write_bytes(b"half")
+    (tmp_path / "codes" / "parts" / "00002.json").write_text('{"rec')
+    make(folder, tokenizer_file, tmp_path / "codes")
+    assert digests(tmp_path / "codes") == digests(tmp_path / "whole")
+    again = make(folder, tokenizer_file, tmp_path / "codes")
+    assert again.complete and digests(tmp_path / "codes") == digests(tmp_path / "whole")
+
+
+def test_many_hosts_make_the_bytes_of_one(folder, tokenizer_file, tmp_path):
+    make(folder, tokenizer_file, tmp_path / "whole")
+    assert make(folder, tokenizer_file, tmp_path / "codes", 1, 2) is None
+    assert make(folder, tokenizer_file, tmp_path / "codes", 0, 2).complete  # the last to end
+    assert digests(tmp_path / "codes") == digests(tmp_path / "whole")
+
+
+def test_bad_and_odd_images_are_listed_by_name(folder, tokenizer_file, tmp_path):
+    whole = {r["key"]: r["codes"] for r in read_all_of(folder, tokenizer_file, tmp_path / "good")}
+    good = (folder / "dogs" / "04.png").read_bytes()
+    (folder / "dogs" / "04.png").write_bytes(good[: len(good) // 2])
+    (folder / "cats" / "00.png").write_bytes(b"")
+    (folder / "owls" / "02.png").write_bytes(b"<html>not found</html>")
+    picture(8).convert("CMYK").save(folder / "owls" / "08.jpg")
+    (folder / "owls" / "08.png").unlink()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    buffer = io.BytesIO()
+    picture(11).save(buffer, "JPEG", exif=turned)
+    (folder / "owls" / "11.png").write_bytes(buffer.getvalue())
+    (folder / "cats" / "notes.txt").write_text("not an image")
+    made = make(folder, tokenizer_file, tmp_path / "codes")
+    assert made.num_failed == 3 and made.num_records == 14
+    report = json.loads((tmp_path / "codes" / "report.json").read_text())
+    assert [f["key"] for f in report["failed"]] == ["cats/00.png", "dogs/04.png", "owls/02.png"]
+    assert all(f["reason"] and "\n" not in f["reason"] for f in report["failed"])
+    assert report["notes"] == {
+        "cmyk": ["owls/08.jpg"], "exif orientation ignored": ["owls/11.png"]
+    }  # fmt: skip
+    assert report["skipped"] == ["cats/notes.txt"]
+    # What stands beside a bad image is as it was.
+    found = {record["key"]: record["codes"] for record in read_all(tmp_path / "codes")}
+    same = found.keys() & whole.keys() - {"owls/11.png"}
+    assert len(same) == 12
+    for key in same:
+        np.testing.assert_array_equal(found[key], whole[key])
+
+
+def read_all_of(folder, tokenizer_file, out):
+    make(folder, tokenizer_file, out)
+    return read_all(out)
+
+
+def test_a_source_that_vanishes_stops_the_work(folder, tokenizer_file, tmp_path):
+    job = prepare(folder, tokenizer_file, tmp_path / "codes")
+    (folder / "dogs" / "04.png").unlink()
+    with pytest.raises(DataError, match=r"dogs/04\.png.*cannot be read"):
+        extract.run(job, 0, 1, shown=0)
+    assert extract.finish(job) is None
+
+
+def test_a_full_disk_leaves_no_shard_that_passes_for_whole(folder, tokenizer_file, tmp_path):
+    make(folder, tokenizer_file, tmp_path / "whole")
+    job = prepare(folder, tokenizer_file, tmp_path / "codes")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a shard is larger
+        with pytest.raises(OSError):
+            extract.run(job, 0, 1, shown=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "codes").glob("*.array_record*"))
+    make(folder, tokenizer_file, tmp_path / "codes")
+    assert digests(tmp_path / "codes") == digests(tmp_path / "whole")
+
+
+def test_another_extraction_does_not_go_on_in_the_same_folder(folder, tokenizer_file, tmp_path):
+    make(folder, tokenizer_file, tmp_path / "codes")
+    with pytest.raises(ConfigError, match="an extraction of something else: crops was .*1.25.*1.1"):
+        prepare(folder, tokenizer_file, tmp_path / "codes", CropSpec(24, 1.1))
+    with pytest.raises(ConfigError, match="batch_size was 4, is 3"):
+        prepare(folder, tokenizer_file, tmp_path / "codes", batch_size=3)
+    (folder / "cats" / "zz.png").write_bytes((folder / "cats" / "00.png").read_bytes())
+    with pytest.raises(ConfigError, match="images was"):
+        prepare(folder, tokenizer_file, tmp_path / "codes")
+    (tmp_path / "codes" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="shards without a manifest"):
+        prepare(folder, tokenizer_file, tmp_path / "codes")
+
+
+def test_wrong_input_is_refused_before_anything_is_written(folder, tokenizer_file, tmp_path):
+    out = tmp_path / "codes"
+    for fields, error in (
+        ({"spec": CropSpec(25)}, "--image_size is 25: image size 25x25 does not divide"),
+        ({"images_per_shard": 0}, "--images_per_shard is 0; it must be 1 or more"),
+        ({"batch_size": -1}, "--batch_size is -1"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            prepare(folder, tokenizer_file, out, **fields)
+    with pytest.raises(ConfigError, match="--tokenizer is .*nothing.pt"):
+        prepare(folder, tmp_path / "nothing.pt", out)
+    with pytest.raises(DataError, match="nowhere"):
+        prepare(tmp_path / "nowhere", tokenizer_file, out)
+    assert not out.exists()
+
+
+def test_shards_that_are_missing_are_told(folder, tokenizer_file, tmp_path):
+    make(folder, tokenizer_file, tmp_path / "codes")
+    moved = tmp_path / "codes" / "codes-00001-of-00003.array_record"
+    moved.rename(tmp_path / "codes" / "other.array_record")
+    with pytest.raises(
+        DataError, match="1 missing, such as codes-00001.*1 of another, such as other"
+    ):
+        read_all(tmp_path / "codes")
+
+
+def test_reconstructions_are_drawn_to_be_looked_at(folder, tokenizer_file, tmp_path):
+    job = prepare(folder, tokenizer_file, tmp_path / "codes")
+    with Image.open(extract.draw_reconstructions(job, 4)) as image:
+        assert image.mode == "RGB" and image.width > 4 * 100 and image.height > 2 * 100
+
+
+# What training reads -----------------------------------------------------------------------------
+
+
+def batches(source, loader, count=6, num_workers=0):
+    dataset = make_dataset(source, load_crop=loader, batch_size=5, seed=3, num_workers=num_workers)
+    stream = iter(dataset)
+    return [next(stream) for _ in range(count)]
+
+
+def test_a_batch_holds_the_very_crop_that_its_codes_are_of(
+    folder, tokenizer_file, codes_of, tmp_path
+):
+    make(folder, tokenizer_file, tmp_path / "codes")
+    source = records.CodeRecords(str(tmp_path / "codes"), grid=(6, 6), vocab_size=64, num_classes=3)
+    loader = CropLoader(open_images(str(folder)), source.manifest.crops)
+    stored = batches(source, loader)
+    for batch in stored:
+        assert batch.keys() == {"codes", "label", "image"}
+        assert batch["image"].dtype == np.uint8 and batch["image"].shape == (5, 24, 24, 3)
+        np.testing.assert_array_equal(batch["codes"], codes_of(batch["image"]))
+    # Without a teacher that looks, the same codes and no images; online, the same images and no
+    # codes: the three train on the same crops.
+    for batch, codes_only in zip(stored, batches(source, None), strict=True):
+        assert codes_only.keys() == {"codes", "label"}
+        np.testing.assert_array_equal(codes_only["codes"], batch["codes"])
+    online = OnlineImages(open_images(str(folder)), SPEC)
+    for batch, other in zip(stored, batches(online, loader), strict=True):
+        assert other.keys() == {"label", "image"}
+        np.testing.assert_array_equal(other["image"], batch["image"])
+        np.testing.assert_array_equal(other["label"], batch["label"])
+
+
+def test_an_image_that_has_gone_is_named(folder, tokenizer_file):
+    loader = CropLoader(open_images(str(folder)), SPEC)
+    (folder / "cats" / "00.png").write_bytes(b"nothing")
+    for key in ("cats/00.png", "cats/77.png", "../secret.png"):
+        with pytest.raises(DataError, match=f"image '{key}'"):
+            loader(key, 0)
