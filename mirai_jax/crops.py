@@ -15,7 +15,7 @@ from mirai_jax.errors import DataError, first_line
 
 EXIF = ("ignore", "apply")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")  # as Pillow calls them
-NOTES = (
+NOTES = (  # what `decode` may say of an image
     "animated",
     "16-bit",
     "palette",
@@ -268,7 +268,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
-    """Resizes across, then down: the order is seen in the last bits, and Pillow 13 changed it."""
+    """Resizes across, then down: the order shows, and Pillow 13 changed it for some shapes."""
     return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
 

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
@@ -246,12 +247,22 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
     }
     try:
         unfinished.mkdir(parents=True)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(unfinished.absolute() / "params", weights.tree)
+        # Weights hardly compress, and Orbax copies NumPy arrays (not JAX's) before it writes them:
+        # either would hold all of them in memory once more.
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        with ocp.Checkpointer(handler) as checkpointer:
+            tree = jax.tree.map(_on_host, weights.tree)
+            checkpointer.save(unfinished.absolute() / "params", tree)
         (unfinished / "model.json").write_text(json.dumps(about, indent=2) + "\n")
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _on_host(array: np.ndarray) -> jax.Array | np.ndarray:
+    if array.dtype.itemsize > 4:
+        return array  # JAX would make it narrower
+    return jax.device_put(array, jax.local_devices(backend="cpu")[0])
 
 
 def load_converted(folder: str | os.PathLike[str]) -> Weights:
@@ -266,8 +277,11 @@ def load_converted(folder: str | os.PathLike[str]) -> Weights:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
         config = _CONFIGS[about["kind"]](**fields)
         source = dict(about["source"])
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.restore((folder / "params").absolute())
+        path = (folder / "params").absolute()
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            saved = checkpointer.metadata(path).item_metadata.tree
+            numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=numpy))
         return Weights(about["kind"], config, tree["params"], tree.get("projectors"), source)
     except Exception as error:  # whatever JSON, Orbax and TensorStore make of a damaged folder
         raise ConfigError(

@@ -354,7 +354,7 @@ def test_tfds_images_of_floats_are_refused(tfds_folder, tmp_path, monkeypatch):
     # tfds stores them as the bytes of another image.
     shutil.copytree(f"{tfds_folder}/plain_photos", tmp_path / "plain_photos")
     features = tmp_path / "plain_photos" / "1.2.0" / "features.json"
-    features.write_text(features.read_text().replace('"uint8"', '"float32"'))
+    features.write_text(features.read_text().replace('"uint8"', '"float32"').replace('"3"', '"1"'))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert "of integers" in refusal(images.open_images, "tfds:plain_photos")
 

@@ -55,15 +55,25 @@ def config_of(state: Mapping[str, Any]) -> VQConfig:
     Raises:
         ValueError: it is not the state dict of such a tokenizer.
     """
-    try:
-        width, channels = state["encoder.conv_in.weight"].shape[:2]
-        vocab_size, code_width = state["quantize.embedding.weight"].shape
-        z_channels = state["encoder.conv_out.weight"].shape[0]
-        multipliers = []
-        while (name := f"encoder.conv_blocks.{len(multipliers)}.res.0.conv1.weight") in state:
-            multipliers.append(state[name].shape[0] // width)
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"not a VQ tokenizer ({error})") from error
+
+    def shape(name: str, rank: int, unit: int = 1) -> tuple[int, ...]:
+        if name not in state:
+            raise ValueError(f"not a VQ tokenizer: it has no {name}")
+        found = tuple(state[name].shape)
+        if len(found) != rank or 0 in found or found[0] % unit:
+            multiple = f", the first a multiple of {unit}" if unit > 1 else ""
+            raise ValueError(
+                f"not a VQ tokenizer: {name} is {found}, should be {rank} axes, none empty{multiple}"
+            )
+        return found
+
+    width, channels = shape("encoder.conv_in.weight", 4, _GROUPS)[:2]
+    vocab_size, code_width = shape("quantize.embedding.weight", 2)
+    z_channels = shape("encoder.conv_out.weight", 4)[0]
+    level = "encoder.conv_blocks.{}.res.0.conv1.weight"
+    multipliers = [shape(level.format(0), 4, width)[0] // width]
+    while (name := level.format(len(multipliers))) in state:
+        multipliers.append(shape(name, 4, width)[0] // width)
     return VQConfig(tuple(multipliers), width, z_channels, vocab_size, code_width, channels)
 
 
