@@ -14,14 +14,13 @@ torch nor anything inside a file is ever run.
 import collections
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
 from absl import app, flags
 from flax import traverse_util
 
-from mirai_jax import frozen, safetensors_file, torch_file, torch_writer, weights
+from mirai_jax import cli, frozen, safetensors_file, torch_file, torch_writer, weights
 from mirai_jax.errors import ConfigError, first_line
 
 _ENTRY = flags.DEFINE_string(
@@ -147,27 +146,27 @@ def _describe(made: weights.Weights) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 3:
-        sys.exit("error: give SOURCE and TARGET; --help says more")
-    _, source, target = argv
-    begin = time.monotonic()
-    try:
-        pathlib.Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-        if os.path.isdir(source):
-            made = to_torch(source, target, state=_STATE.value, projectors=_PROJECTORS.value)
-        else:
-            made = from_torch(
-                source,
-                target,
-                entry=_ENTRY.value,
-                grid=_GRID.value,
-                num_heads=_HEADS.value,
-            )
-    except (ConfigError, torch_file.TorchFileError, safetensors_file.SafetensorsError) as error:
-        sys.exit(f"error: {first_line(error)}")
-    except OSError as error:
-        sys.exit(f"error: {target} cannot be written ({error.strerror or error})")
-    print(f"{_describe(made)}\nwritten: {target} ({time.monotonic() - begin:.1f}s)")
+    with cli.program(torch_file.TorchFileError, safetensors_file.SafetensorsError):
+        if len(argv) != 3:
+            raise ConfigError("give SOURCE and TARGET; --help says more")
+        _, source, target = argv
+        begin = time.monotonic()
+        try:
+            pathlib.Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
+            if os.path.isdir(source):
+                made = to_torch(source, target, state=_STATE.value, projectors=_PROJECTORS.value)
+            else:
+                made = from_torch(
+                    source,
+                    target,
+                    entry=_ENTRY.value,
+                    grid=_GRID.value,
+                    num_heads=_HEADS.value,
+                )
+        except OSError as error:
+            why = error.strerror or first_line(error)
+            raise ConfigError(f"{target} cannot be written ({why})") from error
+        print(f"{_describe(made)}\nwritten: {target} ({time.monotonic() - begin:.1f}s)")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent import futures
@@ -29,7 +29,7 @@ from array_record.python import array_record_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import frozen, manifest, records, report, weights
+from mirai_jax import cli, frozen, manifest, records, report, weights
 from mirai_jax.crops import CropSpec, load_all_crops
 from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.images import open_images
@@ -156,7 +156,8 @@ def prepare(
     if before is None:
         folder.mkdir(parents=True, exist_ok=True)
         manifest.write(folder, made)
-    (folder / _PARTS).mkdir(exist_ok=True)
+    if before is None or not before.complete:
+        (folder / _PARTS).mkdir(exist_ok=True)
     return Job(source, module, params, before or made, folder, num_workers)
 
 
@@ -331,9 +332,7 @@ def finish(job: Job) -> Manifest | None:
         shards=tuple(Shard(p["name"], p["records"], p["sha256"]) for p in parts),
     )
     manifest.write(job.out, made)
-    for k in range(job.num_shards):
-        job.part_file(k).unlink(missing_ok=True)
-    (job.out / _PARTS).rmdir()
+    shutil.rmtree(job.out / _PARTS, ignore_errors=True)  # another host may be at it too
     return made
 
 
@@ -391,45 +390,45 @@ def _summary(job: Job, made: Manifest) -> str:
     return f"{text}; every name: {job.out / 'report.json'}"
 
 
+def _process() -> tuple[int, int]:
+    """(index, count) of the hosts that share the work."""
+    index = jax.process_index() if _INDEX.value is None else _INDEX.value
+    count = jax.process_count() if _COUNT.value is None else _COUNT.value
+    if not 0 <= index < count:
+        raise ConfigError(f"--process_index is {index}; it must be 0 to {count - 1}")
+    return index, count
+
+
 def main(argv: list[str]) -> None:
-    try:
+    with cli.program(interrupted="interrupted; the same command goes on where it stopped"):
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
         for flag in (_IMAGES, _TOKENIZER, _OUT):
             if not flag.value:
                 raise ConfigError(f"--{flag.name} is missing; --help says what it is")
-        index = jax.process_index() if _INDEX.value is None else _INDEX.value
-        count = jax.process_count() if _COUNT.value is None else _COUNT.value
-        if not 0 <= index < count:
-            raise ConfigError(f"--process_index is {index}; it must be 0 to {count - 1}")
-        crops = CropSpec(_SIZE.value, _RANGE.value, _TEN.value, _EXIF.value)
-        finished = manifest.read(_OUT.value)
-        job = prepare(
-            _IMAGES.value,
-            _TOKENIZER.value,
-            _OUT.value,
-            crops,
-            images_per_shard=_PER_SHARD.value,
-            batch_size=_BATCH.value,
-            precision=_PRECISION.value,
-            num_workers=_WORKERS.value,
-        )
-        if finished is not None and finished.complete:
-            made = finished
-        else:
-            made = run(job, index, count, _SHOWN.value)
+        index, count = _process()
+        try:
+            job = prepare(
+                _IMAGES.value,
+                _TOKENIZER.value,
+                _OUT.value,
+                CropSpec(_SIZE.value, _RANGE.value, _TEN.value, _EXIF.value),
+                images_per_shard=_PER_SHARD.value,
+                batch_size=_BATCH.value,
+                precision=_PRECISION.value,
+                num_workers=_WORKERS.value,
+            )
+            complete = job.manifest.complete
+            made = job.manifest if complete else run(job, index, count, _SHOWN.value)
+        except OSError as error:
+            raise DataError(
+                f"{_OUT.value} cannot be written ({first_line(error)}); the same command goes on "
+                "from the last whole shard"
+            ) from error
         if made is None:
-            print("this share is done; others are not: the last to end writes the manifest")
+            print("this share is done, others are not; the last to end writes the manifest")
         else:
             print(_summary(job, made))
-    except (ConfigError, DataError) as error:
-        sys.exit(f"error: {first_line(error)}")
-    except OSError as error:
-        sys.exit(
-            f"error: {_OUT.value} cannot be written ({first_line(error)}); nothing half-done counts"
-        )
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on where it stopped")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import contextlib
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from mirai_jax import train
-from mirai_jax.errors import ConfigError, DataError, first_line
+from mirai_jax import cli, train
+from mirai_jax.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:scale] of configs/.")
 _WORKDIR = flags.DEFINE_string(
@@ -66,16 +66,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     del argv
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     config = _CONFIG.value
     workdir = _WORKDIR.value or pathlib.Path("runs") / f"{config.name}-{config.scale}"
-    try:
+    interrupted = f"interrupted; the same command goes on from the last checkpoint of {workdir}"
+    with cli.program(train.TrainingError, interrupted=interrupted):
         train.train(config, workdir)
-    except (ConfigError, DataError, train.TrainingError) as error:
-        sys.exit(f"error: {first_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; the same command goes on from the last checkpoint of {workdir}")
 
 
 if __name__ == "__main__":

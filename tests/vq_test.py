@@ -23,8 +23,10 @@ from mirai_jax.models import dinov2, tokenizer, vq
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DATA = pathlib.Path(__file__).parent / "data"
 SMALL = vq.VQConfig(multipliers=(1, 2), width=32, z_channels=16, vocab_size=50)
+SHAPE, GRID = (3, 8, 12, 3), (4, 6)  # of the images and the codes of most tests: compiled once
 CODEBOOK_USED = "quantize.codebook_used"
 
 
@@ -79,12 +81,16 @@ def call(config, method, params, x):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def decode(config, params, codes, grid=None, dtype="float32"):
+def decode(config, params, codes, grid=GRID, dtype="float32"):
     return vq.VQModel(config, dtype).apply({"params": params}, codes, grid, method="decode")
 
 
 def random_images(*shape, seed=0):
     return np.random.RandomState(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+def random_codes(count, length, seed=0):
+    return np.random.RandomState(seed).randint(0, SMALL.vocab_size, (count, length))
 
 
 # Names and shapes of the published files ----------------------------------------------------------
@@ -356,8 +362,15 @@ def test_of_equally_near_rows_the_first_wins():
     assert nearest(embedding, np.zeros((1, 8), np.float32)).tolist() == [0]
 
 
+def test_of_equal_rows_the_first_wins_however_they_are_rounded():
+    rng = np.random.RandomState(0)
+    rows = rng.normal(size=(2250, 8)).astype(np.float32)
+    codes = nearest(np.concatenate([rows, rows]), rng.normal(size=(1000, 8)).astype(np.float32))
+    assert codes.max() < 2250 and len(np.unique(codes)) > 500
+
+
 def test_encode_looks_latents_up_row_by_row(params):
-    images = random_images(3, 8, 12, 3)
+    images = random_images(*SHAPE)
     latents = np.asarray(call(SMALL, "latents", params, images))
     assert latents.shape == (3, 4, 6, 8) and latents.dtype == np.float32
     codes = np.asarray(call(SMALL, "encode", params, images))
@@ -477,22 +490,24 @@ def test_halving_pads_at_the_bottom_and_right():
 
 
 def test_images_of_a_batch_do_not_see_each_other(params):
-    images = random_images(3, 8, 8, 3)
+    images = random_images(*SHAPE)
     codes = call(SMALL, "encode", params, images)
-    for image, row in zip(images, codes, strict=True):
-        np.testing.assert_array_equal(call(SMALL, "encode", params, image[None])[0], row)
     shown = decode(SMALL, params, codes)
-    for row, whole in zip(codes, shown, strict=True):
-        np.testing.assert_allclose(decode(SMALL, params, row[None])[0], whole, atol=1e-5)
+    for k in range(3):
+        np.testing.assert_array_equal(
+            call(SMALL, "encode", params, images[k : k + 1]), codes[k : k + 1]
+        )
+        alone = decode(SMALL, params, codes[k : k + 1])
+        np.testing.assert_allclose(alone, shown[k : k + 1], atol=1e-5)
 
 
 def test_chunks_give_what_the_whole_gives(params):
     module = vq.VQModel(SMALL)
     pixels = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 3)).astype(np.uint8)
     whole = np.asarray(call(SMALL, "encode", params, tokenizer.to_unit(pixels)))
-    shown = np.asarray(tokenizer.to_uint8(decode(SMALL, params, whole)))
+    shown = np.asarray(tokenizer.to_uint8(decode(SMALL, params, whole, (4, 4))))
     assert np.ptp(shown) > 50
-    for chunk in (0, 2, 3):
+    for chunk in (2, 7):
         codes = frozen.encode_images(module, params, pixels, chunk)
         assert codes.dtype == np.int32
         np.testing.assert_array_equal(codes, whole)
@@ -504,39 +519,43 @@ def test_chunks_give_what_the_whole_gives(params):
 
 
 def test_bfloat16_decodes_close_to_float32(params):
-    codes = np.random.RandomState(0).randint(0, 50, (2, 16))
+    codes = random_codes(3, 24)
     exact = decode(SMALL, params, codes)
-    rough = decode(SMALL, params, codes, None, "bfloat16")
+    rough = decode(SMALL, params, codes, GRID, "bfloat16")
     assert exact.dtype == rough.dtype == jnp.float32
     difference = np.abs(rough - exact)
     assert 0 < difference.mean() < 0.02 and difference.max() < 0.2
 
 
 def test_decoded_images_are_clipped(params):
-    loud = params | {"decoder": params["decoder"] | {
-        "conv_out": jax.tree.map(lambda x: 5 * x, params["decoder"]["conv_out"])
-    }}  # fmt: skip
-    codes = np.arange(16)[None]
+    codes = random_codes(3, 24)
+    last = params["decoder"]["conv_out"]
+    loud = params | {
+        "decoder": params["decoder"] | {"conv_out": jax.tree.map(lambda x: 5 * x, last)}
+    }
     images = decode(SMALL, loud, codes)
     assert images.min() == -1 and images.max() == 1
-    raw = call(SMALL, "decode_unclipped", loud, codes)
-    assert np.abs(raw).max() > 1.5
-    np.testing.assert_allclose(images, np.clip(raw, -1, 1), atol=1e-4)
+    raw = call(SMALL, "decode_unclipped", loud, codes[:, :16])
+    assert raw.shape == (3, 8, 8, 3) and np.abs(raw).max() > 1.5
 
 
-def test_images_of_any_shape_that_tokens_tile(params):
-    images = random_images(2, 6, 10, 3)
-    module, variables = vq.VQModel(SMALL), {"params": params}
+def test_images_need_not_be_square(params):
+    images = random_images(*SHAPE)
     codes = call(SMALL, "encode", params, images)
-    assert codes.shape == (2, 15)
     shown = call(SMALL, "__call__", params, images)
-    assert shown.shape == images.shape
-    np.testing.assert_allclose(shown, decode(SMALL, params, codes, (3, 5)), atol=1e-4)
-    assert decode(SMALL, params, codes, (5, 3)).shape == (2, 10, 6, 3)
-    with pytest.raises(ValueError, match="^15 codes an image do not fill a 3x3 grid\\b"):
-        module.apply(variables, codes, method="decode")
-    with pytest.raises(ValueError, match="^15 codes an image do not fill a 4x4 grid\\b"):
-        module.apply(variables, codes, (4, 4), method="decode")
+    assert shown.shape == SHAPE
+    np.testing.assert_allclose(shown, decode(SMALL, params, codes), atol=1e-4)
+    turned = decode(SMALL, params, codes, GRID[::-1])
+    assert turned.shape == (3, 12, 8, 3)
+
+
+@pytest.mark.parametrize("grid, told", [(None, "4x4"), ((5, 4), "5x4"), ((0, 24), "0x24")])
+def test_codes_that_fill_no_grid_are_refused(params, grid, told):
+    for method in ("decode", "decode_unclipped"):
+        with pytest.raises(ValueError) as error:
+            module = vq.VQModel(SMALL)
+            module.apply({"params": params}, random_codes(1, 24), grid, method=method)
+        assert str(error.value) == f"24 codes an image do not fill a {told} grid"
 
 
 @pytest.mark.parametrize(

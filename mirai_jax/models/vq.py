@@ -176,7 +176,9 @@ class _Codebook(nn.Module):
         square = jnp.sum(jnp.square(latents), axis=-1, keepdims=True)
         best = jnp.full(latents.shape[:-1], jnp.inf)
         code = jnp.zeros(latents.shape[:-1], jnp.int32)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
+        for wanted in range(0, len(rows), _ROWS_AT_ONCE):
+            # The last chunk is as long as the others: another shape rounds equal rows otherwise.
+            start = max(0, min(wanted, len(rows) - _ROWS_AT_ONCE))
             some = rows[start : start + _ROWS_AT_ONCE]
             # Highest precision: TPUs and GPUs would round the product enough to change codes.
             product = jnp.matmul(latents, some.T, precision=jax.lax.Precision.HIGHEST)
