@@ -44,7 +44,7 @@ def _grid(side: int, arguments: dict[str, Any]) -> tuple[int, int]:
     if not side:
         try:
             side = int(arguments["image_size"]) // int(arguments["downsample_size"])
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, ArithmeticError):
             side = 16
     if side < 1:
         raise ConfigError(f"--grid is {side}; it must be 1 or more")
@@ -127,6 +127,7 @@ def to_torch(
     else:
         made = _of_workdir(source, state, projectors)
     named = weights.to_state(made)
+    pathlib.Path(target).parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".safetensors":
         safetensors_file.write(target, named, {"format": "pt"})
     else:
@@ -150,10 +151,14 @@ def main(argv: list[str]) -> None:
         if len(argv) != 3:
             raise ConfigError("give SOURCE and TARGET; --help says more")
         _, source, target = argv
+        folder = os.path.isdir(source)
+        for flag in (_ENTRY, _GRID, _HEADS) if folder else (_STATE, _PROJECTORS):
+            if flag.present:
+                kind = "folder, which knows it" if folder else "file, not a workdir"
+                raise ConfigError(f"--{flag.name} has no meaning here: {source} is a {kind}")
         begin = time.monotonic()
         try:
-            pathlib.Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-            if os.path.isdir(source):
+            if folder:
                 made = to_torch(source, target, state=_STATE.value, projectors=_PROJECTORS.value)
             else:
                 made = from_torch(

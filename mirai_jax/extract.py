@@ -356,6 +356,8 @@ def draw_reconstructions(job: Job, count: int) -> pathlib.Path | None:
 
 def run(job: Job, process_index: int, process_count: int, shown: int) -> Manifest | None:
     """This host's share, and the end if it is the last. Returns the final manifest, or None."""
+    if job.manifest.complete:
+        return job.manifest
     mine = [k for k in range(job.num_shards) if k % process_count == process_index]
     sizes = {k: len(job.indices(k)) for k in mine}
     before = sum(sizes[k] for k in mine if job.part(k) is not None)
@@ -418,8 +420,7 @@ def main(argv: list[str]) -> None:
                 precision=_PRECISION.value,
                 num_workers=_WORKERS.value,
             )
-            complete = job.manifest.complete
-            made = job.manifest if complete else run(job, index, count, _SHOWN.value)
+            made = run(job, index, count, _SHOWN.value)
         except OSError as error:
             raise DataError(
                 f"{_OUT.value} cannot be written ({first_line(error)}); the same command goes on "

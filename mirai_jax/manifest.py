@@ -87,24 +87,53 @@ class Manifest:
             )
 
 
+_SHARD = {"name": str, "records": int, "sha256": str}
+_MANIFEST = {  # as JSON has them
+    "images": dict,
+    "crops": dict,
+    "tokenizer": dict,
+    "grid": list,
+    "vocab_size": int,
+    "class_names": list,
+    "images_per_shard": int,
+    "batch_size": int,
+    "precision": str,
+    "complete": bool,
+    "num_records": int,
+    "num_failed": int,
+    "shards": list,
+}
+
+
 def from_dict(tree: Any) -> Manifest:
     """Raises DataError for anything but what `to_dict` gives."""
+    _check_fields(tree, _MANIFEST)
+    for shard in tree["shards"]:
+        _check_fields(shard, _SHARD)
+    if [type(side) for side in tree["grid"]] != [int, int]:
+        raise DataError(f"not a manifest (grid is {tree['grid']!r:.100})")
+    if not all(type(name) is str for name in tree["class_names"]):
+        raise DataError("not a manifest (class_names must be text)")
     try:
-        tree = dict(tree)
-        shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
-        crops = CropSpec.from_dict(tree.pop("crops"))
-        height, width = tree.pop("grid")
-        names = tuple(tree.pop("class_names"))
-        made = Manifest(crops=crops, grid=(height, width), class_names=names, shards=shards, **tree)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        crops = CropSpec.from_dict(tree["crops"])
+    except DataError as error:
         raise DataError(f"not a manifest ({first_line(error)})") from error
-    for name, kind in (("complete", bool), ("num_records", int), ("images_per_shard", int),
-                       ("batch_size", int), ("vocab_size", int)):  # fmt: skip
-        if type(getattr(made, name)) is not kind:
-            raise DataError(f"not a manifest ({name} is {getattr(made, name)!r})")
-    if not all(type(name) is str for name in (*names, *(shard.name for shard in shards))):
-        raise DataError("not a manifest (names must be text)")
-    return made
+    parts = {
+        "crops": crops,
+        "grid": tuple(tree["grid"]),
+        "class_names": tuple(tree["class_names"]),
+        "shards": tuple(Shard(**shard) for shard in tree["shards"]),
+    }
+    return Manifest(**(tree | parts))
+
+
+def _check_fields(tree: Any, kinds: Mapping[str, type]) -> None:
+    if type(tree) is not dict or tree.keys() != kinds.keys():
+        found = ", ".join(map(repr, tree)) if type(tree) is dict else repr(tree)
+        raise DataError(f"not a manifest (fields {', '.join(kinds)} are wanted, not {found:.200})")
+    for name, kind in kinds.items():
+        if type(tree[name]) is not kind:
+            raise DataError(f"not a manifest ({name} is {tree[name]!r:.100})")
 
 
 def read(folder: str | os.PathLike[str]) -> Manifest | None:

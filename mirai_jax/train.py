@@ -197,6 +197,7 @@ class _Run:
                 self.writer.close()
         finally:
             self.checkpoints.close()
+            self.batches.close()
 
     def _loop(self, begin: int) -> None:
         settings, recipe = self.settings, self.parts.recipe

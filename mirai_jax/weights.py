@@ -132,16 +132,16 @@ def _generator_config(state: Arrays, grid: tuple[int, int], num_heads: int):
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     try:
         vocab_size, width = state["tok_embeddings.weight"].shape
-        rows = state["cls_embedding.embedding_table.weight"].shape[0]
+        rows, _ = state["cls_embedding.embedding_table.weight"].shape
     except (KeyError, ValueError) as error:
         raise ConfigError(f"not a class-conditional LlamaGen generator ({error})") from error
     if not num_heads:
         sizes = {(n, d): heads for n, heads, d in generator.SIZES.values()}
         num_heads = sizes.get((len(layers), width), 0)
-    if not num_heads or width % num_heads:
+    if num_heads < 1 or width % (4 * num_heads):
         raise ConfigError(
             f"num_heads is {num_heads}; a generator of {len(layers)} layers and width {width} is "
-            "none of the published sizes: it must be told, and divide the width"
+            "none of the published sizes: it must be told, and 4 * num_heads divide the width"
         )
     return generator.GeneratorConfig(
         num_layers=len(layers),

@@ -135,7 +135,7 @@ def test_tfds_without_a_network_says_what_to_do(monkeypatch):
     def unreachable():
         raise ConnectionError("no route to host\nand more lines")
 
-    monkeypatch.setattr(data, "_fashion_mnist_builder", unreachable)
+    monkeypatch.setattr(image_sets, "_fashion_mnist_builder", unreachable)
     with pytest.raises(errors.DataError) as error:
         image_sets.load_images("fashion_mnist", "tfds")
     assert "no route to host" in one_line(error) and "--config.data.path=FOLDER" in str(error.value)

@@ -88,17 +88,18 @@ def test_there_is_no_cycle():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_torch_and_tensorflow_are_imported_nowhere(module):
-    banned = {"torch", "tensorflow", "tf_keras", "keras", "torchvision"}
+    banned = {"torch", "torchvision", "safetensors", "tensorflow", "tf_keras", "keras"}
     assert not outside(module) & banned
     # These parts of clu import TensorFlow.
     assert not {n for n in imports(module) if "metric_writers" in n or "periodic_actions" in n}
 
 
-def test_nothing_imports_main_and_only_main_imports_train():
-    for module in MODULES:
-        assert f"{PACKAGE}.main" not in inside(module), module
-        if module != f"{PACKAGE}.main":
-            assert f"{PACKAGE}.train" not in inside(module), module
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_a_program_and_only_main_imports_train(module):
+    programs = {f"{PACKAGE}.{m}" for m in ("main", "convert", "extract", "train")}
+    assert programs <= set(MODULES)
+    expected = {f"{PACKAGE}.train"} if module == f"{PACKAGE}.main" else set()
+    assert inside(module) & programs == expected
 
 
 @pytest.mark.parametrize("module", MODELS)
@@ -116,15 +117,39 @@ def test_foresight_and_optimizer_import_nothing_of_the_project():
 
 
 def test_step_imports_models_foresight_and_optimizer_alone():
-    allowed = {f"{PACKAGE}.{m}" for m in ("models", "models.generator", "foresight", "optimizer")}
-    assert inside(f"{PACKAGE}.step") - {PACKAGE} <= allowed
+    allowed = {"models", "models.generator", "models.tokenizer", "foresight", "optimizer"}
+    assert {short(m) for m in inside(f"{PACKAGE}.step")} - {PACKAGE} <= allowed
 
 
-@pytest.mark.parametrize("module", ["data", "records"])
+# From files to batches: what runs in the data pipeline's own processes, which have no accelerator.
+DATA = {
+    "data": {"crops", "images", "records", "errors"},
+    "records": {"manifest", "errors"},
+    "manifest": {"crops", "errors"},
+    "images": {"image_sets", "errors"},
+    "image_sets": {"errors"},
+    "crops": {"errors"},
+    "errors": set(),
+}
+
+
+@pytest.mark.parametrize("module", DATA)
 def test_data_knows_no_model_and_no_accelerator(module):
-    allowed = {f"{PACKAGE}.{m}" for m in ("errors", "records")}
-    assert inside(f"{PACKAGE}.{module}") - {PACKAGE} <= allowed
-    assert not outside(f"{PACKAGE}.{module}") & {"jax", "flax", "optax"}
+    assert {short(m) for m in inside(f"{PACKAGE}.{module}")} - {PACKAGE} <= DATA[module]
+    assert DATA[module] <= DATA.keys()  # so that it holds for what they import in turn
+    assert not outside(f"{PACKAGE}.{module}") & {"jax", "flax", "optax", "orbax"}
+
+
+@pytest.mark.parametrize("module", ["safetensors_file", "torch_file", "torch_writer"])
+def test_file_formats_know_numpy_alone(module):
+    allowed = {"safetensors_file", "torch_file"}
+    assert {short(m) for m in inside(f"{PACKAGE}.{module}")} - {PACKAGE} <= allowed
+    assert outside(f"{PACKAGE}.{module}") - sys.stdlib_module_names <= {"numpy", "ml_dtypes"}
+
+
+def test_names_of_parameters_know_models_alone():
+    own = {short(m) for m in inside(f"{PACKAGE}.torch_names")} - {PACKAGE}
+    assert all(m.startswith("models.") for m in own)
 
 
 @pytest.mark.parametrize("module", ["sample", "evaluate"])
@@ -145,7 +170,7 @@ def test_the_package_never_imports_configs():
             assert not {m for m in inside(module) if m.startswith("configs")}, module
 
 
-def test_the_training_loop_loads_neither_torch_nor_tensorflow():
+def test_the_programs_load_neither_torch_nor_tensorflow():
     # Notes what is looked for and by whom: a machine without either shows an attempt as well.
     # tensorboardX is let off: it takes torch's arrays where torch is installed, and is fine without.
     program = """
@@ -160,7 +185,7 @@ class Watch:
         by = [package for package in by if package not in ("importlib", "__main__")]
         asked.add((by[0] if by else "", name))
 sys.meta_path.insert(0, Watch)
-import mirai_jax.train
+import mirai_jax.main, mirai_jax.convert, mirai_jax.extract  # their flags do not clash either
 assert ("mirai_jax", "mirai_jax.step") in asked
 print(*(f"{by}:{name}" for by, name in asked if name in ("torch", "tensorflow", "keras")))
 """

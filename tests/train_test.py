@@ -231,6 +231,25 @@ def test_a_pretrained_generator_teaches(tmp_path):
     assert not (tmp_path / "other").exists()  # a mistake leaves nothing that would stand in the way
 
 
+def test_cached_features_and_online_codes_train_alike(tmp_path):
+    """The teacher asked once before training, and the tokenizer asked in every step."""
+    metrics = []
+    for name, fields in (
+        ("plain", {}),
+        ("cached", {"teacher": {"cached": True}}),
+        ("online", {"data": {"codes": "online"}}),
+        ("both", {"teacher": {"cached": True}, "data": {"codes": "online"}}),
+    ):
+        config = tiny(mirai_i, num_steps=3, sample_every=0)
+        config.data.held_out = 4900  # 100 images are enough
+        config.foresight[0].start_epoch = 0.0
+        config.update(fields)
+        run(config, tmp_path / name)
+        metrics.append([list(entry.values()) for entry in without_speed(tmp_path / name)])
+    for other in metrics[1:]:
+        np.testing.assert_allclose(other, metrics[0], rtol=1e-5)
+
+
 def test_codes_without_a_path_say_how_to_make_them(tmp_path):
     config = llamagen.get_config("imagenet_b")
     with pytest.raises(DataError, match="python -m mirai_jax.extract"):

@@ -1,0 +1,103 @@
+"""Weights of `models.inception`: reads the published PyTorch file and maps its names."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from mirai_jax import torch_names, weights
+from mirai_jax.errors import ConfigError, first_line
+from mirai_jax.models.inception import BATCH_NORM_EPSILON, NUM_CLASSES, InceptionV3
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+# torch-fidelity publishes the same bytes as weights-inception-2015-12-05-6726825d.pth.
+SHA256_START = "6726825d"
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The published weights, as the tree to pass as `{'params': tree}` to `InceptionV3`.
+
+    Args:
+        path: the file at URL.
+
+    Raises:
+        ConfigError: no such file, or another one: numbers of other weights are no FID.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"there is no file {str(path)!r} of Inception-v3's weights, which FID, sFID and "
+            f"Inception Score need; it is {FILE}, published at {URL}"
+        )
+    found = weights.sha256_of_file(path)
+    if not found.startswith(SHA256_START):
+        raise ConfigError(
+            f"{path} has SHA-256 {found[:8]}...; that of {FILE} begins {SHA256_START}: fetch it "
+            f"again from {URL}"
+        )
+    state, _, _ = weights.read_state(path)
+    try:
+        return inception_from_torch(state)
+    except torch_names.NamesError as error:
+        raise ConfigError(f"{path}: {first_line(error)}") from error
+
+
+def inception_from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The state dict of pytorch-fid or torch-fidelity -> parameters of `InceptionV3`.
+
+    Args:
+        state: {name: array}. Counters `num_batches_tracked` and the auxiliary classifier
+            `AuxLogits.` are ignored; the scores' bias takes no part in any metric.
+
+    Returns:
+        Float32 arrays: kernels (h, w, in, out), batch normalisation folded in.
+
+    Raises:
+        torch_names.NamesError: names or shapes are not the network's; all of them are listed.
+    """
+    own = {
+        name: array
+        for name, array in state.items()
+        if not name.endswith(".num_batches_tracked") and not name.startswith("AuxLogits.")
+    }
+    kernels = _kernel_shapes()
+    expected = {"fc.bias": (NUM_CLASSES,)}
+    for path, shape in kernels.items():
+        name = ".".join(path)
+        if len(shape) == 2:
+            expected[f"{name}.weight"] = shape[::-1]
+            continue
+        height, width, inputs, outputs = shape
+        expected[f"{name}.conv.weight"] = (outputs, inputs, height, width)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            expected[f"{name}.bn.{part}"] = (outputs,)
+    torch_names.check_shapes(own, expected)
+
+    def array(name: str) -> np.ndarray:
+        return np.asarray(own[name], np.float64)
+
+    params = {}
+    for path, shape in kernels.items():
+        name = ".".join(path)
+        if len(shape) == 2:
+            params[*path, "kernel"] = array(f"{name}.weight").T
+            continue
+        scale = array(f"{name}.bn.weight") / np.sqrt(
+            array(f"{name}.bn.running_var") + BATCH_NORM_EPSILON
+        )
+        params[*path, "kernel"] = array(f"{name}.conv.weight").transpose(2, 3, 1, 0) * scale
+        params[*path, "bias"] = array(f"{name}.bn.bias") - array(f"{name}.bn.running_mean") * scale
+    return traverse_util.unflatten_dict(
+        {path: np.ascontiguousarray(value, np.float32) for path, value in params.items()}
+    )
+
+
+def _kernel_shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
+    """{path of a layer: shape of its kernel}, without allocating: 94 convolutions and 'fc'."""
+    image = jax.ShapeDtypeStruct((1, 299, 299, 3), np.uint8)
+    tree = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
+    flat = traverse_util.flatten_dict(tree)
+    return {path[:-1]: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}

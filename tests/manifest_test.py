@@ -1,0 +1,340 @@
+"""What a folder of shards says of itself, and how far a long work says it is."""
+
+import copy
+import dataclasses
+import io
+import json
+import pathlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirai_jax import manifest, progress
+from mirai_jax.crops import CropSpec
+from mirai_jax.errors import DataError
+from mirai_jax.manifest import Manifest, Shard
+
+WHOLE = Manifest(
+    images={"kind": "folder", "path": "images", "count": 17},
+    crops=CropSpec(image_size=24, crop_range=1.25, exif="apply"),
+    tokenizer={"checksum": "ab" * 32, "file": "vq.pt", "multipliers": [1, 2]},
+    grid=(6, 5),
+    vocab_size=64,
+    class_names=("cats", "dogs\n", "Eulen ü"),
+    images_per_shard=9,
+    batch_size=4,
+    precision="float32",
+    complete=True,
+    num_records=16,
+    num_failed=1,
+    shards=(Shard("codes-0.array_record", 9, "01" * 32), Shard("codes-1.array_record", 7, "")),
+)
+RESULT = ("complete", "num_records", "num_failed", "shards")
+BEGUN = dataclasses.replace(WHOLE, complete=False, num_records=0, num_failed=0, shards=())
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# The file -----------------------------------------------------------------------------------------
+
+text = st.text(max_size=9)
+numbers = st.integers(0, 2**40)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=6,
+)
+manifests = st.builds(
+    Manifest,
+    images=st.dictionaries(text, json_values, max_size=3),
+    crops=st.builds(
+        CropSpec,
+        image_size=st.integers(1, 4096),
+        crop_range=st.floats(1, 10) | st.integers(1, 10),
+        ten=st.booleans(),
+        exif=st.sampled_from(["ignore", "apply"]),
+    ),
+    tokenizer=st.dictionaries(text, json_values, max_size=3),
+    grid=st.tuples(numbers, numbers),
+    vocab_size=numbers,
+    class_names=st.lists(text, max_size=3).map(tuple),
+    images_per_shard=numbers,
+    batch_size=numbers,
+    precision=text,
+    complete=st.booleans(),
+    num_records=numbers,
+    num_failed=numbers,
+    shards=st.lists(st.builds(Shard, text, numbers, text), max_size=3).map(tuple),
+)
+
+
+@settings(deadline=None)
+@given(made=manifests)
+def test_any_manifest_survives_the_file(tmp_path_factory, made):
+    folder = tmp_path_factory.mktemp("folder")
+    manifest.write(folder, made)
+    assert files_in(folder) == ["manifest.json"]
+    assert manifest.read(folder) == made
+    assert made.differences(manifest.read(folder)) == []
+
+
+def test_a_folder_without_one(tmp_path):
+    assert manifest.read(tmp_path) is None
+    assert manifest.read(tmp_path / "nowhere") is None
+    (tmp_path / "file").write_text("")
+    assert manifest.read(tmp_path / "file") is None
+
+
+def test_the_home_folder_may_be_spelled_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    manifest.write(tmp_path, WHOLE)
+    assert manifest.read("~") == WHOLE
+
+
+def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    manifest.write(tmp_path, BEGUN)
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(TypeError):  # no JSON
+        manifest.write(tmp_path, dataclasses.replace(WHOLE, images={"a": object()}))
+    write_text = pathlib.Path.write_text
+
+    def disk_full(path, text, **options):
+        write_text(path, text[:20], **options)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_text", disk_full)
+        with pytest.raises(OSError, match="No space"):
+            manifest.write(tmp_path, WHOLE)
+    assert files_in(tmp_path) == ["manifest.json"]
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    with open(tmp_path / "manifest.json", "rb") as reading:
+        manifest.write(tmp_path, WHOLE)
+        assert reading.read() == before  # who had begun to read it goes on with the old one
+    assert files_in(tmp_path) == ["manifest.json"] and manifest.read(tmp_path) == WHOLE
+
+
+def refusal(folder):
+    with pytest.raises(DataError) as error:
+        manifest.read(folder)
+    message = str(error.value)
+    assert message.startswith(f"{folder / 'manifest.json'}") and "\n" not in message
+    assert len(message) < 600 + len(str(folder))
+    return message
+
+
+FIELDS = [field.name for field in dataclasses.fields(Manifest)]
+FOREIGN = ["", "{", "[]", "{}", "null", "3", '"text"', "NaN", '[["images", 1]]', "[" * 100_000]
+
+
+@pytest.mark.parametrize("raw", FOREIGN + ["\xff", '{"shards": [], "\\n": 1}', "1" * 5000])
+def test_another_file_of_that_name_is_refused(tmp_path, raw):
+    (tmp_path / "manifest.json").write_bytes(raw.encode("latin-1"))
+    refusal(tmp_path)
+
+
+def test_a_folder_of_that_name_is_refused(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    assert "cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_that_is_missing_or_of_another_kind_is_named(tmp_path, name):
+    file = tmp_path / "manifest.json"
+    tree = WHOLE.to_dict()
+    del tree[name]
+    file.write_text(json.dumps(tree))
+    assert name in refusal(tmp_path)
+    for wrong in (None, "ab", ["a", "b"], {"a": 1}, 1.5, True, 7):
+        if type(wrong) is not type(WHOLE.to_dict()[name]):
+            file.write_text(json.dumps(tree | {name: wrong}))
+            assert f"({name} is {wrong!r})" in refusal(tmp_path)
+    file.write_text(json.dumps(WHOLE.to_dict() | {"more": 1}))
+    assert "'more'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grid": [6]},
+        {"grid": [6, "5"]},
+        {"grid": [6, 5, 4]},
+        {"class_names": ["a", 3]},
+        {"shards": ["codes-0"]},
+        {"shards": [{"name": "a", "records": 1}]},
+        {"shards": [{"name": 3, "records": 1, "sha256": ""}]},
+        {"shards": [{"name": "a", "records": "1", "sha256": ""}]},
+        {"shards": [{"name": "a", "records": 1, "sha256": None}]},
+        {"crops": {"image_size": 0, "crop_range": 1.1, "ten": True, "exif": "ignore"}},
+        {"crops": {"image_size": 256}},
+    ],
+)
+def test_parts_that_are_wrong_are_refused(tmp_path, change):
+    (tmp_path / "manifest.json").write_text(json.dumps(WHOLE.to_dict() | change))
+    assert "not a manifest (" in refusal(tmp_path)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_damage_is_read_as_it_was_written_or_refused(data):
+    """Any one value of the file replaced by anything: never something half right."""
+    tree = copy.deepcopy(WHOLE.to_dict())
+    node, path = tree, []
+    while isinstance(node, dict | list) and node and (not path or data.draw(st.booleans())):
+        keys = sorted(node) if isinstance(node, dict) else range(len(node))
+        path.append((node, data.draw(st.sampled_from(list(keys)))))
+        node = node[path[-1][1]]
+    holder, key = path[-1]
+    holder[key] = data.draw(json_values)
+    try:
+        made = manifest.from_dict(json.loads(json.dumps(tree)))
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:
+        assert json.dumps(made.to_dict()) == json.dumps(tree)
+
+
+# What is asked of it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_fixes_the_bytes_is_compared_and_what_came_of_it_is_not(name):
+    others = {
+        "images": {"kind": "folder", "path": "images", "count": 18},
+        "crops": dataclasses.replace(WHOLE.crops, ten=False),
+        "tokenizer": WHOLE.tokenizer | {"checksum": "cd" * 32},
+        "grid": (5, 6),
+        "class_names": WHOLE.class_names[::-1],
+        "precision": "bfloat16",
+        "complete": False,
+        "shards": (),
+    }
+    old = getattr(WHOLE, name)
+    other = dataclasses.replace(
+        WHOLE, **{name: others.get(name, old + 1 if type(old) is int else 0)}
+    )
+    told = WHOLE.differences(other)
+    if name in RESULT:
+        assert told == []
+    else:
+        was, now = WHOLE.to_dict()[name], other.to_dict()[name]
+        assert told == [f"{name} was {was!r}, is {now!r}"] and was != now
+    assert WHOLE.differences(WHOLE) == BEGUN.differences(WHOLE) == []
+
+
+def test_tuples_and_lists_of_a_description_are_the_same():
+    other = dataclasses.replace(WHOLE, tokenizer=WHOLE.tokenizer | {"multipliers": (1, 2)})
+    assert WHOLE.differences(other) == []
+
+
+def test_several_differences_are_all_told():
+    other = dataclasses.replace(BEGUN, vocab_size=65, precision="x")
+    assert WHOLE.differences(other) == [
+        "vocab_size was 64, is 65",
+        "precision was 'float32', is 'x'",
+    ]
+
+
+def test_an_extraction_that_has_not_ended_is_told():
+    WHOLE.check_complete("codes")
+    with pytest.raises(DataError) as error:
+        BEGUN.check_complete("codes")
+    assert str(error.value).startswith("data.path 'codes' is an extraction that has not ended")
+    assert "python -m mirai_jax.extract" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "files, told",
+    [
+        ([], "2 missing, such as codes-0.array_record"),
+        (["codes-0.array_record"], "1 missing, such as codes-1.array_record"),
+        (
+            ["codes-1.array_record", "a", "codes-0.array_record", "b"],
+            "2 of another, such as a",
+        ),
+        (
+            ["codes-1.array_record", "b"],
+            "1 missing, such as codes-0.array_record; 1 of another, such as b",
+        ),
+    ],
+)
+def test_other_files_than_its_shards_are_told(files, told):
+    WHOLE.check_files("codes", ["codes-1.array_record", "codes-0.array_record"])
+    with pytest.raises(DataError) as error:
+        WHOLE.check_files("codes", files)
+    assert str(error.value) == (f"data.path 'codes' must hold the 2 shards of its manifest: {told}")
+
+
+# Progress -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test turns: clock[0] seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_line_tells_number_speed_and_time_left(clock):
+    shown = progress.Progress(12_500, "images", stream=None)
+    assert shown.line() == "0/12,500 images  0.0 images/s"
+    clock[0] += 10
+    assert shown.line() == "0/12,500 images  0.0 images/s"
+    shown.advance(1000)
+    shown.advance(500)
+    assert shown.line() == "1,500/12,500 images  150.0 images/s  1m13s left"
+    clock[0] += 90
+    shown.advance(11_000)
+    assert shown.line() == "12,500/12,500 images  125.0 images/s"
+
+
+def test_what_was_done_before_is_no_speed(clock):
+    shown = progress.Progress(1000, "crops", done=900, stream=None)
+    clock[0] += 5
+    assert shown.line() == "900/1,000 crops  0.0 crops/s"
+    shown.advance(10)
+    assert shown.line() == "910/1,000 crops  2.0 crops/s  45s left"
+
+
+def test_nothing_is_shown_without_a_stream(clock, capsys):
+    shown = progress.Progress(10, "images", stream=None)
+    clock[0] += 1000
+    shown.advance(5)
+    shown.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_file_gets_a_line_now_and_then(clock):
+    stream = io.StringIO()
+    shown = progress.Progress(100, "images", stream=stream)
+    for _ in range(65):
+        clock[0] += 1
+        shown.advance(1)
+    assert stream.getvalue() == (
+        "30/100 images  1.0 images/s  1m10s left\n60/100 images  1.0 images/s  40s left\n"
+    )
+    shown.close()
+    assert stream.getvalue().splitlines()[2:] == ["65/100 images  1.0 images/s  35s left"]
+
+
+def test_a_terminal_gets_one_line_that_renews_itself(clock):
+    stream = Terminal()
+    shown = progress.Progress(4, "images", stream=stream)
+    for _ in range(4):
+        clock[0] += 0.25
+        shown.advance(1)
+    shown.close()
+    assert stream.getvalue() == (
+        "\r\033[K2/4 images  4.0 images/s  0s left"
+        "\r\033[K4/4 images  4.0 images/s"
+        "\r\033[K4/4 images  4.0 images/s\n"
+    )
