@@ -16,7 +16,7 @@ from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import TEACHERS
 from mirai_jax.models.vq import MULTIPLIERS, VQConfig
 from mirai_jax.optimizer import SCHEDULES, OptimizerConfig
-from mirai_jax.sample import SampleOptions
+from mirai_jax.sampler import SampleOptions
 
 SMALL_SETS = ("mnist", "fashion_mnist")
 PATCH = 14  # pixels a side of a patch of every DINOv2

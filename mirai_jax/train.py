@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from mirai_jax import codebook, evaluate, fields, foresight, frozen, report, sample, sharding
+from mirai_jax import codebook, fields, foresight, frozen, report, sampler, sharding
 from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import Checkpoints
 from mirai_jax.errors import ConfigError
+from mirai_jax.judge import agreement, fit_judge
 from mirai_jax.parts import Parts, build, labelled_images
 from mirai_jax.progress import duration
 from mirai_jax.step import TrainState, init_state, make_train_step
@@ -41,11 +42,11 @@ def draw(
     for start in range(0, len(labels), chunk):
         indices = np.arange(start, start + chunk)
         some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
-        codes = sample.generate(
+        codes = sampler.generate(
             parts.recipe.generator,
             ema,
             jnp.asarray(some),
-            sample.image_keys(key, indices),
+            sampler.image_keys(key, indices),
             parts.settings.sample,
         )
         images.append(frozen.decode_codes(parts.tokenizer, parts.tokenizer_params, codes))
@@ -64,16 +65,16 @@ def draw_grid(parts: Parts, ema: Any) -> np.ndarray:
 def judge_samples(parts: Parts, ema: Any) -> dict[str, float]:
     """Agreement of a classifier of the real images with the class asked for, and its own limits."""
     settings = parts.settings
-    judge = evaluate.fit_judge(parts.images.images, parts.images.labels)
+    judge = fit_judge(parts.images.images, parts.images.labels)
     labels = np.arange(settings.judged_samples, dtype=np.int32) % settings.generator.num_classes
     key = jax.random.fold_in(jax.random.key(settings.seed), 2)
-    result = {"samples": evaluate.agreement(judge, draw(parts, ema, labels, key), labels)}
+    result = {"samples": agreement(judge, draw(parts, ema, labels, key), labels)}
     held_out = labelled_images(settings, "held_out")
     if len(held_out.labels):
         codes = frozen.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
         decoded = frozen.decode_codes(parts.tokenizer, parts.tokenizer_params, codes)
-        result["real"] = evaluate.agreement(judge, held_out.images, held_out.labels)
-        result["real_through_tokenizer"] = evaluate.agreement(judge, decoded, held_out.labels)
+        result["real"] = agreement(judge, held_out.images, held_out.labels)
+        result["real_through_tokenizer"] = agreement(judge, decoded, held_out.labels)
     return result
 
 

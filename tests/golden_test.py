@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from mirai_jax import foresight, sample, step, torch_names
+from mirai_jax import foresight, sampler, step, torch_names
 from mirai_jax.models import dinov2, vq
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
@@ -141,19 +141,19 @@ def test_sampling(path):
     assert greedy and filtered
     for name in greedy:  # greedy_cfg3_interval100
         guidance, _, interval = name.removeprefix("greedy_cfg").partition("_interval")
-        options = sample.SampleOptions(
+        options = sampler.SampleOptions(
             guidance=float(guidance), interval=int(interval or -1), greedy=True
         )
-        codes = sample.generate(config, params, labels, keys, options)
+        codes = sampler.generate(config, params, labels, keys, options)
         np.testing.assert_array_equal(codes, data[name], err_msg=name)
     for name in filtered:  # probs_topk20_topp0.9_temp1.3
         fields = dict(zip(("top_k", "top_p", "temperature"), name.split("_")[1:], strict=True))
-        options = sample.SampleOptions(
+        options = sampler.SampleOptions(
             top_k=int(fields["top_k"].removeprefix("topk")),
             top_p=float(fields["top_p"].removeprefix("topp")),
             temperature=float(fields["temperature"].removeprefix("temp")),
         )
-        probabilities = jax.nn.softmax(sample.filter_logits(jnp.asarray(data["logits"]), options))
+        probabilities = jax.nn.softmax(sampler.filter_logits(jnp.asarray(data["logits"]), options))
         np.testing.assert_allclose(probabilities, data[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 

@@ -152,7 +152,7 @@ def test_names_of_parameters_know_models_alone():
     assert all(m.startswith("models.") for m in own)
 
 
-@pytest.mark.parametrize("module", ["sample", "evaluate"])
+@pytest.mark.parametrize("module", ["sampler", "judge", "metrics"])
 def test_sampling_and_evaluation_know_models_alone(module):
     own = {short(m) for m in inside(f"{PACKAGE}.{module}")} - {PACKAGE}
     assert all(m.startswith("models") or m == "errors" for m in own)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import foresight, sample, sharding, step, torch_names
+from mirai_jax import foresight, sampler, sharding, step, torch_names
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
@@ -239,10 +239,10 @@ def test_inference_after_training_with_foresight_is_the_plain_generators():
         assert jax.tree.map(jnp.shape, trained) == jax.tree.map(jnp.shape, plain)
     names = torch_names.generator_to_torch(CONFIG, ema)  # strict: LlamaGen's names and no others
     assert not any("projector" in name for name in names)
-    keys = sample.image_keys(jax.random.key(0), np.arange(2))
-    options = sample.SampleOptions(guidance=2.0)
-    codes = sample.generate(CONFIG, ema, jnp.array([0, 3]), keys, options)
-    again = sample.generate(
+    keys = sampler.image_keys(jax.random.key(0), np.arange(2))
+    options = sampler.SampleOptions(guidance=2.0)
+    codes = sampler.generate(CONFIG, ema, jnp.array([0, 3]), keys, options)
+    again = sampler.generate(
         CONFIG, torch_names.generator_from_torch(CONFIG, names), jnp.array([0, 3]), keys, options
     )
     assert codes.shape == (2, CONFIG.length)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import sample
+from mirai_jax import sampler
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.sample import SampleOptions
+from mirai_jax.sampler import SampleOptions
 
 CONFIG = GeneratorConfig(
     num_layers=2, num_heads=2, width=32, vocab_size=24, num_classes=5, grid=(3, 4)
@@ -31,7 +31,7 @@ def params():
 
 @functools.cache
 def keys(count, seed=0):
-    return sample.image_keys(jax.random.key(seed), np.arange(count))
+    return sampler.image_keys(jax.random.key(seed), np.arange(count))
 
 
 def labels(count):
@@ -63,7 +63,7 @@ def naive(config, params, labels_B, keys_B, options):
         if options.guidance > 1 and guided:
             free = full_logits(config, params, codes, null)[:, position]
             logits = free + options.guidance * (logits - free)
-        logits = sample.filter_logits(logits, options)
+        logits = sampler.filter_logits(logits, options)
         for image in range(count):
             key = jax.random.fold_in(keys_B[image], position)
             drawn = jax.random.categorical(key, logits[image])
@@ -84,7 +84,7 @@ def naive(config, params, labels_B, keys_B, options):
     ids=str,
 )
 def test_cached_sampling_is_naive_sampling_token_for_token(params, options):
-    codes = sample.generate(CONFIG, params, labels(4), keys(4), options)
+    codes = sampler.generate(CONFIG, params, labels(4), keys(4), options)
     assert codes.shape == (4, CONFIG.length) and codes.dtype == jnp.int32
     np.testing.assert_array_equal(codes, naive(CONFIG, params, labels(4), keys(4), options))
     assert len(np.unique(codes)) > 3
@@ -93,7 +93,7 @@ def test_cached_sampling_is_naive_sampling_token_for_token(params, options):
 def test_interval_guides_the_first_token_and_those_within_it(params):
     def draw(interval, guidance=4.0):
         options = SampleOptions(guidance=guidance, interval=interval, greedy=True)
-        return np.asarray(sample.generate(CONFIG, params, labels(8), keys(8), options))
+        return np.asarray(sampler.generate(CONFIG, params, labels(8), keys(8), options))
 
     always, first = draw(-1), draw(0)
     np.testing.assert_array_equal(always[:, :2], first[:, :2])  # t = 0 (always) and t - 1 <= 0
@@ -104,20 +104,20 @@ def test_interval_guides_the_first_token_and_those_within_it(params):
 
 def test_an_image_does_not_depend_on_the_batch_it_is_in(params):
     options = SampleOptions(guidance=2.0, top_p=0.9)
-    eight = sample.generate(CONFIG, params, labels(8), keys(8), options)
-    two = sample.generate(CONFIG, params, labels(2), keys(2), options)
+    eight = sampler.generate(CONFIG, params, labels(8), keys(8), options)
+    two = sampler.generate(CONFIG, params, labels(2), keys(2), options)
     np.testing.assert_array_equal(two, eight[:2])
-    late = sample.image_keys(jax.random.key(0), np.array([7, 3]))
-    some = sample.generate(CONFIG, params, labels(8)[np.array([7, 3])], late, options)
+    late = sampler.image_keys(jax.random.key(0), np.array([7, 3]))
+    some = sampler.generate(CONFIG, params, labels(8)[np.array([7, 3])], late, options)
     np.testing.assert_array_equal(some, eight[np.array([7, 3])])
-    other = sample.generate(CONFIG, params, labels(8), keys(8, seed=1), options)
+    other = sampler.generate(CONFIG, params, labels(8), keys(8, seed=1), options)
     assert (other != eight).any(axis=1).all()
 
 
 def test_bfloat16_samples(params):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     options = SampleOptions(guidance=2.0)
-    codes = np.asarray(sample.generate(config, params, labels(2), keys(2), options))
+    codes = np.asarray(sampler.generate(config, params, labels(2), keys(2), options))
     assert codes.shape == (2, CONFIG.length) and codes.dtype == np.int32
     assert codes.min() >= 0 and codes.max() < CONFIG.vocab_size
 
@@ -126,9 +126,9 @@ def test_drawn_tokens_have_the_models_probabilities(params):
     count = 2000
     options = SampleOptions(temperature=0.8, top_k=4)
     one = jnp.full(count, 2)
-    first = np.asarray(sample.generate(CONFIG, params, one, keys(count), options))[:, 0]
+    first = np.asarray(sampler.generate(CONFIG, params, one, keys(count), options))[:, 0]
     logits = full_logits(CONFIG, params, np.zeros((1, CONFIG.length), np.int32), one[:1])[:, 0]
-    expected = jax.nn.softmax(sample.filter_logits(logits, options))[0]
+    expected = jax.nn.softmax(sampler.filter_logits(logits, options))[0]
     seen = np.bincount(first, minlength=CONFIG.vocab_size) / count
     np.testing.assert_allclose(seen, expected, atol=0.05)
     assert (np.asarray(expected)[first] > 0).all()
@@ -160,7 +160,7 @@ def test_filters_equal_brute_force(top_k, top_p):
     for temperature in (0.5, 1.0, 2.0):
         options = SampleOptions(top_k=top_k, top_p=top_p, temperature=temperature)
         expected = [brute_force_filter(row.astype(np.float64), options) for row in logits]
-        got = sample.filter_logits(jnp.asarray(logits), options)
+        got = sampler.filter_logits(jnp.asarray(logits), options)
         np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
         np.testing.assert_allclose(got, expected, rtol=1e-6)
         assert np.isfinite(got).any(axis=1).all()  # something can always be drawn
@@ -168,14 +168,14 @@ def test_filters_equal_brute_force(top_k, top_p):
 
 def test_without_filters_logits_stay_as_they_are():
     logits = jnp.asarray(np.random.RandomState(0).normal(size=(2, 9)), jnp.float32)
-    np.testing.assert_array_equal(sample.filter_logits(logits, SampleOptions()), logits)
+    np.testing.assert_array_equal(sampler.filter_logits(logits, SampleOptions()), logits)
 
 
 def test_ties_at_the_edge_are_kept_together():
     logits = jnp.asarray([[1.0, 3.0, 1.0, 0.0, 1.0]])
-    kept = np.isfinite(sample.filter_logits(logits, SampleOptions(top_k=2)))
+    kept = np.isfinite(sampler.filter_logits(logits, SampleOptions(top_k=2)))
     np.testing.assert_array_equal(kept, [[True, True, True, False, True]])
-    flat = sample.filter_logits(jnp.zeros((1, 8)), SampleOptions(top_p=0.1))
+    flat = sampler.filter_logits(jnp.zeros((1, 8)), SampleOptions(top_p=0.1))
     assert np.isfinite(flat).all()
 
 
@@ -186,10 +186,10 @@ def test_guidance_without_a_null_class_is_refused(params):
     config = dataclasses.replace(CONFIG, class_dropout=0.0)
     given = {**params, "cls_embedding": {"embedding": params["cls_embedding"]["embedding"][:-1]}}
     with pytest.raises(ValueError, match="sample.guidance is 2.0, but the generator has no null"):
-        sample.generate(config, given, labels(2), keys(2), SampleOptions(guidance=2.0))
-    codes = sample.generate(config, given, labels(2), keys(2), SampleOptions())
+        sampler.generate(config, given, labels(2), keys(2), SampleOptions(guidance=2.0))
+    codes = sampler.generate(config, given, labels(2), keys(2), SampleOptions())
     np.testing.assert_array_equal(
-        codes, sample.generate(CONFIG, params, labels(2), keys(2), SampleOptions())
+        codes, sampler.generate(CONFIG, params, labels(2), keys(2), SampleOptions())
     )
 
 
