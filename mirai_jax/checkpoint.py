@@ -74,17 +74,23 @@ class Checkpoints:
         state = self._read(step, abstract, data=grain.checkpoint.CheckpointRestore(data))
         return state.replace(key=jax.random.wrap_key_data(state.key))
 
-    def restore_weights(self) -> tuple[Any, int]:
-        """{'params', 'ema'} of the newest checkpoint, as host arrays, and its step.
+    def restore_weights(self, step: int | None = None) -> tuple[Any, int]:
+        """{'params', 'ema'} of a checkpoint (default: the newest) as host arrays, and its step.
 
         They may have been saved on any number of devices.
 
         Raises:
             ConfigError: there is no checkpoint, or it cannot be read.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
             raise ConfigError(f"{self._folder} holds no checkpoint yet")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise ConfigError(
+                f"{self._folder} holds no checkpoint of step {step}; its steps are "
+                f"{', '.join(map(str, steps))}"
+            )
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),

@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+import jax
 from absl import flags, logging
 
 from mirai_jax.errors import ConfigError, DataError, first_line
@@ -25,3 +26,18 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
         sys.exit(f"error: {first_line(error)}")
     except KeyboardInterrupt:
         sys.exit(interrupted)
+
+
+def share(process_index: int | None, process_count: int | None) -> tuple[int, int]:
+    """Which share of a work this process does: (index, count), as the flags say or as JAX knows.
+
+    Raises:
+        ConfigError: there is no such share.
+    """
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if not 0 <= index < count:
+        raise ConfigError(
+            f"--process_index is {index}; it must be 0 to {count - 1}, below --process_count"
+        )
+    return index, count

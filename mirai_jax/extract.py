@@ -392,15 +392,6 @@ def _summary(job: Job, made: Manifest) -> str:
     return f"{text}; every name: {job.out / 'report.json'}"
 
 
-def _process() -> tuple[int, int]:
-    """(index, count) of the hosts that share the work."""
-    index = jax.process_index() if _INDEX.value is None else _INDEX.value
-    count = jax.process_count() if _COUNT.value is None else _COUNT.value
-    if not 0 <= index < count:
-        raise ConfigError(f"--process_index is {index}; it must be 0 to {count - 1}")
-    return index, count
-
-
 def main(argv: list[str]) -> None:
     with cli.program(interrupted="interrupted; the same command goes on where it stopped"):
         if len(argv) > 1:
@@ -408,7 +399,7 @@ def main(argv: list[str]) -> None:
         for flag in (_IMAGES, _TOKENIZER, _OUT):
             if not flag.value:
                 raise ConfigError(f"--{flag.name} is missing; --help says what it is")
-        index, count = _process()
+        index, count = cli.share(_INDEX.value, _COUNT.value)
         try:
             job = prepare(
                 _IMAGES.value,

@@ -63,6 +63,39 @@ def make_codebook(
         raise ConfigError(first_line(error)) from error
 
 
+def load_codebook(settings: Settings, workdir: str) -> tuple[tokenizer.PatchCodebook, Any]:
+    """The patch codebook that a run fitted.
+
+    Raises:
+        ConfigError: it is not there, or damaged.
+    """
+    path = pathlib.Path(workdir) / "tokenizer.npz"
+    try:
+        params = codebook.load_params(path)
+        rows = params["codebook"]
+        channels = rows.shape[1] // settings.tokenizer.patch**2
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(f"{path} holds no codebook ({first_line(error)})") from error
+    side = settings.tokenizer.image_size
+    module = tokenizer.PatchCodebook(
+        vocab_size=len(rows),
+        image_size=(side, side),
+        patch=settings.tokenizer.patch,
+        channels=channels,
+    )
+    return module, params
+
+
+def load_vq_file(field: str, path: str) -> tuple[vq.VQModel, Any]:
+    """A convolutional tokenizer, float32.
+
+    Raises:
+        ConfigError: no such file, or another network.
+    """
+    loaded = weights.load(field, path, "tokenizer")
+    return vq.VQModel(loaded.config), jax.tree.map(_float32, loaded.params)
+
+
 def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
     """The convolutional tokenizer of `tokenizer.path`.
 
@@ -70,8 +103,8 @@ def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
         ConfigError: no such file, another network, or another vocabulary.
     """
     name, path = settings.tokenizer.name, settings.tokenizer.path
-    loaded = weights.load("tokenizer.path", path, "tokenizer")
-    config = loaded.config
+    module, params = load_vq_file("tokenizer.path", path)
+    config = module.config
     if config.multipliers != vq.MULTIPLIERS[name]:
         raise ConfigError(
             f"tokenizer.path is {path!r}, of levels {config.multipliers}; {name!r} has "
@@ -82,7 +115,7 @@ def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
             f"model.vocab_size is {settings.generator.vocab_size}; it must be "
             f"{config.vocab_size}, the codes of {path}"
         )
-    return vq.VQModel(config), jax.tree.map(_float32, loaded.params)
+    return module, params
 
 
 def _float32(array: Any) -> np.ndarray:
@@ -179,8 +212,23 @@ def teacher_features(module: nn.Module, params: Any, images_NxHxWxC: np.ndarray)
 # Pretrained generators ----------------------------------------------------------------------------
 
 
-def read_run(field: str, workdir: str) -> tuple[Settings, Any, int]:
-    """The newest checkpoint of a finished or running workdir.
+def read_settings(field: str, workdir: str) -> Settings:
+    """The config of a workdir.
+
+    Raises:
+        ConfigError: it is not the workdir of a run.
+    """
+    try:
+        raw = json.loads((pathlib.Path(workdir) / "config.json").read_text())
+        # Its mesh is of no interest here: one device satisfies any other check.
+        raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
+        return config_lib.read(raw, num_devices=1)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{field} is {workdir!r}, not the workdir of a run ({error})") from error
+
+
+def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Settings, Any, int]:
+    """A checkpoint, the newest unless `step` is given, of a finished or running workdir.
 
     Returns:
         Its settings; {'params': {'generator', 'foresight'}, 'ema'} as host arrays; its step.
@@ -188,19 +236,13 @@ def read_run(field: str, workdir: str) -> tuple[Settings, Any, int]:
     Raises:
         ConfigError: no such run, or no checkpoint.
     """
-    folder = pathlib.Path(workdir)
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        # Its mesh is of no interest here: one device satisfies any other check.
-        raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
-        settings = config_lib.read(raw, num_devices=1)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{field} is {workdir!r}, not the workdir of a run ({error})") from error
-    if not (folder / "checkpoints").is_dir():
+    settings = read_settings(field, workdir)
+    folder = pathlib.Path(workdir) / "checkpoints"
+    if not folder.is_dir():
         raise ConfigError(f"{field} is {workdir!r}, a run without a checkpoint yet")
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder)
     try:
-        return settings, *checkpoints.restore_weights()
+        return settings, *checkpoints.restore_weights(step)
     finally:
         checkpoints.close()
 

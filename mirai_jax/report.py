@@ -1,7 +1,7 @@
 """Pictures: sample grids and the summary figure of a run."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,5 +94,44 @@ def summary_figure(
         axes[-1].imshow(grid_HxWx3)
         axes[-1].set_title("Samples of the EMA, one class a row")
         axes[-1].axis("off")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def sweep_figure(
+    path: pathlib.Path, rows: Sequence[dict[str, Any]], titles: Mapping[str, str]
+) -> None:
+    """Distance against guidance, and precision against recall, of samples at several scales.
+
+    Args:
+        path: the PNG to write.
+        rows: each with 'protocol' (its 'guidance') and 'metrics'.
+        titles: what to call each metric.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = sorted(rows, key=lambda row: row["protocol"]["guidance"])
+    scales = [row["protocol"]["guidance"] for row in rows]
+    names = list(rows[0]["metrics"])
+    precision = next((n for n in names if n.endswith("precision")), None)
+    recall = next((n for n in names if n.endswith("recall")), None)
+    figure, axes = plt.subplots(1, 2 if precision else 1, figsize=(11, 4.5), layout="constrained")
+    axes = np.atleast_1d(axes)
+    axes[0].plot(scales, [row["metrics"][names[0]] for row in rows], "o-")
+    axes[0].set(xlabel="guidance scale", ylabel=titles[names[0]], title="Distance: less is better")
+    if precision:
+        across = [row["metrics"][recall] for row in rows]
+        up = [row["metrics"][precision] for row in rows]
+        axes[1].plot(across, up, "o-")
+        for x, y, scale in zip(across, up, scales, strict=True):
+            axes[1].annotate(f"{scale:g}", (x, y), xytext=(5, 5), textcoords="offset points")
+        axes[1].set(
+            xlabel=titles[recall], ylabel=titles[precision], title="Each point: a guidance scale"
+        )
+    for axis in axes:
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,0 +1,349 @@
+"""FID, sFID, Inception Score, precision and recall: `python -m mirai_jax.evaluate`.
+
+    python -m mirai_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz \\
+        --inception=pt_inception-2015-12-05-6726825d.pth
+    python -m mirai_jax.evaluate --samples=RUN/sampled/a,RUN/sampled/b --reference=data:RUN:held_out
+
+Samples and reference are .npz files (`arr_0`, uint8 N x H x W x 3), folders of `mirai_jax.sample` or
+of image files, or data:WORKDIR:train and data:WORKDIR:held_out, the real images of a run on a small
+set. A reference .npz may also hold statistics (mu, sigma, mu_s, sigma_s), which then count, as in
+ADM's evaluator, whose definitions these are (evaluations/evaluator.py).
+
+Without Inception's weights the distance, precision and recall are over EfficientNet-Lite0's pooled
+features: good for comparing runs here, another number than FID, and never called that.
+
+Writes results.json, with how the samples were drawn beside each number; of samples at several
+guidance scales also sweep.png.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mirai_jax import (
+    cli,
+    config,
+    frozen,
+    image_sets,
+    image_streams,
+    inception_weights,
+    metrics,
+    pretrained,
+    report,
+    weights,
+)
+from mirai_jax.errors import ConfigError, DataError, first_line
+from mirai_jax.image_streams import ImageStream
+from mirai_jax.models.features import EfficientNetLite0
+from mirai_jax.models.inception import InceptionV3
+from mirai_jax.progress import Progress
+from mirai_jax.workdir import write_atomically
+
+_SAMPLES = flags.DEFINE_list("samples", [], "What to judge; several give a row each.")
+_REFERENCE = flags.DEFINE_string("reference", None, "Real images, or a .npz with statistics.")
+_INCEPTION = flags.DEFINE_string(
+    "inception", "", f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used."
+)
+_OUT = flags.DEFINE_string("out", None, "Folder of results.json; default: that of the samples.")
+_BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once on each device.")
+_SAVE = flags.DEFINE_string("save_statistics", None, "Also write the reference's moments, a .npz.")
+
+
+@dataclasses.dataclass
+class Features:
+    """Of one set of images.
+
+    Attributes:
+        moments: of the pooled features.
+        spatial: of the spatial features (Inception only).
+        pooled: float32 (N, D), for precision and recall; None where there are statistics alone.
+        probabilities: float32 (N, 1008) (Inception only).
+    """
+
+    moments: Any
+    spatial: Any = None
+    pooled: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Mean and covariance that were read from a file."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def warning(self) -> None:
+        return None
+
+
+class Network:
+    """A feature network over all local devices: uint8 images -> pooled, spatial, probabilities."""
+
+    def __init__(self, inception: str, batch_size: int):
+        devices = jax.local_devices()
+        mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+        self._rows = NamedSharding(mesh, P("batch"))
+        self.batch = batch_size * len(devices)
+        self.is_inception = bool(inception)
+        if inception:
+            params, apply = inception_weights.load(inception), _inception
+        else:
+            params, apply = pretrained.load_efficientnet_lite0(), _efficientnet
+        self._params = jax.device_put(params, NamedSharding(mesh, P()))
+        self._apply = jax.jit(apply)
+
+    def __call__(self, images_BxHxWx3: np.ndarray) -> tuple[np.ndarray, ...]:
+        """At most `batch` images; they are filled up to it, so that one program serves all."""
+        filled = np.resize(images_BxHxWx3, (self.batch, *images_BxHxWx3.shape[1:]))
+        out = self._apply(self._params, jax.device_put(filled, self._rows))
+        return tuple(np.asarray(part)[: len(images_BxHxWx3)] for part in out)
+
+    def features(self, stream: ImageStream) -> Features:
+        """Of a whole stream; holds the features, not the images."""
+        moments, spatial = metrics.Moments(), metrics.Moments()
+        pooled, probabilities = [], []
+        progress = Progress(stream.count, "images")
+        try:
+            for images in stream.chunks(self.batch):
+                parts = self(images)
+                moments.add(parts[0])
+                pooled.append(parts[0])
+                if self.is_inception:
+                    spatial.add(parts[1])
+                    probabilities.append(parts[2])
+                progress.advance(len(images))
+        finally:
+            progress.close()
+        made = Features(moments, pooled=np.concatenate(pooled))
+        if self.is_inception:
+            made.spatial, made.probabilities = spatial, np.concatenate(probabilities)
+        return made
+
+
+def _inception(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+    out = InceptionV3().apply({"params": params}, images)
+    return out.pool, out.spatial, out.probabilities
+
+
+def _efficientnet(params: Any, images: jax.Array) -> tuple[jax.Array]:
+    """Pooled features of images enlarged or reduced to 224 pixels a side."""
+    images = images.astype(jnp.float32) / 255
+    images = jax.image.resize(images, (len(images), 224, 224, 3), "linear", antialias=True)
+    return (EfficientNetLite0().apply({"params": params}, images),)
+
+
+def open_images(spec: str) -> ImageStream:
+    """A file or folder, or data:WORKDIR:train|held_out.
+
+    Raises:
+        DataError, ConfigError: one line.
+    """
+    if not spec.startswith("data:"):
+        return image_streams.open_stream(spec)
+    workdir, _, split = spec.removeprefix("data:").rpartition(":")
+    if split not in ("train", "held_out") or not workdir:
+        raise DataError(f"{spec} must be data:WORKDIR:train or data:WORKDIR:held_out")
+    settings = frozen.read_settings(spec, workdir)
+    if settings.data.name not in config.SMALL_SETS:
+        raise DataError(f"{spec}: that run's images are not in memory; give their folder or .npz")
+    data = settings.data
+    found = image_sets.load_images(
+        data.name, data.path, split, settings.tokenizer.image_size, data.held_out
+    )
+    if not len(found.images):
+        raise DataError(f"{spec}: that run holds no images out (data.held_out is 0)")
+    return image_streams.of_array(spec, found.images)
+
+
+def reference_features(network: Network, spec: str) -> Features:
+    """Of the reference; stored statistics count before those of its images, as with ADM.
+
+    Raises:
+        DataError, ConfigError: one line.
+    """
+    stored = {} if spec.startswith("data:") else image_streams.statistics(spec)
+    if not network.is_inception:
+        stored = {}  # they are Inception's
+    if stored and not {"mu", "sigma"} <= stored.keys():
+        raise DataError(f"{spec} holds {', '.join(stored)}; it must hold mu and sigma together")
+    if stored and not {"mu_s", "sigma_s"} <= stored.keys():
+        raise DataError(
+            f"{spec} holds no spatial statistics (mu_s, sigma_s), which sFID needs; compute them "
+            "from the images themselves"
+        )
+    if stored or image_streams.has_images(spec):
+        has_images = image_streams.has_images(spec)
+        made = network.features(open_images(spec)) if has_images else Features(None)
+        if stored:
+            made.moments = Stored(stored["mu"], stored["sigma"])
+            made.spatial = Stored(stored["mu_s"], stored["sigma_s"])
+        return made
+    raise DataError(
+        f"{spec} holds neither images (arr_0) nor "
+        + ("statistics" if network.is_inception else "anything that EfficientNet-Lite0 can use")
+    )
+
+
+def compare(network: Network, samples: Features, reference: Features) -> dict[str, float]:
+    """Every metric that the two have features for."""
+
+    def distance(mine: Any, real: Any) -> float:
+        return metrics.frechet_distance(mine.mean, mine.covariance, real.mean, real.covariance)
+
+    first = "fid" if network.is_inception else "frechet_efficientnet_lite0"
+    found = {first: distance(samples.moments, reference.moments)}
+    prefix = "" if network.is_inception else "efficientnet_lite0_"
+    if network.is_inception:
+        found["sfid"] = distance(samples.spatial, reference.spatial)
+        score, deviation = metrics.inception_score(samples.probabilities)
+        found |= {"inception_score": score, "inception_score_std": deviation}
+    if reference.pooled is not None:
+        precision, recall = metrics.precision_recall(reference.pooled, samples.pooled)
+        found |= {f"{prefix}precision": precision, f"{prefix}recall": recall}
+    return found
+
+
+_TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "IS",
+    "inception_score_std": "IS std",
+    "frechet_efficientnet_lite0": "Fréchet (EfficientNet-Lite0)",
+    "precision": "precision",
+    "recall": "recall",
+    "efficientnet_lite0_precision": "precision (EfficientNet-Lite0)",
+    "efficientnet_lite0_recall": "recall (EfficientNet-Lite0)",
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, which reads well on a screen too."""
+    names = [n for n in _TITLES if n in rows[0]["metrics"]]
+    head = ["samples", "images", *(_TITLES[n] for n in names)]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        values = [f"{row['metrics'][n]:.4g}" for n in names]
+        lines.append([row["samples"], f"{row['num_images']:,}", *values])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _protocol(spec: str) -> dict[str, Any]:
+    """How `mirai_jax.sample` drew them, where it did."""
+    folder = pathlib.Path(spec) if os.path.isdir(spec) else pathlib.Path(spec).parent
+    try:
+        return json.loads((folder / "protocol.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _checksum(spec: str) -> str:
+    path = os.path.join(spec, "samples.npz") if os.path.isdir(spec) else spec
+    return weights.sha256_of_file(path) if os.path.isfile(path) else ""
+
+
+def run(samples: list[str], reference: str, inception: str, batch_size: int) -> dict[str, Any]:
+    """Evaluates each of `samples`; what results.json holds, and the reference's features.
+
+    Raises:
+        DataError, ConfigError: one line, before any work where it can be told then.
+    """
+    if not samples or not reference:
+        raise ConfigError("--samples and --reference are needed; --help says what they may be")
+    if batch_size < 1:
+        raise ConfigError(f"--batch_size is {batch_size}; it must be 1 or more")
+    streams = [open_images(spec) for spec in samples]
+    if image_streams.has_images(reference):
+        real = open_images(reference)
+        for stream in streams:
+            if stream.size != real.size:
+                raise DataError(
+                    f"{stream.name} holds images of {stream.size[0]}x{stream.size[1]}, "
+                    f"{real.name} of {real.size[0]}x{real.size[1]}; they must be of one size"
+                )
+    for stream in streams:
+        if stream.count < 2:
+            raise DataError(f"{stream.name} holds {stream.count} image; it must be 2 or more")
+    network = Network(inception, batch_size)
+    print(f"reference: {reference}", flush=True)
+    real = reference_features(network, reference)
+    rows = []
+    for spec, stream in zip(samples, streams, strict=True):
+        print(f"samples: {spec}, {stream.count:,} images", flush=True)
+        mine = network.features(stream)
+        for which, features in (("samples", mine), ("reference", real)):
+            if warning := features.moments.warning():
+                print(f"warning: {which}: {warning}", flush=True)
+        rows.append(
+            {
+                "samples": spec,
+                "num_images": stream.count,
+                "sha256": _checksum(spec),
+                "metrics": compare(network, mine, real),
+                "protocol": _protocol(spec),
+            }
+        )
+    return {
+        "features": "inception-v3 2015-12-05" if inception else "efficientnet-lite0",
+        "reference": reference,
+        "reference_sha256": _checksum(reference),
+        "rows": rows,
+        "_reference": real,
+    }
+
+
+def _save_statistics(path: str, real: Features) -> None:
+    arrays = {"mu": real.moments.mean, "sigma": real.moments.covariance}
+    if real.spatial is not None:
+        arrays |= {"mu_s": real.spatial.mean, "sigma_s": real.spatial.covariance}
+    unfinished = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.unlink(unfinished)
+
+
+def _out(samples: list[str]) -> pathlib.Path:
+    if _OUT.value:
+        return pathlib.Path(_OUT.value)
+    first = pathlib.Path(samples[0])
+    folder = first if first.is_dir() else first.parent
+    return folder if len(samples) == 1 else folder.parent
+
+
+def main(argv: list[str]) -> None:
+    with cli.program(interrupted="interrupted"):
+        if len(argv) > 1:
+            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+        try:
+            results = run(_SAMPLES.value, _REFERENCE.value, _INCEPTION.value, _BATCH.value)
+            real = results.pop("_reference")
+            if _SAVE.value:
+                _save_statistics(_SAVE.value, real)
+            out = _out(_SAMPLES.value)
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+        except OSError as error:
+            raise DataError(f"cannot be written ({first_line(error)})") from error
+        print(table(results["rows"]))
+        scales = [row["protocol"].get("guidance") for row in results["rows"]]
+        if None not in scales and len(set(scales)) > 1:
+            report.sweep_figure(out / "sweep.png", results["rows"], _TITLES)
+            print(f"curves: {out / 'sweep.png'}")
+        print(f"written: {out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    app.run(main)

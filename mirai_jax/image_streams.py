@@ -1,0 +1,176 @@
+"""Images to evaluate, in bounded memory: .npz files as ADM's evaluator reads them, and folders."""
+
+import dataclasses
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mirai_jax import crops, images
+from mirai_jax.errors import DataError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStream:
+    """A set of images of one size.
+
+    Attributes:
+        name: what the user calls it.
+        count: N.
+        size: (height, width) in pixels.
+        chunks: gives uint8 (at most n, H, W, 3), in order; begins anew at each call.
+    """
+
+    name: str
+    count: int
+    size: tuple[int, int]
+    chunks: Callable[[int], Iterator[np.ndarray]]
+
+
+def of_array(name: str, pixels_NxHxWxC: np.ndarray) -> ImageStream:
+    """Images in memory: uint8, 1 or 3 channels.
+
+    Raises:
+        DataError: another shape or type.
+    """
+    _check(name, pixels_NxHxWxC.shape, pixels_NxHxWxC.dtype)
+
+    def chunks(count: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(pixels_NxHxWxC), count):
+            yield _in_colour(pixels_NxHxWxC[start : start + count])
+
+    return ImageStream(name, len(pixels_NxHxWxC), pixels_NxHxWxC.shape[1:3], chunks)
+
+
+def open_stream(path: str) -> ImageStream:
+    """A .npz with `arr_0`, or a folder of image files (those of `images.SUFFIXES`, at any depth).
+
+    A folder with a samples.npz, as `mirai_jax.sample` writes them, stands for that file.
+
+    Raises:
+        DataError: one line: no such thing, floats, another shape, no image, mixed sizes, damage.
+    """
+    if os.path.isdir(path):
+        samples = os.path.join(path, "samples.npz")
+        if os.path.isfile(samples):
+            return _of_npz(samples)
+        if os.path.isfile(os.path.join(path, "protocol.json")):
+            raise DataError(f"{path} holds samples that are not finished: draw the rest first")
+        return _of_folder(path)
+    if not os.path.isfile(path):
+        raise DataError(f"{path} is neither a file nor a folder")
+    return _of_npz(path)
+
+
+def statistics(path: str) -> dict[str, np.ndarray]:
+    """The stored moments of a .npz: those of 'mu', 'sigma', 'mu_s', 'sigma_s' that are there."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = [n for n in ("mu", "sigma", "mu_s", "sigma_s") if n in file.files]
+            return {name: np.asarray(file[name], np.float64) for name in names}
+    except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
+        raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
+
+
+def has_images(path: str) -> bool:
+    """Whether a .npz holds images, not statistics alone; anything else is said to."""
+    if not os.path.isfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "arr_0.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return True  # opening it will say what is wrong
+
+
+def _check(name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    if dtype != np.uint8:
+        raise DataError(f"{name} holds {dtype} images; they must be uint8, 0 to 255")
+    if len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+        raise DataError(
+            f"{name} holds an array of shape {shape}; it must be (images, height, width, 3)"
+        )
+
+
+def _in_colour(pixels: np.ndarray) -> np.ndarray:
+    return pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def _of_npz(path: str) -> ImageStream:
+    def opened() -> tuple[Any, Any, tuple[int, ...], np.dtype]:
+        archive = zipfile.ZipFile(path)
+        file = archive.open("arr_0.npy")
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read(file)
+        if fortran:
+            raise ValueError("arr_0 is in Fortran order")
+        return archive, file, shape, dtype
+
+    try:
+        archive, file, shape, dtype = opened()
+        length = archive.getinfo("arr_0.npy").file_size - file.tell()
+        file.close()
+        archive.close()
+    except KeyError as error:
+        raise DataError(f"{path} holds no arr_0; it must be the images") from error
+    except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
+        raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
+    _check(path, shape, dtype)
+    if length != np.prod(shape, dtype=np.int64):
+        raise DataError(f"{path} is cut off: arr_0 says {shape}, its bytes are {length}")
+
+    def chunks(count: int) -> Iterator[np.ndarray]:
+        archive, file, _, _ = opened()
+        size = int(np.prod(shape[1:]))
+        with archive, file:
+            for start in range(0, shape[0], count):
+                some = min(count, shape[0] - start)
+                try:
+                    raw = file.read(some * size)
+                except Exception as error:
+                    raise DataError(f"{path} is damaged ({first_line(error)})") from error
+                yield _in_colour(np.frombuffer(raw, np.uint8).reshape(some, *shape[1:]))
+
+    return ImageStream(path, shape[0], shape[1:3], chunks)
+
+
+def _of_folder(path: str) -> ImageStream:
+    root = pathlib.Path(path)
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in images.SUFFIXES)
+    if not files:
+        raise DataError(f"{path} holds no image ({' '.join(images.SUFFIXES)})")
+    sizes: dict[tuple[int, int], pathlib.Path] = {}
+    for file in files:
+        try:
+            with Image.open(file) as image:  # the header alone
+                sizes.setdefault(image.size, file)
+        except Exception as error:  # Pillow raises a dozen kinds on damaged files
+            raise DataError(f"{file} is not an image ({first_line(error)})") from error
+        if len(sizes) > 1:
+            (one, first), (other, second) = sizes.items()
+            raise DataError(
+                f"{path} holds images of several sizes: {first.name} is {one[0]}x{one[1]}, "
+                f"{second.name} {other[0]}x{other[1]}; they must be of one"
+            )
+    ((width, height),) = sizes
+
+    def one(file: pathlib.Path) -> np.ndarray:
+        try:
+            return np.asarray(crops.decode(file.read_bytes())[0])
+        except DataError as error:
+            raise DataError(f"{file}: {first_line(error)}") from error
+
+    def chunks(count: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(files), count):
+            yield np.stack([one(file) for file in files[start : start + count]])
+
+    return ImageStream(path, len(files), (height, width), chunks)

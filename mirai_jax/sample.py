@@ -1,0 +1,409 @@
+"""Samples at scale: `python -m mirai_jax.sample --workdir=runs/mirai_e-imagenet_b`.
+
+    python -m mirai_jax.sample --workdir=RUN --num_images=50000 --guidance=2.0
+    python -m mirai_jax.sample --workdir=RUN --guidance=1.0,1.5,2.0,2.5       # a folder for each
+    python -m mirai_jax.sample --checkpoint=c2i_B_256.pt --tokenizer=vq_ds16_c2i.pt --out=samples
+
+A folder holds samples.npz (`arr_0`, uint8 N x H x W x 3, and `labels`: what the ADM evaluator reads),
+grid.png, and protocol.json: which weights, labels, seed and options. Image i depends on these and on
+i alone. A part of 500 images is kept when it is whole: the same command goes on after any stop, and
+ends with the same bytes. Several hosts share the work with `--process_index` of `--process_count`.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mirai_jax import cli, frozen, report, sampler, weights
+from mirai_jax.errors import ConfigError, DataError, first_line
+from mirai_jax.models import tokenizer as tokenizer_lib
+from mirai_jax.models.dinov2 import resize_bicubic
+from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.progress import Progress
+from mirai_jax.workdir import write_atomically
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint of the workdir; default: the newest.")
+_STATE = flags.DEFINE_enum("state", "ema", ("ema", "model"), "Which weights of the workdir.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Instead of a workdir: a generator's PyTorch file or converted folder."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Weights of the VQ tokenizer; default: the workdir's."
+)
+_OUT = flags.DEFINE_string("out", None, "Folder of the samples; default: one inside the workdir.")
+_NUM = flags.DEFINE_integer("num_images", 50_000, "Images to draw.")
+_LABELS = flags.DEFINE_string("labels", "random", "random, balanced, or class ids: 0,207,360.")
+_GUIDANCE = flags.DEFINE_list("guidance", ["2.0"], "One scale, or several: a folder for each.")
+_INTERVAL = flags.DEFINE_integer("interval", -1, "Guide tokens up to this one only; -1: all.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens that make up p; 1: all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of labels and tokens.")
+_SIZE = flags.DEFINE_integer("resize", 0, "Pixels a side of the images kept; 0: as decoded.")
+_BATCH = flags.DEFINE_integer("batch_size", 64, "Images drawn at once on each device.")
+_INDEX = flags.DEFINE_integer("process_index", None, "Which host this is; default: JAX's.")
+_COUNT = flags.DEFINE_integer("process_count", None, "How many hosts share the work.")
+
+_PART = 500  # images a file until all are there; fixed, so that stops leave no trace
+_GRID = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is sampled from.
+
+    Attributes:
+        config: of the generator.
+        params: its parameters, float32.
+        tokenizer: decodes.
+        tokenizer_params: its parameters.
+        about: where they came from, for the protocol.
+    """
+
+    config: GeneratorConfig
+    params: Any
+    tokenizer: Any
+    tokenizer_params: Any
+    about: dict[str, Any]
+
+
+def of_workdir(workdir: str, step: int | None, state: str, tokenizer_path: str | None) -> Source:
+    """A run's generator and tokenizer.
+
+    Raises:
+        ConfigError: no such run, checkpoint or tokenizer.
+    """
+    settings, saved, step = frozen.read_run("--workdir", workdir, step)
+    params = saved["ema"] if state == "ema" else saved["params"]["generator"]
+    if settings.data.in_memory:
+        if tokenizer_path:
+            raise ConfigError(f"--tokenizer is {tokenizer_path!r}; {workdir} has its own")
+        module, tokenizer_params = frozen.load_codebook(settings, workdir)
+    else:
+        path = tokenizer_path or settings.tokenizer.path
+        if not path:
+            raise ConfigError(
+                f"--tokenizer is missing and the run {workdir} names none: it must be the weights "
+                f"of {settings.tokenizer.name}"
+            )
+        settings = dataclasses.replace(
+            settings, tokenizer=dataclasses.replace(settings.tokenizer, path=path)
+        )
+        module, tokenizer_params = frozen.load_vq(settings)
+    about = {"workdir": os.path.basename(os.path.abspath(workdir)), "step": step, "state": state}
+    return Source(settings.generator, params, module, tokenizer_params, about)
+
+
+def of_checkpoint(path: str, tokenizer_path: str | None) -> Source:
+    """A converted or PyTorch generator with a VQ tokenizer.
+
+    Raises:
+        ConfigError: no such files, or they do not belong together.
+    """
+    if not tokenizer_path:
+        raise ConfigError("--tokenizer is missing; with --checkpoint it must be the VQ's weights")
+    loaded = weights.load("--checkpoint", path, "generator")
+    vq_module, vq_params = frozen.load_vq_file("--tokenizer", tokenizer_path)
+    if vq_module.vocab_size != loaded.config.vocab_size:
+        raise ConfigError(
+            f"--tokenizer is {tokenizer_path!r}, of {vq_module.vocab_size} codes; the generator "
+            f"has {loaded.config.vocab_size}"
+        )
+    about = {"checkpoint": os.path.basename(path), "entry": loaded.source.get("entry", "")}
+    params = jax.tree.map(lambda a: np.asarray(a, np.float32), loaded.params)
+    return Source(loaded.config, params, vq_module, vq_params, about)
+
+
+def make_labels(how: str, count: int, num_classes: int, seed: int) -> np.ndarray:
+    """int32 (count,); label i depends on `how`, the seed and i alone.
+
+    Raises:
+        ConfigError: neither 'random', 'balanced' nor class ids.
+    """
+    indices = np.arange(count)
+    if how == "balanced":
+        return (indices % num_classes).astype(np.int32)
+    if how == "random":
+        keys = sampler.image_keys(jax.random.fold_in(jax.random.key(seed), 1), indices)
+        return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys))
+    try:
+        ids = np.array([int(text) for text in how.split(",")], np.int64)
+    except (ValueError, OverflowError):
+        ids = np.array([-1])
+    if ids.min() < 0 or ids.max() >= num_classes:
+        raise ConfigError(
+            f"--labels is {how!r}; it must be random, balanced, or ids from 0 to {num_classes - 1}"
+        )
+    return ids[indices % len(ids)].astype(np.int32)
+
+
+class Painter:
+    """Draws images: (labels, indices) -> uint8, over all local devices.
+
+    Each device runs the same program on `batch_size` images, so that their number and what else is
+    drawn do not change an image.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        options: sampler.SampleOptions,
+        seed: int,
+        batch_size: int,
+        resize: int = 0,
+        devices: list[jax.Device] | None = None,
+    ):
+        devices = jax.local_devices() if devices is None else devices
+        mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+        self._source, self._batch = source, batch_size * len(devices)
+        self._params = jax.device_put(source.params, NamedSharding(mesh, P()))
+        self._key = jax.random.fold_in(jax.random.key(seed), 0)
+        draw = functools.partial(sampler.generate, source.config, options=options)
+        self._draw = jax.jit(
+            jax.shard_map(
+                draw, mesh=mesh, in_specs=(P(), P("batch"), P("batch")), out_specs=P("batch"),
+                check_vma=False,
+            )
+        )  # fmt: skip
+        self._pixels = jax.jit(functools.partial(_pixels, source.tokenizer, resize))
+        side = source.config.grid[0] * source.tokenizer.downsample
+        self._decoded = max(1, 2 * 512 * 512 // side**2)  # images decoded at once
+
+    def __call__(self, labels_N: np.ndarray, indices_N: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3)."""
+        count, codes = len(labels_N), []
+        for start in range(0, count, self._batch):
+            # A last batch is filled up: one shape, one compilation.
+            some = np.resize(indices_N[start : start + self._batch], self._batch)
+            labels = np.resize(labels_N[start : start + self._batch], self._batch)
+            keys = sampler.image_keys(self._key, some)
+            codes.append(self._draw(self._params, jnp.asarray(labels), keys))
+        codes = np.concatenate([np.asarray(c) for c in codes])[:count]
+        images = []
+        for start in range(0, count, self._decoded):
+            some = codes[start : start + self._decoded]
+            filled = np.resize(some, (self._decoded, some.shape[1]))
+            images.append(
+                np.asarray(self._pixels(self._source.tokenizer_params, filled))[: len(some)]
+            )
+        return np.concatenate(images)
+
+
+def _pixels(module: Any, resize: int, params: Any, codes_BxL: jax.Array) -> jax.Array:
+    images = module.apply({"params": params}, codes_BxL, method="decode")
+    if resize:
+        # As the official sampling script brings 384 to 256: torch's bicubic.
+        images = resize_bicubic(images, (resize, resize))
+    images = tokenizer_lib.to_uint8(images)
+    return jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One folder of samples."""
+
+    out: pathlib.Path
+    labels: np.ndarray
+    protocol: dict[str, Any]
+
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self.labels) // _PART)
+
+    def indices(self, k: int) -> np.ndarray:
+        return np.arange(k * _PART, min((k + 1) * _PART, len(self.labels)))
+
+    def part(self, k: int) -> pathlib.Path:
+        return self.out / "parts" / f"{k:05d}.npy"
+
+    @property
+    def samples(self) -> pathlib.Path:
+        return self.out / "samples.npz"
+
+
+def begin(out: pathlib.Path, labels: np.ndarray, protocol: dict[str, Any]) -> Job:
+    """Begins a folder of samples, or finds it begun.
+
+    Raises:
+        ConfigError: it holds samples of another protocol.
+    """
+    file, text = out / "protocol.json", json.dumps(protocol, indent=2) + "\n"
+    if file.exists():
+        try:
+            before = json.loads(file.read_text())
+        except ValueError:
+            before = {}
+        changed = [k for k in {**before, **protocol} if before.get(k) != protocol.get(k)]
+        if changed:
+            listed = "; ".join(
+                f"{k} was {before.get(k)!r}, is {protocol.get(k)!r}" for k in changed
+            )
+            raise ConfigError(f"{out} holds samples of another protocol: {listed}")
+    else:
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+    return Job(out, labels, protocol)
+
+
+def draw(job: Job, paint: Callable, parts: list[int], progress: Progress) -> None:
+    """Draws those of the parts that are not there."""
+    for k in parts:
+        if job.part(k).exists():
+            continue
+        indices = job.indices(k)
+        # Every part has the same number of images drawn, so that the last compiles nothing.
+        filled = np.resize(indices, _PART)
+        images = paint(job.labels[filled], filled)[: len(indices)]
+        unfinished = job.part(k).with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with open(unfinished, "wb") as file:
+                np.save(file, images)
+            os.replace(unfinished, job.part(k))
+        finally:
+            unfinished.unlink(missing_ok=True)
+        progress.advance(len(indices))
+
+
+def finish(job: Job) -> bool:
+    """Joins the parts if those of every host are there; holds one of them in memory at a time."""
+    if not all(job.part(k).exists() for k in range(job.num_parts)):
+        return False
+    shape = (len(job.labels), *np.load(job.part(0), mmap_mode="r").shape[1:])
+    unfinished = job.samples.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        # ZipInfo without a date: the same bytes whenever they are written.
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, about)
+                for k in range(job.num_parts):
+                    file.write(np.load(job.part(k)).tobytes())
+            with archive.open(zipfile.ZipInfo("labels.npy"), "w") as file:
+                np.lib.format.write_array(file, job.labels)
+        os.replace(unfinished, job.samples)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    some = np.load(job.part(0))[:_GRID]
+    rows = [str(i) for i in range(0, len(some) // 8 * 8, 8)]
+    if rows:
+        grid = report.sample_grid(some[: 8 * len(rows)], rows)
+        report.save_picture(job.out / "grid.png", grid)
+    shutil.rmtree(job.out / "parts", ignore_errors=True)
+    return True
+
+
+def _options(guidance: str) -> sampler.SampleOptions:
+    try:
+        return sampler.SampleOptions(
+            guidance=float(guidance),
+            interval=_INTERVAL.value,
+            temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
+            top_p=_TOP_P.value,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--guidance={guidance}: {first_line(error)}") from error
+
+
+def _source() -> Source:
+    if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
+        raise ConfigError("give either --workdir or --checkpoint")
+    if _WORKDIR.value is not None:
+        return of_workdir(_WORKDIR.value, _STEP.value, _STATE.value, _TOKENIZER.value)
+    for flag in (_STEP, _STATE):
+        if flag.present:
+            raise ConfigError(f"--{flag.name} has no meaning with --checkpoint")
+    return of_checkpoint(_CHECKPOINT.value, _TOKENIZER.value)
+
+
+def _folders(source: Source, options: list[sampler.SampleOptions]) -> list[pathlib.Path]:
+    names = [f"guidance_{o.guidance:g}" for o in options]
+    if _OUT.value:
+        out = pathlib.Path(_OUT.value)
+        return [out] if len(options) == 1 else [out / name for name in names]
+    if _WORKDIR.value is None:
+        raise ConfigError("--out is missing; with --checkpoint it must be a folder")
+    base = pathlib.Path(_WORKDIR.value) / "sampled"
+    return [base / f"step_{source.about['step']:07d}-{name}" for name in names]
+
+
+def run() -> None:
+    """What the flags say.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    for flag in (_NUM, _BATCH):
+        if flag.value < 1:
+            raise ConfigError(f"--{flag.name} is {flag.value}; it must be 1 or more")
+    index, count = cli.share(_INDEX.value, _COUNT.value)
+    options = [_options(text) for text in _GUIDANCE.value]
+    source = _source()
+    config = source.config
+    if not config.has_null_class and any(o.guidance > 1 for o in options):
+        raise ConfigError("--guidance is above 1; a generator without a null class takes 1 alone")
+    labels = make_labels(_LABELS.value, _NUM.value, config.num_classes, _SEED.value)
+    sums = {
+        "weights_sha256": weights.checksum(source.params),
+        "tokenizer_sha256": weights.checksum(source.tokenizer_params),
+    }
+    for option, out in zip(options, _folders(source, options), strict=True):
+        protocol = {
+            **source.about,
+            **sums,
+            "num_images": _NUM.value,
+            "labels": _LABELS.value,
+            "seed": _SEED.value,
+            **dataclasses.asdict(option),
+            "resize": _SIZE.value,
+        }
+        job = begin(out, labels, protocol)
+        if job.samples.exists():
+            print(f"{job.samples} is there already", flush=True)
+            continue
+        (out / "parts").mkdir(exist_ok=True)
+        mine = [k for k in range(job.num_parts) if k % count == index]
+        before = sum(len(job.indices(k)) for k in mine if job.part(k).exists())
+        total = sum(len(job.indices(k)) for k in mine)
+        if before:
+            print(f"{before:,} of {total:,} images were drawn before", flush=True)
+        print(f"guidance {option.guidance:g}: {total:,} images to {out}", flush=True)
+        progress = Progress(total, "images", before)
+        paint = Painter(source, option, _SEED.value, _BATCH.value, _SIZE.value)
+        try:
+            draw(job, paint, mine, progress)
+        finally:
+            progress.close()
+        if finish(job):
+            print(f"written: {job.samples}; look at {out / 'grid.png'}", flush=True)
+        else:
+            print("this share is done, others are not; the last to end writes samples.npz")
+
+
+def main(argv: list[str]) -> None:
+    interrupted = "interrupted; the same command goes on where it stopped"
+    with cli.program(interrupted=interrupted):
+        if len(argv) > 1:
+            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+        try:
+            run()
+        except OSError as error:
+            raise DataError(f"cannot be written ({first_line(error)})") from error
+
+
+if __name__ == "__main__":
+    app.run(main)
