@@ -111,21 +111,27 @@ class Network:
     def features(self, stream: ImageStream) -> Features:
         """Of a whole stream; holds the features, not the images."""
         moments, spatial = metrics.Moments(), metrics.Moments()
-        pooled, probabilities = [], []
+        pooled, probabilities, waiting = [], [], []
         progress = Progress(stream.count, "images")
         try:
             for images in stream.chunks(self.batch):
                 parts = self(images)
-                moments.add(parts[0])
                 pooled.append(parts[0])
                 if self.is_inception:
-                    spatial.add(parts[1])
+                    waiting.append(parts[1])
                     probabilities.append(parts[2])
+                # A thousand at a time: each addition passes over the whole covariance.
+                if sum(map(len, waiting)) >= 1000:
+                    spatial.add(np.concatenate(waiting))
+                    waiting = []
                 progress.advance(len(images))
         finally:
             progress.close()
         made = Features(moments, pooled=np.concatenate(pooled))
+        moments.add(made.pooled)
         if self.is_inception:
+            if waiting:
+                spatial.add(np.concatenate(waiting))
             made.spatial, made.probabilities = spatial, np.concatenate(probabilities)
         return made
 

@@ -1,8 +1,8 @@
 """Fréchet distance, Inception Score, precision and recall, of features: NumPy, in float64.
 
-The definitions are those of ADM's evaluator (openai/guided-diffusion, evaluations/evaluator.py); each
-docstring tells where that program's rounding, or its way with degenerate input, differs. Memory
-beyond the arguments does not grow with the number of images times their width.
+The definitions are those of ADM's evaluator (openai/guided-diffusion, evaluations/evaluator.py);
+each docstring tells where that program's rounding, or its way with degenerate input, differs.
+Memory beyond the arguments does not grow with the number of images times their width.
 """
 
 from collections.abc import Iterator
@@ -218,7 +218,7 @@ def precision_recall(
     50,000 fake ones.
 
     ADM rounds squared distances to float16 unless one overflows; here every decision is that of the
-    float64 sum of squared differences, so an ADM figure can differ in the third digit.
+    float64 sum of squared differences, so an ADM figure can differ in the third decimal.
 
     Args:
         features_real: (N, D).
@@ -235,7 +235,7 @@ def precision_recall(
     fake = _matrix("fake features", features_fake)
     if real.shape[1] != fake.shape[1]:
         raise DataError(
-            f"real features are {real.shape[1]} wide and fake ones {fake.shape[1]}: must be the same"
+            f"real features are {real.shape[1]} wide, fake ones {fake.shape[1]}: must be the same"
         )
     if k < 1:
         raise DataError(f"k {k} is out of range: allowed is 1 or more")
@@ -256,9 +256,9 @@ def precision_recall(
     return float(fake_inside.mean()), float(real_inside.mean())
 
 
-# Distances are squared. A matrix product gives all of a block at once, but cancels: two images that
-# are the same may come out apart, and ties break at random. So it only gives bounds, which say where
-# to compute the distance directly; what is decided is then what a direct loop over pairs decides.
+# Distances are squared. A matrix product gives all of a block at once, but cancels: images that are
+# the same may come out apart, and ties break at random. So it only gives bounds, which say where to
+# compute the distance directly; what is decided is then what a direct loop over pairs decides.
 
 
 def _lower_bounds(a_PxD: np.ndarray, b_QxD: np.ndarray) -> np.ndarray:
@@ -284,14 +284,14 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _radii(features_NxD: np.ndarray, centre_D: np.ndarray, k: int) -> np.ndarray:
     """Each image's squared distance to the k-th nearest other one, float64 (N,)."""
     count = len(features_NxD)
-    # The images of the lowest bounds: some more than k, so that a few ties need no second look.
-    lowest, images = np.full((count, 2 * k + 2), np.inf), np.zeros((count, 2 * k + 2), int)
+    kept = 2 * k + 2  # images of the lowest bounds: with some to spare, ties need no second look
+    lowest, images = np.full((count, kept), np.inf), np.zeros((count, kept), int)
 
     def keep(rows: slice, columns: slice, bounds: np.ndarray) -> None:
         values = np.concatenate([lowest[rows], bounds], axis=1)
-        among = np.argpartition(values, 2 * k + 1, axis=1)[:, : 2 * k + 2]
-        old = np.take_along_axis(images[rows], np.minimum(among, 2 * k + 1), axis=1)
-        images[rows] = np.where(among < 2 * k + 2, old, among - (2 * k + 2) + columns.start)
+        among = np.argpartition(values, kept - 1, axis=1)[:, :kept]
+        old = np.take_along_axis(images[rows], np.minimum(among, kept - 1), axis=1)
+        images[rows] = np.where(among < kept, old, among - kept + columns.start)
         lowest[rows] = np.take_along_axis(values, among, axis=1)
 
     for i in _blocks(count):
@@ -306,7 +306,7 @@ def _radii(features_NxD: np.ndarray, centre_D: np.ndarray, k: int) -> np.ndarray
                 keep(j, i, bounds.T)
             keep(i, j, bounds)
 
-    near = np.stack([_by_blocks(features_NxD, images[:, n]) for n in range(2 * k + 2)], axis=1)
+    near = np.stack([_by_blocks(features_NxD, images[:, n]) for n in range(kept)], axis=1)
     near[np.isinf(lowest)] = np.inf  # fewer others than that
     radii = np.partition(near, k - 1, axis=1)[:, k - 1]
     # All others are at least lowest.max() away. If that is less, they are needed as well.
@@ -352,11 +352,10 @@ def _blocks(count: int) -> Iterator[slice]:
 
 def _matrix(name: str, array: np.ndarray) -> np.ndarray:
     """The array, checked: two axes, finite numbers."""
-    array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(array)  # so that every sum along a row adds in one order
     if array.ndim != 2 or not array.shape[1] or not np.can_cast(array.dtype, np.float64):
         raise DataError(
-            f"{name} of {array.dtype} {array.shape}: allowed are real numbers of two axes, "
-            "(images, width)"
+            f"{name} of {array.dtype} {array.shape}: allowed are two axes of real numbers"
         )
     wrong = sum(
         np.count_nonzero(~(np.abs(array[rows].astype(np.float64)) <= _LARGEST))

@@ -445,7 +445,7 @@ def test_precision_and_recall_with_ties(rows, levels):
     width=st.integers(1, 4),
     k=st.integers(1, 3),
     offset=st.sampled_from([0.0, 0.1, 1e6 / 3]),
-    unit=st.sampled_from([1.0, 1e-3, 1e-170, 1e70]),
+    unit=st.sampled_from([1.0, 1e-3, 1e-161, 1e70]),
 )
 def test_precision_and_recall_of_anything(data, width, k, offset, unit):
     sizes = st.integers(k + 1, 12)
@@ -509,7 +509,7 @@ def test_the_smallest_sets():
 @pytest.mark.parametrize(
     "real, fake, k, message",
     [
-        (np.zeros((9, 2)), np.zeros((9, 3)), 3, "real features are 2 wide and fake ones 3"),
+        (np.zeros((9, 2)), np.zeros((9, 3)), 3, "real features are 2 wide, fake ones 3"),
         (np.zeros((9, 2, 2)), np.zeros((9, 4)), 3, r"real features of float64 \(9, 2, 2\)"),
         (np.zeros((9, 2)), np.full((9, 2), np.nan), 3, "fake features: 18 of 18 numbers are NaN"),
         (np.zeros((9, 2)), np.full((9, 2), 1e200), 3, "fake features: 18 of 18 .* above 1e100"),
