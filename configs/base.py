@@ -71,7 +71,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.path = ""  # folder of shards of codes (python -m mirai_jax.extract), or of IDX files;
     #                 'tfds' lets tfds fetch fashion_mnist
     data.images = ""  # where the images themselves are, for a teacher that looks at them and for
-    #                   codes made online: a folder with a folder a class, or tfds:NAME[:SPLIT]
+    #                   codes made online: a folder with a folder a class, tfds:NAME[:SPLIT], or
+    #                   grain:MODULE:SOURCE (see mirai_jax/images.py)
     data.codes = "stored"  # stored, or online: the tokenizer runs in the step, on the crop itself
     data.crop_range = 1.1  # online: crops are taken from the centre image_size * this, as stored
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
@@ -146,7 +147,7 @@ def term(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDi
         ((80.0, 0.5),) if published else ()
     )  # (epoch, multiplier) pairs: from that epoch on the weights times it
     t.projector_width = 2048 if published else 192  # hidden channels
-    t.checkpoint = ""  # workdir of the pretrained generator (source checkpoint)
+    t.checkpoint = ""  # the pretrained generator (source checkpoint): workdir, or its weights
     t.update(fields)
     return t
 

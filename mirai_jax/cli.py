@@ -28,12 +28,25 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
         sys.exit(interrupted)
 
 
+def flag_values(module: str) -> flags.FlagValues:
+    """Where a program defines its flags: on the command line, if it is the one that runs.
+
+    Where it is only imported they are its own, so that programs may share names.
+
+    Args:
+        module: its `__name__`.
+    """
+    return flags.FLAGS if module == "__main__" else flags.FlagValues()
+
+
 def share(process_index: int | None, process_count: int | None) -> tuple[int, int]:
     """Which share of a work this process does: (index, count), as the flags say or as JAX knows.
 
     Raises:
         ConfigError: there is no such share.
     """
+    if (process_index is None) != (process_count is None):
+        raise ConfigError("--process_index and --process_count go together; one is missing")
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
     if not 0 <= index < count:

@@ -1,12 +1,12 @@
 """The patch codebook of small data sets: fitting it by k-means, keeping it in a file."""
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
+from mirai_jax import files
 from mirai_jax.models import tokenizer
 
 # K-means over more patches than this changes the codebook's error by under a percent.
@@ -86,14 +86,8 @@ def save_params(path: str | os.PathLike[str], params: dict[str, Any]) -> None:
     for name, array in arrays.items():
         if array.dtype.kind == "V":  # bfloat16: .npz would give it back as raw bytes
             raise ValueError(f"parameter {name} is {array.dtype}, which .npz cannot keep")
-    path = pathlib.Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with files.replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mirai_jax.optimizer import SCHEDULES, OptimizerConfig
 from mirai_jax.sampler import SampleOptions
 
 SMALL_SETS = ("mnist", "fashion_mnist")
-PATCH = 14  # pixels a side of a patch of every DINOv2
+PATCH = 14  # pixels a side of a patch of every published DINOv2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,7 +434,7 @@ def _teacher(section: fields.Section, terms: tuple[foresight.Term, ...]) -> Teac
         )
     else:
         fields.require(
-            settings.image_size % PATCH == 0,
+            settings.name == "dinov2" or settings.image_size % PATCH == 0,
             section.name("image_size"),
             settings.image_size,
             f"a multiple of {PATCH}, DINOv2's patches (0: one patch a token)",

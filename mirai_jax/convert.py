@@ -8,7 +8,8 @@
 
 A source that is a file goes to a converted folder (see `weights`); a converted folder or a run's
 workdir goes to a .pt, .pth or .safetensors file. What a file is of is told by its names. Neither
-torch nor anything inside a file is ever run.
+torch nor anything inside a file is ever run. Of a tokenizer's file all is kept but the buffer
+`quantize.codebook_used`, a statistic of its training, which is written as zeros.
 """
 
 import collections
@@ -74,6 +75,11 @@ def from_torch(
         "entry": found,
         "sha256": weights.sha256_of_file(source),
     }
+    kind = weights.kind_of(state)
+    for flag, given, kinds in (("grid", grid, ("generator",)),
+                               ("num_heads", num_heads, ("generator", "teacher"))):  # fmt: skip
+        if given and kind and kind not in kinds:
+            raise ConfigError(f"--{flag} has no meaning here: {source} is a {kind}")
     side = _grid(grid, arguments)
     made = weights.from_state(state, about, grid=side, num_heads=num_heads)
     del state  # what is stacked has been copied
@@ -150,12 +156,14 @@ def main(argv: list[str]) -> None:
     with cli.program(torch_file.TorchFileError, safetensors_file.SafetensorsError):
         if len(argv) != 3:
             raise ConfigError("give SOURCE and TARGET; --help says more")
-        _, source, target = argv
-        folder = os.path.isdir(source)
-        for flag in (_ENTRY, _GRID, _HEADS) if folder else (_STATE, _PROJECTORS):
+        source, target = map(os.path.expanduser, argv[1:])
+        folder, converted = os.path.isdir(source), weights.is_converted(source)
+        for flag in (_ENTRY, _GRID, _HEADS) if folder else ():
             if flag.present:
-                kind = "folder, which knows it" if folder else "file, not a workdir"
-                raise ConfigError(f"--{flag.name} has no meaning here: {source} is a {kind}")
+                raise ConfigError(f"--{flag.name} has no meaning here: {source} knows it")
+        for flag in (_STATE, _PROJECTORS) if converted or not folder else ():
+            if flag.present:
+                raise ConfigError(f"--{flag.name} has no meaning here: {source} is no workdir")
         begin = time.monotonic()
         try:
             if folder:

@@ -34,6 +34,13 @@ class CropLoader:
     def __init__(self, images: ImageSource, spec: crops.CropSpec):
         self._images, self._spec = images, spec
 
+    def describe(self) -> dict:
+        """What it loads, ready for JSON. The name of a folder, which may move, is not part of it."""
+        told = {**self._images.describe(), "class_names": list(self._images.class_names)}
+        if told["kind"] == "folder":
+            told["name"] = ""
+        return {**told, "crops": self._spec.to_dict()}
+
     def __call__(self, key: str, crop: int) -> np.ndarray:
         """uint8 (S, S, 3).
 
@@ -49,18 +56,20 @@ class CropLoader:
 class OnlineImages:
     """Labels and keys of an image source, {'crops': C, 'label', 'key'}: images without codes."""
 
-    def __init__(self, images: ImageSource, spec: crops.CropSpec):
-        self._images, self._spec = images, spec
+    def __init__(self, images: ImageSource, spec: crops.CropSpec, num_classes: int):
+        self._images, self._spec, self._num_classes = images, spec, num_classes
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int | str]:
-        return {
-            "crops": self._spec.count,
-            "label": np.int32(self._images.label(index)),
-            "key": self._images.key(index),
-        }
+        key, label = self._images.key(index), self._images.label(index)
+        if not 0 <= label < self._num_classes:
+            raise DataError(
+                f"image {key!r} has label {label}: model.num_classes allows 0 to "
+                f"{self._num_classes - 1}"
+            )
+        return {"crops": self._spec.count, "label": np.int32(label), "key": key}
 
     def __repr__(self) -> str:
         return f"OnlineImages({len(self)} images)"

@@ -32,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 from mirai_jax import (
     cli,
     config,
+    files,
     frozen,
     image_sets,
     image_streams,
@@ -46,16 +47,32 @@ from mirai_jax.image_streams import ImageStream
 from mirai_jax.models.features import EfficientNetLite0
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.progress import Progress
-from mirai_jax.workdir import write_atomically
 
-_SAMPLES = flags.DEFINE_list("samples", [], "What to judge; several give a row each.")
-_REFERENCE = flags.DEFINE_string("reference", None, "Real images, or a .npz with statistics.")
-_INCEPTION = flags.DEFINE_string(
-    "inception", "", f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used."
+_FLAGS = cli.flag_values(__name__)
+_SAMPLES = flags.DEFINE_list(
+    "samples", [], "What to judge; several give a row each.", flag_values=_FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "Folder of results.json; default: that of the samples.")
-_BATCH = flags.DEFINE_integer("batch_size", 64, "Images at once on each device.")
-_SAVE = flags.DEFINE_string("save_statistics", None, "Also write the reference's moments, a .npz.")
+_REFERENCE = flags.DEFINE_string(
+    "reference", None, "Real images, or a .npz with statistics.", flag_values=_FLAGS
+)
+_INCEPTION = flags.DEFINE_string(
+    "inception",
+    "",
+    f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used.",
+    flag_values=_FLAGS,
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder of results.json; default: that of the samples.", flag_values=_FLAGS
+)
+_BATCH = flags.DEFINE_integer(
+    "batch_size", 64, "Images at once on each device.", flag_values=_FLAGS
+)
+_SAVE = flags.DEFINE_string(
+    "save_statistics", None, "Also write the reference's moments, a .npz.", flag_values=_FLAGS
+)
+
+_WIDTHS = {"mu": 2048, "mu_s": 2023}  # of Inception's features
+_FEWEST = 4  # images: each has a third neighbour
 
 
 @dataclasses.dataclass
@@ -171,15 +188,13 @@ def open_images(spec: str) -> ImageStream:
     return image_streams.of_array(spec, found.images)
 
 
-def reference_features(network: Network, spec: str) -> Features:
-    """Of the reference; stored statistics count before those of its images, as with ADM.
+def stored_statistics(spec: str) -> dict[str, np.ndarray]:
+    """Inception's statistics that a reference holds: all four, or none.
 
     Raises:
-        DataError, ConfigError: one line.
+        DataError: one line: some are missing, or are not of Inception's features.
     """
     stored = {} if spec.startswith("data:") else image_streams.statistics(spec)
-    if not network.is_inception:
-        stored = {}  # they are Inception's
     if stored and not {"mu", "sigma"} <= stored.keys():
         raise DataError(f"{spec} holds {', '.join(stored)}; it must hold mu and sigma together")
     if stored and not {"mu_s", "sigma_s"} <= stored.keys():
@@ -187,17 +202,23 @@ def reference_features(network: Network, spec: str) -> Features:
             f"{spec} holds no spatial statistics (mu_s, sigma_s), which sFID needs; compute them "
             "from the images themselves"
         )
-    if stored or image_streams.has_images(spec):
-        has_images = image_streams.has_images(spec)
-        made = network.features(open_images(spec)) if has_images else Features(None)
-        if stored:
-            made.moments = Stored(stored["mu"], stored["sigma"])
-            made.spatial = Stored(stored["mu_s"], stored["sigma_s"])
-        return made
-    raise DataError(
-        f"{spec} holds neither images (arr_0) nor "
-        + ("statistics" if network.is_inception else "anything that EfficientNet-Lite0 can use")
-    )
+    for name, width in _WIDTHS.items():
+        if stored and len(stored[name]) != width:
+            raise DataError(
+                f"{spec} holds {name} of {len(stored[name])} features; Inception's are {width}"
+            )
+    return stored
+
+
+def reference_features(
+    network: Network, stream: ImageStream | None, stored: dict[str, np.ndarray]
+) -> Features:
+    """Of the reference; stored statistics count before those of its images, as with ADM."""
+    made = network.features(stream) if stream else Features(None)
+    if stored:
+        made.moments = Stored(stored["mu"], stored["sigma"])
+        made.spatial = Stored(stored["mu_s"], stored["sigma_s"])
+    return made
 
 
 def compare(network: Network, samples: Features, reference: Features) -> dict[str, float]:
@@ -246,6 +267,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _protocol(spec: str) -> dict[str, Any]:
     """How `mirai_jax.sample` drew them, where it did."""
     folder = pathlib.Path(spec) if os.path.isdir(spec) else pathlib.Path(spec).parent
+    if not os.path.isdir(spec) and os.path.basename(spec) != "samples.npz":
+        return {}  # another file that lies beside them
     try:
         return json.loads((folder / "protocol.json").read_text())
     except (OSError, ValueError):
@@ -268,20 +291,28 @@ def run(samples: list[str], reference: str, inception: str, batch_size: int) -> 
     if batch_size < 1:
         raise ConfigError(f"--batch_size is {batch_size}; it must be 1 or more")
     streams = [open_images(spec) for spec in samples]
-    if image_streams.has_images(reference):
-        real = open_images(reference)
-        for stream in streams:
-            if stream.size != real.size:
-                raise DataError(
-                    f"{stream.name} holds images of {stream.size[0]}x{stream.size[1]}, "
-                    f"{real.name} of {real.size[0]}x{real.size[1]}; they must be of one size"
-                )
+    stored = stored_statistics(reference) if inception else {}
+    images = open_images(reference) if image_streams.has_images(reference) else None
+    if not stored and not images:
+        raise DataError(
+            f"{reference} holds neither images (arr_0) nor "
+            + ("statistics" if inception else "anything that EfficientNet-Lite0 can use")
+        )
     for stream in streams:
-        if stream.count < 2:
-            raise DataError(f"{stream.name} holds {stream.count} image; it must be 2 or more")
+        if images and stream.size != images.size:
+            raise DataError(
+                f"{stream.name} holds images of {stream.size[0]}x{stream.size[1]}, "
+                f"{images.name} of {images.size[0]}x{images.size[1]}; they must be of one size"
+            )
+    for stream in (*streams, *([images] if images else [])):
+        if stream.count < _FEWEST:
+            raise DataError(
+                f"{stream.name} holds {stream.count} image{'s' if stream.count > 1 else ''}; "
+                f"precision and recall need {_FEWEST} or more"
+            )
     network = Network(inception, batch_size)
     print(f"reference: {reference}", flush=True)
-    real = reference_features(network, reference)
+    real = reference_features(network, images, stored)
     rows = []
     for spec, stream in zip(samples, streams, strict=True):
         print(f"samples: {spec}, {stream.count:,} images", flush=True)
@@ -311,20 +342,16 @@ def _save_statistics(path: str, real: Features) -> None:
     arrays = {"mu": real.moments.mean, "sigma": real.moments.covariance}
     if real.spatial is not None:
         arrays |= {"mu_s": real.spatial.mean, "sigma_s": real.spatial.covariance}
-    unfinished = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.unlink(unfinished)
+    with files.replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def _out(samples: list[str]) -> pathlib.Path:
     if _OUT.value:
         return pathlib.Path(_OUT.value)
     first = pathlib.Path(samples[0])
+    if samples[0].startswith("data:"):
+        first = pathlib.Path(samples[0].removeprefix("data:").rpartition(":")[0])
     folder = first if first.is_dir() else first.parent
     return folder if len(samples) == 1 else folder.parent
 
@@ -333,6 +360,12 @@ def main(argv: list[str]) -> None:
     with cli.program(interrupted="interrupted"):
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+        if _SAVE.value and not _INCEPTION.value:
+            raise ConfigError("--save_statistics needs --inception: no other statistics are read")
+        if _SAVE.value and not os.path.isdir(os.path.dirname(_SAVE.value) or "."):
+            raise ConfigError(
+                f"--save_statistics is {_SAVE.value!r}, in a folder that is not there"
+            )
         try:
             results = run(_SAMPLES.value, _REFERENCE.value, _INCEPTION.value, _BATCH.value)
             real = results.pop("_reference")
@@ -340,7 +373,7 @@ def main(argv: list[str]) -> None:
                 _save_statistics(_SAVE.value, real)
             out = _out(_SAMPLES.value)
             out.mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+            files.write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
         except OSError as error:
             raise DataError(f"cannot be written ({first_line(error)})") from error
         print(table(results["rows"]))

@@ -4,8 +4,8 @@
 
 Every record holds the codes of all crops of one image, its label, and the key of the image, by which
 training finds it again. The folder also gets manifest.json (what was extracted from what),
-report.json (each image that is not in the shards, and each that was not plain RGB) and
-reconstructions.png (images beside what their codes decode to: look at it).
+report.json (each image that is not in the shards, and each that was neither RGB nor grey) and
+reconstructions.png (images above what their stored codes decode to: look at it).
 
 Shard k holds the k-th `images_per_shard` images of the source, in its order. A shard appears under
 its name when it is whole and has been read back; the same command goes on after any stop, and ends
@@ -29,8 +29,8 @@ from array_record.python import array_record_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import cli, frozen, manifest, records, report, weights
-from mirai_jax.crops import CropSpec, load_all_crops
+from mirai_jax import cli, coding, files, manifest, records, report, weights
+from mirai_jax.crops import CropSpec, load_all_crops, load_crop
 from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.images import open_images
 from mirai_jax.manifest import Manifest, Shard
@@ -51,7 +51,7 @@ _EXIF = flags.DEFINE_enum(
     "exif", "ignore", ("ignore", "apply"), "EXIF orientation; the official code ignores it."
 )
 _PER_SHARD = flags.DEFINE_integer("images_per_shard", 4096, "Images of the source a shard.")
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Images encoded together, with all their crops.")
+_BATCH = flags.DEFINE_integer("batch_size", 4, "Images encoded together, with all their crops.")
 _PRECISION = flags.DEFINE_enum(
     "precision", "float32", ("float32", "tensorfloat32", "bfloat16"),
     "Of the encoder's products; less is faster on GPU and TPU, and moves some codes.",
@@ -107,7 +107,7 @@ def prepare(
     crops: CropSpec,
     *,
     images_per_shard: int = 4096,
-    batch_size: int = 16,
+    batch_size: int = 4,
     precision: str = "float32",
     num_workers: int = 4,
 ) -> Job:
@@ -121,15 +121,20 @@ def prepare(
         if value < 1:
             raise ConfigError(f"--{name} is {value}; it must be 1 or more")
     loaded = weights.load("--tokenizer", tokenizer_path, "tokenizer")
-    module = vq.VQModel(loaded.config)
+    module = vq.VQModel(loaded.config, precision=precision)
     params = jax.tree.map(lambda a: np.asarray(a, np.float32), loaded.params)
     try:
         grid = module.grid((crops.image_size, crops.image_size))
     except ValueError as error:
         raise ConfigError(f"--image_size is {crops.image_size}: {error}") from error
-    if module.vocab_size > 2**16:
-        raise ConfigError(f"--tokenizer has {module.vocab_size} codes; shards keep 16 bits each")
+    if module.vocab_size > 2**16 or loaded.config.channels != 3:
+        raise ConfigError(
+            f"--tokenizer has {module.vocab_size} codes of {loaded.config.channels} channels; it "
+            "must have at most 65536, of 3"
+        )
     source = open_images(images)
+    if not len(source):
+        raise DataError(f"--images is {images!r}, which holds no image")
     shapes = {
         k: list(v) if isinstance(v, tuple) else v
         for k, v in dataclasses.asdict(loaded.config).items()
@@ -145,14 +150,16 @@ def prepare(
         batch_size=batch_size,
         precision=precision,
     )
-    folder = pathlib.Path(out)
+    folder = pathlib.Path(out).expanduser()
     before = manifest.read(folder)
     if before is None and folder.is_dir() and any(folder.glob("*.array_record")):
         raise ConfigError(f"--out is {out!r}, which holds shards without a manifest.json")
     if before is not None and (changed := before.differences(made)):
-        raise ConfigError(
-            f"--out is {out!r}, an extraction of something else: {'; '.join(changed)[:1000]}"
-        )
+        if any(folder.glob("*.array_record")) or any((folder / _PARTS).glob("*.json")):
+            raise ConfigError(
+                f"--out is {out!r}, an extraction of something else: {'; '.join(changed)[:1000]}"
+            )
+        before = None  # it came to nothing: out of memory, perhaps
     if before is None:
         folder.mkdir(parents=True, exist_ok=True)
         manifest.write(folder, made)
@@ -173,9 +180,8 @@ class Encoder:
         self._encode = jax.jit(self._codes)
 
     def _codes(self, params: Any, crops_BxSxSx3: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision(self._job.manifest.precision):
-            images = tokenizer.to_unit(crops_BxSxSx3)
-            return self._job.module.apply({"params": params}, images, method="encode")
+        images = tokenizer.to_unit(crops_BxSxSx3)
+        return self._job.module.apply({"params": params}, images, method="encode")
 
     def __call__(self, crops_BxCxSxSx3: np.ndarray) -> jax.Array:
         """Starts encoding; (B * C or a little more, L) int32, to be fetched later."""
@@ -265,34 +271,20 @@ def _encoded(job: Job, shards: list[int]) -> Iterator[tuple[int, list[_Image], n
 
 
 def _finish_shard(job: Job, k: int, packed: list[bytes], part: dict[str, Any]) -> None:
-    """Writes shard k, reads it back, and notes it."""
+    """Writes shard k and notes it: without the note it counts for nothing."""
     path = job.out / job.shard_name(k)
-    # Unlike a write to a full disk, this cannot pass for whole: it is compared before it counts.
     job.part_file(k).unlink(missing_ok=True)
     records.write_shard(path, packed)
-    reader = array_record_module.ArrayRecordReader(str(path))
-    try:
-        same = reader.num_records() == len(packed) and (not packed or reader.read_all() == packed)
-    finally:
-        reader.close()
-    if not same:
-        path.unlink()
-        raise OSError(f"{path} does not hold what was written to it")
     part |= {"name": path.name, "records": len(packed), "sha256": weights.sha256_of_file(path)}
-    _write_json(job.part_file(k), part)
+    files.write_text(job.part_file(k), _json(part))
 
 
-def _write_json(path: pathlib.Path, tree: Any) -> None:
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _json(tree: Any) -> str:
+    return json.dumps(tree, indent=1) + "\n"
 
 
-def extract(job: Job, shards: list[int], progress: Progress) -> None:
-    """Makes those of the shards that are not there yet."""
+def extract(job: Job, shards: list[int], progress: Progress, shown: int = 0) -> None:
+    """Makes those of the shards that are not there yet; after the first, draws reconstructions."""
     todo = [k for k in shards if job.part(k) is None]
     packed, part = [], {"failed": [], "notes": {}}
     done = 0
@@ -309,6 +301,8 @@ def extract(job: Job, shards: list[int], progress: Progress) -> None:
         progress.advance(len(batch))
         if done == len(job.indices(k)):
             _finish_shard(job, k, packed, part)
+            if k == todo[0] and shown and (path := draw_reconstructions(job, [k], shown)):
+                print(f"look at {path}: each image above what its codes decode to", flush=True)
             packed, part, done = [], {"failed": [], "notes": {}}, 0
 
 
@@ -323,7 +317,8 @@ def finish(job: Job) -> Manifest | None:
         for note, keys in part["notes"].items():
             notes.setdefault(note, []).extend(keys)
     skipped = list(getattr(job.images, "skipped", ()))
-    _write_json(job.out / "report.json", {"failed": failed, "skipped": skipped, "notes": notes})
+    told = {"failed": failed, "skipped": skipped, "notes": notes}
+    files.write_text(job.out / "report.json", _json(told))
     made = dataclasses.replace(
         job.manifest,
         complete=True,
@@ -333,21 +328,31 @@ def finish(job: Job) -> Manifest | None:
     )
     manifest.write(job.out, made)
     shutil.rmtree(job.out / _PARTS, ignore_errors=True)  # another host may be at it too
+    for left in job.out.glob("*.tmp"):  # of writers that were killed
+        left.unlink(missing_ok=True)
     return made
 
 
-def draw_reconstructions(job: Job, count: int) -> pathlib.Path | None:
-    """Images of the source, evenly spread, above what their codes decode to."""
-    chosen = np.unique(np.linspace(0, len(job.images) - 1, count).astype(int))
-    loaded = [_load(job, int(i)) for i in chosen]
-    # The centre crop: the last of the first half.
-    centre = job.manifest.crops.count // 2 - 1
-    originals = [image.crops[centre] for image in loaded if image.crops is not None]
-    if not originals:
+def draw_reconstructions(job: Job, shards: list[int], count: int) -> pathlib.Path | None:
+    """Images evenly spread over the shards, above what the codes stored of them decode to."""
+    readers = [
+        array_record_module.ArrayRecordReader(str(job.out / job.shard_name(k))) for k in shards
+    ]
+    try:
+        places = [(r, i) for r in readers for i in range(r.num_records())]
+        chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))
+        found = [places[n][0].read([places[n][1]])[0] for n in chosen] if places else []
+    finally:
+        for reader in readers:
+            reader.close()
+    if not found:
         return None
-    originals = np.stack(originals)
-    codes = frozen.encode_images(job.module, job.params, originals)
-    decoded = frozen.decode_codes(job.module, job.params, codes)
+    found = [records.unpack_record(raw) for raw in found]
+    spec = job.manifest.crops
+    centre = spec.count // 2 - 1  # the last of the upright half
+    originals = np.stack([load_crop(job.images.find(r["key"]), centre, spec) for r in found])
+    codes = np.stack([r["codes"][centre] for r in found])
+    decoded = coding.decode_codes(job.module, job.params, codes.astype(np.int32))
     path = job.out / "reconstructions.png"
     both = np.concatenate([originals, decoded])
     report.save_picture(path, report.sample_grid(both, ("image", "from its codes"), side=128))
@@ -355,8 +360,14 @@ def draw_reconstructions(job: Job, count: int) -> pathlib.Path | None:
 
 
 def run(job: Job, process_index: int, process_count: int, shown: int) -> Manifest | None:
-    """This host's share, and the end if it is the last. Returns the final manifest, or None."""
+    """This host's share, and the end if it is the last. Returns the final manifest, or None.
+
+    Raises:
+        DataError: an image that cannot be read (one that cannot be decoded is listed), or a
+            finished folder that is no longer whole.
+    """
     if job.manifest.complete:
+        _check_whole(job)
         return job.manifest
     mine = [k for k in range(job.num_shards) if k % process_count == process_index]
     sizes = {k: len(job.indices(k)) for k in mine}
@@ -364,14 +375,25 @@ def run(job: Job, process_index: int, process_count: int, shown: int) -> Manifes
     total = sum(sizes.values())
     if before:
         print(f"{before:,} of {total:,} images were done before", flush=True)
-    if shown and process_index == 0 and (path := draw_reconstructions(job, shown)):
-        print(f"look at {path}: each image above what its codes decode to", flush=True)
     progress = Progress(total, "images", before)
     try:
-        extract(job, mine, progress)
+        extract(job, mine, progress, shown)
     finally:
         progress.close()
-    return finish(job)
+    made = finish(job)
+    if made is not None and shown:
+        draw_reconstructions(job, list(range(job.num_shards)), shown)
+    return made
+
+
+def _check_whole(job: Job) -> None:
+    """Raises DataError unless a finished folder still holds what its manifest says."""
+    wanted = [*(shard.name for shard in job.manifest.shards), "report.json"]
+    if missing := [name for name in wanted if not (job.out / name).is_file()]:
+        raise DataError(
+            f"{job.out} was finished, but {missing[0]} is missing now; remove its manifest.json and "
+            "shards to extract again"
+        )
 
 
 def _summary(job: Job, made: Manifest) -> str:
@@ -381,12 +403,10 @@ def _summary(job: Job, made: Manifest) -> str:
         f" ({size / max(1, made.num_records):,.0f} an image)"
     )
     found = json.loads((job.out / "report.json").read_text())
-    text += f"; {made.num_failed} images failed" + (
-        f" ({', '.join(entry['key'] for entry in found['failed'][:5])}"
-        f"{', ...' if made.num_failed > 5 else ''})"
-        if made.num_failed
-        else ""
-    )
+    text += f"; {made.num_failed} images failed"
+    if made.num_failed:
+        named = [entry["key"] for entry in found["failed"]]
+        text += f" ({', '.join(named[:5])}{', ...' if len(named) > 5 else ''})"
     for name, keys in (("other files skipped", found["skipped"]), *found["notes"].items()):
         text += f"; {name}: {len(keys)}" if keys else ""
     return f"{text}; every name: {job.out / 'report.json'}"
@@ -399,6 +419,8 @@ def main(argv: list[str]) -> None:
         for flag in (_IMAGES, _TOKENIZER, _OUT):
             if not flag.value:
                 raise ConfigError(f"--{flag.name} is missing; --help says what it is")
+        if _SHOWN.value < 0:
+            raise ConfigError(f"--reconstructions is {_SHOWN.value}; it must be 0 or more")
         index, count = cli.share(_INDEX.value, _COUNT.value)
         try:
             job = prepare(

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +15,6 @@ from mirai_jax.config import Settings
 from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.models import dinov2, teacher, tokenizer, vq
 from mirai_jax.models.generator import GeneratorConfig
-
-# Pixels decoded or encoded at once: two images of 512x512. The finest level of VQ-16 holds 128
-# channels for each, several times over.
-_PIXELS_AT_ONCE = 2 * 512 * 512
-
 
 # Tokenizers ---------------------------------------------------------------------------------------
 
@@ -93,6 +87,10 @@ def load_vq_file(field: str, path: str) -> tuple[vq.VQModel, Any]:
         ConfigError: no such file, or another network.
     """
     loaded = weights.load(field, path, "tokenizer")
+    if loaded.config.channels != 3:
+        raise ConfigError(
+            f"{field} is {path!r}, for {loaded.config.channels} channels; it must be 3"
+        )
     return vq.VQModel(loaded.config), jax.tree.map(_float32, loaded.params)
 
 
@@ -120,43 +118,6 @@ def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
 
 def _float32(array: Any) -> np.ndarray:
     return np.asarray(array, np.float32)
-
-
-def _in_chunks(
-    one: Callable[[np.ndarray], jax.Array], items_Nx: np.ndarray, chunk: int
-) -> np.ndarray:
-    """`one` of `chunk` items at a time; the last chunk is filled up, so that it compiles once."""
-    chunk = min(chunk, len(items_Nx))
-    parts = []
-    for start in range(0, len(items_Nx), chunk):
-        some = np.asarray(items_Nx[start : start + chunk])
-        filled = np.resize(some, (chunk, *some.shape[1:]))
-        parts.append(np.asarray(one(filled))[: len(some)])
-    return np.concatenate(parts)
-
-
-def encode_images(
-    module: tokenizer.Tokenizer, params: Any, images_NxHxWxC: np.ndarray, chunk: int = 0
-) -> np.ndarray:
-    """uint8 images -> int32 codes (N, L), `chunk` images at a time (0: as memory allows)."""
-    encode = jax.jit(
-        lambda p, x: module.apply({"params": p}, tokenizer.to_unit(x), method="encode")
-    )
-    chunk = chunk or max(1, _PIXELS_AT_ONCE // np.prod(images_NxHxWxC.shape[1:3]))
-    return _in_chunks(lambda some: encode(params, some), images_NxHxWxC, chunk)
-
-
-def decode_codes(
-    module: tokenizer.Tokenizer, params: Any, codes_NxL: np.ndarray, chunk: int = 0
-) -> np.ndarray:
-    """Codes -> uint8 images (N, H, W, C), `chunk` images at a time (0: as memory allows)."""
-
-    @jax.jit
-    def decode(p, codes):
-        return tokenizer.to_uint8(module.apply({"params": p}, codes, method="decode"))
-
-    chunk = chunk or max(1, _PIXELS_AT_ONCE // (codes_NxL.shape[1] * module.downsample**2))
-    return _in_chunks(lambda some: decode(params, some), np.asarray(codes_NxL), chunk)
 
 
 # Teachers -----------------------------------------------------------------------------------------
@@ -187,6 +148,11 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             f"teacher.path is {wanted.path!r}, a {config}; teacher.name {wanted.name!r} is "
             f"{dinov2.named(wanted.name)}"
         )
+    if wanted.image_size % config.patch:
+        raise ConfigError(
+            f"teacher.image_size is {wanted.image_size}; it must be a multiple of {config.patch}, "
+            "the encoder's patches (0: one patch a token)"
+        )
     if wanted.layer > config.num_layers:
         raise ConfigError(
             f"teacher.layer is {wanted.layer}; it must be a block of the encoder, 1 to "
@@ -200,13 +166,6 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
         dtype=wanted.dtype,
     )
     return module, {"network": jax.tree.map(_float32, loaded.params)}
-
-
-def teacher_features(module: nn.Module, params: Any, images_NxHxWxC: np.ndarray) -> np.ndarray:
-    """float32 (N, L, Z): what the teacher says of each image, computed once."""
-    apply = jax.jit(lambda p, x: module.apply({"params": p}, x))
-    chunk = max(1, _PIXELS_AT_ONCE // np.prod(images_NxHxWxC.shape[1:3]) // 8)
-    return _in_chunks(lambda some: apply(params, some), images_NxHxWxC, chunk)
 
 
 # Pretrained generators ----------------------------------------------------------------------------
@@ -262,6 +221,11 @@ def load_generator(
         ConfigError: nothing of the kind, or other tokens.
     """
     if not (pathlib.Path(path) / "config.json").exists():
+        if tokenizer_params is not None:
+            raise ConfigError(
+                f"{field} is {path!r}; with data.name {settings.data.name!r} it must be a workdir, "
+                "which knows its own patch codebook"
+            )
         loaded = weights.load(field, path, "generator", grid=settings.generator.grid)
         config, params = loaded.config, jax.tree.map(_float32, loaded.params)
     else:

@@ -67,15 +67,30 @@ def open_stream(path: str) -> ImageStream:
 
 
 def statistics(path: str) -> dict[str, np.ndarray]:
-    """The stored moments of a .npz: those of 'mu', 'sigma', 'mu_s', 'sigma_s' that are there."""
+    """The stored moments of a .npz: those of 'mu', 'sigma', 'mu_s', 'sigma_s' that are there.
+
+    Raises:
+        DataError: one line: damage, shapes that do not fit, numbers that are not finite.
+    """
     if not os.path.isfile(path):
         return {}
     try:
         with np.load(path, allow_pickle=False) as file:
             names = [n for n in ("mu", "sigma", "mu_s", "sigma_s") if n in file.files]
-            return {name: np.asarray(file[name], np.float64) for name in names}
+            stored = {name: np.asarray(file[name], np.float64) for name in names}
     except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
         raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
+    for name, array in stored.items():
+        if not np.isfinite(array).all():
+            raise DataError(f"{path} holds {name} with numbers that are not finite")
+        mean = stored.get(name.replace("sigma", "mu"), array)
+        axes = 2 if name.startswith("sigma") else 1
+        if not array.ndim or array.shape != mean.shape[:1] * axes:
+            raise DataError(
+                f"{path} holds {name} of shape {array.shape}; it must be (width,) of a mean and "
+                "(width, width) of its covariance"
+            )
+    return stored
 
 
 def has_images(path: str) -> bool:
@@ -103,20 +118,17 @@ def _in_colour(pixels: np.ndarray) -> np.ndarray:
 
 
 def _of_npz(path: str) -> ImageStream:
-    def opened() -> tuple[Any, Any, tuple[int, ...], np.dtype]:
+    def opened() -> tuple[Any, Any, tuple[int, ...], bool, np.dtype]:
         archive = zipfile.ZipFile(path)
         file = archive.open("arr_0.npy")
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
             version, np.lib.format.read_array_header_2_0
         )
-        shape, fortran, dtype = read(file)
-        if fortran:
-            raise ValueError("arr_0 is in Fortran order")
-        return archive, file, shape, dtype
+        return archive, file, *read(file)
 
     try:
-        archive, file, shape, dtype = opened()
+        archive, file, shape, fortran, dtype = opened()
         length = archive.getinfo("arr_0.npy").file_size - file.tell()
         file.close()
         archive.close()
@@ -125,20 +137,23 @@ def _of_npz(path: str) -> ImageStream:
     except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
         raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
     _check(path, shape, dtype)
+    if fortran:
+        raise DataError(f"{path} holds images in Fortran order; they must be in C order")
     if length != np.prod(shape, dtype=np.int64):
         raise DataError(f"{path} is cut off: arr_0 says {shape}, its bytes are {length}")
 
     def chunks(count: int) -> Iterator[np.ndarray]:
-        archive, file, _, _ = opened()
+        archive, file, *_ = opened()
         size = int(np.prod(shape[1:]))
         with archive, file:
             for start in range(0, shape[0], count):
                 some = min(count, shape[0] - start)
                 try:
-                    raw = file.read(some * size)
+                    raw = np.frombuffer(file.read(some * size), np.uint8)
+                    pixels = raw.reshape(some, *shape[1:])
                 except Exception as error:
                     raise DataError(f"{path} is damaged ({first_line(error)})") from error
-                yield _in_colour(np.frombuffer(raw, np.uint8).reshape(some, *shape[1:]))
+                yield _in_colour(pixels)
 
     return ImageStream(path, shape[0], shape[1:3], chunks)
 

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from mirai_jax import files
 from mirai_jax.crops import CropSpec
 from mirai_jax.errors import DataError, first_line
 
@@ -57,11 +58,10 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
 
     def differences(self, other: "Manifest") -> list[str]:
-        """Fields that fix the bytes and differ: 'crops was ..., is ...'."""
-        result = ("complete", "num_records", "num_failed", "shards")
-        mine, theirs = self.to_dict(), other.to_dict()
-        names = [name for name in mine if name not in result and mine[name] != theirs[name]]
-        return [f"{name} was {mine[name]!r}, is {theirs[name]!r}" for name in names]
+        """What fixes the bytes and differs: 'crops.crop_range was ..., is ...'."""
+        mine, theirs = _bytes_fixed_by(self), _bytes_fixed_by(other)
+        names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        return [f"{name} was {mine.get(name)!r}, is {theirs.get(name)!r}" for name in names]
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -74,17 +74,36 @@ class Manifest:
                 '"python -m mirai_jax.extract" again, it goes on where it stopped'
             )
 
-    def check_files(self, path: str, files: Sequence[str]) -> None:
-        """Raises DataError unless `files` are exactly the shards."""
-        wanted = {shard.name for shard in self.shards}
-        missing, others = sorted(wanted - set(files)), sorted(set(files) - wanted)
+    def check_files(self, path: str, records: Mapping[str, int]) -> None:
+        """Raises DataError unless `records`, {file: how many it holds}, are exactly the shards."""
+        wanted = {shard.name: shard.records for shard in self.shards}
+        missing, others = sorted(wanted.keys() - records), sorted(records.keys() - wanted)
         if missing or others:
             wrong = [f"{len(missing)} missing, such as {missing[0]}"] if missing else []
             wrong += [f"{len(others)} of another, such as {others[0]}"] if others else []
             raise DataError(
-                f"data.path {path!r} must hold the {len(wanted)} shards of its manifest: "
-                + "; ".join(wrong)
+                f"{path} must hold the {len(wanted)} shards of its manifest: {'; '.join(wrong)}"
             )
+        for name, count in wanted.items():
+            if records[name] != count:
+                raise DataError(
+                    f"{path}: {name} holds {records[name]} records, by its manifest {count}"
+                )
+
+
+def _bytes_fixed_by(manifest: Manifest) -> dict[str, Any]:
+    """{'a.b': value} of all but the result, and but mere names of what checksums and keys tell."""
+    tree = manifest.to_dict()
+    for name in ("complete", "num_records", "num_failed", "shards"):
+        del tree[name]
+    tree["tokenizer"].pop("file", None)
+    if tree["images"].get("kind") == "folder":
+        tree["images"].pop("name", None)
+    flat = {}
+    for name, value in tree.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{k}" if k else name: v for k, v in parts.items()}
+    return flat
 
 
 _SHARD = {"name": str, "records": int, "sha256": str}
@@ -157,10 +176,5 @@ def read(folder: str | os.PathLike[str]) -> Manifest | None:
 
 def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Writes the manifest, whole or not at all."""
-    file = pathlib.Path(folder) / FILE
-    unfinished = file.with_name(f"{FILE}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(json.dumps(manifest.to_dict(), indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    text = json.dumps(manifest.to_dict(), indent=1) + "\n"
+    files.write_text(pathlib.Path(folder) / FILE, text)

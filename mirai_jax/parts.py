@@ -1,6 +1,8 @@
 """What a run is made of besides its state: data, frozen networks, and the recipe of the step."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +12,8 @@ import grain
 import jax
 import numpy as np
 
+from mirai_jax import coding, data, files, frozen, image_sets, records, weights
 from mirai_jax import config as config_lib
-from mirai_jax import data, frozen, image_sets, records, weights
 from mirai_jax.config import Settings
 from mirai_jax.crops import CropSpec
 from mirai_jax.errors import ConfigError, DataError
@@ -37,6 +39,7 @@ class Parts:
     tokenizer_params: Any
     frozen: Any  # parameters of teachers, and of an online tokenizer, as `train_step` takes them
     batches: grain.IterDataset
+    identity: dict[str, str]  # of what files hold that the config only names; see `check_same`
 
 
 def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
@@ -93,10 +96,62 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
         static=static,
         tokenizer=tokenizer if settings.data.online else None,
     )
+    identity = {
+        name: weights.checksum(params)
+        for name, params in {"tokenizer": tokenizer_params, **frozen_params}.items()
+        if params is not None
+    }
+    identity["data"] = _data_identity(source, load_crop)
     names = class_names or tuple(str(i) for i in range(settings.generator.num_classes))
     return Parts(
-        settings, recipe, images, names, tokenizer, tokenizer_params, frozen_params, batches
+        settings,
+        recipe,
+        images,
+        names,
+        tokenizer,
+        tokenizer_params,
+        frozen_params,
+        batches,
+        identity,
     )
+
+
+def check_same(parts: Parts, workdir: pathlib.Path) -> None:
+    """Refuses to continue a run on other data or with other frozen networks than it began with.
+
+    Paths may change, since files move; parts.json says what they held. A tokenizer that only draws
+    samples may also come later.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    file = workdir / "parts.json"
+    try:
+        before = json.loads(file.read_text())
+    except FileNotFoundError:
+        before = {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged; remove it to go on without its check") from error
+    for name, now in parts.identity.items():
+        if before.get(name, now) != now:
+            raise ConfigError(
+                f"workdir {workdir} holds a run that began with another {name}: its checksum was "
+                f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir"
+            )
+    if before != before | parts.identity:
+        files.write_text(file, json.dumps(before | parts.identity, indent=2) + "\n")
+
+
+def _data_identity(source: Any, load_crop: data.CropLoader | None) -> str:
+    """Of the records and their order: what is drawn at a step depends on both."""
+    manifest = getattr(source, "manifest", None)
+    if manifest is not None:
+        told = manifest.to_dict()
+    elif load_crop is not None:
+        told = {"images": load_crop.describe()}
+    else:
+        told = {"records": len(source)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def labelled_images(settings: Settings, split: str) -> LabelledImages:
@@ -120,11 +175,11 @@ def _in_memory(
 ) -> records.CodedImages:
     codes = features = None
     if not settings.data.online:
-        codes = frozen.encode_images(tokenizer, tokenizer_params, images.images)
+        codes = coding.encode_images(tokenizer, tokenizer_params, images.images)
     if settings.needs_images and settings.teacher.cached:
         # No longer needed in the step, so not on the devices either.
         params = frozen_params.pop("bidirectional")
-        features = frozen.teacher_features(teacher, params, images.images)
+        features = coding.teacher_features(teacher, params, images.images)
     pixels = images.images if settings.step_sees_images else None
     return records.CodedImages(codes, images.labels, pixels, features)
 
@@ -136,7 +191,8 @@ def _on_disk(
     images = open_images(settings.data.images) if settings.step_sees_images else None
     if settings.data.online:
         spec = CropSpec(settings.tokenizer.image_size, settings.data.crop_range)
-        return data.OnlineImages(images, spec), data.CropLoader(images, spec), images.class_names
+        source = data.OnlineImages(images, spec, settings.generator.num_classes)
+        return source, data.CropLoader(images, spec), images.class_names
     source = records.CodeRecords(
         settings.data.path,
         grid=settings.generator.grid,
@@ -153,6 +209,12 @@ def _on_disk(
         raise ConfigError(
             f"data.path is {settings.data.path!r}; it must be a folder with the manifest.json of "
             "its extraction, which says which crops the codes are of: a teacher looks at them"
+        )
+    if manifest.images.get("kind") != "folder" and images.describe() != manifest.images:
+        # Their keys are numbers: what they number must be the same. A folder's keys are its files.
+        raise ConfigError(
+            f"data.images is {settings.data.images!r}, {images.describe()}; the codes of "
+            f"{settings.data.path} were made of {dict(manifest.images)}"
         )
     loader = data.CropLoader(images, manifest.crops)
     _check_crops(source, loader, tokenizer, tokenizer_params, settings.data.images, say)
@@ -196,8 +258,9 @@ def _check_crops(
             f"data.images is {path!r}; it must hold the images of the codes: {error}"
         ) from error
     if tokenizer is None:
+        say(f"images: {len(some)} crops rebuilt; not compared, since tokenizer.path is unset")
         return
-    codes = frozen.encode_images(tokenizer, tokenizer_params, np.stack(pixels))
+    codes = coding.encode_images(tokenizer, tokenizer_params, np.stack(pixels))
     stored = np.stack([r["codes"][crop] for r, crop in zip(found, picked, strict=True)])
     share = float((codes == stored).mean())
     # Another chip or precision moves a few codes that were almost a tie; other images move all.

@@ -8,7 +8,6 @@ import bisect
 import glob
 import itertools
 import os
-import pathlib
 from collections.abc import Iterable
 from concurrent import futures
 from typing import Any
@@ -18,6 +17,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
+from mirai_jax import files
 from mirai_jax import manifest as manifest_lib
 from mirai_jax.errors import DataError, first_line
 
@@ -30,7 +30,7 @@ def pack_record(codes_CxL: np.ndarray, label: int, key: str) -> bytes:
     Args:
         codes_CxL: uint16; the codes, in row-major order, of each of C crops of the image.
         label: class id, 0 or more.
-        key: which image this is (a file name, say); not used for training.
+        key: by which the image is found again (a file name, say).
 
     Returns:
         A msgpack map; `unpack_record` reads it.
@@ -94,6 +94,8 @@ def unpack_record(raw: bytes) -> dict[str, Any]:
 def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
     """Writes one ArrayRecord file; it appears under its name only when it is whole.
 
+    That is, after it was read back and compared.
+
     Args:
         path: ends in .array_record.
         records: packed records, in order.
@@ -104,24 +106,25 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
     Raises:
         OSError: they could not be; nothing is left behind.
     """
-    path = pathlib.Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
+    records = list(records)
     try:
-        # group_size:1, since training reads single records in random order.
-        writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
-        count = 0
-        try:
-            for record in records:
-                writer.write(record)
-                count += 1
-        finally:
-            writer.close()
-        os.replace(unfinished, path)
+        with files.replacement(path) as unfinished:
+            # group_size:1, since training reads single records in random order.
+            writer = array_record_module.ArrayRecordWriter(unfinished, "group_size:1")
+            try:
+                for record in records:
+                    writer.write(record)
+            finally:
+                writer.close()
+            reader = array_record_module.ArrayRecordReader(unfinished)
+            try:
+                if records and reader.read_all() != records:
+                    raise OSError(f"{path} does not hold what was written to it")
+            finally:
+                reader.close()
     except RuntimeError as error:  # the C++ writer's, of a full disk for one
         raise OSError(f"{path} cannot be written ({first_line(error)})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return count
+    return len(records)
 
 
 class CodeRecords:
@@ -149,23 +152,19 @@ class CodeRecords:
         self.manifest = manifest_lib.read(path) if path else None
         if self.manifest is not None:
             self.manifest.check_complete(path)
-        files = _find_shards(path)
-        if self.manifest is not None:
-            self.manifest.check_files(path, [os.path.basename(file) for file in files])
+        found = _find_shards(path)
         self._path, self._grid = path, tuple(grid)
         self._vocab_size, self._num_classes = vocab_size, num_classes
         with futures.ThreadPoolExecutor(16) as pool:  # many shards on network storage
-            self._shards = list(pool.map(_open_shard, files))
-        self._names = [os.path.basename(file) for file in files]
+            self._shards = list(pool.map(_open_shard, found))
+        self._names = [os.path.basename(file) for file in found]
         # Record k is in the first shard whose running total exceeds k.
         self._totals = list(itertools.accumulate(len(shard) for shard in self._shards))
         if not len(self):
-            raise DataError(f"data.path {path!r}: its {len(files)} shard(s) hold no record")
-        if self.manifest is not None and len(self) != self.manifest.num_records:
-            raise DataError(
-                f"data.path {path!r} holds {len(self)} records; its manifest says "
-                f"{self.manifest.num_records}"
-            )
+            raise DataError(f"data.path {path!r}: its {len(found)} shard(s) hold no record")
+        if self.manifest is not None:
+            lengths = map(len, self._shards)
+            self.manifest.check_files(path, dict(zip(self._names, lengths, strict=True)))
         self.crops = None
         self.crops = len(self[0]["codes"])
 

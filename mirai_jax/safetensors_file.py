@@ -2,19 +2,19 @@
 
 Eight bytes tell the length of a JSON header {name: {dtype, shape, data_offsets}}; the numbers
 follow, little-endian, without gaps. What every file of weights needs is here too: `not_weights`
-names what was downloaded instead of one, `replacing` writes a whole file or none.
+names what was downloaded instead of one.
 """
 
-import contextlib
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from mirai_jax.files import replacing
 
 _MAX_HEADER = 100_000_000
 # In the order in which the reference writer puts the tensors of a file.
@@ -113,21 +113,6 @@ def not_weights(start: bytes) -> str:
     if text.startswith((b"<!doctype html", b"<html")):
         return "it is an HTML page: the download went wrong"
     return ""
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new binary file that takes the name `path` once the block ends well; if not, it is gone."""
-    unfinished = f"{os.fspath(path)}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(unfinished, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
 
 
 def little_endian(array: np.ndarray) -> np.dtype:

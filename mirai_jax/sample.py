@@ -27,36 +27,65 @@ from absl import app, flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import cli, frozen, report, sampler, weights
+from mirai_jax import cli, files, frozen, report, sampler, weights
 from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.dinov2 import resize_bicubic
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.progress import Progress
-from mirai_jax.workdir import write_atomically
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint of the workdir; default: the newest.")
-_STATE = flags.DEFINE_enum("state", "ema", ("ema", "model"), "Which weights of the workdir.")
+_FLAGS = cli.flag_values(__name__)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run to sample from.", flag_values=_FLAGS
+)
+_STEP = flags.DEFINE_integer(
+    "step", None, "Checkpoint of the workdir; default: the newest.", flag_values=_FLAGS
+)
+_STATE = flags.DEFINE_enum(
+    "state", "ema", ("ema", "model"), "Which weights of the workdir.", flag_values=_FLAGS
+)
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Instead of a workdir: a generator's PyTorch file or converted folder."
+    "checkpoint",
+    None,
+    "Instead of a workdir: a generator's PyTorch file or converted folder.",
+    flag_values=_FLAGS,
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Weights of the VQ tokenizer; default: the workdir's."
+    "tokenizer", None, "Weights of the VQ tokenizer; default: the workdir's.", flag_values=_FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "Folder of the samples; default: one inside the workdir.")
-_NUM = flags.DEFINE_integer("num_images", 50_000, "Images to draw.")
-_LABELS = flags.DEFINE_string("labels", "random", "random, balanced, or class ids: 0,207,360.")
-_GUIDANCE = flags.DEFINE_list("guidance", ["2.0"], "One scale, or several: a folder for each.")
-_INTERVAL = flags.DEFINE_integer("interval", -1, "Guide tokens up to this one only; -1: all.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens that make up p; 1: all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of labels and tokens.")
-_SIZE = flags.DEFINE_integer("resize", 0, "Pixels a side of the images kept; 0: as decoded.")
-_BATCH = flags.DEFINE_integer("batch_size", 64, "Images drawn at once on each device.")
-_INDEX = flags.DEFINE_integer("process_index", None, "Which host this is; default: JAX's.")
-_COUNT = flags.DEFINE_integer("process_count", None, "How many hosts share the work.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder of the samples; default: one inside the workdir.", flag_values=_FLAGS
+)
+_NUM = flags.DEFINE_integer("num_images", 50_000, "Images to draw.", flag_values=_FLAGS)
+_LABELS = flags.DEFINE_string(
+    "labels", "random", "random, balanced, or class ids: 0,207,360.", flag_values=_FLAGS
+)
+_GUIDANCE = flags.DEFINE_list(
+    "guidance", ["2.0"], "One scale, or several: a folder for each.", flag_values=_FLAGS
+)
+_INTERVAL = flags.DEFINE_integer(
+    "interval", -1, "Guide tokens up to this one only; -1: all.", flag_values=_FLAGS
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits.", flag_values=_FLAGS)
+_TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "Keep the k likeliest tokens; 0: all.", flag_values=_FLAGS
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Keep the likeliest tokens that make up p; 1: all.", flag_values=_FLAGS
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of labels and tokens.", flag_values=_FLAGS)
+_SIZE = flags.DEFINE_integer(
+    "resize", 0, "Pixels a side of the images kept; 0: as decoded.", flag_values=_FLAGS
+)
+_BATCH = flags.DEFINE_integer(
+    "batch_size", 64, "Images drawn at once on each device.", flag_values=_FLAGS
+)
+_INDEX = flags.DEFINE_integer(
+    "process_index", None, "Which host this is; default: JAX's.", flag_values=_FLAGS
+)
+_COUNT = flags.DEFINE_integer(
+    "process_count", None, "How many hosts share the work.", flag_values=_FLAGS
+)
 
 _PART = 500  # images a file until all are there; fixed, so that stops leave no trace
 _GRID = 64
@@ -181,7 +210,7 @@ class Painter:
         )  # fmt: skip
         self._pixels = jax.jit(functools.partial(_pixels, source.tokenizer, resize))
         side = source.config.grid[0] * source.tokenizer.downsample
-        self._decoded = max(1, 2 * 512 * 512 // side**2)  # images decoded at once
+        self._decoded = min(64, max(1, 2 * 512 * 512 // side**2))  # images at once
 
     def __call__(self, labels_N: np.ndarray, indices_N: np.ndarray) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
@@ -239,7 +268,7 @@ def begin(out: pathlib.Path, labels: np.ndarray, protocol: dict[str, Any]) -> Jo
     """Begins a folder of samples, or finds it begun.
 
     Raises:
-        ConfigError: it holds samples of another protocol.
+        ConfigError: it holds samples of another protocol, or of none.
     """
     file, text = out / "protocol.json", json.dumps(protocol, indent=2) + "\n"
     if file.exists():
@@ -253,9 +282,11 @@ def begin(out: pathlib.Path, labels: np.ndarray, protocol: dict[str, Any]) -> Jo
                 f"{k} was {before.get(k)!r}, is {protocol.get(k)!r}" for k in changed
             )
             raise ConfigError(f"{out} holds samples of another protocol: {listed}")
+    elif (out / "samples.npz").exists():
+        raise ConfigError(f"{out} holds a samples.npz without its protocol.json")
     else:
         (out / "parts").mkdir(parents=True, exist_ok=True)
-        write_atomically(file, text)
+        files.write_text(file, text)
     return Job(out, labels, protocol)
 
 
@@ -265,45 +296,45 @@ def draw(job: Job, paint: Callable, parts: list[int], progress: Progress) -> Non
         if job.part(k).exists():
             continue
         indices = job.indices(k)
-        # Every part has the same number of images drawn, so that the last compiles nothing.
-        filled = np.resize(indices, _PART)
-        images = paint(job.labels[filled], filled)[: len(indices)]
-        unfinished = job.part(k).with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with open(unfinished, "wb") as file:
-                np.save(file, images)
-            os.replace(unfinished, job.part(k))
-        finally:
-            unfinished.unlink(missing_ok=True)
+        images = paint(job.labels[indices], indices)
+        with files.replacing(job.part(k)) as file:
+            np.save(file, images)
         progress.advance(len(indices))
 
 
 def finish(job: Job) -> bool:
     """Joins the parts if those of every host are there; holds one of them in memory at a time."""
-    if not all(job.part(k).exists() for k in range(job.num_parts)):
-        return False
-    shape = (len(job.labels), *np.load(job.part(0), mmap_mode="r").shape[1:])
-    unfinished = job.samples.with_suffix(f".{os.getpid()}.tmp")
     try:
-        # ZipInfo without a date: the same bytes whenever they are written.
-        with zipfile.ZipFile(unfinished, "w") as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-                about = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, about)
-                for k in range(job.num_parts):
-                    file.write(np.load(job.part(k)).tobytes())
-            with archive.open(zipfile.ZipInfo("labels.npy"), "w") as file:
-                np.lib.format.write_array(file, job.labels)
-        os.replace(unfinished, job.samples)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        there = job.samples.exists()
+        if not there and all(job.part(k).exists() for k in range(job.num_parts)):
+            _join(job)
+    except FileNotFoundError:
+        if not job.samples.exists():  # else another host joined them first, and removed them
+            raise
+    if not job.samples.exists():
+        return False
+    shutil.rmtree(job.out / "parts", ignore_errors=True)
+    return True
+
+
+def _join(job: Job) -> None:
     some = np.load(job.part(0))[:_GRID]
     rows = [str(i) for i in range(0, len(some) // 8 * 8, 8)]
     if rows:
         grid = report.sample_grid(some[: 8 * len(rows)], rows)
         report.save_picture(job.out / "grid.png", grid)
-    shutil.rmtree(job.out / "parts", ignore_errors=True)
-    return True
+    shape = (len(job.labels), *np.load(job.part(0), mmap_mode="r").shape[1:])
+    whole = job.out / "parts" / "samples.npz"  # what a stop leaves of it goes with the parts
+    # ZipInfo without a date: the same bytes whenever they are written.
+    with files.replacing(whole) as raw, zipfile.ZipFile(raw, "w") as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+            about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, about)
+            for k in range(job.num_parts):
+                file.write(np.load(job.part(k)).tobytes())
+        with archive.open(zipfile.ZipInfo("labels.npy"), "w") as file:
+            np.lib.format.write_array(file, job.labels)
+    os.replace(whole, job.samples)
 
 
 def _options(guidance: str) -> sampler.SampleOptions:
@@ -350,6 +381,10 @@ def run() -> None:
     for flag in (_NUM, _BATCH):
         if flag.value < 1:
             raise ConfigError(f"--{flag.name} is {flag.value}; it must be 1 or more")
+    if _SIZE.value < 0:
+        raise ConfigError(f"--resize is {_SIZE.value}; it must be 0 (as decoded) or more")
+    if not _GUIDANCE.value:
+        raise ConfigError("--guidance is empty; it must be one scale or several: 1.0,2.0")
     index, count = cli.share(_INDEX.value, _COUNT.value)
     options = [_options(text) for text in _GUIDANCE.value]
     source = _source()
@@ -373,6 +408,7 @@ def run() -> None:
         }
         job = begin(out, labels, protocol)
         if job.samples.exists():
+            finish(job)  # a stop may have left its parts
             print(f"{job.samples} is there already", flush=True)
             continue
         (out / "parts").mkdir(exist_ok=True)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from mirai_jax import codebook, fields, foresight, frozen, report, sampler, sharding
+from mirai_jax import codebook, coding, fields, files, foresight, report, sampler, sharding
 from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import Checkpoints
 from mirai_jax.errors import ConfigError
 from mirai_jax.judge import agreement, fit_judge
-from mirai_jax.parts import Parts, build, labelled_images
+from mirai_jax.parts import Parts, build, check_same, labelled_images
 from mirai_jax.progress import duration
 from mirai_jax.step import TrainState, init_state, make_train_step
 from mirai_jax.workdir import (
@@ -24,7 +24,6 @@ from mirai_jax.workdir import (
     check_workdir,
     open_workdir,
     read_metrics,
-    write_atomically,
 )
 
 Say = Callable[[str], None]
@@ -49,7 +48,7 @@ def draw(
             sampler.image_keys(key, indices),
             parts.settings.sample,
         )
-        images.append(frozen.decode_codes(parts.tokenizer, parts.tokenizer_params, codes))
+        images.append(coding.decode_codes(parts.tokenizer, parts.tokenizer_params, codes))
     return np.concatenate(images)[: len(labels)]
 
 
@@ -71,8 +70,8 @@ def judge_samples(parts: Parts, ema: Any) -> dict[str, float]:
     result = {"samples": agreement(judge, draw(parts, ema, labels, key), labels)}
     held_out = labelled_images(settings, "held_out")
     if len(held_out.labels):
-        codes = frozen.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
-        decoded = frozen.decode_codes(parts.tokenizer, parts.tokenizer_params, codes)
+        codes = coding.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
+        decoded = coding.decode_codes(parts.tokenizer, parts.tokenizer_params, codes)
         result["real"] = agreement(judge, held_out.images, held_out.labels)
         result["real_through_tokenizer"] = agreement(judge, decoded, held_out.labels)
     return result
@@ -139,10 +138,15 @@ def train(
         return
     tokenizer_path = workdir / "tokenizer.npz"
     parts = build(settings, tokenizer_path, say)
+    if begin:
+        check_same(parts, workdir)
     # Only now, when all that the config names was found: a mistake leaves nothing behind.
     open_workdir(workdir, config)
     if settings.data.in_memory and not tokenizer_path.exists():
         codebook.save_params(tokenizer_path, parts.tokenizer_params)
+    if not begin:
+        (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
+        check_same(parts, workdir)
     _Run(parts, workdir, devices, say).run(begin)
 
 
@@ -288,7 +292,7 @@ class _Run:
         grid = self._sample(settings.num_steps)
         if settings.judged_samples and self.parts.images is not None:
             result = judge_samples(self.parts, self.state.ema)
-            write_atomically(self.workdir / "agreement.json", json.dumps(result, indent=2) + "\n")
+            files.write_text(self.workdir / "agreement.json", json.dumps(result, indent=2) + "\n")
             self.writer.board(settings.num_steps, {f"agreement/{k}": v for k, v in result.items()})
             line = f"a classifier of the real images sees the class asked for in {result['samples']:.1%}"
             line += f" of {settings.judged_samples:,} samples"

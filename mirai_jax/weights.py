@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -239,7 +240,7 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
     folder = pathlib.Path(folder)
     if folder.exists():
         raise ConfigError(f"{folder} exists; it must be a new folder")
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
     about = {
         "kind": weights.kind,
         "config": dataclasses.asdict(weights.config),
@@ -252,7 +253,10 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
             tree = jax.tree.map(_on_host, weights.tree)
-            checkpointer.save(unfinished.absolute() / "params", tree)
+            try:
+                checkpointer.save(unfinished.absolute() / "params", tree)
+            except Exception as error:  # TensorStore's, of a full disk for one
+                raise ConfigError(f"{folder} cannot be written ({first_line(error)})") from error
         (unfinished / "model.json").write_text(json.dumps(about, indent=2) + "\n")
         unfinished.rename(folder)
     finally:
@@ -304,6 +308,7 @@ def load(
     Raises:
         ConfigError: no such thing, another network, or numbers that are not finite.
     """
+    path = os.path.expanduser(path)
     try:
         if os.path.isdir(path):
             weights = load_converted(path)

@@ -3,13 +3,13 @@
 config.json      the whole config
 metrics.jsonl    one JSON object a logged step; also as TensorBoard event files
 tokenizer.npz    the tokenizer, where the run fitted one
+parts.json       checksums of data and frozen networks, which a continued run must have too
 checkpoints/     train states with the data iterator
 samples/         a grid of samples every so often
 summary.png      loss curves and the last grid, when the run is finished
 """
 
 import json
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from mirai_jax import files
 from mirai_jax.errors import ConfigError
 from mirai_jax.fields import plain
 
 # Fields that may differ between a workdir's config and the one it is continued with: they do not
-# change what is computed, or, for num_steps, only how far (see `check_same_run`).
+# change what is computed, or, for num_steps, only how far (see `check_same_run`). Files may move:
+# what the paths lead to is checked by parts.json.
 RESUMABLE = (
     "num_steps",
     "log_every",
@@ -95,13 +97,6 @@ def check_same_run(old: Any, new: Any, workdir: str) -> dict[str, tuple[Any, Any
     return changed
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """The file is whole or not there, whenever the process is killed."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
 def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Checks that the folder is new or holds the same run. Nothing is written.
 
@@ -135,7 +130,7 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / "config.json", to_json(config))
+        files.write_text(workdir / "config.json", to_json(config))
     except OSError as error:
         raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
 
@@ -161,7 +156,7 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, step: int):
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
         self._path = workdir / "metrics.jsonl"
-        write_atomically(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        files.write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file = self._path.open("a")
         # purge_step tells TensorBoard to forget what older event files hold from there on.
         self._board = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)

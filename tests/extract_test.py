@@ -277,7 +277,7 @@ def test_a_batch_holds_the_very_crop_that_its_codes_are_of(
     for batch, codes_only in zip(stored, batches(source, None), strict=True):
         assert codes_only.keys() == {"codes", "label"}
         np.testing.assert_array_equal(codes_only["codes"], batch["codes"])
-    online = OnlineImages(open_images(str(folder)), SPEC)
+    online = OnlineImages(open_images(str(folder)), SPEC, num_classes=3)
     for batch, other in zip(stored, batches(online, loader), strict=True):
         assert other.keys() == {"label", "image"}
         np.testing.assert_array_equal(other["image"], batch["image"])

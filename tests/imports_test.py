@@ -60,6 +60,7 @@ def short(module):
     return module.removeprefix(PACKAGE + ".")
 
 
+PROGRAMS = ("main", "convert", "extract", "sample", "evaluate")
 MODELS = [m for m in MODULES if m.startswith(PACKAGE + ".models.")]
 
 
@@ -96,7 +97,7 @@ def test_torch_and_tensorflow_are_imported_nowhere(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_imports_a_program_and_only_main_imports_train(module):
-    programs = {f"{PACKAGE}.{m}" for m in ("main", "convert", "extract", "train")}
+    programs = {f"{PACKAGE}.{m}" for m in (*PROGRAMS, "train")}
     assert programs <= set(MODULES)
     expected = {f"{PACKAGE}.train"} if module == f"{PACKAGE}.main" else set()
     assert inside(module) & programs == expected
@@ -124,11 +125,13 @@ def test_step_imports_models_foresight_and_optimizer_alone():
 # From files to batches: what runs in the data pipeline's own processes, which have no accelerator.
 DATA = {
     "data": {"crops", "images", "records", "errors"},
-    "records": {"manifest", "errors"},
-    "manifest": {"crops", "errors"},
+    "image_streams": {"crops", "images", "errors"},
+    "records": {"manifest", "files", "errors"},
+    "manifest": {"crops", "files", "errors"},
     "images": {"image_sets", "errors"},
     "image_sets": {"errors"},
     "crops": {"errors"},
+    "files": set(),
     "errors": set(),
 }
 
@@ -142,7 +145,7 @@ def test_data_knows_no_model_and_no_accelerator(module):
 
 @pytest.mark.parametrize("module", ["safetensors_file", "torch_file", "torch_writer"])
 def test_file_formats_know_numpy_alone(module):
-    allowed = {"safetensors_file", "torch_file"}
+    allowed = {"safetensors_file", "torch_file", "files"}
     assert {short(m) for m in inside(f"{PACKAGE}.{module}")} - {PACKAGE} <= allowed
     assert outside(f"{PACKAGE}.{module}") - sys.stdlib_module_names <= {"numpy", "ml_dtypes"}
 
@@ -170,11 +173,16 @@ def test_the_package_never_imports_configs():
             assert not {m for m in inside(module) if m.startswith("configs")}, module
 
 
+def test_every_program_is_known():
+    started = {short(m) for m, file in MODULES.items() if "app.run(" in file.read_text()}
+    assert started == set(PROGRAMS)
+
+
 def test_the_programs_load_neither_torch_nor_tensorflow():
     # Notes what is looked for and by whom: a machine without either shows an attempt as well.
     # tensorboardX is let off: it takes torch's arrays where torch is installed, and is fine without.
     program = """
-import sys
+import importlib, sys
 asked = set()
 class Watch:
     def find_spec(name, path=None, target=None):
@@ -185,12 +193,14 @@ class Watch:
         by = [package for package in by if package not in ("importlib", "__main__")]
         asked.add((by[0] if by else "", name))
 sys.meta_path.insert(0, Watch)
-import mirai_jax.main, mirai_jax.convert, mirai_jax.extract  # their flags do not clash either
+for name in sys.argv[1:]:  # their flags do not clash either
+    importlib.import_module(f"mirai_jax.{name}")
 assert ("mirai_jax", "mirai_jax.step") in asked
 print(*(f"{by}:{name}" for by, name in asked if name in ("torch", "tensorflow", "keras")))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-c", program, *PROGRAMS],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) <= {"tensorboardX:torch"}

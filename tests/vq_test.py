@@ -18,7 +18,7 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax import foresight, frozen, torch_names
+from mirai_jax import coding, foresight, torch_names
 from mirai_jax.models import dinov2, tokenizer, vq
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
@@ -509,10 +509,10 @@ def test_chunks_give_what_the_whole_gives(params):
     shown = np.asarray(tokenizer.to_uint8(decode(SMALL, params, whole, (4, 4))))
     assert np.ptp(shown) > 50
     for chunk in (2, 7):
-        codes = frozen.encode_images(module, params, pixels, chunk)
+        codes = coding.encode_images(module, params, pixels, chunk)
         assert codes.dtype == np.int32
         np.testing.assert_array_equal(codes, whole)
-        images = frozen.decode_codes(module, params, whole, chunk)
+        images = coding.decode_codes(module, params, whole, chunk)
         assert images.dtype == np.uint8 and images.shape == pixels.shape
         # Chunks of another size round otherwise: now and then a pixel lies on the other side.
         difference = np.abs(images.astype(int) - shown)

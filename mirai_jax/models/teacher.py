@@ -102,4 +102,7 @@ class DinoTeacher(nn.Module):
         height, width = (side * self.config.patch for side in self.patches)
         images = dinov2.preprocess(images_BxHxWxC, (height, width))
         network = dinov2.DinoV2(self.config, self.dtype, name="network")
-        return resample(network(images, self.layer)[0], self.grid)
+        # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
+        with jax.default_matmul_precision("tensorfloat32"):
+            features = network(images, self.layer)[0]
+        return resample(features, self.grid)

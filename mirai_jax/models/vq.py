@@ -85,10 +85,13 @@ class VQModel(nn.Module):
     Attributes:
         config: shapes.
         dtype: of the convolutions; the lookup is always float32.
+        precision: of the encoder's float32 products ('float32', 'tensorfloat32' or 'bfloat16'):
+            less than 'float32', which is not the default of TPUs and GPUs, moves some codes.
     """
 
     config: VQConfig
     dtype: str = "float32"
+    precision: str = "float32"
 
     def setup(self) -> None:
         config = self.config
@@ -130,7 +133,8 @@ class VQModel(nn.Module):
                 f"images have {images_BxHxWxC.shape[-1]} channels, this tokenizer takes "
                 f"{self.config.channels}"
             )
-        latents = self.quant_conv(self.encoder(images_BxHxWxC.astype(self.dtype)))
+        with jax.default_matmul_precision(self.precision):
+            latents = self.quant_conv(self.encoder(images_BxHxWxC.astype(self.dtype)))
         return latents.astype(jnp.float32)
 
     def encode(self, images_BxHxWxC: jax.Array) -> jax.Array:

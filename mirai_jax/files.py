@@ -1,0 +1,38 @@
+"""Files that are whole or not there, whenever the process is killed or the disk is full."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacement(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A name beside `path` to write to; at the end it becomes `path`, or goes if there was an error.
+
+    The name is of this writer alone: processes of several hosts may write the same file.
+    """
+    unfinished = f"{os.fspath(path)}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield unfinished
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())  # some file systems tell of a full disk only now
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unfinished)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """`replacement`, opened for writing."""
+    with replacement(path) as unfinished, open(unfinished, "wb") as file:
+        yield file
+        file.flush()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file (UTF-8)."""
+    with replacing(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,524 @@
+"""The program that evaluates: what it reads, what it refuses before any network is loaded, and its
+numbers against direct computation from the same features.
+"""
+
+import io
+import json
+import math
+import pathlib
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+import scipy.linalg
+from flax import traverse_util
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from configs import llamagen
+from mirai_jax import evaluate, image_sets, image_streams, inception_weights, workdir
+from mirai_jax.errors import ConfigError, DataError
+from mirai_jax.models.inception import InceptionV3
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def pictures(count, seed=0, size=(32, 32), channels=3):
+    """Coarse squares under noise, uint8."""
+    rng = np.random.RandomState(seed)
+    coarse = rng.randint(0, 256, (count, 4, 4, channels))
+    coarse = coarse.repeat(-(-size[0] // 4), 1).repeat(-(-size[1] // 4), 2)
+    noise = rng.randint(0, 256, (count, *size, channels))
+    return ((3 * coarse[:, : size[0], : size[1]] + noise) // 4).astype(np.uint8)
+
+
+def save_npz(path, array, compressed=False, version=(1, 0), name="arr_0"):
+    method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", method) as archive, archive.open(f"{name}.npy", "w") as file:
+        np.lib.format.write_array(file, np.asarray(array), version=version)
+    return str(path)
+
+
+def save_folder(path, images, suffix=".png"):
+    path.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:03d}{suffix}")
+    return str(path)
+
+
+def whole(stream, chunk=5):
+    return np.concatenate(list(stream.chunks(chunk)))
+
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 5)),
+    channels=st.sampled_from([1, 3]),
+    chunk=st.integers(1, 12),
+    compressed=st.booleans(),
+    version=st.sampled_from([(1, 0), (2, 0), (3, 0)]),
+)
+def test_chunks_are_the_whole(tmp_path_factory, shape, channels, chunk, compressed, version):
+    images = np.random.RandomState(0).randint(0, 256, (*shape, channels)).astype(np.uint8)
+    path = tmp_path_factory.getbasetemp() / "chunks.npz"
+    for stream in (
+        image_streams.open_stream(save_npz(path, images, compressed, version)),
+        image_streams.of_array("some", images),
+    ):
+        assert (stream.count, stream.size) == (shape[0], shape[1:])
+        for _ in range(2):  # each call begins anew
+            chunks = list(stream.chunks(chunk))
+            sizes = [len(c) for c in chunks]
+            assert max(sizes) <= chunk and set(sizes[:-1]) <= {chunk}
+            assert {c.dtype for c in chunks} == {np.dtype(np.uint8)}
+            colour = images.repeat(3, axis=-1) if channels == 1 else images
+            np.testing.assert_array_equal(np.concatenate(chunks), colour)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_what_numpy_saves(tmp_path, save):
+    images = pictures(6, size=(8, 6))
+    save(tmp_path / "some.npz", images, labels=np.arange(6))
+    stream = image_streams.open_stream(str(tmp_path / "some.npz"))
+    np.testing.assert_array_equal(whole(stream), images)
+
+
+def test_a_folder_of_images(tmp_path):
+    images = pictures(7, size=(6, 9))
+    folder = tmp_path / "images"
+    save_folder(folder / "b", images[4:])
+    save_folder(folder / "a", images[:3])
+    Image.fromarray(images[3][..., 0]).save(folder / "a" / "grey.PNG")
+    (folder / "a" / "readme.txt").write_text("no image")
+    stream = image_streams.open_stream(str(folder))
+    assert (stream.count, stream.size) == (7, (6, 9))
+    expected = np.concatenate([images[:3], images[3:4, ..., :1].repeat(3, -1), images[4:]])
+    for chunk in (1, 3, 20):
+        np.testing.assert_array_equal(whole(stream, chunk), expected)
+
+
+def test_a_folder_of_samples_stands_for_its_file(tmp_path):
+    images = pictures(3)
+    (tmp_path / "protocol.json").write_text("{}")
+    with pytest.raises(DataError, match="not finished"):
+        image_streams.open_stream(str(tmp_path))
+    save_npz(tmp_path / "samples.npz", images)
+    Image.fromarray(images[0][:20]).save(tmp_path / "grid.png")  # is no sample
+    np.testing.assert_array_equal(whole(image_streams.open_stream(str(tmp_path))), images)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What of a run tells where its images are."""
+    folder = tmp_path_factory.mktemp("run")
+    config = llamagen.get_config("demo")
+    config.data.held_out = 40
+    (folder / "config.json").write_text(workdir.to_json(config))
+    return folder
+
+
+def test_images_of_a_run(run_folder, tmp_path):
+    streams = {s: evaluate.open_images(f"data:{run_folder}:{s}") for s in ("train", "held_out")}
+    assert {s: (x.count, x.size) for s, x in streams.items()} == {
+        "train": (4960, (32, 32)),
+        "held_out": (40, (32, 32)),
+    }
+    real = image_sets.load_images("mnist", split="held_out", held_out=40).images
+    np.testing.assert_array_equal(whole(streams["held_out"]), real.repeat(3, axis=-1))
+    for spec in (f"data:{run_folder}", f"data:{run_folder}:test", "data:train"):
+        with pytest.raises(DataError, match="must be data:WORKDIR:train or data:WORKDIR:held_out"):
+            evaluate.open_images(spec)
+    with pytest.raises(ConfigError, match="not the workdir of a run"):
+        evaluate.open_images(f"data:{tmp_path}:train")
+    config = json.loads((run_folder / "config.json").read_text())
+    config["data"]["held_out"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="holds no images out"):
+        evaluate.open_images(f"data:{tmp_path}:held_out")
+
+
+# Wrong input --------------------------------------------------------------------------------------
+
+NUMBERS = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023)}
+NUMBERS["sigma_s"] = np.broadcast_to(np.float64(0), (2023, 2023))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a network was loaded first")
+
+    monkeypatch.setattr(evaluate, "Network", refuse)
+
+
+def refused(samples, reference, inception=""):
+    with pytest.raises((ConfigError, DataError)) as caught:
+        evaluate.run([str(samples)], str(reference), inception, 4)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+WRONG = {
+    "holds float32 images; they must be uint8": pictures(5).astype(np.float32) / 255,
+    "holds int64 images": pictures(5).astype(np.int64),
+    "holds bool images": pictures(5) > 9,
+    "holds an array of shape (5, 32, 32)": pictures(5)[..., 0],
+    "shape (5, 3, 32, 32); it must be (images, height, width, 3)": pictures(5).transpose(
+        0, 3, 1, 2
+    ),
+    "shape (5, 32, 32, 4)": pictures(5, channels=4),
+    "shape (0, 32, 32, 3)": pictures(0),
+    "Fortran order": np.asfortranarray(pictures(5)),
+    "holds 1 image; precision and recall need 4 or more": pictures(1),
+    "holds 3 images; precision": pictures(3),
+    "of 16x32, ": pictures(5, size=(16, 32)),
+}
+
+
+@pytest.mark.parametrize("expected", WRONG)
+def test_wrong_images_are_refused(no_network, tmp_path, expected):
+    good = save_npz(tmp_path / "good.npz", pictures(5))
+    wrong = save_npz(tmp_path / "wrong.npz", WRONG[expected])
+    for samples, reference in ((wrong, good), (good, wrong)):
+        message = refused(samples, reference)
+        assert "wrong.npz" in message
+        assert expected in message or "of 32x32, " in message and "of 16x32" in message
+
+
+def test_what_holds_no_images_is_refused(no_network, tmp_path):
+    good = save_npz(tmp_path / "good.npz", pictures(5))
+    raw = pathlib.Path(good).read_bytes()
+    file = tmp_path / "file.npz"
+
+    def wrong(content):
+        file.write_bytes(content)
+        told = {refused(file, good), refused(good, file), refused(good, file, "weights.pth")}
+        assert all("file.npz" in text for text in told)
+        return " ".join(told)
+
+    assert "not a whole .npz" in wrong(raw[: len(raw) // 2])
+    assert "not a whole .npz" in wrong(raw[:-1000])
+    assert "not a whole .npz" in wrong(b"")
+    assert "not a whole .npz" in wrong(b"<!DOCTYPE html>")
+    array = io.BytesIO()
+    np.save(array, pictures(5))
+    assert "not a whole .npz" in wrong(array.getvalue())
+    objects = io.BytesIO()
+    np.savez(objects, np.array([{}, None, "x", 4]))
+    assert "object images" in wrong(objects.getvalue())
+    save_npz(file, pictures(5), name="images")
+    for message in (refused(file, good), refused(good, file)):
+        assert "holds no arr_0" in message or "neither images (arr_0) nor" in message
+
+    assert "neither a file nor a folder" in refused(tmp_path / "none", good)
+    assert "neither a file nor a folder" in refused(good, tmp_path / "none")
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    assert "holds no image (.jpg" in refused(tmp_path / "empty", good)
+    assert "holds no image (.jpg" in refused(good, tmp_path / "empty")
+    (tmp_path / "empty" / "protocol.json").write_text("{}")
+    assert "samples that are not finished" in refused(tmp_path / "empty", good)
+    assert "--samples and --reference are needed" in refused(good, "")
+
+
+def test_folders_of_mixed_sizes_or_damaged_images_are_refused(no_network, tmp_path):
+    good = save_npz(tmp_path / "good.npz", pictures(5))
+    folder = tmp_path / "mixed"
+    save_folder(folder, pictures(5))
+    Image.fromarray(pictures(1, size=(32, 30))[0]).save(folder / "other.png")
+    message = refused(folder, good)
+    assert "several sizes: 000.png is 32x32, other.png 30x32" in message
+    (folder / "other.png").write_bytes(b"no image")
+    assert "other.png is not an image" in refused(good, folder)
+    # A header alone cannot tell that the rest is missing: reading does.
+    raw = (folder / "000.png").read_bytes()
+    (folder / "other.png").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(DataError, match=r"other.png: "):
+        whole(image_streams.open_stream(str(folder)))
+
+
+@hypothesis_settings(max_examples=80, deadline=None)
+@given(data=st.data(), compressed=st.booleans())
+def test_a_damaged_file_is_refused_or_read(tmp_path_factory, data, compressed):
+    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    save_npz(path, pictures(3, size=(4, 5)), compressed)
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)) | st.just(len(raw)))])
+    try:
+        stream = image_streams.open_stream(str(path))
+        images = whole(stream, 2)
+        assert images.shape == (stream.count, *stream.size, 3) and images.dtype == np.uint8
+        image_streams.statistics(str(path))
+        image_streams.has_images(str(path))
+    except DataError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (
+            {"mu_s": None, "sigma_s": None},
+            "no spatial statistics (mu_s, sigma_s), which sFID needs",
+        ),
+        ({"sigma_s": None}, "no spatial statistics"),
+        ({"sigma": None}, "it must hold mu and sigma together"),
+        ({"mu": None, "sigma": None}, "it must hold mu and sigma together"),
+        ({"mu": np.full(2048, np.nan)}, "holds mu with numbers that are not finite"),
+        ({"sigma": np.full((2048, 2048), np.inf)}, "holds sigma with numbers that are not finite"),
+        ({"mu_s": np.full(2023, np.nan)}, "holds mu_s with"),
+        ({"sigma_s": np.full((2023, 2023), np.nan)}, "holds sigma_s with"),
+        ({"sigma": np.zeros(2048)}, "holds sigma of shape (2048,)"),
+        ({"sigma": np.zeros((2, 2048))}, "holds sigma of shape (2, 2048)"),
+        ({"mu": np.float64(3)}, "holds mu of shape ()"),
+        ({"mu": np.zeros((1, 2048))}, "holds mu of shape (1, 2048)"),
+        ({"mu": np.zeros(64), "sigma": np.eye(64)}, "mu of 64 features; Inception's are 2048"),
+        ({"mu": np.array(["x"] * 2048)}, "not a whole .npz file"),
+    ],
+)
+@pytest.mark.parametrize("images", [False, True], ids=["alone", "with images"])
+def test_wrong_statistics_are_refused(no_network, tmp_path, changes, expected, images):
+    good = save_npz(tmp_path / "good.npz", pictures(5))
+    arrays = {k: v for k, v in (NUMBERS | changes).items() if v is not None}
+    if images:
+        arrays["arr_0"] = pictures(5)
+    np.savez(tmp_path / "reference.npz", **arrays)
+    message = refused(good, tmp_path / "reference.npz", inception="weights.pth")
+    assert expected in message and "reference.npz" in message
+    # They are Inception's: to EfficientNet they are nothing.
+    if not images:
+        assert "nor anything that EfficientNet-Lite0 can use" in refused(
+            good, tmp_path / "reference.npz"
+        )
+
+
+# As a program -------------------------------------------------------------------------------------
+
+
+def program(*arguments):
+    flags = evaluate._FLAGS
+    flags.unparse_flags()
+    evaluate.main(flags(["evaluate", *map(str, arguments)]))
+
+
+def error(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        program(*arguments)
+    message = str(caught.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def test_wrong_arguments_are_told_in_one_line(no_network, tmp_path):
+    good = save_npz(tmp_path / "good.npz", pictures(5))
+    both = [f"--samples={good}", f"--reference={good}"]
+    assert "--samples and --reference are needed" in error()
+    assert "--batch_size is 0; it must be 1 or more" in error(*both, "--batch_size=0")
+    assert "'extra' is not understood" in error(*both, "extra")
+    statistics = f"--save_statistics={tmp_path / 'no' / 'such.npz'}"
+    assert "--save_statistics needs --inception" in error(*both, statistics)
+    assert "a folder that is not there" in error(*both, statistics, "--inception=x.pth")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_missing_inception_weights_are_named(tmp_path):
+    good = save_npz(tmp_path / "good.npz", pictures(5))
+    missing = f"--inception={tmp_path / 'none.pth'}"
+    message = error(f"--samples={good}", f"--reference={good}", missing)
+    assert "none.pth" in message and inception_weights.URL in message
+
+
+def samples_folder(folder, images, guidance):
+    folder.mkdir()
+    save_npz(folder / "samples.npz", images)
+    protocol = {"num_images": len(images), "guidance": guidance, "seed": 5, "step": 40}
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+    return str(folder)
+
+
+def test_efficientnet_judges_samples_at_two_scales(tmp_path, capsys):
+    """Also what the program leaves behind."""
+    images = pictures(8)
+    one = samples_folder(tmp_path / "one", images, 1.0)
+    two = samples_folder(tmp_path / "two", 255 - images // 3, 4.0)
+    reference = save_folder(tmp_path / "real", images)
+    program(f"--samples={one},{two}", f"--reference={reference}", "--batch_size=1")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["features"] == "efficientnet-lite0" and results["reference"] == reference
+    first, second = results["rows"]
+    assert (first["samples"], first["num_images"]) == (one, 8)
+    assert first["sha256"] == evaluate.weights.sha256_of_file(f"{one}/samples.npz")
+    assert second["protocol"] == {"num_images": 8, "guidance": 4.0, "seed": 5, "step": 40}
+    names = ["frechet_efficientnet_lite0", "efficientnet_lite0_precision"]
+    names.append("efficientnet_lite0_recall")
+    assert list(first["metrics"]) == list(second["metrics"]) == names
+    same, apart = (row["metrics"]["frechet_efficientnet_lite0"] for row in (first, second))
+    assert same < 1e-6 * apart and apart > 0.01
+    assert list(first["metrics"].values())[1:] == [1, 1]
+    assert second["metrics"]["efficientnet_lite0_precision"] < 1
+
+    said = capsys.readouterr().out
+    everything = said + (tmp_path / "results.json").read_text()
+    assert "fid" not in everything.lower() and "inception" not in everything.lower()
+    assert "warning: samples: 8 images are too few for 1280 dimensions" in said
+    table = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+    head = "| samples | images | Fréchet (EfficientNet-Lite0) | precision (EfficientNet-Lite0) |"
+    assert table[0].startswith(head) and table[2].startswith(f"| {one} | 8 |")
+    assert f"{apart:.4g}" in table[3]
+    with Image.open(tmp_path / "sweep.png") as figure:
+        assert figure.width > 1000 and len(np.unique(np.asarray(figure).reshape(-1, 4), axis=0)) > 9
+
+
+def test_a_protocol_is_of_its_own_samples_alone(tmp_path):
+    folder = samples_folder(tmp_path / "one", pictures(4), 2.0)
+    for spec in (folder, f"{folder}/samples.npz"):
+        assert evaluate._protocol(spec)["guidance"] == 2.0
+    other = save_npz(tmp_path / "one" / "other.npz", pictures(4))
+    for spec in (other, str(tmp_path), f"data:{folder}:train"):
+        assert evaluate._protocol(spec) == {}
+
+
+def test_where_results_go(tmp_path):
+    flags = evaluate._FLAGS
+    flags.unparse_flags()
+    flags(["evaluate"])
+    (tmp_path / "a").mkdir()
+    assert evaluate._out([str(tmp_path / "a")]) == tmp_path / "a"
+    assert evaluate._out([str(tmp_path / "a" / "samples.npz")]) == tmp_path / "a"
+    assert evaluate._out([str(tmp_path / "a"), str(tmp_path / "b")]) == tmp_path
+    # Real against real, the floor of a comparison.
+    assert evaluate._out([f"data:{tmp_path / 'a'}:train"]) == tmp_path / "a"
+
+
+# Inception ----------------------------------------------------------------------------------------
+
+REAL = pictures(6, seed=1)
+FAKE = (
+    REAL[:1] // 8 * 7 + pictures(12, seed=2) // 8
+)  # much like one of them: precise, of low recall
+WIDTHS = {"mu": 40, "mu_s": 30}  # of all: the roots of 2048 x 2048 would take most of a minute
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Inception of random weights over two devices, which keeps all it has said."""
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+    tree = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
+    rng = np.random.RandomState(0)
+    params = {}
+    for path, leaf in sorted(traverse_util.flatten_dict(tree).items()):
+        scale = math.sqrt(2 / math.prod(leaf.shape[:-1])) if path[-1] == "kernel" else 0.1
+        params[path] = rng.normal(0, scale, leaf.shape).astype(np.float32)
+    params = traverse_util.unflatten_dict(params)
+
+    def narrow(params, images):
+        out = InceptionV3().apply({"params": params}, images)
+        return out.pool[:, : WIDTHS["mu"]], out.spatial[:, : WIDTHS["mu_s"]], out.probabilities
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception_weights, "load", lambda path: params)
+        patch.setattr(evaluate, "_inception", narrow)
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+        made = evaluate.Network("weights.pth", 2)
+    made.said = []
+    return made
+
+
+@pytest.fixture
+def use_network(network, monkeypatch):
+    call = evaluate.Network.__call__
+
+    def recorded(self, images):
+        self.said.append(call(self, images))
+        return self.said[-1]
+
+    network.said.clear()
+    monkeypatch.setattr(evaluate, "_WIDTHS", WIDTHS)
+    monkeypatch.setattr(evaluate.Network, "__call__", recorded)
+    monkeypatch.setattr(evaluate, "Network", lambda inception, batch_size: network)
+    return network
+
+
+def direct_distance(fake, real):
+    """Of features, without a covariance: its root's trace is that of a small symmetric product."""
+    fake, real = np.float64(fake), np.float64(real)
+    a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (fake, real))
+    root = scipy.linalg.sqrtm((a @ b.T) @ (a @ b.T).T)
+    apart = fake.mean(0) - real.mean(0)
+    return apart @ apart + (a**2).sum() + (b**2).sum() - 2 * np.trace(root).real
+
+
+def direct_score(p):
+    p = np.float64(p)
+    return np.exp(np.mean(np.sum(p * np.log(p / p.mean(axis=0)), axis=1)))
+
+
+def direct_inside(centres, points):
+    """The fraction of points within some centre's distance to its third neighbour."""
+    between = lambda x, y: np.linalg.norm(np.float64(x)[:, None] - np.float64(y)[None], axis=-1)
+    radii = np.sort(between(centres, centres), axis=1)[:, 3]
+    return np.mean((between(points, centres) <= radii).any(axis=1))
+
+
+def test_inception_metrics_equal_direct_ones(use_network, tmp_path, capsys):
+    fake, real = save_npz(tmp_path / "fake.npz", FAKE), save_npz(tmp_path / "real.npz", REAL)
+    saved = tmp_path / "statistics.npz"
+    # The file of the weights is asked for by the network alone, which is here already.
+    flags = [f"--samples={fake}", "--inception=weights.pth", "--batch_size=2"]
+    program(*flags, f"--reference={real}", f"--save_statistics={saved}")
+    assert [len(x[0]) for x in use_network.said] == [4, 2, 4, 4, 4]
+    parts = [[said[i] for said in use_network.said] for i in range(3)]
+    real_parts, fake_parts = (
+        [np.concatenate(part[chosen]) for part in parts] for chosen in (slice(2), slice(2, 5))
+    )
+    probabilities = fake_parts[2]
+    assert probabilities.shape == (12, 1008) and (real_parts[0].std(axis=0) > 0).mean() > 0.5
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["features"] == "inception-v3 2015-12-05"
+    assert results["reference_sha256"] == evaluate.weights.sha256_of_file(real)
+    (row,) = results["rows"]
+    found = row["metrics"]
+    assert row["protocol"] == {} and row["num_images"] == 12
+    assert list(found) == [
+        "fid", "sfid", "inception_score", "inception_score_std", "precision", "recall",
+    ]  # fmt: skip
+    assert found["fid"] == pytest.approx(direct_distance(fake_parts[0], real_parts[0]), rel=1e-6)
+    assert found["sfid"] == pytest.approx(direct_distance(fake_parts[1], real_parts[1]), rel=1e-6)
+    assert found["fid"] > 1e-3 and found["sfid"] > 1e-3
+    score = direct_score(probabilities)
+    assert found["inception_score"] == pytest.approx(score, rel=1e-10) and score > 1 + 1e-6
+    scores = [direct_score(probabilities[12 * i // 10 : 12 * (i + 1) // 10]) for i in range(10)]
+    assert found["inception_score_std"] == pytest.approx(np.std(scores), rel=1e-5)
+    assert found["precision"] == direct_inside(real_parts[0], fake_parts[0])
+    assert found["recall"] == direct_inside(fake_parts[0], real_parts[0])
+    assert found["precision"] > found["recall"]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[0] == "| samples | images | FID | sFID | IS | IS std | precision | recall |"
+    assert f"| {found['fid']:.4g} | {found['sfid']:.4g} |" in table[2]
+    assert not (tmp_path / "sweep.png").exists()
+
+    with np.load(saved) as file:
+        assert {name: file[name].shape for name in file.files} == {
+            "mu": (40,), "sigma": (40, 40), "mu_s": (30,), "sigma_s": (30, 30),
+        }  # fmt: skip
+        np.testing.assert_allclose(file["mu"], real_parts[0].mean(axis=0), rtol=1e-5)
+        covariance = np.cov(real_parts[0].astype(np.float64), rowvar=False)
+        np.testing.assert_allclose(file["sigma"], covariance, rtol=1e-6, atol=1e-12)
+    # Statistics stand for the images in both distances, and cannot in the others.
+    program(*flags, f"--reference={saved}", f"--out={tmp_path / 'again'}")
+    results = json.loads((tmp_path / "again" / "results.json").read_text())
+    stored = results["rows"][0]["metrics"]
+    assert list(stored) == ["fid", "sfid", "inception_score", "inception_score_std"]
+    assert {name: stored[name] for name in stored} == pytest.approx(
+        {name: found[name] for name in stored}, rel=1e-6
+    )
+    assert len(use_network.said) == 8
