@@ -208,16 +208,29 @@ def test_a_full_disk_leaves_no_shard_that_passes_for_whole(folder, tokenizer_fil
 
 def test_another_extraction_does_not_go_on_in_the_same_folder(folder, tokenizer_file, tmp_path):
     make(folder, tokenizer_file, tmp_path / "codes")
-    with pytest.raises(ConfigError, match="an extraction of something else: crops was .*1.25.*1.1"):
+    with pytest.raises(ConfigError, match="of something else: crops.crop_range was 1.25, is 1.1"):
         prepare(folder, tokenizer_file, tmp_path / "codes", CropSpec(24, 1.1))
     with pytest.raises(ConfigError, match="batch_size was 4, is 3"):
         prepare(folder, tokenizer_file, tmp_path / "codes", batch_size=3)
     (folder / "cats" / "zz.png").write_bytes((folder / "cats" / "00.png").read_bytes())
-    with pytest.raises(ConfigError, match="images was"):
+    with pytest.raises(ConfigError, match="images.number was 17, is 18"):
         prepare(folder, tokenizer_file, tmp_path / "codes")
     (tmp_path / "codes" / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="shards without a manifest"):
         prepare(folder, tokenizer_file, tmp_path / "codes")
+
+
+def test_what_came_to_nothing_may_begin_otherwise(folder, tokenizer_file, tmp_path):
+    prepare(folder, tokenizer_file, tmp_path / "codes", batch_size=64)  # too large for the device
+    made = make(folder, tokenizer_file, tmp_path / "codes", batch_size=2)
+    assert made.complete and made.batch_size == 2
+
+
+def test_a_finished_folder_that_lost_a_file_says_so(folder, tokenizer_file, tmp_path):
+    make(folder, tokenizer_file, tmp_path / "codes")
+    (tmp_path / "codes" / "codes-00001-of-00003.array_record").unlink()
+    with pytest.raises(DataError, match="codes-00001-of-00003.array_record is missing now"):
+        make(folder, tokenizer_file, tmp_path / "codes")
 
 
 def test_wrong_input_is_refused_before_anything_is_written(folder, tokenizer_file, tmp_path):
@@ -248,8 +261,20 @@ def test_shards_that_are_missing_are_told(folder, tokenizer_file, tmp_path):
 
 def test_reconstructions_are_drawn_to_be_looked_at(folder, tokenizer_file, tmp_path):
     job = prepare(folder, tokenizer_file, tmp_path / "codes")
-    with Image.open(extract.draw_reconstructions(job, 4)) as image:
+    extract.run(job, 0, 1, shown=4)
+    with Image.open(tmp_path / "codes" / "reconstructions.png") as image:
         assert image.mode == "RGB" and image.width > 4 * 100 and image.height > 2 * 100
+        shown = np.asarray(image)
+    # They show what is stored: with other codes in the shards the lower row is another.
+    lines = [record["codes"] for record in read_all(tmp_path / "codes")]
+    packed = [records.pack_record((codes + 1) % 64, 0, record["key"])
+              for codes, record in zip(lines, read_all(tmp_path / "codes"), strict=True)]  # fmt: skip
+    records.write_shard(tmp_path / "codes" / job.shard_name(0), packed[:6])
+    extract.draw_reconstructions(job, list(range(3)), 4)
+    with Image.open(tmp_path / "codes" / "reconstructions.png") as image:
+        other = np.asarray(image)
+    upper = len(shown) // 2
+    assert (other[:upper] == shown[:upper]).all() and (other[upper:] != shown[upper:]).any()
 
 
 # What training reads -----------------------------------------------------------------------------

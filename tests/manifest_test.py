@@ -4,13 +4,12 @@ import copy
 import dataclasses
 import io
 import json
-import pathlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax import manifest, progress
+from mirai_jax import files, manifest, progress
 from mirai_jax.crops import CropSpec
 from mirai_jax.errors import DataError
 from mirai_jax.manifest import Manifest, Shard
@@ -99,14 +98,12 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     before = (tmp_path / "manifest.json").read_bytes()
     with pytest.raises(TypeError):  # no JSON
         manifest.write(tmp_path, dataclasses.replace(WHOLE, images={"a": object()}))
-    write_text = pathlib.Path.write_text
 
-    def disk_full(path, text, **options):
-        write_text(path, text[:20], **options)
+    def disk_full(_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "write_text", disk_full)
+        patch.setattr(files.os, "fsync", disk_full)
         with pytest.raises(OSError, match="No space"):
             manifest.write(tmp_path, WHOLE)
     assert files_in(tmp_path) == ["manifest.json"]
@@ -221,6 +218,9 @@ def test_what_fixes_the_bytes_is_compared_and_what_came_of_it_is_not(name):
         assert told == []
     else:
         was, now = WHOLE.to_dict()[name], other.to_dict()[name]
+        if type(was) is dict:  # the entry that differs alone
+            (key,) = (key for key in was if was[key] != now[key])
+            name, was, now = f"{name}.{key}", was[key], now[key]
         assert told == [f"{name} was {was!r}, is {now!r}"] and was != now
     assert WHOLE.differences(WHOLE) == BEGUN.differences(WHOLE) == []
 
@@ -228,6 +228,15 @@ def test_what_fixes_the_bytes_is_compared_and_what_came_of_it_is_not(name):
 def test_tuples_and_lists_of_a_description_are_the_same():
     other = dataclasses.replace(WHOLE, tokenizer=WHOLE.tokenizer | {"multipliers": (1, 2)})
     assert WHOLE.differences(other) == []
+
+
+def test_names_of_what_keys_and_checksums_tell_may_differ():
+    moved = WHOLE.images | {"name": "elsewhere"}
+    other = dataclasses.replace(WHOLE, images=moved, tokenizer=WHOLE.tokenizer | {"file": "b.pt"})
+    assert WHOLE.differences(other) == []
+    numbered = dataclasses.replace(WHOLE, images={"kind": "tfds", "name": "a"})
+    other = dataclasses.replace(WHOLE, images={"kind": "tfds", "name": "b"})
+    assert numbered.differences(other) == ["images.name was 'a', is 'b'"]
 
 
 def test_several_differences_are_all_told():
@@ -262,10 +271,13 @@ def test_an_extraction_that_has_not_ended_is_told():
     ],
 )
 def test_other_files_than_its_shards_are_told(files, told):
-    WHOLE.check_files("codes", ["codes-1.array_record", "codes-0.array_record"])
+    whole = {shard.name: shard.records for shard in WHOLE.shards}
+    WHOLE.check_files("codes", whole)
     with pytest.raises(DataError) as error:
-        WHOLE.check_files("codes", files)
-    assert str(error.value) == (f"data.path 'codes' must hold the 2 shards of its manifest: {told}")
+        WHOLE.check_files("codes", {file: whole.get(file, 1) for file in files})
+    assert str(error.value) == f"codes must hold the 2 shards of its manifest: {told}"
+    with pytest.raises(DataError, match="codes-1.array_record holds 6 records, by its manifest 7"):
+        WHOLE.check_files("codes", whole | {"codes-1.array_record": 6})
 
 
 # Progress -----------------------------------------------------------------------------------------

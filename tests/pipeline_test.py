@@ -148,6 +148,23 @@ def test_a_teacher_of_another_grid_is_resampled(world, stored):
     assert abs(other[0, 2] - stored[0, 2]) > 1e-6
 
 
+def test_a_run_does_not_go_on_with_other_frozen_networks(world, stored):
+    """Files may move; what they hold may not change."""
+    parts = json.loads((world / "stored" / "parts.json").read_text())
+    assert parts.keys() == {"tokenizer", "bidirectional", "data"}
+    (world / "elsewhere").mkdir()
+    moved = world / "elsewhere" / "dino.pth"
+    moved.write_bytes((world / "dino.pth").read_bytes())
+    more = {"num_steps": 4, "teacher__path": str(moved)}
+    assert len(losses(settings(world, **more), world / "stored")) == 4
+    init = jax.jit(dinov2.DinoV2(DINO).init)
+    params = init(jax.random.key(7), np.zeros((1, 14, 14, 3), np.float32))["params"]
+    torch_writer.write(moved, torch_names.dinov2_to_torch(DINO, jax.device_get(params)))
+    more["num_steps"] = 5
+    with pytest.raises(ConfigError, match="began with another bidirectional: its checksum was"):
+        losses(settings(world, **more), world / "stored")
+
+
 def test_another_tokenizer_or_other_images_are_refused(world, stored):
     raw = (world / "vq.pt").read_bytes()
     params = vq.VQModel(VQ).init(jax.random.key(5), np.zeros((1, 8, 8, 3), np.float32))["params"]
