@@ -41,17 +41,6 @@ def _count(params: Any) -> int:
     return sum(array.size for array in traverse_util.flatten_dict(params).values())
 
 
-def _grid(side: int, arguments: dict[str, Any]) -> tuple[int, int]:
-    if not side:
-        try:
-            side = int(arguments["image_size"]) // int(arguments["downsample_size"])
-        except (KeyError, TypeError, ValueError, ArithmeticError):
-            side = 16
-    if side < 1:
-        raise ConfigError(f"--grid is {side}; it must be 1 or more")
-    return side, side
-
-
 def from_torch(
     source: str, target: str, *, entry: str = "", grid: int = 0, num_heads: int = 0
 ) -> weights.Weights:
@@ -80,8 +69,8 @@ def from_torch(
                                ("num_heads", num_heads, ("generator", "teacher"))):  # fmt: skip
         if given and kind and kind not in kinds:
             raise ConfigError(f"--{flag} has no meaning here: {source} is a {kind}")
-    side = _grid(grid, arguments)
-    made = weights.from_state(state, about, grid=side, num_heads=num_heads)
+    sides = weights.token_grid(grid, arguments)
+    made = weights.from_state(state, about, grid=sides, num_heads=num_heads)
     del state  # what is stacked has been copied
     weights.save(target, made)
     return made

@@ -53,6 +53,12 @@ _CHECKPOINT = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Weights of the VQ tokenizer; default: the workdir's.", flag_values=_FLAGS
 )
+_SIDE = flags.DEFINE_integer(
+    "grid",
+    0,
+    "Tokens a side of --checkpoint; default: as its file says, else 16.",
+    flag_values=_FLAGS,
+)
 _OUT = flags.DEFINE_string(
     "out", None, "Folder of the samples; default: one inside the workdir.", flag_values=_FLAGS
 )
@@ -137,15 +143,20 @@ def of_workdir(workdir: str, step: int | None, state: str, tokenizer_path: str |
     return Source(settings.generator, params, module, tokenizer_params, about)
 
 
-def of_checkpoint(path: str, tokenizer_path: str | None) -> Source:
+def of_checkpoint(path: str, tokenizer_path: str | None, grid: int = 0) -> Source:
     """A converted or PyTorch generator with a VQ tokenizer.
+
+    `grid`: tokens a side of a PyTorch file's generator; 0: see `weights.token_grid`.
 
     Raises:
         ConfigError: no such files, or they do not belong together.
     """
     if not tokenizer_path:
         raise ConfigError("--tokenizer is missing; with --checkpoint it must be the VQ's weights")
-    loaded = weights.load("--checkpoint", path, "generator")
+    sides = weights.token_grid(grid, {}) if grid else None
+    loaded = weights.load("--checkpoint", path, "generator", grid=sides)
+    if sides not in (None, loaded.config.grid):
+        raise ConfigError(f"--grid is {grid}; {path} knows its own, {loaded.config.grid}")
     vq_module, vq_params = frozen.load_vq_file("--tokenizer", tokenizer_path)
     if vq_module.vocab_size != loaded.config.vocab_size:
         raise ConfigError(
@@ -153,6 +164,7 @@ def of_checkpoint(path: str, tokenizer_path: str | None) -> Source:
             f"has {loaded.config.vocab_size}"
         )
     about = {"checkpoint": os.path.basename(path), "entry": loaded.source.get("entry", "")}
+    about["grid"] = list(loaded.config.grid)
     params = jax.tree.map(lambda a: np.asarray(a, np.float32), loaded.params)
     return Source(loaded.config, params, vq_module, vq_params, about)
 
@@ -354,11 +366,13 @@ def _source() -> Source:
     if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
         raise ConfigError("give either --workdir or --checkpoint")
     if _WORKDIR.value is not None:
+        if _SIDE.present:
+            raise ConfigError("--grid has no meaning with --workdir, which knows it")
         return of_workdir(_WORKDIR.value, _STEP.value, _STATE.value, _TOKENIZER.value)
     for flag in (_STEP, _STATE):
         if flag.present:
             raise ConfigError(f"--{flag.name} has no meaning with --checkpoint")
-    return of_checkpoint(_CHECKPOINT.value, _TOKENIZER.value)
+    return of_checkpoint(_CHECKPOINT.value, _TOKENIZER.value, _SIDE.value)
 
 
 def _folders(source: Source, options: list[sampler.SampleOptions]) -> list[pathlib.Path]:

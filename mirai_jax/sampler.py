@@ -37,7 +37,7 @@ class SampleOptions:
 
     def __post_init__(self):
         for name, value, good, allowed in (
-            ("guidance", self.guidance, self.guidance >= 1, "1 (none) or more"),
+            ("guidance", self.guidance, 1 <= self.guidance < float("inf"), "1 (none) or more"),
             ("interval", self.interval, self.interval >= -1, "-1 (always) or more"),
             ("temperature", self.temperature, self.temperature > 0, "more than 0"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),

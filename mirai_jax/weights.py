@@ -129,6 +129,26 @@ def read_state(
     return state, found, arguments if isinstance(arguments, dict) else {}
 
 
+def token_grid(side: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """A generator's grid, which its weights do not tell.
+
+    Args:
+        side: tokens a side, as the user says; 0: as the file's training arguments say, else 16.
+        arguments: as `read_state` gives them.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if not side:
+        try:
+            side = int(arguments["image_size"]) // int(arguments["downsample_size"])
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            side = 16
+    if side < 1:
+        raise ConfigError(f"--grid is {side}; it must be 1 or more")
+    return side, side
+
+
 def _generator_config(state: Arrays, grid: tuple[int, int], num_heads: int):
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     try:
@@ -295,7 +315,7 @@ def load_converted(folder: str | os.PathLike[str]) -> Weights:
 
 
 def load(
-    field: str, path: str, kind: str, *, grid: tuple[int, int] = (16, 16), num_heads: int = 0
+    field: str, path: str, kind: str, *, grid: tuple[int, int] | None = None, num_heads: int = 0
 ) -> Weights:
     """The weights that a config field or a flag names: a PyTorch file or a converted folder.
 
@@ -303,7 +323,8 @@ def load(
         field: its name, for messages.
         path: what it holds.
         kind: what it must be.
-        grid, num_heads: see `from_state`; a converted folder knows them.
+        grid: of a generator's PyTorch file; None: see `token_grid`. A converted folder knows it.
+        num_heads: see `from_state`.
 
     Raises:
         ConfigError: no such thing, another network, or numbers that are not finite.
@@ -313,8 +334,9 @@ def load(
         if os.path.isdir(path):
             weights = load_converted(path)
         else:
-            state, entry, _ = read_state(path)
+            state, entry, arguments = read_state(path)
             source = {"file": os.path.basename(path), "entry": entry}
+            grid = grid or token_grid(0, arguments)
             weights = from_state(state, source, grid=grid, num_heads=num_heads)
     except ConfigError as error:
         raise ConfigError(f"{field} is {path!r}: {first_line(error)}") from error

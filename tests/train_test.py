@@ -238,7 +238,6 @@ def test_cached_features_and_online_codes_train_alike(tmp_path):
         ("plain", {}),
         ("cached", {"teacher": {"cached": True}}),
         ("online", {"data": {"codes": "online"}}),
-        ("both", {"teacher": {"cached": True}, "data": {"codes": "online"}}),
     ):
         config = tiny(mirai_i, num_steps=3, sample_every=0)
         config.data.held_out = 4900  # 100 images are enough
