@@ -142,6 +142,7 @@ def test_online_codes_train_as_stored_ones(world, stored):
     np.testing.assert_allclose(online, stored, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_grid_is_resampled(world, stored):
     other = losses(settings(world, teacher__image_size=70), world / "other")
     np.testing.assert_allclose(other[0, 1], stored[0, 1], rtol=1e-6)  # only the targets differ
