@@ -122,7 +122,7 @@ def prepare(
             raise ConfigError(f"--{name} is {value}; it must be 1 or more")
     loaded = weights.load("--tokenizer", tokenizer_path, "tokenizer")
     module = vq.VQModel(loaded.config, precision=precision)
-    params = jax.tree.map(lambda a: np.asarray(a, np.float32), loaded.params)
+    params = weights.float32(loaded.params)
     try:
         grid = module.grid((crops.image_size, crops.image_size))
     except ValueError as error:

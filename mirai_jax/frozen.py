@@ -4,7 +4,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 from flax import linen as nn
 
@@ -91,7 +90,7 @@ def load_vq_file(field: str, path: str) -> tuple[vq.VQModel, Any]:
         raise ConfigError(
             f"{field} is {path!r}, for {loaded.config.channels} channels; it must be 3"
         )
-    return vq.VQModel(loaded.config), jax.tree.map(_float32, loaded.params)
+    return vq.VQModel(loaded.config), weights.float32(loaded.params)
 
 
 def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
@@ -114,10 +113,6 @@ def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
             f"{config.vocab_size}, the codes of {path}"
         )
     return module, params
-
-
-def _float32(array: Any) -> np.ndarray:
-    return np.asarray(array, np.float32)
 
 
 # Teachers -----------------------------------------------------------------------------------------
@@ -165,7 +160,7 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
         layer=wanted.layer,
         dtype=wanted.dtype,
     )
-    return module, {"network": jax.tree.map(_float32, loaded.params)}
+    return module, {"network": weights.float32(loaded.params)}
 
 
 # Pretrained generators ----------------------------------------------------------------------------
@@ -227,7 +222,7 @@ def load_generator(
                 "which knows its own patch codebook"
             )
         loaded = weights.load(field, path, "generator", grid=settings.generator.grid)
-        config, params = loaded.config, jax.tree.map(_float32, loaded.params)
+        config, params = loaded.config, weights.float32(loaded.params)
     else:
         other, saved, _ = read_run(field, path)
         config, params = other.generator, saved["ema"]

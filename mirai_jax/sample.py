@@ -27,7 +27,7 @@ from absl import app, flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import cli, files, frozen, report, sampler, weights
+from mirai_jax import cli, coding, files, frozen, report, sampler, weights
 from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.dinov2 import resize_bicubic
@@ -165,7 +165,7 @@ def of_checkpoint(path: str, tokenizer_path: str | None, grid: int = 0) -> Sourc
         )
     about = {"checkpoint": os.path.basename(path), "entry": loaded.source.get("entry", "")}
     about["grid"] = list(loaded.config.grid)
-    params = jax.tree.map(lambda a: np.asarray(a, np.float32), loaded.params)
+    params = weights.float32(loaded.params)
     return Source(loaded.config, params, vq_module, vq_params, about)
 
 
@@ -210,7 +210,7 @@ class Painter:
     ):
         devices = jax.local_devices() if devices is None else devices
         mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
-        self._source, self._batch = source, batch_size * len(devices)
+        self._batch = batch_size * len(devices)
         self._params = jax.device_put(source.params, NamedSharding(mesh, P()))
         self._key = jax.random.fold_in(jax.random.key(seed), 0)
         draw = functools.partial(sampler.generate, source.config, options=options)
@@ -220,9 +220,11 @@ class Painter:
                 check_vma=False,
             )
         )  # fmt: skip
+        # On the device once: a VQ's weights are larger than what is decoded at a time.
+        self._tokenizer_params = jax.device_put(source.tokenizer_params, devices[0])
         self._pixels = jax.jit(functools.partial(_pixels, source.tokenizer, resize))
         side = source.config.grid[0] * source.tokenizer.downsample
-        self._decoded = min(64, max(1, 2 * 512 * 512 // side**2))  # images at once
+        self._decoded = min(64, coding.images_at_once(side, side))
 
     def __call__(self, labels_N: np.ndarray, indices_N: np.ndarray) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
@@ -238,9 +240,7 @@ class Painter:
         for start in range(0, count, self._decoded):
             some = codes[start : start + self._decoded]
             filled = np.resize(some, (self._decoded, some.shape[1]))
-            images.append(
-                np.asarray(self._pixels(self._source.tokenizer_params, filled))[: len(some)]
-            )
+            images.append(np.asarray(self._pixels(self._tokenizer_params, filled))[: len(some)])
         return np.concatenate(images)
 
 

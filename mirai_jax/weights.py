@@ -350,6 +350,11 @@ def load(
     return weights
 
 
+def float32(params: Any) -> Any:
+    """A tree of arrays as float32 NumPy arrays, which the networks here take."""
+    return jax.tree.map(lambda array: np.asarray(array, np.float32), params)
+
+
 def checksum(params: Any) -> str:
     """SHA-256 over names and float32 values: the same for every file format they were kept in."""
     digest = hashlib.sha256()
