@@ -331,7 +331,7 @@ def finish(job: Job) -> bool:
 
 def _join(job: Job) -> None:
     some = np.load(job.part(0))[:_GRID]
-    rows = [str(i) for i in range(0, len(some) // 8 * 8, 8)]
+    rows = [f"image {i}" for i in range(0, len(some) // 8 * 8, 8)]
     if rows:
         grid = report.sample_grid(some[: 8 * len(rows)], rows)
         report.save_picture(job.out / "grid.png", grid)
