@@ -37,6 +37,14 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.sample_every = 10_000  # steps between sample grids; 0: only at the end
     config.checkpoint_every = 10_000  # steps between checkpoints
     config.keep_checkpoints = 2  # the newest that are kept
+    config.keep_every = 0  # steps: checkpoints at multiples of it are kept for ever; 0: none are
+    config.init_from = ""  # weights a new run begins with: a workdir, a converted folder or a
+    #                        PyTorch file of a generator; '': fresh ones
+    config.accumulate = 1  # parts of a batch computed one after the other, for less memory
+    config.nonfinite = "stop"  # at a loss that is not finite: stop, or skip the update, count it,
+    #                            and stop after 20 in a row
+    config.hang_limit = 1800  # seconds without a finished step after which a run reports where it
+    #                           hangs and ends (another host may be gone); 0: never
 
     # Where foresight comes from: a tuple of terms, see `term`. () is LlamaGen.
     config.foresight = ()
@@ -55,6 +63,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     model.class_dropout = 0.1  # probability of the null class; 0: no null class, no guidance
     model.dtype = "bfloat16"  # of matrix products: float32 or bfloat16; parameters are float32
     model.unroll = 1  # blocks an iteration of the layer loop: more compiles longer
+    model.remat = "none"  # what the backward pass computes again, for less memory: none, dots (all
+    #                       but products with weights) or full (all but a block's input)
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 1e-4  # at its highest

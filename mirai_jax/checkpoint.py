@@ -1,117 +1,319 @@
-"""Orbax checkpoints: the train state together with the data iterator."""
+"""Orbax checkpoints: the train state, the number of the next batch, and fingerprints of both.
+
+    checkpoints/step_N/state/     the arrays, each host's own shards
+    checkpoints/step_N/marks/     {'next_index', 'fingerprints'}: JSON
+    checkpoints/damaged_step_N/   a checkpoint that could not be used, set aside
+
+Nothing in them depends on the devices: saved on 8 or on 2 hosts, restored on 1 or 4. A checkpoint
+appears under its name when it is whole; whether it still is, the fingerprints tell.
+"""
 
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any
 
-import grain
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import save_decision_policy as policies
+from orbax.checkpoint import checkpoint_managers as policies
 
-from mirai_jax.errors import ConfigError, first_line
+from mirai_jax import distributed
+from mirai_jax.errors import ConfigError, TrainingError, first_line
 from mirai_jax.step import TrainState
 
+_STEP = re.compile(r"step_(\d+)")
 
-def _storable(state: TrainState) -> TrainState:
-    """PRNG keys as plain integers, which every Orbax version can store."""
-    return state.replace(key=jax.random.key_data(state.key))
+
+def steps_in(folder: pathlib.Path) -> list[int]:
+    """The steps of a folder's whole checkpoints, ascending; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    found = (_STEP.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """uint32 that changes with any bit of `x`, and not with how `x` lies on devices.
+
+    The bits of each element times an odd number of its position, summed modulo 2**32: a changed bit
+    k changes the sum by 2**k times something odd. Integers: the order of the sum is of no matter.
+    """
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _fingerprints(tree: Any) -> dict[str, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): _fingerprint(x)
+            for path, x in leaves}  # fmt: skip
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """{path: 32 bits} of the arrays of a tree; all processes that hold shares must ask."""
+    return {name: int(value) for name, value in jax.device_get(_fingerprints(tree)).items()}
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in state.__dataclass_fields__}
+
+
+def _storable(state: TrainState) -> dict[str, Any]:
+    """As a dictionary of arrays of numbers, which every Orbax version can store."""
+    return _fields(state) | {"key": jax.random.key_data(state.key)}
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be used; says why in one line."""
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, written in the background.
+    """The checkpoints of a run's workdir, written in the background.
 
-    One is due every `every` steps, and when the platform announces a preemption.
+    Args:
+        folder: made if need be.
+        every: steps between checkpoints.
+        keep: the newest that are kept.
+        keep_every: those at multiples of it are kept for ever (0: none).
     """
 
-    def __init__(self, folder: pathlib.Path, *, every: int = 1, keep: int | None = None):
-        self._folder = folder
+    def __init__(self, folder: pathlib.Path, *, every: int = 1, keep: int = 2, keep_every: int = 0):
+        self._folder, self._every = folder, every
+        kept = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             # Named here, so that their metadata can be read before anything is restored.
             item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(),
+                "marks": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                save_decision_policy=policies.AnySavePolicy(
-                    [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
-                ),
-                max_to_keep=keep,
+                preservation_policy=policies.AnyPreservationPolicy(kept),
                 step_prefix="step",
+                cleanup_tmp_directories=True,  # what a killed run had not finished
                 enable_async_checkpointing=True,
             ),
         )
 
     def due(self, step: int) -> bool:
-        """Whether `save` would write a checkpoint of this step."""
-        return self._manager.should_save(step)
+        """Whether a checkpoint of this step is to be written."""
+        return step % self._every == 0
 
-    def save(self, state: TrainState, step: int, data: grain.DatasetIterator, force=False) -> bool:
-        """Starts writing a checkpoint if one is due (or forced). Returns whether it did."""
-        if self._manager.latest_step() == step or not (force or self.due(step)):
-            return False
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_storable(state)),
-                data=grain.checkpoint.CheckpointSave(data),
-            ),
-            force=force,
-        )
+    def save(self, state: TrainState, step: int) -> None:
+        """Starts writing a checkpoint, unless this step has one.
+
+        Raises:
+            TrainingError: this one, or the one before it, cannot be written.
+        """
+        if self.latest_step() == step:
+            return
+        if not self._folder.is_dir():
+            raise TrainingError(
+                f"{self._folder} is gone: no checkpoint of step {step} can be written"
+            )
+        tree = _storable(state)
+        marks = {"next_index": step, "fingerprints": fingerprints(tree)}
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), marks=ocp.args.JsonSave(marks))
+        self._writing(step, lambda: self._manager.save(step, args=args, force=True))
+
+    def wait(self) -> None:
+        """Blocks until everything that was started is on the disk.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        self._writing(self.latest_step(), self._manager.wait_until_finished)
+
+    def _writing(self, step: int | None, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:  # whatever Orbax and TensorStore make of a full disk
+            whole = steps_in(self._folder)
+            last = f"step {whole[-1]}" if whole else "no step yet"
+            raise TrainingError(
+                f"a checkpoint could not be written at step {step} ({_reason(error)}); the last "
+                f"whole one in {self._folder} is of {last}"
+            ) from error
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def restore(self, step: int, like: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """A checkpoint, with the shapes and shardings of `like`; moves `data` to match.
+    def restore_newest(
+        self, like: TrainState, shardings: TrainState, say: Callable[[str], None]
+    ) -> tuple[TrainState, int] | None:
+        """The newest checkpoint that is whole.
+
+        Newer ones that are damaged are told and set aside, so that their steps can be saved again.
+
+        Args:
+            like: the state's shapes (arrays or what `jax.eval_shape` gives).
+            shardings: where they go.
+            say: takes a line for each damaged one.
+
+        Returns:
+            The state and its step; None if there is no checkpoint, or none that is whole.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: they are of another program, may not be read, or do not fit in memory.
         """
+        steps, damaged, result = sorted(self._manager.all_steps(), reverse=True), {}, None
+        for step in steps:
+            try:
+                state, reason = self._restore(step, like, shardings), ""
+            except _Damaged as error:
+                state, reason = None, str(error)
+            if distributed.all_true(state is not None):
+                result = state, step
+                break
+            damaged[step] = reason or "another process cannot read it"
+        if result is None and damaged and all("other arrays" in why for why in damaged.values()):
+            raise ConfigError(
+                f"{self._folder}: its checkpoints are of another program ({damaged[steps[0]]}); use "
+                "the version that wrote them, or another --workdir"
+            )
+        for step, why in damaged.items():
+            say(f"checkpoint of step {step:,} is damaged ({why}): set aside as {self._aside(step)}")
+        if damaged:
+            self._manager.reload()
+        return result
+
+    def _restore(self, step: int, like: TrainState, shardings: TrainState) -> TrainState:
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _storable(like)
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(_storable, like),
+            _fields(shardings),
         )
-        state = self._read(step, abstract, data=grain.checkpoint.CheckpointRestore(data))
+        try:
+            metadata = self._manager.item_metadata(step)["state"]
+            stored = jax.tree.map(lambda x: tuple(x.shape), _plain(metadata.tree))
+        except Exception as error:  # whatever Orbax and TensorStore make of a damaged file
+            raise _unreadable(error) from error
+        expected = jax.tree.map(lambda x: tuple(x.shape), _plain(abstract))
+        if stored != expected:
+            differing = sorted(stored.keys() ^ expected.keys()) or [
+                name for name in expected if stored[name] != expected[name]
+            ]
+            raise _Damaged(f"it holds other arrays: {', '.join(differing[:3])}")
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+                    ),
+                    marks=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:
+            raise _unreadable(error) from error
+        _check_marks(restored["marks"], fingerprints(restored["state"]), step)
+        state = type(like)(**restored["state"])
         return state.replace(key=jax.random.wrap_key_data(state.key))
 
-    def restore_weights(self, step: int | None = None) -> tuple[Any, int]:
-        """{'params', 'ema'} of a checkpoint (default: the newest) as host arrays, and its step.
-
-        They may have been saved on any number of devices.
-
-        Raises:
-            ConfigError: there is no checkpoint, or it cannot be read.
-        """
-        steps = sorted(self._manager.all_steps())
-        if not steps:
-            raise ConfigError(f"{self._folder} holds no checkpoint yet")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise ConfigError(
-                f"{self._folder} holds no checkpoint of step {step}; its steps are "
-                f"{', '.join(map(str, steps))}"
-            )
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-            self._manager.item_metadata(step)["state"],
+    def _aside(self, step: int) -> str:
+        """Renames a damaged checkpoint; returns its new name."""
+        names = (
+            f"damaged_step_{step}{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 99)))
         )
-        state = self._read(step, abstract)
-        return jax.device_get({"params": state["params"], "ema": state["ema"]}), step
-
-    def _read(self, step: int, abstract: Any, **others: Any) -> Any:
-        try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **others)
-            return self._manager.restore(step, args=args)["state"]
-        except Exception as error:  # whatever Orbax and TensorStore make of a damaged file
-            raise ConfigError(
-                f"checkpoint {self._folder / f'step_{step}'} cannot be read "
-                f"({first_line(error)}); remove that folder to go on from the one before it"
-            ) from error
-
-    def wait(self) -> None:
-        """Blocks until everything that was started is on the disk."""
-        self._manager.wait_until_finished()
+        name = next(name for name in names if not (self._folder / name).exists())
+        distributed.barrier(f"setting aside {step}")
+        if distributed.is_first():
+            (self._folder / f"step_{step}").rename(self._folder / name)
+        distributed.barrier(f"set aside {step}")
+        return name
 
     def close(self) -> None:
         self._manager.close()
+
+
+def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any, int]:
+    """{'params', 'ema'} of a checkpoint (default: the newest) as host arrays, and its step.
+
+    They may have been saved on any number of devices; the optimizer's state is not read.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it cannot be read.
+    """
+    steps = steps_in(folder)
+    if not steps:
+        raise ConfigError(f"{folder} holds no checkpoint yet")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise ConfigError(
+            f"{folder} holds no checkpoint of step {step}; its steps are "
+            f"{', '.join(map(str, steps))}"
+        )
+    path = (folder / f"step_{step}").absolute()
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = reader.metadata(path / "state").item_metadata.tree
+            # As NumPy arrays, which need no device at all.
+            wanted = {name: jax.tree.map(lambda _: 0, tree[name]) for name in ("params", "ema")}
+            restored = reader.restore(
+                path / "state",
+                args=ocp.args.PyTreeRestore(
+                    wanted,
+                    restore_args=jax.tree.map(
+                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+                    ),
+                    partial_restore=True,
+                ),
+            )
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            marks = reader.restore(path / "marks")
+        _check_marks(marks, fingerprints(restored), step)
+    except Exception as error:
+        raise ConfigError(
+            f"checkpoint {folder / f'step_{step}'} is damaged ({_reason(error)}); continuing its "
+            "run uses the one before it"
+        ) from error
+    return restored, step
+
+
+def _plain(tree: Any) -> dict[str, Any]:
+    """{path: leaf}, the same for tuples, dataclasses and the dictionaries that stand for them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def _check_marks(marks: Any, found: dict[str, int], step: int) -> None:
+    """Compares with what was saved; `found` may be of a part of the state.
+
+    Raises:
+        _Damaged: another step, or other bits.
+    """
+    try:
+        saved, index = marks["fingerprints"], marks["next_index"]
+    except (TypeError, KeyError) as error:
+        raise _Damaged("its marks cannot be read") from error
+    if index != step:
+        raise _Damaged(f"it says that it is of step {index}")
+    changed = [name for name, value in found.items() if saved.get(name) != value]
+    if changed:
+        raise _Damaged(f"{len(changed)} arrays are not those that were saved, such as {changed[0]}")
+
+
+def _unreadable(error: Exception) -> Exception:
+    """What an error in reading means: damage, unless the file system or the memory says otherwise."""
+    text = f"{type(error).__name__}: {error}"
+    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+        return ConfigError(
+            f"the checkpoint does not fit in memory ({_reason(error)}); mesh.fsdp spreads it over "
+            "more devices"
+        )
+    if isinstance(error, PermissionError) or "PERMISSION_DENIED" in text:
+        return ConfigError(f"the checkpoint may not be read ({_reason(error)})")
+    return _Damaged(f"it cannot be read: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """One short line."""
+    return first_line(error)[:200]

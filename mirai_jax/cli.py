@@ -7,15 +7,16 @@ from collections.abc import Iterator
 import jax
 from absl import flags, logging
 
-from mirai_jax.errors import ConfigError, DataError, first_line
+from mirai_jax import distributed
+from mirai_jax.errors import ConfigError, DataError, Preempted, first_line
 
 
 @contextlib.contextmanager
 def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
-    """Ends with "error: ..." in one line and exit status 1 where the user can mend what is wrong.
+    """Ends with "error: ..." in one line, and the error's `status`, where a traceback says no more.
 
     Args:
-        more: kinds of errors that are the user's to mend, besides ConfigError and DataError.
+        more: kinds of errors that are told so, besides ConfigError and DataError.
         interrupted: what to say after Ctrl-C.
     """
     if not flags.FLAGS["verbosity"].present:
@@ -23,7 +24,15 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
     try:
         yield
     except (ConfigError, DataError, *more) as error:
-        sys.exit(f"error: {first_line(error)}")
+        several = jax.distributed.is_initialized()
+        where = f"process {jax.process_index()}: " if several else ""
+        print(f"error: {where}{first_line(error)}", file=sys.stderr)
+        if several:
+            distributed.leave(error.status)
+        sys.exit(error.status)
+    except Preempted as stop:
+        print(first_line(stop), file=sys.stderr)
+        sys.exit(stop.status)  # all processes are here: they part in good order
     except KeyboardInterrupt:
         sys.exit(interrupted)
 

@@ -20,6 +20,7 @@ from mirai_jax.sampler import SampleOptions
 
 SMALL_SETS = ("mnist", "fashion_mnist")
 PATCH = 14  # pixels a side of a patch of every published DINOv2
+_LARGEST = 2**14  # of a model's dimensions: beyond it a slip would be told by a failed allocation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,11 @@ class Settings:
     sample_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    keep_every: int
+    init_from: str
+    accumulate: int
+    nonfinite: str
+    hang_limit: int
     judged_samples: int
     terms: tuple[foresight.Term, ...]
     term_checkpoints: tuple[tuple[str, str], ...]  # (term name, workdir) of `checkpoint` terms
@@ -111,7 +117,7 @@ def _generator(model: fields.Section) -> GeneratorConfig:
     of_size = generator_lib.SIZES.get(size, (0, 0, 0))
     numbers = {}
     for field, default in zip(("num_layers", "num_heads", "width"), of_size, strict=True):
-        value = model.number(field, int, 0)
+        value = model.number(field, int, 0, _LARGEST)
         fields.require(
             not (size and value),
             model.name(field),
@@ -123,12 +129,15 @@ def _generator(model: fields.Section) -> GeneratorConfig:
         numbers[field] = value
     grid = fields.pair(model.name("grid"), model.get("grid", tuple))
     fields.require(
-        min(grid) > 0 and grid[0] * grid[1] > 1, model.name("grid"), grid, "two or more tokens"
+        min(grid) > 0 and 1 < grid[0] * grid[1] <= _LARGEST,
+        model.name("grid"),
+        grid,
+        f"2 to {_LARGEST} tokens",
     )
     config = GeneratorConfig(
         **numbers,
-        vocab_size=model.number("vocab_size", int, 2),
-        num_classes=model.number("num_classes", int, 1),
+        vocab_size=model.number("vocab_size", int, 2, 2**16),  # shards hold 16 bits a code
+        num_classes=model.number("num_classes", int, 1, 10**6),
         grid=grid,
         token_dropout=fields.probability(model, "token_dropout"),
         residual_dropout=fields.probability(model, "residual_dropout"),
@@ -136,6 +145,7 @@ def _generator(model: fields.Section) -> GeneratorConfig:
         class_dropout=fields.probability(model, "class_dropout"),
         dtype=model.choice("dtype", ("float32", "bfloat16")),
         unroll=model.number("unroll", int, 1),
+        remat=model.choice("remat", generator_lib.REMAT),
     )
     heads = config.num_heads
     fields.require(
@@ -159,11 +169,10 @@ def _offsets(term: fields.Section, layout: str, grid: tuple[int, int]) -> tuple:
     """The offsets, each of which must leave some pair on the grid."""
     name, offsets = term.name("offsets"), term.get("offsets", tuple)
     fields.require(len(offsets) > 0, name, offsets, "one offset or more")
-    fields.require(len(set(map(repr, offsets))) == len(offsets), name, offsets, "each offset once")
     height, width = grid
     if layout == "1d":
         for n in offsets:
-            good = isinstance(n, int) and not isinstance(n, bool)
+            good = isinstance(n, int) and not isinstance(n, bool) and abs(n) < 2**31
             fields.require(good, name, offsets, "whole numbers for layout '1d', such as (0, 1, 2)")
             limit = height * width - 1
             fields.require(
@@ -172,6 +181,7 @@ def _offsets(term: fields.Section, layout: str, grid: tuple[int, int]) -> tuple:
                 offsets,
                 f"less than {limit} steps each on the {height}x{width} grid, but {n} leaves it",
             )
+        fields.require(len(set(offsets)) == len(offsets), name, offsets, "each offset once")
         return tuple(offsets)
     pairs = []
     for offset in offsets:
@@ -186,6 +196,7 @@ def _offsets(term: fields.Section, layout: str, grid: tuple[int, int]) -> tuple:
             f"{height}x{width} grid entirely",
         )
         pairs.append((rows, columns))
+    fields.require(len(set(pairs)) == len(pairs), name, offsets, "each offset once")
     return tuple(pairs)
 
 
@@ -267,7 +278,7 @@ def _term(term: fields.Section, student: GeneratorConfig, ema_decay: float, take
         ),
         start_epoch=term.number("start_epoch", float, 0, _LAST_EPOCH),
         schedule=schedule,
-        projector_width=term.number("projector_width", int, 1),
+        projector_width=term.number("projector_width", int, 1, _LARGEST),
     )
     for offset in offsets:
         fields.require(
@@ -290,13 +301,12 @@ def _layer(term: fields.Section, field: str, num_layers: int, default: int) -> i
     return value or default
 
 
-def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) -> Settings:
+def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     """Checks every field of a config and returns it typed.
 
     Args:
         config: a ConfigDict, or the dictionary of a workdir's config.json.
         num_devices: over all processes.
-        num_processes: each reads its own share of a batch.
 
     Raises:
         ConfigError: the first wrong field, in one line.
@@ -316,13 +326,18 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
         scale=top.get("scale", str),
         seed=top.number("seed", int, 0, 2**31 - 1),
         num_steps=num_steps,
-        batch_size=top.number("batch_size", int, 1),
+        batch_size=top.number("batch_size", int, 1, 2**20),
         ema_decay=ema_decay,
         log_every=top.number("log_every", int, 1),
         sample_every=top.number("sample_every", int, 0),
         checkpoint_every=top.number("checkpoint_every", int, 1),
         keep_checkpoints=top.number("keep_checkpoints", int, 1),
-        judged_samples=top.number("judged_samples", int, 0),
+        keep_every=top.number("keep_every", int, 0),
+        init_from=top.get("init_from", str),
+        accumulate=top.number("accumulate", int, 1),
+        nonfinite=top.choice("nonfinite", ("stop", "skip")),
+        hang_limit=top.number("hang_limit", int, 0, 10**7),
+        judged_samples=top.number("judged_samples", int, 0, 10**6),
         terms=terms,
         term_checkpoints=tuple(
             (term.name, workdir)
@@ -339,19 +354,19 @@ def read(config: Mapping[str, Any], num_devices: int, num_processes: int = 1) ->
     )
     top.refuse_unknown()
     ways = settings.mesh[0] * settings.mesh[1]
-    for count, what in ((ways, f"the {ways} ways mesh.data * mesh.fsdp split it"),
-                        (num_processes, f"the {num_processes} processes")):  # fmt: skip
-        fields.require(
-            settings.batch_size % count == 0,
-            "batch_size",
-            settings.batch_size,
-            f"a multiple of {count}, {what} (there are {num_devices} devices)",
-        )
+    parts = f" times accumulate={settings.accumulate}" if settings.accumulate > 1 else ""
     fields.require(
-        ways % num_processes == 0,
-        "mesh.data",
-        settings.mesh[0],
-        f"such that mesh.data * mesh.fsdp is a multiple of the {num_processes} processes",
+        settings.batch_size % (ways * settings.accumulate) == 0,
+        "batch_size",
+        settings.batch_size,
+        f"a multiple of {ways * settings.accumulate}, the {ways} ways mesh.data * mesh.fsdp split "
+        f"it{parts} (there are {num_devices} devices)",
+    )
+    fields.require(
+        settings.keep_every % settings.checkpoint_every == 0,
+        "keep_every",
+        settings.keep_every,
+        f"a multiple of checkpoint_every={settings.checkpoint_every}, or 0",
     )
     _check_data(settings)
     return settings
@@ -387,7 +402,7 @@ def _data(section: fields.Section) -> DataSettings:
         codes=section.choice("codes", ("stored", "online")),
         crop_range=section.number("crop_range", float, 1, 4),
         held_out=section.number("held_out", int, 0),
-        num_workers=section.number("num_workers", int, 0),
+        num_workers=section.number("num_workers", int, 0, 1024),
     )
 
 
@@ -395,7 +410,7 @@ def _tokenizer(section: fields.Section, generator: GeneratorConfig) -> Tokenizer
     settings = TokenizerSettings(
         name=section.choice("name", ("patch", *MULTIPLIERS)),
         path=section.get("path", str),
-        image_size=section.number("image_size", int, 1),
+        image_size=section.number("image_size", int, 1, 4096),
         patch=section.number("patch", int, 1),
     )
     if settings.name == "patch":
@@ -416,7 +431,7 @@ def _teacher(section: fields.Section, terms: tuple[foresight.Term, ...]) -> Teac
     settings = TeacherSettings(
         name=section.get("name", str),
         path=section.get("path", str),
-        image_size=section.number("image_size", int, 0),
+        image_size=section.number("image_size", int, 0, 4096),
         layer=section.number("layer", int, 0),
         stage=section.number("stage", int, 1, 7),
         dtype=section.choice("dtype", ("float32", "bfloat16")),
@@ -508,6 +523,6 @@ def _sample(section: fields.Section, generator: GeneratorConfig) -> dict[str, An
     )
     return dict(
         sample=options,
-        sample_classes=section.number("classes", int, 1, generator.num_classes),
-        sample_per_class=section.number("per_class", int, 1),
+        sample_classes=section.number("classes", int, 1, min(100, generator.num_classes)),
+        sample_per_class=section.number("per_class", int, 1, 100),
     )

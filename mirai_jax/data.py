@@ -7,14 +7,14 @@ Three kinds of sources, one pipeline:
   teacher looks at images, `CropLoader` rebuilds the very crop that the drawn codes came from;
 * `OnlineImages`: no codes; the train step makes them from the crop itself.
 
-`make_dataset` shuffles, repeats, draws one crop of each record, splits the work between processes
-and batches. What stands at a position of the stream depends on (seed, position) alone: not on
-threads, worker processes or the number of shards.
+`make_dataset` shuffles, repeats, draws one crop of each record, takes the rows of a batch that this
+process is to read, and batches. What stands in a row of a batch depends on (seed, batch, row) alone:
+not on threads, worker processes or the number of hosts.
 
 Nothing here touches an accelerator or knows a model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -23,6 +23,10 @@ from mirai_jax import crops
 from mirai_jax.errors import DataError, first_line
 from mirai_jax.images import ImageSource
 from mirai_jax.records import CodedImages, CodeRecords
+
+
+class WorkerDied(DataError):
+    """A process that reads data has ended before its time."""
 
 
 class CropLoader:
@@ -81,27 +85,24 @@ def make_dataset(
     load_crop: CropLoader | None = None,
     batch_size: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_workers: int = 0,
     num_threads: int = 1,
-) -> grain.IterDataset:
+) -> "Batches":
     """The endless, shuffled stream of training batches.
 
     Every epoch has its own order and its own draw of crops; batches run across epoch borders, so
-    no record is ever dropped. The k-th batches of all shards together are the k-th batch of an
-    unsharded stream. An iterator's get_state() and set_state() resume exactly, whatever the number
-    of shards, workers and threads was and is.
+    no record is ever dropped. An iterator's get_state() and set_state() resume exactly, whatever the
+    number of processes, workers and threads was and is.
 
     Args:
         source: random access to {'label': int32, 'codes': (C, L) or 'crops': C, optionally 'key',
             'image' and 'features'}.
         load_crop: gives the image of a record's key and drawn crop; None: batches have no more
             images than the source.
-        batch_size: records a batch, over all shards together.
+        batch_size: records a batch, over all processes.
         seed: 0 to 2**32 - 1.
-        shard_index: which share of every batch this process reads.
-        shard_count: how many processes share a batch.
+        rows: those of every batch that this process reads, in this order (default: all).
         num_workers: worker processes; 0 reads in this process. With more than 0, absl flags must
             be parsed and the program needs an `if __name__ == '__main__'` guard.
         num_threads: batches read at once, in each process; 0 reads when asked. More than 1 pays
@@ -109,22 +110,13 @@ def make_dataset(
 
     Returns:
         Batches {'label': int32 (B,)} and, where the source or `load_crop` has them, 'codes': int32
-        (B, L), 'image': uint8 (B, H, W, C), 'features': float32 (B, L, Z); with
-        B = batch_size // shard_count.
+        (B, L), 'image': uint8 (B, H, W, C), 'features': float32 (B, L, Z); with B = len(rows).
 
     Raises:
         DataError: a number that does not fit, or fewer records than a batch.
     """
-    if batch_size <= 0 or shard_count <= 0 or batch_size % shard_count:
-        raise DataError(
-            f"batch_size {batch_size} does not divide between the {shard_count} "
-            "processes that read it: allowed are positive multiples of "
-            f"{shard_count}"
-        )
-    if not 0 <= shard_index < shard_count:
-        raise DataError(
-            f"shard_index {shard_index} is out of range: allowed are 0 to {shard_count - 1}"
-        )
+    if batch_size <= 0:
+        raise DataError(f"batch_size {batch_size} is out of range: allowed are 1 or more")
     if len(source) < batch_size:
         raise DataError(
             f"batch_size {batch_size} is larger than the data set: allowed are 1 to {len(source)}"
@@ -134,59 +126,109 @@ def make_dataset(
     for field, value in (("data.num_workers", num_workers), ("num_threads", num_threads)):
         if value < 0:
             raise DataError(f"{field} {value} is out of range: allowed are 0 or more")
-    batches = (
+    records = (
         grain.MapDataset.source(source)
         .seed(seed)
         .shuffle()  # before repeat: each epoch is a permutation of its own
         .repeat()
-        .random_map(_draw_crop)[
-            # before the split: a record's crop does not depend on the shards
-            shard_index::shard_count
-        ]
+        .random_map(_draw_crop)  # before the split: a crop does not depend on who reads it
+    )
+    if rows is None:
+        rows = range(batch_size)
+    elif not len(rows) or not all(0 <= row < batch_size for row in rows):
+        raise DataError(f"rows {list(rows)} of a batch: allowed are 0 to {batch_size - 1}")
+    batches = (
+        _Rows(records, batch_size, tuple(int(row) for row in rows))
         .map(_Finish(load_crop))
-        .batch(batch_size // shard_count, drop_remainder=True)
+        .batch(len(rows), drop_remainder=True)
         .map(_widen)
     )
     # The buffer counts batches; grain's default of 500 of them could fill the memory.
     reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    return _Batches(batches, reading, num_workers)
+    return Batches(records, batches, batch_size, reading, num_workers)
 
 
-class _Batches(grain.IterDataset):
+class _Rows(grain.MapDataset):
+    """Some rows of every `batch_size` elements of its parent."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: tuple[int, ...]):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[place]]
+
+
+class Batches(grain.IterDataset):
     """Reads batches in order, with threads or worker processes, and counts them.
 
     An iterator's state is that count alone. Grain's own state depends on the number of workers, and
     one saved with 2 workers resumes with 3 at the wrong batch without a word.
     """
 
-    def __init__(self, batches: grain.MapDataset, reading: grain.ReadOptions, num_workers: int):
+    def __init__(
+        self,
+        records: grain.MapDataset,
+        batches: grain.MapDataset,
+        batch_size: int,
+        reading: grain.ReadOptions,
+        num_workers: int,
+    ):
         super().__init__(batches)
-        self._reading, self._num_workers = reading, num_workers
+        self._records, self._batch_size = records, batch_size
+        self._reading, self.num_workers = reading, num_workers
 
-    def __iter__(self) -> grain.DatasetIterator:
-        return _BatchIterator(self)
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self)
 
     def start(self, index: int) -> grain.DatasetIterator:
         """Grain's iterator over the batches from number `index` on."""
         dataset = self.parents[0][index:].to_iter_dataset(self._reading)
-        if self._num_workers:
+        if self.num_workers:
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    num_workers=self._num_workers, per_worker_buffer_size=2
-                )
+                grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=2)
             )
         return iter(dataset)
 
+    def record_keys(self, index: int) -> list[str]:
+        """What batch number `index` is made of, all its rows: the key and crop of each record.
 
-class _BatchIterator(grain.DatasetIterator):
-    def __init__(self, batches: _Batches):
+        They are read again, for the message about a step that went wrong.
+        """
+        first = index * self._batch_size
+        found = (self._records[i] for i in range(first, first + self._batch_size))
+        return [f"{record['key']} crop {int(record['crop'])}" for record in found]
+
+
+class BatchIterator(grain.DatasetIterator):
+    """The batches from number `index` on."""
+
+    def __init__(self, batches: Batches):
         super().__init__()
         self._batches, self._index, self._running = batches, 0, None
 
     def __next__(self) -> dict[str, np.ndarray]:
         self._assert_not_closed()
         self.start_prefetch()
-        batch = next(self._running)
+        try:
+            batch = next(self._running)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            # Grain deals batches out to its workers in turn.
+            workers = self._batches.num_workers
+            worker = (self._index - self._started) % workers
+            raise WorkerDied(
+                f"data worker {worker} of {workers}, which prepared batch {self._index}, died "
+                f"({first_line(error).split('. ')[0]}): out of memory? data.num_workers sets how many "
+                "there are; 0 reads without"
+            ) from error
         self._index += 1
         return batch
 
@@ -199,6 +241,7 @@ class _BatchIterator(grain.DatasetIterator):
 
     def start_prefetch(self) -> None:
         if self._running is None:
+            self._started = self._index
             self._running = self._batches.start(self._index)
             self._running.start_prefetch()
 

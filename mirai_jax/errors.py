@@ -1,12 +1,34 @@
-"""Errors that are the user's to mend: told in one line, without a traceback, by the programs."""
+"""Errors told in one line, without a traceback, by the programs; `status` is the exit status."""
 
 
 class ConfigError(ValueError):
     """A wrong field: one line with its name, its value and what is allowed."""
 
+    status = 1
+
 
 class DataError(ValueError):
     """A wrong input: one line with the field or file, what it holds and what is allowed."""
+
+    status = 1
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on: one line with the step and what to do."""
+
+    status = 1
+
+
+class Preempted(RuntimeError):
+    """A run was told to stop and has saved its state: the same command goes on."""
+
+    status = 75  # "try again" among the statuses of sysexits.h
+
+
+class Lost(RuntimeError):
+    """Another process of the run died or hangs: start all of them again."""
+
+    status = 76
 
 
 def first_line(error: Exception) -> str:

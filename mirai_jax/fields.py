@@ -4,17 +4,28 @@
 its name, its value and what is allowed.
 """
 
+import math
 import typing
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from mirai_jax.errors import ConfigError
 
 
+def shown(value: Any) -> str:
+    """The value as a message can hold it: its repr in one line, cut where it is long."""
+    try:
+        text = " ".join(repr(value).splitlines())
+    except Exception:  # anything may be in a config file: an int of 5,000 digits has no repr
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
+
+
 def require(good: bool, field: str, value: Any, allowed: str) -> None:
     """Raises ConfigError("<field> is <value>; it must be <allowed>") unless `good`."""
     if not good:
-        raise ConfigError(f"{field} is {value!r}; it must be {allowed}")
+        raise ConfigError(f"{field} is {shown(value)}; it must be {allowed}")
 
 
 def choice(field: str, value: str, allowed: typing.Iterable[str], more: str = "") -> None:
@@ -31,20 +42,28 @@ _KINDS = {
     str: "a string",
     tuple: "a tuple",
 }
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode: control, half a surrogate pair, ends of lines
 
 
 def typed(field: str, value: Any, kind: type) -> Any:
-    """The value as `kind`; an int passes for a float, a list for a tuple, nothing else is bent."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{field} is a number of {value.bit_length()} bits; it must fit in 64")
+    """The value as `kind`; an int passes for a float, a list for a tuple, nothing else is bent.
+
+    Numbers must be ones that the step can hold, in int32 and float32.
+    """
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= 3e38 else math.inf
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if good and kind is float:
-        good = value == value and abs(value) != float("inf")
     require(good, field, value, _KINDS[kind])
+    if kind is int:
+        require(abs(value) < 2**31, field, value, "a whole number of at most 31 bits")
+    if kind is float:
+        held = value == 0 or 1e-37 <= abs(value) <= 3e38  # not so of NaN
+        require(held, field, value, "a number: 0, or 1e-37 to 3e38 in size")
+    if kind is str:
+        good = not any(unicodedata.category(c) in _CONTROL for c in value)
+        require(good, field, value, "a string without control characters")
     return value
 
 
@@ -72,11 +91,11 @@ class Section:
         """The value as an int, float, bool, str or tuple."""
         return typed(self.name(field), self.raw(field), kind)
 
-    def number(self, field: str, kind: type, low: float, high: float = float("inf")) -> Any:
+    def number(self, field: str, kind: type, low: float, high: float = math.inf) -> Any:
         """An int or float between `low` and `high`, both allowed."""
         value = self.get(field, kind)
-        top = "" if high == float("inf") else f" and at most {high:g}"
-        require(low <= value <= high, self.name(field), value, f"at least {low:g}{top}")
+        top = "" if high == math.inf else f" and at most {high}"
+        require(low <= value <= high, self.name(field), value, f"at least {low}{top}")
         return value
 
     def choice(self, field: str, allowed: typing.Iterable[str]) -> str:
@@ -101,9 +120,10 @@ class Section:
         """Raises for a field, here or below, that nothing asked for: it would be ignored."""
         for field in self._values:
             if field not in self._asked:
+                name = shown(self.name(str(field)))
                 raise ConfigError(
-                    f"config field {self.name(str(field))} (given {self._values[field]!r}) does not "
-                    f"exist; the fields here are {', '.join(self._asked)}"
+                    f"config field {name} (given {shown(self._values[field])}) does not exist; the "
+                    f"fields here are {', '.join(self._asked)}"
                 )
         for section in self._sections:
             section.refuse_unknown()
@@ -119,7 +139,7 @@ def pair(field: str, value: Any) -> tuple[int, int]:
     good = isinstance(value, (tuple, list)) and len(value) == 2
     good = good and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     require(good, field, value, "a pair of whole numbers")
-    return tuple(value)
+    return tuple(typed(field, v, int) for v in value)
 
 
 def numbers(field: str, values: Any, size: int | None = None) -> tuple[float, ...]:

@@ -267,5 +267,6 @@ def weight_multiplier(term: Term, step: jax.Array, steps_per_epoch: int) -> jax.
     """The schedule's multiplier at `step`: that of the last entry whose epoch has begun, else 1."""
     multiplier = jnp.ones((), jnp.float32)
     for epoch, value in term.schedule:
-        multiplier = jnp.where(step >= round(epoch * steps_per_epoch), value, multiplier)
+        begin = min(round(epoch * steps_per_epoch), 2**31 - 1)  # `step` is an int32
+        multiplier = jnp.where(step >= begin, value, multiplier)
     return multiplier

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from mirai_jax import codebook, pretrained, torch_file, weights
 from mirai_jax import config as config_lib
-from mirai_jax.checkpoint import Checkpoints
+from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config import Settings
 from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.models import dinov2, teacher, tokenizer, vq
@@ -194,11 +194,7 @@ def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Setting
     folder = pathlib.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise ConfigError(f"{field} is {workdir!r}, a run without a checkpoint yet")
-    checkpoints = Checkpoints(folder)
-    try:
-        return settings, *checkpoints.restore_weights(step)
-    finally:
-        checkpoints.close()
+    return settings, *restore_weights(folder, step)
 
 
 def load_generator(
@@ -215,6 +211,35 @@ def load_generator(
     Raises:
         ConfigError: nothing of the kind, or other tokens.
     """
+    config, saved = _read_generator(field, path, settings, tokenizer_params)
+    return config, saved["ema"]
+
+
+def load_initial(settings: Settings, tokenizer_params: Any) -> dict[str, Any]:
+    """The weights of `init_from`, for a run to begin with.
+
+    Returns:
+        {'params': {'generator', 'foresight'}, 'ema'} as host arrays; a file without more gives its
+        generator as both, and {} as foresight.
+
+    Raises:
+        ConfigError: nothing of the kind, other tokens, or a generator of another shape.
+    """
+    path = settings.init_from
+    config, saved = _read_generator("init_from", path, settings, tokenizer_params)
+    for name in ("num_layers", "num_heads", "width", "has_null_class"):
+        mine, theirs = getattr(settings.generator, name), getattr(config, name)
+        if mine != theirs:
+            raise ConfigError(
+                f"init_from is {path!r}, whose {name} is {theirs}; it must be {mine}, as in this run"
+            )
+    return saved
+
+
+def _read_generator(
+    field: str, path: str, settings: Settings, tokenizer_params: Any
+) -> tuple[GeneratorConfig, dict[str, Any]]:
+    """The generator's shapes and {'params', 'ema'}, of a workdir, a converted folder or a file."""
     if not (pathlib.Path(path) / "config.json").exists():
         if tokenizer_params is not None:
             raise ConfigError(
@@ -223,9 +248,10 @@ def load_generator(
             )
         loaded = weights.load(field, path, "generator", grid=settings.generator.grid)
         config, params = loaded.config, weights.float32(loaded.params)
+        saved = {"params": {"generator": params, "foresight": {}}, "ema": params}
     else:
         other, saved, _ = read_run(field, path)
-        config, params = other.generator, saved["ema"]
+        config = other.generator
         if tokenizer_params is not None:
             _check_same_codebook(field, pathlib.Path(path), tokenizer_params)
     for name in ("grid", "vocab_size", "num_classes"):
@@ -235,7 +261,7 @@ def load_generator(
                 f"{field} is {path!r}, whose model.{name} is {theirs}; it must be {mine}, as in "
                 "this run"
             )
-    return config, params
+    return config, saved
 
 
 def _check_same_codebook(field: str, workdir: pathlib.Path, params: Any) -> None:

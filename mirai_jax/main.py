@@ -1,4 +1,9 @@
-"""Trains: `python -m mirai_jax.main --config=configs/mirai_e.py[:scale] [--config.field=value ...]`."""
+"""Trains: `python -m mirai_jax.main --config=configs/mirai_e.py[:scale] [--config.field=value ...]`.
+
+Exit status: 0 finished; 1 an error that is yours to mend; 75 told to stop (SIGTERM), all is saved and
+the same command goes on; 76 another process died or hangs, start all of them again. With several
+processes JAX's runtime may end one by itself (134).
+"""
 
 import contextlib
 import pathlib
@@ -7,12 +12,25 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from mirai_jax import cli, train
-from mirai_jax.errors import ConfigError
+from mirai_jax import cli, distributed, train
+from mirai_jax.errors import ConfigError, Lost, TrainingError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:scale] of configs/.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; default: runs/<config>-<scale>. An unfinished run goes on."
+)
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    distributed.MODES,
+    "Whether this is one of several processes of a run. auto: where SLURM, Open MPI or the next three "
+    "flags say so; on: also on a Cloud TPU slice.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat", 100, "Seconds of silence after which another process counts as dead.", 1
 )
 
 
@@ -69,7 +87,14 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     workdir = _WORKDIR.value or pathlib.Path("runs") / f"{config.name}-{config.scale}"
     interrupted = f"interrupted; the same command goes on from the last checkpoint of {workdir}"
-    with cli.program(train.TrainingError, interrupted=interrupted):
+    with cli.program(TrainingError, Lost, interrupted=interrupted):
+        distributed.start(
+            _DISTRIBUTED.value,
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            heartbeat=_HEARTBEAT.value,
+        )
         train.train(config, workdir)
 
 

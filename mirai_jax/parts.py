@@ -8,11 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import grain
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from mirai_jax import coding, data, files, frozen, image_sets, records, weights
+from mirai_jax import (
+    coding,
+    data,
+    distributed,
+    files,
+    frozen,
+    image_sets,
+    records,
+    sharding,
+    weights,
+)
 from mirai_jax import config as config_lib
 from mirai_jax.config import Settings
 from mirai_jax.crops import CropSpec
@@ -38,12 +47,14 @@ class Parts:
     tokenizer: nn.Module | None
     tokenizer_params: Any
     frozen: Any  # parameters of teachers, and of an online tokenizer, as `train_step` takes them
-    batches: grain.IterDataset
+    batches: data.Batches
     identity: dict[str, str]  # of what files hold that the config only names; see `check_same`
 
 
-def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
+def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say) -> Parts:
     """Reads the data, fits or loads the frozen parts and fixes the recipe. Nothing is written.
+
+    All processes must call it; each will read the rows of a batch that `mesh` gives its devices.
 
     Raises:
         ConfigError, DataError: one line.
@@ -52,6 +63,8 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
     if settings.data.in_memory:
         images = labelled_images(settings, "train")
         tokenizer, tokenizer_params = frozen.make_codebook(settings, images.images, tokenizer_path)
+        # Fitted on each host: another processor may round another way.
+        tokenizer_params = distributed.from_first(tokenizer_params)
     elif settings.tokenizer.path:
         tokenizer, tokenizer_params = frozen.load_vq(settings)
         say(f"tokenizer: {settings.tokenizer.name} of {settings.tokenizer.path}")
@@ -76,8 +89,7 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
         load_crop=load_crop,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        rows=sharding.local_rows(mesh, settings.batch_size),
         num_workers=settings.data.num_workers,
     )
     say(
@@ -95,6 +107,8 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
         teacher_dtype=settings.teacher.dtype,
         static=static,
         tokenizer=tokenizer if settings.data.online else None,
+        accumulate=settings.accumulate,
+        skip_nonfinite=settings.nonfinite == "skip",
     )
     identity = {
         name: weights.checksum(params)
@@ -116,11 +130,11 @@ def build(settings: Settings, tokenizer_path: pathlib.Path, say: Say) -> Parts:
     )
 
 
-def check_same(parts: Parts, workdir: pathlib.Path) -> None:
+def check_same(parts: Parts, workdir: pathlib.Path, *, write: bool) -> None:
     """Refuses to continue a run on other data or with other frozen networks than it began with.
 
     Paths may change, since files move; parts.json says what they held. A tokenizer that only draws
-    samples may also come later.
+    samples may also come later. `write` it where it is new.
 
     Raises:
         ConfigError: names what differs.
@@ -138,7 +152,7 @@ def check_same(parts: Parts, workdir: pathlib.Path) -> None:
                 f"workdir {workdir} holds a run that began with another {name}: its checksum was "
                 f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir"
             )
-    if before != before | parts.identity:
+    if write and before != before | parts.identity:
         files.write_text(file, json.dumps(before | parts.identity, indent=2) + "\n")
 
 

@@ -247,7 +247,7 @@ def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
 class CodedImages:
     """Labels in memory, with whichever of codes, images and teacher features a run needs.
 
-    Item k is {'label': int32, 'codes': (1, L) or 'crops': 1, and, unless they are None,
+    Item k is {'label': int32, 'key': 'k', 'codes': (1, L) or 'crops': 1, and, unless they are None,
     'image': uint8 (H, W, C) and 'features': float32 (L, Z)}.
     """
 
@@ -271,7 +271,7 @@ class CodedImages:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
-        item = {"crops": 1, "label": self._labels[index]}
+        item = {"crops": 1, "label": self._labels[index], "key": str(index)}
         return item | {k: part[index] for k, part in self._parts.items() if part is not None}
 
     def __repr__(self) -> str:

@@ -95,7 +95,46 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places this process's share of a global batch on its devices."""
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays, the same in every process, on the devices as `shardings` (a prefix) says."""
+
+    def one(sharding: NamedSharding, part: Any) -> Any:
+        put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])  # noqa: E731
+        return jax.tree.map(put, jax.tree.map(np.asarray, part))
+
+    return jax.tree.map(one, shardings, tree)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, ascending.
+
+    Two processes that split only `tensor` between them hold the same rows.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """Places a batch on the devices.
+
+    Args:
+        batch: of each array, the `local_rows` of this process.
+        mesh: the mesh.
+        batch_size: rows over all processes; None: this process holds them all.
+    """
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+    def put(local: np.ndarray) -> jax.Array:
+        size = len(local) if batch_size is None else batch_size
+        rows = local_rows(mesh, size)
+
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = np.searchsorted(rows, start)  # a device's rows are consecutive
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, of_device)
+
+    return {name: put(array) for name, array in batch.items()}

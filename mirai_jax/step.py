@@ -51,6 +51,9 @@ class Recipe:
             teachers run outside autocast.
         static: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
         tokenizer: makes the codes of a batch from its images; None: batches hold codes.
+        accumulate: parts of a batch that are computed one after the other, for less memory; the
+            update is that of the whole batch, with other draws of dropout.
+        skip_nonfinite: leave out an update whose loss or gradient is not finite, and count it.
     """
 
     generator: GeneratorConfig
@@ -62,6 +65,8 @@ class Recipe:
     teacher_dtype: str = "float32"
     static: tuple[tuple[str, GeneratorConfig], ...] = ()
     tokenizer: nn.Module | None = None
+    accumulate: int = 1
+    skip_nonfinite: bool = False
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -72,7 +77,8 @@ class Recipe:
 class TrainState(flax.struct.PyTreeNode):
     """What a checkpoint holds. `params` is {'generator': ..., 'foresight': {term name: ...}}."""
 
-    step: jax.Array  # int32 scalar: updates done
+    step: jax.Array  # int32 scalar: batches done
+    skipped: jax.Array  # int32 scalar: of them, updates left out (`Recipe.skip_nonfinite`)
     params: Any
     ema: Any  # of params['generator']
     opt_state: Any
@@ -111,6 +117,7 @@ def init_state(recipe: Recipe, key: jax.Array, params: Any | None = None) -> Tra
     params = init_params(recipe, init_key) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params["generator"]),  # its own buffers: both are donated
         opt_state=make_optimizer(recipe.optimizer).init(params),
@@ -223,33 +230,65 @@ def train_step(
             nothing: neither its teacher nor its heads are run.
 
     Returns:
-        The state after, and float32 scalars: those of `loss_fn`, grad_norm (before clipping) and
-        learning_rate.
+        The state after, and float32 scalars: those of `loss_fn`, grad_norm (before clipping),
+        learning_rate, and with `recipe.skip_nonfinite` how many updates were skipped so far.
     """
-    if recipe.tokenizer is not None:
-        images = tokenizer_lib.to_unit(batch["image"])
-        tokenizer_params = {"params": frozen["tokenizer"]}
-        codes = recipe.tokenizer.apply(tokenizer_params, images, method="encode")
-        batch = {**batch, "codes": codes}
-    terms = tuple(t for t, is_active in zip(recipe.terms, active, strict=True) if is_active)
-    targets = teacher_targets(recipe, state.ema, frozen, batch, terms)
-    gradients, metrics = jax.grad(loss_fn, has_aux=True)(
-        state.params,
-        recipe,
-        targets,
-        batch,
-        state.step,
-        active,
-        jax.random.fold_in(state.key, state.step),
-    )
+    gradients, metrics = _gradients(recipe, state, frozen, batch, active)
     updates, opt_state = make_optimizer(recipe.optimizer).update(
         gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params["generator"], state.ema, 1 - recipe.ema_decay)
     metrics["grad_norm"] = optax.tree.norm(gradients)
-    metrics["learning_rate"] = jnp.asarray(learning_rate(recipe.optimizer)(state.step))
-    return state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), metrics
+    # The optimizer's own count: a skipped update does not move the schedule.
+    metrics["learning_rate"] = jnp.asarray(
+        learning_rate(recipe.optimizer)(state.step - state.skipped)
+    )
+    new = state.replace(params=params, ema=ema, opt_state=opt_state)
+    if recipe.skip_nonfinite:
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        new = new.replace(
+            skipped=state.skipped + ~finite,
+            params=jax.tree.map(keep, params, state.params),
+            ema=jax.tree.map(keep, ema, state.ema),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        metrics["skipped"] = new.skipped.astype(jnp.float32)
+    return new.replace(step=state.step + 1), metrics
+
+
+def _gradients(
+    recipe: Recipe, state: TrainState, frozen: Any, batch: Batch, active: tuple[bool, ...]
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradients and metrics of a batch; both are means over `recipe.accumulate` parts of it."""
+    terms = tuple(t for t, is_active in zip(recipe.terms, active, strict=True) if is_active)
+
+    def of_part(batch: Batch, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        if recipe.tokenizer is not None:
+            images = tokenizer_lib.to_unit(batch["image"])
+            tokenizer_params = {"params": frozen["tokenizer"]}
+            codes = recipe.tokenizer.apply(tokenizer_params, images, method="encode")
+            batch = {**batch, "codes": codes}
+        targets = teacher_targets(recipe, state.ema, frozen, batch, terms)
+        return jax.grad(loss_fn, has_aux=True)(
+            state.params, recipe, targets, batch, state.step, active, key
+        )
+
+    key, count = jax.random.fold_in(state.key, state.step), recipe.accumulate
+    if count == 1:
+        return of_part(batch, key)
+    # Part m is every count-th row from m on, so that each device finds its rows in its own share.
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: Any, inputs: tuple) -> tuple[Any, None]:
+        part, number = inputs
+        return jax.tree.map(jnp.add, total, of_part(part, jax.random.fold_in(key, number))), None
+
+    first = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(count)))
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):

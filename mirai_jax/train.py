@@ -1,80 +1,48 @@
 """The training loop: batch -> step -> metrics, samples, checkpoints; one run in one workdir."""
 
+import contextlib
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from mirai_jax import codebook, coding, fields, files, foresight, report, sampler, sharding
+from mirai_jax import (
+    codebook,
+    distributed,
+    drawing,
+    fields,
+    files,
+    foresight,
+    frozen,
+    report,
+    sharding,
+)
 from mirai_jax import config as config_lib
-from mirai_jax.checkpoint import Checkpoints
-from mirai_jax.errors import ConfigError
-from mirai_jax.judge import agreement, fit_judge
-from mirai_jax.parts import Parts, build, check_same, labelled_images
+from mirai_jax.checkpoint import Checkpoints, steps_in
+from mirai_jax.data import WorkerDied
+from mirai_jax.errors import ConfigError, Lost, Preempted, TrainingError, first_line
+from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
+from mirai_jax.parts import Parts, build, check_same
 from mirai_jax.progress import duration
 from mirai_jax.step import TrainState, init_state, make_train_step
 from mirai_jax.workdir import (
     MetricsWriter,
     Stopwatch,
     check_workdir,
+    note_event,
     open_workdir,
     read_metrics,
 )
 
 Say = Callable[[str], None]
 
-
-class TrainingError(RuntimeError):
-    """The run cannot go on: one line with the step and what to do."""
-
-
-def draw(
-    parts: Parts, ema: Any, labels: np.ndarray, key: jax.Array, chunk: int = 250
-) -> np.ndarray:
-    """uint8 images (N, H, W, C) of the labels; image i depends on `key` and i alone."""
-    images = []
-    for start in range(0, len(labels), chunk):
-        indices = np.arange(start, start + chunk)
-        some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
-        codes = sampler.generate(
-            parts.recipe.generator,
-            ema,
-            jnp.asarray(some),
-            sampler.image_keys(key, indices),
-            parts.settings.sample,
-        )
-        images.append(coding.decode_codes(parts.tokenizer, parts.tokenizer_params, codes))
-    return np.concatenate(images)[: len(labels)]
-
-
-def draw_grid(parts: Parts, ema: Any) -> np.ndarray:
-    """The run's sample grid: always the same classes and keys, so that grids can be compared."""
-    classes, count = parts.settings.sample_classes, parts.settings.sample_per_class
-    key = jax.random.fold_in(jax.random.key(parts.settings.seed), 1)
-    labels = np.repeat(np.arange(classes, dtype=np.int32), count)
-    images = draw(parts, ema, labels, key, chunk=min(len(labels), 250))
-    return report.sample_grid(images, parts.class_names[:classes])
-
-
-def judge_samples(parts: Parts, ema: Any) -> dict[str, float]:
-    """Agreement of a classifier of the real images with the class asked for, and its own limits."""
-    settings = parts.settings
-    judge = fit_judge(parts.images.images, parts.images.labels)
-    labels = np.arange(settings.judged_samples, dtype=np.int32) % settings.generator.num_classes
-    key = jax.random.fold_in(jax.random.key(settings.seed), 2)
-    result = {"samples": agreement(judge, draw(parts, ema, labels, key), labels)}
-    held_out = labelled_images(settings, "held_out")
-    if len(held_out.labels):
-        codes = coding.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
-        decoded = coding.decode_codes(parts.tokenizer, parts.tokenizer_params, codes)
-        result["real"] = agreement(judge, held_out.images, held_out.labels)
-        result["real_through_tokenizer"] = agreement(judge, decoded, held_out.labels)
-    return result
+SKIPPED_IN_A_ROW = 20  # updates left out before the run stops all the same (nonfinite 'skip')
+WORKER_DEATHS = 3  # data workers started again before the run stops
 
 
 def progress_line(
@@ -107,6 +75,8 @@ def train(
 ) -> None:
     """Trains, or continues, the run of `workdir` until it is finished.
 
+    With several processes all call it alike; the first one writes.
+
     Args:
         config: a ConfigDict from configs/, or the like.
         workdir: created if need be; a run of another config in it is refused.
@@ -114,19 +84,20 @@ def train(
         say: takes the lines for the screen (default: print, on the first process).
 
     Raises:
-        ConfigError, DataError, TrainingError: one line each.
+        ConfigError, DataError, TrainingError, Preempted, Lost: one line each.
     """
-    if say is None:
-        say = (lambda line: print(line, flush=True)) if jax.process_index() == 0 else lambda _: None
+    first = distributed.is_first()
+    if say is None or not first:
+        say = (lambda line: print(line, flush=True)) if first else lambda _: None
     devices = jax.devices() if devices is None else devices
-    settings = config_lib.read(config, len(devices), jax.process_count())
+    settings = config_lib.read(config, len(devices))
     workdir = pathlib.Path(workdir)
     config = fields.plain(config)
     changed = check_workdir(workdir, config)
     say(f"{settings.name}-{settings.scale} in {workdir}")
     for field, (old, new) in changed.items():
         say(f"continuing with {field} {new!r} (was {old!r})")
-    begin = _latest_step(workdir / "checkpoints")
+    begin = max(steps_in(workdir / "checkpoints"), default=0)
     if begin > settings.num_steps:
         raise ConfigError(
             f"num_steps is {settings.num_steps}; workdir {workdir} is already at step {begin}: it "
@@ -137,72 +108,139 @@ def train(
         say(f"this run is finished ({begin:,} steps); its figure: {summary}")
         return
     tokenizer_path = workdir / "tokenizer.npz"
-    parts = build(settings, tokenizer_path, say)
-    if begin:
-        check_same(parts, workdir)
-    # Only now, when all that the config names was found: a mistake leaves nothing behind.
-    open_workdir(workdir, config)
-    if settings.data.in_memory and not tokenizer_path.exists():
-        codebook.save_params(tokenizer_path, parts.tokenizer_params)
-    if not begin:
-        (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
-        check_same(parts, workdir)
-    _Run(parts, workdir, devices, say).run(begin)
+    with contextlib.closing(HangGuard(settings.hang_limit)) as guard:
+        guard.doing("reading data and frozen networks")
+        mesh = sharding.make_mesh(settings.mesh, devices)
+        parts = build(settings, mesh, tokenizer_path, say)
+        if begin:
+            check_same(parts, workdir, write=False)
+        elif settings.init_from:
+            frozen.load_initial(settings, _own_codebook(parts))
+        # Only now, when all that the config names was found: a mistake leaves nothing behind. And
+        # only when every process has looked at what was there.
+        distributed.barrier("begin")
+        if first:
+            open_workdir(workdir, config)
+            if settings.data.in_memory and not tokenizer_path.exists():
+                codebook.save_params(tokenizer_path, parts.tokenizer_params)
+            if not begin:
+                (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
+            check_same(parts, workdir, write=True)
+        distributed.barrier("workdir")
+        _Run(parts, workdir, mesh, guard, say).run()
 
 
-def _latest_step(folder: pathlib.Path) -> int:
-    """The newest checkpoint's step; 0 where there is none. Creates nothing."""
-    if not folder.is_dir():
-        return 0
-    checkpoints = Checkpoints(folder)
-    step = checkpoints.latest_step() or 0
-    checkpoints.close()
-    return step
+def _own_codebook(parts: Parts) -> Any:
+    return parts.tokenizer_params if parts.settings.data.in_memory else None
 
 
 class _Run:
     """One run: state, files and the loop over them."""
 
-    def __init__(self, parts: Parts, workdir: pathlib.Path, devices: list, say: Say):
-        self.parts, self.workdir, self.say = parts, workdir, say
+    def __init__(
+        self,
+        parts: Parts,
+        workdir: pathlib.Path,
+        mesh: jax.sharding.Mesh,
+        guard: HangGuard,
+        say: Say,
+    ):
+        self.parts, self.workdir, self.mesh, self.guard, self.say = parts, workdir, mesh, guard, say
         self.settings = settings = parts.settings
-        self.mesh = sharding.make_mesh(settings.mesh, devices)
-        say(f"devices: {len(devices)} x {devices[0].device_kind}, mesh {dict(self.mesh.shape)}")
-        key = jax.random.key(settings.seed)
-        make_state = lambda: init_state(parts.recipe, key)  # noqa: E731
-        self.state_sharding = sharding.shardings(jax.eval_shape(make_state), self.mesh)
-        self.state: TrainState = jax.jit(make_state, out_shardings=self.state_sharding)()
-        count = parameter_overview.count_parameters
-        say(
-            f"parameters: {count(self.state.params['generator']):,} in the generator, "
-            f"{count(self.state.params['foresight']):,} in foresight heads"
-        )
-        self.frozen = jax.device_put(parts.frozen, sharding.replicated(self.mesh))
+        self.first = distributed.is_first()
+        kind = mesh.devices.flat[0].device_kind
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(f"devices: {mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}")
+        self.frozen = sharding.place(parts.frozen, sharding.replicated(mesh))
         self.batches = iter(parts.batches)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             every=settings.checkpoint_every,
             keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every,
         )
+        self.writer: MetricsWriter | None = None  # the first process's
+        self.spikes, self.skipped_in_a_row, self.worker_deaths = SpikeDetector(), 0, 0
 
-    def run(self, begin: int) -> None:
-        """Restores step `begin`, trains what is left, and finishes."""
+    def run(self) -> None:
+        """Begins or goes on, trains what is left, and finishes."""
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
-        summary.unlink(missing_ok=True)  # of a shorter run: it marks what is finished
-        try:
-            if begin:
-                self.state = self.checkpoints.restore(begin, self.state, self.batches)
-                self.say(f"resumed at step {begin:,} of {last:,}")
-            self.writer = MetricsWriter(self.workdir, begin)
+        with contextlib.ExitStack() as closing:
+            closing.callback(self.batches.close)
+            closing.callback(self.checkpoints.close)
             try:
+                if self.first:
+                    summary.unlink(missing_ok=True)  # of a shorter run: it marks what is finished
+                begin = self._begin()
+                if self.first:
+                    self.writer = MetricsWriter(self.workdir, begin)
+                    closing.callback(self.writer.close)
+                self.preemption = Preemption()
+                closing.callback(self.preemption.close)
                 if begin < last:
                     self._loop(begin)
                 self._finish(summary)
-            finally:
-                self.writer.close()
-        finally:
-            self.checkpoints.close()
-            self.batches.close()
+            except jax.errors.JaxRuntimeError as error:
+                told = self._explain(error)
+                if isinstance(told, Lost):
+                    closing.pop_all()  # nobody is left to close things together with
+                raise told from error
+            except OSError as error:
+                raise TrainingError(
+                    f"workdir {self.workdir} cannot be written ({error.strerror or error}); the "
+                    f"last checkpoint is of {self._last_checkpoint()}"
+                ) from error
+
+    def _begin(self) -> int:
+        """Makes the state and moves the data to it; returns the step."""
+        # Where a run begins: the first of these that there is.
+        #   1. the newest checkpoint of its workdir;
+        #   2. the one before it, and so on, where that one is damaged (which is set aside);
+        #   3. the weights of `init_from`, with a fresh optimizer, at step 0;
+        #   4. fresh weights.
+        recipe, settings = self.parts.recipe, self.settings
+        make = lambda: init_state(recipe, jax.random.key(settings.seed))  # noqa: E731
+        shapes = jax.eval_shape(make)
+        self.state_sharding = sharding.shardings(shapes, self.mesh)
+        count = parameter_overview.count_parameters
+        self.say(
+            f"parameters: {count(shapes.params['generator']):,} in the generator, "
+            f"{count(shapes.params['foresight']):,} in foresight heads"
+        )
+        self.guard.doing("the newest checkpoint")
+        found = self.checkpoints.restore_newest(shapes, self.state_sharding, self._happened)
+        if found is not None:
+            self.state, begin = found
+            self.batches.set_state({"next_index": begin})
+            self._note("resumed", step=begin)
+            self.say(f"resumed at step {begin:,} of {settings.num_steps:,}")
+            return begin
+        self.state: TrainState = jax.jit(make, out_shardings=self.state_sharding)()
+        if settings.init_from:
+            self._take(frozen.load_initial(settings, _own_codebook(self.parts)))
+        self._note("started", init_from=settings.init_from)
+        return 0
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        """Puts the weights of `init_from` into the state; heads of other shapes stay fresh."""
+        params, sharded = dict(self.state.params), self.state_sharding
+        params["generator"] = sharding.place(
+            saved["params"]["generator"], sharded.params["generator"]
+        )
+        heads, kept = dict(params["foresight"]), saved["params"]["foresight"]
+        taken = []
+        for name, fresh in heads.items():
+            if name in kept and jax.tree.map(np.shape, kept[name]) == jax.tree.map(np.shape, fresh):
+                heads[name] = sharding.place(kept[name], sharded.params["foresight"][name])
+                taken.append(name)
+        params["foresight"] = heads
+        ema = sharding.place(saved["ema"], sharded.ema)
+        self.state = self.state.replace(params=params, ema=ema)
+        fresh = [name for name in heads if name not in taken]
+        self.say(
+            f"began with the weights of {self.settings.init_from}"
+            + (f", with fresh foresight heads {', '.join(fresh)}" if fresh else "")
+        )
 
     def _loop(self, begin: int) -> None:
         settings, recipe = self.settings, self.parts.recipe
@@ -219,23 +257,85 @@ class _Run:
                 self._log()
                 self._tell_compile(i, now_active)
                 self.watch.lap()
-            batch = sharding.put_batch(next(self.batches), self.mesh)
+            batch = sharding.put_batch(self._next_batch(i), self.mesh, settings.batch_size)
+            self.guard.doing(f"step {i + 1}, waiting for the devices")
             self.state, metrics = train_step(self.state, self.frozen, batch, i)
             self._log()  # a step late, so that the device always has one queued
             self.waiting = (i + 1, metrics)
             if compiles:  # its seconds are its own: speed is told without them
                 jax.block_until_ready(metrics)
                 self.step_seconds, self.lap_steps = self.watch.lap(), -1
+            stop = self.preemption.reached(i + 1)
             samples = settings.sample_every and (i + 1) % settings.sample_every == 0
-            if self.checkpoints.due(i + 1) or samples:
+            due = self.checkpoints.due(i + 1)
+            if stop or due or samples:
                 # First its line, and a look at its loss: no broken state is ever saved.
                 self._log()
                 self.watch.pause()
-                self.checkpoints.save(self.state, i + 1, self.batches)
+                if stop or due:
+                    self._save(i + 1)
+                if stop:
+                    self._stop(i + 1)
                 if samples and i + 1 < settings.num_steps:
                     self._sample(i + 1)
                 self.watch.resume()
         self._log()
+
+    def _next_batch(self, index: int) -> dict[str, np.ndarray]:
+        """This process's rows; readers that died are started again, a few times."""
+        self.guard.doing(f"step {index + 1}, waiting for its batch")
+        while True:
+            try:
+                return next(self.batches)
+            except WorkerDied as error:
+                self.worker_deaths += 1
+                if self.worker_deaths > WORKER_DEATHS:
+                    raise
+                print(f"{self._who()}{error}; started again", file=sys.stderr, flush=True)
+                self._note("worker_died", step=index + 1)
+                self.batches.set_state({"next_index": index})
+
+    def _save(self, step: int) -> None:
+        self.guard.doing(f"the checkpoint of step {step}")
+        self.checkpoints.save(self.state, step)
+
+    def _stop(self, step: int) -> None:
+        """Ends the run, which was told to stop, when its checkpoint is on the disk."""
+        self.checkpoints.wait()
+        self._note("preempted", step=step)
+        raise Preempted(
+            f"{self._who()}told to stop: step {step:,} is saved, the same command goes on from there"
+        )
+
+    def _who(self) -> str:
+        return f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+
+    def _note(self, event: str, **fields: Any) -> None:
+        if self.first:
+            note_event(self.workdir, event, **fields)
+
+    def _happened(self, line: str) -> None:
+        """Something out of the ordinary: to the screen and to events.jsonl."""
+        self.say(line)
+        self._note("message", text=line)
+
+    def _last_checkpoint(self) -> str:
+        steps = steps_in(self.workdir / "checkpoints")
+        return f"step {steps[-1]}" if steps else "no step yet"
+
+    def _explain(self, error: Exception) -> Exception:
+        """What an error of the devices means."""
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return TrainingError(
+                f"out of memory ({first_line(error)[:200]}): larger mesh.fsdp or accumulate, "
+                "model.remat or a smaller batch_size need less"
+            )
+        if jax.process_count() > 1:
+            return Lost(
+                f"another process is gone or cannot be reached ({first_line(error)[:200]}); the "
+                f"last checkpoint is of {self._last_checkpoint()}: start all processes again"
+            )
+        return error
 
     def _tell_compile(self, step: int, active: tuple[bool, ...]) -> None:
         names = [
@@ -255,12 +355,12 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.lap_steps += 1
         if not np.isfinite(values["loss"] + values["grad_norm"]):
-            saved = self.checkpoints.latest_step()
-            raise TrainingError(
-                f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {step}; the "
-                f"last checkpoint is of {'no step yet' if saved is None else f'step {saved}'} "
-                f"({self.workdir}): a lower optimizer.learning_rate may help"
-            )
+            self._not_finite(step, values)
+        else:
+            self.skipped_in_a_row = 0
+            spike = self.spikes(values["cross_entropy"])
+            if spike is not None:
+                self._happened(f"the cross-entropy jumps at step {step}: {spike}")
         if step % settings.log_every and step != settings.num_steps and step != 1:
             return
         first = {name: values.pop(name) for name in ("loss", "cross_entropy")}
@@ -270,15 +370,44 @@ class _Run:
             self.step_seconds, self.lap_steps = self.watch.lap() / self.lap_steps, 0
             left = self.step_seconds * (settings.num_steps - step)
         values["images_per_second"] = settings.batch_size / self.step_seconds
-        self.writer.step(step, values)
+        if self.writer:
+            self.writer.step(step, values)
         self.say(progress_line(step, settings.num_steps, values, left))
 
+    def _not_finite(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes down the batch of such a step; ends the run unless updates may be skipped."""
+        self.skipped_in_a_row += 1
+        path = self.workdir / f"nonfinite_step_{step:07d}.json"
+        try:
+            keys = self.parts.batches.record_keys(step - 1)
+        except Exception as error:  # the data may be what is wrong
+            keys = [f"not readable: {first_line(error)}"]
+        if self.first:
+            found = {"step": step, **values, "records": keys}
+            files.write_text(path, json.dumps(found, indent=2) + "\n")
+        told = (
+            f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {step}, whose batch "
+            f"is of records {', '.join(keys[:3])} ... (all of them: {path})"
+        )
+        if self.settings.nonfinite == "skip" and self.skipped_in_a_row <= SKIPPED_IN_A_ROW:
+            self._happened(f"{told}: its update is left out, {values['skipped']:.0f} so far")
+            return
+        self._note("not_finite", step=step)
+        raise TrainingError(
+            f"{told}; the last checkpoint is of {self._last_checkpoint()} ({self.workdir}): a lower "
+            "optimizer.learning_rate may help, or --config.nonfinite=skip where it is a single batch"
+        )
+
     def _sample(self, step: int) -> np.ndarray | None:
-        """Writes the grid of this step; None where there is no decoder."""
+        """Writes the grid of this step; None where there is no decoder, or on other hosts."""
         if self.parts.tokenizer is None:
             self.say(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
             return None
-        grid = draw_grid(self.parts, self.state.ema)
+        self.guard.doing(f"the samples of step {step}")
+        codes = drawing.grid_codes(self.parts, self.mesh, self.state.ema)
+        if not self.first:
+            return None
+        grid = drawing.grid_picture(self.parts, codes)
         path = self.workdir / "samples" / f"step_{step:07d}.png"
         report.save_picture(path, grid)
         self.writer.image(step, "samples", grid)
@@ -288,21 +417,32 @@ class _Run:
     def _finish(self, summary: pathlib.Path) -> None:
         """The last checkpoint, the last grid, the judge and the figure."""
         settings = self.settings
-        self.checkpoints.save(self.state, settings.num_steps, self.batches, force=True)
+        self._save(settings.num_steps)
         grid = self._sample(settings.num_steps)
         if settings.judged_samples and self.parts.images is not None:
-            result = judge_samples(self.parts, self.state.ema)
-            files.write_text(self.workdir / "agreement.json", json.dumps(result, indent=2) + "\n")
-            self.writer.board(settings.num_steps, {f"agreement/{k}": v for k, v in result.items()})
-            line = f"a classifier of the real images sees the class asked for in {result['samples']:.1%}"
-            line += f" of {settings.judged_samples:,} samples"
-            if "real" in result:
-                line += (
-                    f" ({result['real']:.1%} of held-out real images, "
-                    f"{result['real_through_tokenizer']:.1%} of them through the tokenizer)"
-                )
-            self.say(line)
+            self.guard.doing("samples for the classifier")
+            codes = drawing.judged_codes(self.parts, self.mesh, self.state.ema)
+            if self.first:
+                self._tell_agreement(drawing.judge_samples(self.parts, codes))
         self.checkpoints.wait()
-        title = f"{settings.name}-{settings.scale}"
-        report.summary_figure(summary, title, read_metrics(self.workdir), grid)
+        if self.first:
+            title = f"{settings.name}-{settings.scale}"
+            report.summary_figure(summary, title, read_metrics(self.workdir), grid)
+            self._note("finished", step=settings.num_steps)
+        distributed.barrier("finished")
         self.say(f"finished: {settings.num_steps:,} steps; figure: {summary}")
+
+    def _tell_agreement(self, result: Mapping[str, float]) -> None:
+        settings = self.settings
+        files.write_text(self.workdir / "agreement.json", json.dumps(result, indent=2) + "\n")
+        self.writer.board(settings.num_steps, {f"agreement/{k}": v for k, v in result.items()})
+        line = (
+            f"a classifier of the real images sees the class asked for in {result['samples']:.1%}"
+        )
+        line += f" of {settings.judged_samples:,} samples"
+        if "real" in result:
+            line += (
+                f" ({result['real']:.1%} of held-out real images, "
+                f"{result['real_through_tokenizer']:.1%} of them through the tokenizer)"
+            )
+        self.say(line)

@@ -2,6 +2,7 @@
 
 config.json      the whole config
 metrics.jsonl    one JSON object a logged step; also as TensorBoard event files
+events.jsonl     starts, stops and whatever else happened to the run, with the time
 tokenizer.npz    the tokenizer, where the run fitted one
 parts.json       checksums of data and frozen networks, which a continued run must have too
 checkpoints/     train states with the data iterator
@@ -31,6 +32,10 @@ RESUMABLE = (
     "sample_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "accumulate",  # but for the draws of dropout
+    "nonfinite",
+    "hang_limit",
     "judged_samples",
     "data.num_workers",
     "data.path",
@@ -38,6 +43,7 @@ RESUMABLE = (
     "tokenizer.path",
     "teacher.path",
     "model.unroll",
+    "model.remat",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -144,6 +150,13 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return entries
+
+
+def note_event(workdir: pathlib.Path, event: str, **fields: Any) -> None:
+    """Adds a line to events.jsonl."""
+    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
+    with (workdir / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 class MetricsWriter:

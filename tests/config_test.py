@@ -215,9 +215,10 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh):
 def test_a_batch_must_divide_by_the_devices_that_split_it_alone():
     config = with_fields(get(), {"batch_size": 12, "mesh.data": 2, "mesh.tensor": 4})
     assert read(config).mesh == (2, 1, 4)
-    assert "a multiple of 5, the 5 processes" in refusal(config, num_processes=5)
-    # Rows that several processes hold copies of would differ between them.
-    assert "mesh.data is 2" in refusal(config, num_processes=4)
+    config = with_fields(config, {"accumulate": 6})
+    assert read(config).accumulate == 6
+    message = refusal(with_fields(config, {"accumulate": 4}))
+    assert "a multiple of 8" in message and "times accumulate=4" in message
     assert "there are 6 devices" in refusal(with_fields(get(), {"batch_size": 32}), num_devices=6)
 
 

@@ -31,7 +31,7 @@ from mirai_jax import (
     train,
     weights,
 )
-from mirai_jax.checkpoint import Checkpoints
+from mirai_jax.checkpoint import restore_weights
 from mirai_jax.errors import ConfigError
 from mirai_jax.models import dinov2, generator, vq
 from mirai_jax.models.generator import GeneratorConfig
@@ -549,10 +549,7 @@ def runs(tmp_path_factory):
 
 
 def saved(folder):
-    checkpoints = Checkpoints(folder / "checkpoints")
-    state, _ = checkpoints.restore_weights()
-    checkpoints.close()
-    return state
+    return restore_weights(folder / "checkpoints")[0]
 
 
 def test_a_run_goes_to_pytorch_and_back(runs, tmp_path):

@@ -358,7 +358,7 @@ class Numbered:
         return len(self.codes)
 
     def __getitem__(self, index):
-        return {"codes": self.codes[index], "label": np.int32(index % 5)}
+        return {"codes": self.codes[index], "label": np.int32(index % 5), "key": f"{index}"}
 
 
 def take(dataset, count):
@@ -420,23 +420,42 @@ def test_order_depends_on_the_seed_alone():
     assert (batches(3)[0]["codes"] != batches(4)[0]["codes"]).any()
 
 
-@pytest.mark.parametrize("shard_count", [2, 4])
-def test_shards_together_are_the_unsharded_batch(shard_count):
+@pytest.mark.parametrize("shares", [[range(4), range(4, 8)], [(0, 5), (1, 2, 7), (0, 3)], [(6,)]])
+def test_each_process_reads_its_rows_of_every_batch(shares):
     whole = take(data.make_dataset(Numbered(20), batch_size=8, seed=1), 9)  # past an epoch border
-    shards = [
-        take(
-            data.make_dataset(
-                Numbered(20), batch_size=8, seed=1, shard_index=k, shard_count=shard_count
-            ),
-            9,
-        )
-        for k in range(shard_count)
-    ]
-    for k, batch in enumerate(whole):
-        parts = [shard[k]["codes"] for shard in shards]
-        assert all(len(part) == 8 // shard_count for part in parts)
-        together = np.concatenate(parts)[:, 0].tolist()
-        assert sorted(together) == sorted(batch["codes"][:, 0].tolist())
+    for rows in shares:  # two processes that split heads alone hold the same rows
+        part = take(data.make_dataset(Numbered(20), batch_size=8, seed=1, rows=rows), 9)
+        for batch, own in zip(whole, part, strict=True):
+            for name in batch:
+                np.testing.assert_array_equal(own[name], batch[name][list(rows)])
+
+
+class Watched(Numbered):
+    """Notes what is read of it."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_a_process_reads_no_record_of_another():
+    whole, half = Watched(16), Watched(16)
+    take(data.make_dataset(whole, batch_size=8, seed=1, num_threads=0), 2)
+    take(data.make_dataset(half, batch_size=8, seed=1, rows=range(4), num_threads=0), 2)
+    assert sorted(whole.read) == list(range(16))
+    assert len(half.read) == 8 and set(half.read) < set(whole.read)
+
+
+def test_the_keys_of_a_batch_name_its_records():
+    dataset = data.make_dataset(Numbered(20), batch_size=8, seed=1, rows=range(2))
+    for index, batch in enumerate(take(data.make_dataset(Numbered(20), batch_size=8, seed=1), 4)):
+        numbers = np.divmod(batch["codes"][:, 0], 8)
+        expected = [f"{record} crop {crop}" for record, crop in zip(*numbers, strict=True)]
+        assert dataset.record_keys(index) == expected
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 7])  # 20 records: batch 2 crosses the epoch border
@@ -451,18 +470,13 @@ def test_resumes_exactly(stop):
     next(resumed)  # its buffer is full of other batches by now
     resumed.set_state(state)
     assert_same([next(resumed) for _ in range(5)], rest)
-    # A job of another size: its processes go on together where one stopped.
-    parts = []
-    for k in range(2):
-        part = iter(
-            data.make_dataset(
-                Numbered(20), batch_size=8, seed=1, shard_index=k, shard_count=2, num_threads=0
-            )
-        )
-        part.set_state(state)
-        parts.append([next(part)["codes"][:, 0] for _ in range(5)])
-    for batch, *halves in zip(rest, *parts, strict=False):
-        assert sorted(np.concatenate(halves)) == sorted(batch["codes"][:, 0])
+    # A job of another size goes on where one process stopped.
+    half = iter(
+        data.make_dataset(Numbered(20), batch_size=8, seed=1, rows=range(4, 8), num_threads=0)
+    )
+    half.set_state(state)
+    for batch in rest:
+        np.testing.assert_array_equal(next(half)["codes"], batch["codes"][4:])
 
 
 def test_a_closed_iterator_says_so():
@@ -471,25 +485,6 @@ def test_a_closed_iterator_says_so():
     iterator.close()
     with pytest.raises(ValueError, match="closed"):
         next(iterator)
-
-
-def test_orbax_saves_and_restores_an_iterator(tmp_path):
-    import grain
-    import orbax.checkpoint as ocp
-
-    dataset = data.make_dataset(Numbered(20), batch_size=8, seed=1)
-    iterator = iter(dataset)
-    for _ in range(3):
-        next(iterator)
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-        manager.wait_until_finished()
-        rest = [next(iterator) for _ in range(3)]
-        restored = iter(dataset)
-        manager.restore(
-            3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored))
-        )
-    assert_same([next(restored) for _ in range(3)], rest)
 
 
 def test_records_from_disk_equal_records_from_memory(tmp_path):
@@ -510,10 +505,10 @@ def test_a_bad_record_reaches_the_caller_as_a_data_error(tmp_path):
 @pytest.mark.parametrize(
     "field, kwargs",
     [
-        ("batch_size 9", dict(batch_size=9, shard_count=2)),
         ("batch_size 0", dict(batch_size=0)),
         ("batch_size 21 is larger than the data set: allowed are 1 to 20", dict(batch_size=21)),
-        ("shard_index 2", dict(shard_index=2, shard_count=2)),
+        ("rows [0, 8]", dict(rows=[0, 8])),
+        ("rows []", dict(rows=[])),
         ("seed -1", dict(seed=-1)),
         ("seed 4294967296", dict(seed=2**32)),
         ("data.num_workers -1", dict(num_workers=-1)),

@@ -9,8 +9,8 @@ from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
 from mirai_jax import progress, records, train, workdir
-from mirai_jax.checkpoint import Checkpoints
-from mirai_jax.errors import ConfigError, DataError
+from mirai_jax.checkpoint import restore_weights
+from mirai_jax.errors import ConfigError, DataError, TrainingError
 
 
 def tiny(module=mirai_e, **fields):
@@ -49,10 +49,7 @@ def without_speed(folder):
 
 
 def final_ema(folder):
-    checkpoints = Checkpoints(folder / "checkpoints")
-    ema = checkpoints.restore_weights()[0]["ema"]
-    checkpoints.close()
-    return ema
+    return restore_weights(folder / "checkpoints")[0]["ema"]
 
 
 def stop_at(step):
@@ -286,7 +283,7 @@ def test_trains_on_shards_of_codes(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     config = tiny(llamagen, log_every=8, checkpoint_every=2)
     config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
-    with pytest.raises(train.TrainingError, match="at step 2; the last checkpoint is of no step"):
+    with pytest.raises(TrainingError, match="at step 2; the last checkpoint is of no step"):
         run(config, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("step_*"))
 

@@ -29,6 +29,13 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
     "3B": (24, 32, 3200),
 }
 
+# What the backward pass finds stored of each block, and what it computes again.
+REMAT: Mapping[str, Any] = {
+    "none": None,  # all is stored
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights are
+    "full": jax.checkpoint_policies.nothing_saveable,  # a block's input is
+}
+
 _INIT = nn.initializers.normal(0.02)
 
 
@@ -39,7 +46,8 @@ class GeneratorConfig:
     The rates are probabilities in [0, 1). `class_dropout` > 0 adds the null class (the row
     `num_classes` of the label table), without which there is no guidance. `dtype` is that of the
     matrix products; parameters, the residual stream, norms and softmax stay float32, as under the
-    official code's autocast. `unroll` is the number of blocks per iteration of the layer loop.
+    official code's autocast. `unroll` is the number of blocks per iteration of the layer loop,
+    `remat` (of REMAT) what gradients are computed from.
     """
 
     num_layers: int
@@ -54,6 +62,7 @@ class GeneratorConfig:
     class_dropout: float = 0.1
     dtype: str = "float32"
     unroll: int = 1
+    remat: str = "none"
 
     @property
     def length(self) -> int:
@@ -243,8 +252,11 @@ class Generator(nn.Module):
         self.cls_embedding = embed(config.num_classes + config.has_null_class)
         self.tok_embeddings = embed(config.vocab_size)
         self.token_dropout = nn.Dropout(config.token_dropout)
+        block = Block
+        if config.remat != "none":  # prevent_cse guards a program that is not a loop
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[config.remat])
         self.layers = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=0,

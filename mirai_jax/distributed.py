@@ -1,0 +1,144 @@
+"""Several processes as one run: starting JAX's distributed runtime, and doing things alike.
+
+A run on several hosts is the same program started once on each; every process executes the same
+steps, and JAX carries arrays between them. What leaves the program (files, the screen) is the first
+process's to write. Files that all read (data, workdir) lie on storage that all hosts see.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mirai_jax.errors import ConfigError, first_line
+
+MODES = ("auto", "on", "off")
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a launcher says about the processes, as arguments of `jax.distributed.initialize`.
+
+    SLURM (srun) and Open MPI (mpirun) are read as JAX reads them; TPU_WORKER_HOSTNAMES is set on
+    hosts of a TPU slice by GKE. Returns None where there is one process.
+    """
+    if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
+        return {}  # JAX finds the rest
+    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        if "OMPI_MCA_orte_hnp_uri" in environ:
+            return {}
+        found = {
+            "num_processes": int(environ["OMPI_COMM_WORLD_SIZE"]),
+            "process_id": int(environ["OMPI_COMM_WORLD_RANK"]),
+        }  # since Open MPI 5 it does not say where the first process runs
+        if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environ["OMPI_COMM_WORLD_SIZE"]:
+            found["coordinator_address"] = f"localhost:{20_000 + os.getppid() % 10_000}"
+        return found
+    if "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return {}
+    return None
+
+
+def start(
+    mode: str,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat: int = 100,
+    timeout: int = 300,
+) -> None:
+    """Joins the other processes of the run; nothing of JAX may have been used before.
+
+    Args:
+        mode: 'auto' joins where the environment or the next three say that there are several
+            processes; 'on' always (a Cloud TPU slice says so only when asked); 'off' never.
+        coordinator: 'HOST:PORT' of the first process.
+        num_processes: how many there are.
+        process_id: which this is, from 0.
+        heartbeat: seconds of silence after which a process counts as dead.
+        timeout: seconds to wait for the others at the start.
+
+    Raises:
+        ConfigError: arguments that do not go together, or the others did not come.
+    """
+    given = {
+        "coordinator_address": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if mode == "off" and given:
+        raise ConfigError("--distributed is 'off'; it goes without --coordinator, --num_processes "
+                          "and --process_id")  # fmt: skip
+    found = environment(os.environ)
+    if mode == "off" or (mode == "auto" and not given and found is None):
+        return
+    if coordinator is not None and not (
+        ":" in coordinator and coordinator.split(":")[-1].isdigit()
+    ):
+        raise ConfigError(f"--coordinator is {coordinator!r}; it must be HOST:PORT")
+    arguments = {**(found or {}), **given}
+    count, index = arguments.get("num_processes"), arguments.get("process_id")
+    if given and found is None and len(given) < 3:
+        raise ConfigError(
+            "--coordinator, --num_processes and --process_id go together; "
+            f"{' and '.join(sorted(given))} alone does not start a run of several processes"
+        )
+    if count is not None and index is not None and not 0 <= index < count:
+        raise ConfigError(
+            f"--process_id is {index}; it must be 0 to {count - 1}, below --num_processes"
+        )
+    if not sys.stderr.isatty():  # which process says what, in a log of all
+        print(f"joining the other processes ({arguments or 'as the environment says'})", flush=True)
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=60,
+        )
+    except Exception as error:  # whatever the runtime makes of an address or of silence
+        raise ConfigError(f"the processes of the run did not meet: {first_line(error)}") from error
+
+
+def is_first() -> bool:
+    """Whether this process writes files and speaks to the screen."""
+    return jax.process_index() == 0
+
+
+def all_true(here: bool) -> bool:
+    """Whether it is true in every process; all must ask."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+
+
+def from_first(tree: Any) -> Any:
+    """The first process's arrays (NumPy), in every process; all must ask."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.device_get(multihost_utils.broadcast_one_to_all(tree))
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array, however it lies on the devices of all processes, on every host; all must ask."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def leave(status: int) -> None:
+    """Ends this process of several at once: the others may not be there to say goodbye to."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

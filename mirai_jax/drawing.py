@@ -1,0 +1,90 @@
+"""The samples of a run while it trains: its grid, and a classifier's judgement at the end.
+
+Drawing is done by all devices of all hosts, whose EMA it is; pictures are made on the first host.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mirai_jax import coding, distributed, report, sampler, sharding
+from mirai_jax.judge import agreement, fit_judge
+from mirai_jax.parts import Parts, labelled_images
+
+GRID, JUDGED = 1, 2  # purposes: each has keys of its own
+
+
+def draw(
+    parts: Parts, mesh: Mesh, ema: Any, labels: np.ndarray, purpose: int, chunk: int = 250
+) -> np.ndarray:
+    """int32 codes (N, L) of the labels, on every host; image i depends on `purpose` and i alone.
+
+    All processes must ask.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    chunk = -(-min(chunk, len(labels)) // ways) * ways
+    rows = sharding.batch_sharding(mesh)
+    seed = parts.settings.seed
+
+    @jax.jit
+    def keys_of(indices: jax.Array) -> jax.Array:
+        return sampler.image_keys(jax.random.fold_in(jax.random.key(seed), purpose), indices)
+
+    codes = []
+    for start in range(0, len(labels), chunk):
+        indices = np.arange(start, start + chunk, dtype=np.int32)
+        some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
+        drawn = sampler.generate(
+            parts.recipe.generator,
+            ema,
+            sharding.place(some, rows),
+            keys_of(sharding.place(indices, rows)),
+            parts.settings.sample,
+        )
+        codes.append(distributed.whole(drawn))
+    return np.concatenate(codes)[: len(labels)]
+
+
+def decode(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
+    """uint8 images (N, H, W, C)."""
+    return coding.decode_codes(parts.tokenizer, parts.tokenizer_params, codes_NxL)
+
+
+def grid_codes(parts: Parts, mesh: Mesh, ema: Any) -> np.ndarray:
+    """Codes of the run's grid: always the same classes and keys, so that grids can be compared."""
+    settings = parts.settings
+    labels = np.repeat(
+        np.arange(settings.sample_classes, dtype=np.int32), settings.sample_per_class
+    )
+    return draw(parts, mesh, ema, labels, GRID)
+
+
+def grid_picture(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
+    """uint8 (height, width, 3): a row a class."""
+    names = parts.class_names[: parts.settings.sample_classes]
+    return report.sample_grid(decode(parts, codes_NxL), names)
+
+
+def judged_codes(parts: Parts, mesh: Mesh, ema: Any) -> np.ndarray:
+    """Codes of `judged_samples` images, of all classes in turn."""
+    return draw(parts, mesh, ema, _judged_labels(parts), JUDGED)
+
+
+def judge_samples(parts: Parts, codes_NxL: np.ndarray) -> dict[str, float]:
+    """Agreement of a classifier of the real images with the class asked for, and its own limits."""
+    settings = parts.settings
+    judge = fit_judge(parts.images.images, parts.images.labels)
+    result = {"samples": agreement(judge, decode(parts, codes_NxL), _judged_labels(parts))}
+    held_out = labelled_images(settings, "held_out")
+    if len(held_out.labels):
+        codes = coding.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
+        result["real"] = agreement(judge, held_out.images, held_out.labels)
+        result["real_through_tokenizer"] = agreement(judge, decode(parts, codes), held_out.labels)
+    return result
+
+
+def _judged_labels(parts: Parts) -> np.ndarray:
+    settings = parts.settings
+    return np.arange(settings.judged_samples, dtype=np.int32) % settings.generator.num_classes
