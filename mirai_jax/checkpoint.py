@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mirai_jax import distributed
-from mirai_jax.errors import ConfigError, TrainingError, first_line
+from mirai_jax.errors import ConfigError, Lost, TrainingError, first_line
 from mirai_jax.step import TrainState
 
 _STEP = re.compile(r"step_(\d+)")
@@ -138,10 +138,13 @@ class Checkpoints:
         except Exception as error:  # whatever Orbax and TensorStore make of a full disk
             whole = steps_in(self._folder)
             last = f"step {whole[-1]}" if whole else "no step yet"
-            raise TrainingError(
+            told = (
                 f"a checkpoint could not be written at step {step} ({_reason(error)}); the last "
                 f"whole one in {self._folder} is of {last}"
-            ) from error
+            )
+            # Orbax's processes wait for each other: for one that is gone in vain.
+            lost = jax.process_count() > 1 and "barrier" in str(error).lower()
+            raise (Lost if lost else TrainingError)(told) from error
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()

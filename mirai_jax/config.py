@@ -311,7 +311,10 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     Raises:
         ConfigError: the first wrong field, in one line.
     """
-    config = fields.plain(config)
+    try:
+        config = fields.plain(config)
+    except RecursionError:
+        raise ConfigError("the config holds itself, or groups of fields nested too deep") from None
     top = fields.Section("", config)
     ema_decay = fields.probability(top, "ema_decay")
     generator = _generator(top.section("model"))

@@ -177,8 +177,10 @@ def read_settings(field: str, workdir: str) -> Settings:
         # Its mesh is of no interest here: one device satisfies any other check.
         raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
         return config_lib.read(raw, num_devices=1)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{field} is {workdir!r}, not the workdir of a run ({error})") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{field} is {workdir!r}, not the workdir of a run ({first_line(error)})"
+        ) from error
 
 
 def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Settings, Any, int]:

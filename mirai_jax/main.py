@@ -85,7 +85,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
-    workdir = _WORKDIR.value or pathlib.Path("runs") / f"{config.name}-{config.scale}"
+    name, scale = config.get("name"), config.get("scale")  # one that is missing is told by train
+    workdir = _WORKDIR.value or pathlib.Path("runs") / f"{name}-{scale}"
     interrupted = f"interrupted; the same command goes on from the last checkpoint of {workdir}"
     with cli.program(TrainingError, Lost, interrupted=interrupted):
         distributed.start(

@@ -161,7 +161,7 @@ def read(folder: str | os.PathLike[str]) -> Manifest | None:
     Raises:
         DataError: it is damaged.
     """
-    file = pathlib.Path(folder).expanduser() / FILE
+    file = pathlib.Path(os.path.expanduser(folder)) / FILE  # pathlib's raises on an unknown ~user
     try:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):

@@ -142,9 +142,11 @@ def check_same(parts: Parts, workdir: pathlib.Path, *, write: bool) -> None:
     file = workdir / "parts.json"
     try:
         before = json.loads(file.read_text())
+        if not all(isinstance(checksum, str) for checksum in before.values()):
+            raise ValueError("checksums are text")
     except FileNotFoundError:
         before = {}
-    except ValueError as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged; remove it to go on without its check") from error
     for name, now in parts.identity.items():
         if before.get(name, now) != now:

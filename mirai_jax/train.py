@@ -180,7 +180,7 @@ class _Run:
                 if begin < last:
                     self._loop(begin)
                 self._finish(summary)
-            except jax.errors.JaxRuntimeError as error:
+            except (jax.errors.JaxRuntimeError, Lost) as error:
                 told = self._explain(error)
                 if isinstance(told, Lost):
                     closing.pop_all()  # nobody is left to close things together with
@@ -325,6 +325,8 @@ class _Run:
 
     def _explain(self, error: Exception) -> Exception:
         """What an error of the devices means."""
+        if isinstance(error, Lost):
+            return error
         if "RESOURCE_EXHAUSTED" in str(error):
             return TrainingError(
                 f"out of memory ({first_line(error)[:200]}): larger mesh.fsdp or accumulate, "

@@ -20,8 +20,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from mirai_jax import files
-from mirai_jax.errors import ConfigError
-from mirai_jax.fields import plain
+from mirai_jax.errors import ConfigError, first_line
+from mirai_jax.fields import plain, shown
 
 # Fields that may differ between a workdir's config and the one it is continued with: they do not
 # change what is computed, or, for num_steps, only how far (see `check_same_run`). Files may move:
@@ -95,7 +95,10 @@ def check_same_run(old: Any, new: Any, workdir: str) -> dict[str, tuple[Any, Any
     if "num_steps" in changed and new["optimizer"]["schedule"] != "constant":
         refused.append("num_steps")  # the learning rate depends on it
     if refused:
-        listed = "; ".join(f"{f} was {changed[f][0]!r}, is {changed[f][1]!r}" for f in refused)
+        listed = "; ".join(
+            f"{' '.join(f.splitlines())} was {shown(changed[f][0])}, is {shown(changed[f][1])}"
+            for f in refused
+        )
         raise ConfigError(
             f"workdir {workdir} holds a run of another config: {listed}; "
             "use the same values, or another --workdir"
@@ -119,13 +122,17 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str,
         if not path.exists():
             return {}
         old = json.loads(path.read_text())
+        if not isinstance(old, dict):
+            raise ConfigError(f"{path} is damaged (it holds no config); remove it to start over")
+        return check_same_run(old, config, str(workdir))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"workdir {workdir} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); remove it to start over") from error
-    if not isinstance(old, dict):
-        raise ConfigError(f"{path} is damaged (it holds no config); remove it to start over")
-    return check_same_run(old, config, str(workdir))
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets, 1,000 deep
+        raise ConfigError(
+            f"{path} is damaged ({first_line(error)}); remove it to start over"
+        ) from error
 
 
 def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -142,13 +149,16 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The logged steps in order; a last line that was cut off by a kill is left out."""
+    """The logged steps in order, up to a line that is none: the last, if a kill cut it off."""
     path, entries = workdir / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            break
+        entries.append(entry)
     return entries
 
 

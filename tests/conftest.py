@@ -1,7 +1,22 @@
-"""Eight simulated devices for the mesh tests; numerics in full float32."""
+"""Eight simulated devices for the mesh tests; numerics in full float32; what is compiled is kept.
 
-import jax
-import pytest
+Tests, and the programs they start, compile the same small steps again and again: JAX keeps them in a
+folder of this test run alone.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+import jax  # noqa: E402 (reads the environment)
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -12,6 +12,8 @@ from mirai_jax import progress, records, train, workdir
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.errors import ConfigError, DataError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def tiny(module=mirai_e, **fields):
     """The demo, small enough for a test: real digits, a 2-layer generator, 8 steps."""
@@ -283,21 +285,12 @@ def test_trains_on_shards_of_codes(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     config = tiny(llamagen, log_every=8, checkpoint_every=2)
     config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
-    with pytest.raises(TrainingError, match="at step 2; the last checkpoint is of no step"):
+    with pytest.raises(TrainingError, match="at step 2, whose batch is of records ") as error:
         run(config, tmp_path)
+    assert "the last checkpoint is of no step yet" in str(error.value)
+    told = json.loads((tmp_path / "nonfinite_step_0000002.json").read_text())
+    assert len(told["records"]) == 16 and str(told["records"][0]) in str(error.value)
     assert not list((tmp_path / "checkpoints").glob("step_*"))
-
-
-def test_a_damaged_checkpoint_is_one_line(tmp_path):
-    config = tiny(llamagen)
-    run(config, tmp_path)
-    config.num_steps = 10
-    for file in (tmp_path / "checkpoints" / "step_8" / "state").rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[:7])
-    with pytest.raises(ConfigError, match=r"step_8 cannot be read .*remove that folder") as error:
-        run(config, tmp_path)
-    assert len(str(error.value).splitlines()) == 1
 
 
 def test_durations_read_well():
