@@ -198,6 +198,9 @@ def _imagenet(size, pixels=256):
         config.model.grid = (pixels // 16, pixels // 16)
         config.tokenizer.image_size = pixels
         config.sample.guidance = 2.0 if size in ("B", "L") else 1.75
+        if size in ("XXL", "3B"):  # 23 and 50 GB of parameters, EMA and optimizer state
+            config.mesh.update(data=1, fsdp=-1)
+            config.model.remat = "full"
 
     return override
 

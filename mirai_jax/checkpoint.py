@@ -319,4 +319,4 @@ def _unreadable(error: Exception) -> Exception:
 
 def _reason(error: Exception) -> str:
     """One short line."""
-    return first_line(error)[:200]
+    return first_line(error).split(". See full TensorStore")[0][:200]

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 
@@ -153,14 +154,31 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             f"teacher.layer is {wanted.layer}; it must be a block of the encoder, 1 to "
             f"{config.num_layers} (0: the last)"
         )
-    module = teacher.DinoTeacher(
+    return _dino_teacher(settings, config), {"network": weights.float32(loaded.params)}
+
+
+def teacher_shapes(settings: Settings) -> tuple[nn.Module, Any]:
+    """`make_teacher` without the weights, where the name alone fixes their shapes.
+
+    Raises:
+        ConfigError: it does not, and the weights cannot be read.
+    """
+    if settings.teacher.name not in dinov2.NAMES:
+        return make_teacher(settings)
+    module = _dino_teacher(settings, dinov2.named(settings.teacher.name))
+    side = settings.tokenizer.image_size
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+    return module, jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+
+
+def _dino_teacher(settings: Settings, config: dinov2.DinoConfig) -> teacher.DinoTeacher:
+    return teacher.DinoTeacher(
         grid=settings.generator.grid,
         config=config,
-        image_size=wanted.image_size,
-        layer=wanted.layer,
-        dtype=wanted.dtype,
+        image_size=settings.teacher.image_size,
+        layer=settings.teacher.layer,
+        dtype=settings.teacher.dtype,
     )
-    return module, {"network": weights.float32(loaded.params)}
 
 
 # Pretrained generators ----------------------------------------------------------------------------

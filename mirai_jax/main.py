@@ -9,10 +9,13 @@ import contextlib
 import pathlib
 import sys
 
+import jax
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from mirai_jax import cli, distributed, train
+from mirai_jax import cli, distributed, memory, sharding, train
+from mirai_jax import config as config_lib
 from mirai_jax.errors import ConfigError, Lost, TrainingError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:scale] of configs/.")
@@ -31,6 +34,12 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat", 100, "Seconds of silence after which another process counts as dead.", 1
+)
+_PLAN = flags.DEFINE_integer(
+    "plan",
+    0,
+    "Train nothing: say how much memory each of so many (simulated) devices would need.",
+    0,
 )
 
 
@@ -79,7 +88,19 @@ def parse_flags(argv: list[str]) -> list[str]:
             # ml_collections wraps a config file's own error in its traceback: its last line.
             text = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
             text = text.removeprefix("ValueError: ")
-        sys.exit(f"error: {text}")
+        sys.exit(f"error: {' '.join(text.splitlines())}")
+
+
+def _print_plan(config: ml_collections.ConfigDict) -> None:
+    devices = jax.devices()
+    settings = config_lib.read(config, len(devices))
+    mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
+    print(
+        f"memory of each of {len(devices)} devices, mesh {mesh}, batch {settings.batch_size} in "
+        f"{settings.accumulate} part(s), model.remat {settings.generator.remat}; compiling"
+    )
+    print(*memory.plan(settings, devices).lines(), sep="\n")
+    print("by XLA's compiler for CPUs; see mirai_jax/memory.py for how far that holds elsewhere")
 
 
 def main(argv: list[str]) -> None:
@@ -88,7 +109,13 @@ def main(argv: list[str]) -> None:
     name, scale = config.get("name"), config.get("scale")  # one that is missing is told by train
     workdir = _WORKDIR.value or pathlib.Path("runs") / f"{name}-{scale}"
     interrupted = f"interrupted; the same command goes on from the last checkpoint of {workdir}"
+    if _PLAN.value:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", _PLAN.value)
     with cli.program(TrainingError, Lost, interrupted=interrupted):
+        if _PLAN.value:
+            _print_plan(config)
+            return
         distributed.start(
             _DISTRIBUTED.value,
             _COORDINATOR.value,

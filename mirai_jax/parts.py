@@ -96,19 +96,14 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         f"data: {settings.data.name}, {len(source):,} images, {settings.generator.length} tokens "
         f"each, {settings.data.codes} codes"
     )
-    terms, static = _load_generators(settings, tokenizer_params, frozen_params, say)
-    recipe = Recipe(
-        generator=settings.generator,
-        terms=terms,
-        optimizer=settings.optimizer,
-        ema_decay=settings.ema_decay,
-        steps_per_epoch=data.steps_per_epoch(len(source), settings.batch_size),
-        teacher=teacher,
-        teacher_dtype=settings.teacher.dtype,
-        static=static,
-        tokenizer=tokenizer if settings.data.online else None,
-        accumulate=settings.accumulate,
-        skip_nonfinite=settings.nonfinite == "skip",
+    terms, static = load_generators(settings, tokenizer_params, frozen_params, say)
+    recipe = make_recipe(
+        settings,
+        terms,
+        static,
+        teacher,
+        tokenizer if settings.data.online else None,
+        data.steps_per_epoch(len(source), settings.batch_size),
     )
     identity = {
         name: weights.checksum(params)
@@ -127,6 +122,30 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         frozen_params,
         batches,
         identity,
+    )
+
+
+def make_recipe(
+    settings: Settings,
+    terms: tuple,
+    static: tuple,
+    teacher: nn.Module | None,
+    tokenizer: nn.Module | None,
+    steps_per_epoch: int,
+) -> Recipe:
+    """The step of a config; `terms` and `static` are those of `load_generators`."""
+    return Recipe(
+        generator=settings.generator,
+        terms=terms,
+        optimizer=settings.optimizer,
+        ema_decay=settings.ema_decay,
+        steps_per_epoch=steps_per_epoch,
+        teacher=teacher,
+        teacher_dtype=settings.teacher.dtype,
+        static=static,
+        tokenizer=tokenizer,
+        accumulate=settings.accumulate,
+        skip_nonfinite=settings.nonfinite == "skip",
     )
 
 
@@ -288,7 +307,7 @@ def _check_crops(
     say(f"images: {len(some)} crops rebuilt, {share:.1%} of their codes are the stored ones")
 
 
-def _load_generators(
+def load_generators(
     settings: Settings, tokenizer_params: Any, frozen_params: Any, say: Say
 ) -> tuple[tuple, tuple]:
     """The terms with their teacher layers fixed, and the shapes of the pretrained generators."""

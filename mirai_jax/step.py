@@ -28,6 +28,7 @@ from mirai_jax import foresight
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.models.placement import spread
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 # label (B,) int; codes (B, L) int unless the step makes them; where a teacher needs them, image
@@ -201,6 +202,7 @@ def loss_fn(
         outputs = _heads(recipe, term).apply(
             {"params": params["foresight"][term.name]}, states[term.student_layer]
         )
+        outputs = spread(outputs, None, "batch", None, None)
         if term.level == "output":
             losses = foresight.prediction_losses(term, outputs, codes, grid)
         else:
@@ -291,12 +293,11 @@ def _gradients(
     return jax.tree.map(lambda x: x / count, total)
 
 
-def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
-    """The jitted step: `(state, frozen, batch, step) -> (state, metrics)`, the state donated.
+def jit_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
+    """`train_step` as one program: `(state, frozen, batch, active) -> (state, metrics)`.
 
-    `step` is `state.step` as a Python int: it picks the active terms, so that a run compiles once
-    more at the step in which a term starts. Shardings are pytrees (or prefixes) of NamedSharding;
-    metrics come back replicated.
+    The state is donated, `active` static. Shardings are pytrees (or prefixes) of NamedSharding;
+    metrics come back replicated. To be traced under `jax.set_mesh` of their mesh.
     """
 
     @functools.partial(
@@ -309,8 +310,22 @@ def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: 
     def jitted(state, frozen, batch, active):
         return train_step(recipe, state, frozen, batch, active)
 
+    return jitted
+
+
+def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
+    """The step of a run: `(state, frozen, batch, step) -> (state, metrics)`; see `jit_train_step`.
+
+    `step` is `state.step` as a Python int: it picks the active terms, so that a run compiles once
+    more at the step in which a term starts.
+    """
+    jitted = jit_train_step(recipe, state_sharding, batch_sharding)
+
     def run(state: TrainState, frozen: Any, batch: Batch, step: int):
         active = foresight.active_terms(recipe.terms, step, recipe.steps_per_epoch)
-        return jitted(state, frozen, batch, active)
+        if batch_sharding is None:
+            return jitted(state, frozen, batch, active)
+        with jax.set_mesh(batch_sharding.mesh):
+            return jitted(state, frozen, batch, active)
 
     return run

@@ -1,6 +1,10 @@
 """The loop: resume bit for bit, what a run leaves behind, and what it refuses."""
 
+import copy
 import json
+import os
+import shutil
+import signal
 
 import jax
 import numpy as np
@@ -8,9 +12,10 @@ import pytest
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
-from mirai_jax import progress, records, train, workdir
+from mirai_jax import config as config_lib
+from mirai_jax import memory, progress, records, train, workdir
 from mirai_jax.checkpoint import restore_weights
-from mirai_jax.errors import ConfigError, DataError, TrainingError
+from mirai_jax.errors import ConfigError, DataError, Preempted, TrainingError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -291,6 +296,139 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     told = json.loads((tmp_path / "nonfinite_step_0000002.json").read_text())
     assert len(told["records"]) == 16 and str(told["records"][0]) in str(error.value)
     assert not list((tmp_path / "checkpoints").glob("step_*"))
+
+
+def sigterm_at(step, lines=None):
+    """A `say` under which the run is told to stop, as a cluster does it, when it shows a step."""
+
+    def say(line):
+        if lines is not None:
+            lines.append(line)
+        if line.startswith(f"step {step}/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return say
+
+
+def test_told_to_stop_it_saves_and_goes_on_without_repeating_a_step(tmp_path):
+    config = tiny(mirai_e)
+    run(config, tmp_path / "whole")
+    steps = []
+    for at in (1, 3, 6):  # between checkpoints, and before one
+        with pytest.raises(Preempted, match="is saved, the same command goes on") as error:
+            run(config, tmp_path / "stopped", say=sigterm_at(at, steps))
+        assert error.value.status == 75
+    run(config, tmp_path / "stopped", say=steps.append)
+    shown = [int(line.split("/")[0].split()[1]) for line in steps if line.startswith("step ")]
+    assert shown == list(range(1, 9))
+    assert without_speed(tmp_path / "stopped") == without_speed(tmp_path / "whole")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_ema(tmp_path / "stopped"),
+        final_ema(tmp_path / "whole"),
+    )
+    events = (tmp_path / "stopped" / "events.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["event"] for line in events]
+    assert kinds == ["started", *["preempted", "resumed"] * 3, "finished"]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
+    config = tiny(llamagen)
+    run(config, tmp_path / "whole")
+    config.num_steps = 10
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    for file in (tmp_path / "damaged" / "checkpoints" / "step_8" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:7])
+    lines = run(config, tmp_path / "damaged")
+    assert any("checkpoint of step 8 is damaged" in line for line in lines)
+    assert any("resumed at step 4 of 10" in line for line in lines)
+    run(config, tmp_path / "whole")
+    assert without_speed(tmp_path / "damaged") == without_speed(tmp_path / "whole")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_ema(tmp_path / "damaged"),
+        final_ema(tmp_path / "whole"),
+    )
+
+
+def test_begins_with_the_weights_of_another_run(tmp_path):
+    run(tiny(mirai_e), tmp_path / "first")
+    second = tiny(mirai_i, num_steps=1, init_from=str(tmp_path / "first"))
+    second.optimizer.learning_rate = 0.0
+    lines = run(second, tmp_path / "second")
+    assert any("with fresh foresight heads bidirectional" in line for line in lines)
+    jax.tree.map(
+        np.testing.assert_array_equal, final_ema(tmp_path / "second"), final_ema(tmp_path / "first")
+    )
+    same = tiny(mirai_e, num_steps=1, init_from=str(tmp_path / "first"))
+    same.optimizer.learning_rate = 0.0
+    lines = run(same, tmp_path / "same")
+    assert any(line.endswith(f"weights of {tmp_path / 'first'}") for line in lines)
+    params = [
+        restore_weights(tmp_path / name / "checkpoints")[0]["params"] for name in ("first", "same")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    other = tiny(mirai_e, init_from=str(tmp_path / "first"))
+    other.model.num_layers = 3
+    with pytest.raises(ConfigError, match=r"init_from is .* whose num_layers is 2; it must be 3"):
+        run(other, tmp_path / "third")
+    other.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="init_from is .*nowhere"):
+        run(other, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_updates_that_are_not_finite_are_left_out_until_there_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SKIPPED_IN_A_ROW", 3)
+    config = tiny(llamagen, nonfinite="skip")
+    config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
+    lines = []
+    with pytest.raises(TrainingError, match="at step 5"):
+        run(config, tmp_path, say=lines.append)
+    assert sum("its update is left out" in line for line in lines) == 3
+    assert (
+        sorted(path.name for path in tmp_path.glob("nonfinite*"))[0]
+        == "nonfinite_step_0000002.json"
+    )
+    assert [entry["skipped"] for entry in workdir.read_metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_vanished_workdir_is_one_line(tmp_path):
+    def say(line):
+        if line.startswith("step 2/"):
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(TrainingError, match="is gone|cannot be written") as error:
+        run(tiny(llamagen), tmp_path / "run", say=say)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_memory_of_a_run_is_planned_without_its_files():
+    config = mirai_i.get_config("imagenet_b")
+    config.update(batch_size=8)
+    config.model.update(size="", num_layers=4, num_heads=8, width=256)
+    config.teacher.update(name="dinov2_vits14", path="not there")
+    config.data.images = "not there either"
+    config.mesh.update(data=1, fsdp=8)
+
+    def planned(**fields):
+        changed = copy.deepcopy(config)
+        changed.update(fields)
+        return memory.plan(config_lib.read(changed, 8), jax.devices())
+
+    plan = planned()
+    # Parameters (the heads' too), EMA and Adam's two moments, an eighth each; DINOv2-S whole.
+    assert plan.optimizer == pytest.approx(2 * plan.parameters, rel=0.01)
+    assert plan.ema < plan.parameters and plan.frozen == pytest.approx(4 * 22.06e6, rel=0.01)
+    assert plan.total == sum(
+        (plan.parameters, plan.ema, plan.optimizer, plan.frozen, plan.batch, plan.temporary)
+    )
+    assert plan.batch == 256 * 4 + 4 + 256 * 256 * 3
+    replicated = planned(mesh={"data": 8, "fsdp": 1})
+    assert replicated.ema == pytest.approx(8 * plan.ema, rel=0.01)
+    assert planned(model={"remat": "full"}).temporary < plan.temporary
+    assert "in all" in plan.lines()[-1]
 
 
 def test_durations_read_well():

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mirai_jax.models.placement import spread
+
 # name -> (layers, heads, width), the sizes LlamaGen publishes.
 SIZES: Mapping[str, tuple[int, int, int]] = {
     "B": (12, 12, 768),
@@ -167,7 +169,9 @@ class Attention(nn.Module):
         )
         # Matrix products see one flat axis of tokens: XLA lays them out far better on CPU.
         qkv = dense(features=(3, heads, head_dim), name="wqkv")(x_BxTxD.reshape(-1, width))
-        qkv = qkv.reshape(batch, length, 3, heads, head_dim)
+        qkv = spread(
+            qkv.reshape(batch, length, 3, heads, head_dim), "batch", None, None, "heads", None
+        )
         q, k, v = (qkv[:, :, i] for i in range(3))
         table = jnp.asarray(rope_table(config.grid, head_dim))
         if cache is None:
@@ -180,6 +184,7 @@ class Attention(nn.Module):
         else:
             q, k, v = q[:, 0], k[:, 0], v[:, 0]
             out, new = _attend_cached(q, k, v, cache, position)[:, None], (k, v)
+        out = spread(out, "batch", None, "heads", None)
         out = dense(features=width, axis=(-2, -1), name="wo")(out.reshape(-1, heads, head_dim))
         dropout = nn.Dropout(config.residual_dropout, deterministic=not self.has_rng("dropout"))
         return dropout(out).reshape(x_BxTxD.shape), new
@@ -197,8 +202,8 @@ class FeedForward(nn.Module):
             nn.Dense, use_bias=False, kernel_init=_INIT, dtype=config.dtype, param_dtype=jnp.float32
         )
         x_MxD = x_BxTxD.reshape(-1, config.width)  # one flat axis of tokens, as in Attention
-        gate = dense(config.ffn_width, name="w1")(x_MxD)
-        value = dense(config.ffn_width, name="w3")(x_MxD)
+        gate = spread(dense(config.ffn_width, name="w1")(x_MxD), "batch", "features")
+        value = spread(dense(config.ffn_width, name="w3")(x_MxD), "batch", "features")
         out = dense(config.width, name="w2")(nn.silu(gate) * value)
         dropout = nn.Dropout(config.ffn_dropout, deterministic=not self.has_rng("dropout"))
         return dropout(out).reshape(x_BxTxD.shape)
@@ -223,6 +228,7 @@ class Block(nn.Module):
         """
         x, tapped, position = carry
         number, cache = inputs
+        x = spread(x, "batch", None, None)
         out, new = Attention(self.config, name="attention")(
             _norm(self.config, "attention_norm")(x), cache, position
         )
@@ -289,7 +295,7 @@ class Generator(nn.Module):
         x = jnp.concatenate(
             [self.cls_embedding(labels_B)[:, None], self.tok_embeddings(codes_BxT)], axis=1
         )
-        return self.token_dropout(x, deterministic=not train)
+        return self.token_dropout(spread(x, "batch", None, None), deterministic=not train)
 
     def _run(self, x_BxTxD, cache=None, position=None):
         """All blocks. Returns (x, {tap: state}, the new keys and values or None)."""
@@ -314,7 +320,7 @@ class Generator(nn.Module):
             residual stream after each block in `taps`.
         """
         x, taps, _ = self._run(self._embed(codes_BxT, labels_B))
-        return self.output(self.norm(x)), taps
+        return spread(self.output(self.norm(x)), "batch", None, "features"), taps
 
     def hidden(self, codes_BxT, labels_B):
         """The states at `taps` alone: no final norm, no logits."""

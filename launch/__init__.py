@@ -1,0 +1,1 @@
+"""Starting many runs of the training program: `python -m launch.sweep`."""

@@ -1,0 +1,258 @@
+"""From a sweep file to runs: every one named, parsed by the program's own flag parser and checked."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
+
+from launch.overrides import FIELD, Entry, columns, flag_text, names, plain
+from mirai_jax import config as config_lib
+from mirai_jax import fields, workdir
+from mirai_jax.errors import ConfigError, first_line
+
+
+class WrongRuns(Exception):
+    """Runs that cannot be started: a line each."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder and log.
+        setting: the name without the seed.
+        shown: {title of a column: value} of what differs between the runs.
+        arguments: of the training program.
+        workdir: its folder.
+        num_steps: how many it takes.
+    """
+
+    name: str
+    setting: str
+    shown: Mapping[str, str]
+    arguments: tuple[str, ...]
+    workdir: pathlib.Path
+    num_steps: int
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "mirai_jax.main", *self.arguments]
+
+    @property
+    def log(self) -> pathlib.Path:
+        """What the program prints."""
+        return self.workdir.with_name(f"{self.name}.log")
+
+    def step(self) -> int:
+        """The last step it logged."""
+        return last_step(self.workdir / "metrics.jsonl")
+
+    def finished(self) -> bool:
+        """As the program decides it: the figure, its last act, and all the steps."""
+        return (self.workdir / "summary.png").exists() and self.step() == self.num_steps
+
+
+def last_step(path: pathlib.Path) -> int:
+    """Of the last whole line of a metrics.jsonl; 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 20_000))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return 0
+    whole = [line for line in lines if line.endswith(b"\n")]
+    try:
+        return int(json.loads(whole[-1])["step"])
+    except (IndexError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def read_sweep(path: str, scale: str) -> list[Entry]:
+    """The entries of a sweep file, each with its config.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not yield entries.
+    """
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(
+            f"--sweep is {path!r}, which is no file; it must be one such as launch/sweeps/variants.py"
+        )
+    try:
+        found = {"__name__": "sweep_file", "__file__": path}
+        exec(compile(pathlib.Path(path).read_text(), path, "exec"), found)
+        if "get_sweep" not in found:
+            raise ConfigError("it has no function get_sweep(scale)")
+        entries = [dict(entry) for entry in found["get_sweep"](scale)]
+        if not all(isinstance(field, str) for entry in entries for field in entry):
+            raise ConfigError("get_sweep must yield dictionaries {field: value}")
+    except Exception as error:  # whatever the file raises
+        if isinstance(error, SyntaxError):
+            line = error.lineno
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            line = next((f.lineno for f in reversed(frames) if f.filename == path), None)
+        where = path if line is None else f"{path}, line {line}"
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{where}: {kind}{first_line(error)}") from error
+    if not entries:
+        raise ConfigError(f"{path}: get_sweep({scale!r}) yields no runs")
+    default = {"config": found["CONFIG"]} if "CONFIG" in found else {}
+    return [default | entry for entry in entries]
+
+
+def parse_config(arguments: list[str]) -> ConfigDict:
+    """The config as the training program reads it from these arguments.
+
+    Raises:
+        ConfigError: one line.
+    """
+    given = dict(argument.split("=", 1) for argument in arguments)
+    path = given["--config"].partition(":")[0]
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"config is {path!r}, which is no file")
+    config = _parsed(arguments[:1])
+    for flag in given:
+        if flag.startswith("--config."):
+            _require_field(config, flag.removeprefix("--config."))
+    return _parsed(arguments)
+
+
+def _parsed(arguments: list[str]) -> ConfigDict:
+    own, argv = flags.FlagValues(), ["", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=own, sys_argv=argv)
+    try:
+        own(argv)
+        own["config"].value.to_dict()  # a file that cannot be read shows itself here
+    except Exception as error:  # whatever a config file or its flags raise
+        # ml_collections wraps a config file's own error in its traceback: its last line.
+        text = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise ConfigError(
+            text.removeprefix("ValueError: ").removeprefix("flag --config.")
+        ) from error
+    return own["config"].value
+
+
+def _require_field(config: ConfigDict, field: str) -> None:
+    if not FIELD.fullmatch(field):
+        raise ConfigError(f"{field!r} is no field; they look like seed or foresight[0].offsets")
+    node, walked = config, "the config"
+    for key in config_path.split(field):
+        if isinstance(key, int):
+            here = len(node) if isinstance(node, tuple) else 0
+            good, allowed = key < here, f"{walked} has {here} entries"
+        else:
+            here = list(node.keys()) if hasattr(node, "keys") else []
+            good, allowed = key in here, f"the fields of {walked}: {', '.join(here) or 'none'}"
+        if not good:
+            raise ConfigError(f"{field} does not exist; {allowed}")
+        node = node[key]
+        step = f"[{key}]" if isinstance(key, int) else f".{key}"
+        walked = step.lstrip(".") if walked == "the config" else walked + step
+
+
+def _exact(value: Any, parsed: Any) -> bool:
+    if isinstance(parsed, float) and type(value) is int:
+        return parsed == value
+    return repr(plain(value)) == repr(plain(parsed))
+
+
+def _arguments(entry: Entry, common: Mapping[str, str], scale: str, folder: str) -> list[str]:
+    if not isinstance(entry.get("config"), str):
+        raise ConfigError('there is no config: neither CONFIG of the file nor "config" of the run')
+    config = entry["config"] if ":" in entry["config"] else f"{entry['config']}:{scale}"
+    values = dict(common)
+    for field, value in entry.items():
+        if field in ("name", "config"):
+            continue
+        if field in common:
+            raise ConfigError(f"--set={field}={common[field]}: the sweep itself sets {field}")
+        values[field] = flag_text(field, value)
+    overrides = [f"--config.{field}={text}" for field, text in values.items()]
+    return [f"--config={config}", f"--workdir={folder}", *overrides]
+
+
+def _check(entry: Entry, arguments: list[str], folder: pathlib.Path) -> Mapping[str, Any]:
+    """The whole config of a run that may be started."""
+    config = parse_config([a for a in arguments if not a.startswith("--workdir=")])
+    for field, value in entry.items():
+        if field not in ("name", "config"):
+            parsed = config_path.get_value(field, config)
+            if not _exact(value, parsed):
+                raise ConfigError(f"{field} is {value!r}, which the program reads as {parsed!r}")
+    mesh = fields.plain(config).get("mesh")
+    sizes = mesh.values() if isinstance(mesh, Mapping) else ()
+    # Where a run gets more devices than its mesh asks for, the program itself will say so.
+    devices = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+    config_lib.read(config, num_devices=devices)
+    settled = fields.plain(config)
+    data = settled["data"]
+    if data["name"] == "images" and data["codes"] == "stored" and not data["path"]:
+        raise ConfigError("data.path is ''; it must be a folder of codes: --set=data.path=FOLDER")
+    workdir.check_workdir(folder, settled)
+    steps = last_step(folder / "metrics.jsonl")
+    if (folder / "summary.png").exists() and steps > settled["num_steps"]:
+        raise ConfigError(
+            f"num_steps is {settled['num_steps']}; {folder} is already at step {steps}: it must "
+            f"be {steps} or more"
+        )
+    return settled
+
+
+def make_runs(
+    entries: list[Entry], scale: str, common: Mapping[str, str], out: pathlib.Path
+) -> list[Run]:
+    """The runs of a sweep.
+
+    Args:
+        entries: of the sweep file.
+        scale: of every config that does not name its own.
+        common: {field: text} of all runs.
+        out: the folder of the sweep.
+
+    Raises:
+        WrongRuns: names every run that cannot be started, with the reason.
+    """
+    titles = columns(entries)
+    runs, wrong, seen = [], [], {}
+    for entry, (name, setting) in zip(entries, names(entries), strict=True):
+        try:
+            arguments = _arguments(entry, common, scale, str(out / name))
+            config = _check(entry, arguments, out / name)
+            twin = seen.setdefault(workdir.to_json(config), name)
+            if name in (run.name for run in runs):
+                raise ConfigError("the sweep yields it twice")
+            if twin != name:
+                raise ConfigError(f"it is the same run as {twin}")
+        except ConfigError as error:
+            wrong.append(f"{name}: {first_line(error)}")
+            continue
+        shown = {title: _shown(entry, config, key) for key, title in titles.items()}
+        num_steps = config["num_steps"]
+        runs.append(Run(name, setting, shown, tuple(arguments), out / name, num_steps))
+    if wrong:
+        raise WrongRuns(wrong)
+    return runs
+
+
+def _shown(entry: Entry, config: Mapping[str, Any], key: str) -> str:
+    """A run's value; where it does not set the field, the one that its config has."""
+    if key == "config":
+        path, colon, scale = entry[key].partition(":")
+        return pathlib.PurePath(path).stem + colon + scale
+    try:
+        return str(plain(entry[key] if key in entry else config_path.get_value(key, config)))
+    except (LookupError, AttributeError, TypeError, ValueError):
+        return ""  # such as a field of foresight[0] where there is no foresight

@@ -1,0 +1,24 @@
+"""Which block is aligned: the same one of student and teacher, over the depth of the model.
+
+    python -m launch.sweep --sweep=launch/sweeps/layer.py --parallel=2
+
+Published, ImageNet 256, B (12 blocks): block 8 is best. At most six blocks are tried, evenly spaced,
+among them always the last.
+"""
+
+from configs import base
+from launch.overrides import over, product, seeds, zipped
+from mirai_jax.models.generator import SIZES
+
+CONFIG = "configs/mirai_e.py"
+
+
+def get_sweep(scale: str):
+    model = base.get_config(scale).model
+    depth = model.num_layers or SIZES[model.size][0]
+    step = -(-depth // 6)
+    layers = range(depth, 0, -step)[::-1]
+    same = zipped(
+        over("foresight[0].student_layer", layers), over("foresight[0].teacher_layer", layers)
+    )
+    return product(same, seeds(scale))

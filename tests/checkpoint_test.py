@@ -1,0 +1,288 @@
+"""Checkpoints: found again bit for bit under any mesh, damage noticed whatever byte it is in."""
+
+import functools
+import itertools
+import json
+import shutil
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from mirai_jax import checkpoint, foresight, sharding, step
+from mirai_jax.checkpoint import Checkpoints, fingerprints, restore_weights, steps_in
+from mirai_jax.errors import ConfigError, TrainingError
+from mirai_jax.models.generator import GeneratorConfig
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # TensorStore leaves coroutines behind where it meets a damaged file.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+CONFIG = GeneratorConfig(2, num_heads=8, width=32, vocab_size=24, num_classes=5, grid=(3, 4))
+RECIPE = step.Recipe(
+    CONFIG, (foresight.Term(student_layer=1, teacher_layer=1, projector_width=16),)
+)
+ONE = (1, 1, 1)
+MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8]
+
+
+def make():
+    return step.init_state(RECIPE, jax.random.key(0))
+
+
+@functools.cache
+def placement(shape):
+    mesh = sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+    return sharding.shardings(jax.eval_shape(make), mesh)
+
+
+@functools.cache
+def numbers():
+    """A state whose every array differs from every other: its own numbers, as host arrays."""
+    shapes, rng = jax.eval_shape(checkpoint._storable, make()), np.random.default_rng(0)
+
+    def one(shape):
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return rng.normal(size=shape.shape).astype(shape.dtype)
+        return rng.integers(0, 1000, shape.shape).astype(shape.dtype)
+
+    return jax.tree.map(one, shapes)
+
+
+def state(shape, change=0):
+    """It on a mesh."""
+    values = sharding.place(numbers(), checkpoint._fields(placement(shape)))
+    key = jax.random.wrap_key_data(values["key"])
+    return step.TrainState(**{**values, "key": key, "step": values["step"] + change})
+
+
+def assert_same(one, other):
+    one, other = jax.device_get((checkpoint._storable(one), checkpoint._storable(other)))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def restore(folder, shape, said=None, **options):
+    checkpoints = Checkpoints(folder, **options)
+    say = (lambda line: None) if said is None else said.append
+    try:
+        return checkpoints.restore_newest(jax.eval_shape(make), placement(shape), say)
+    finally:
+        checkpoints.close()
+
+
+def save(folder, *steps, shape=ONE, **options):
+    checkpoints = Checkpoints(folder, **options)
+    for i in steps:
+        checkpoints.save(state(shape, change=i), i)
+    checkpoints.close()
+
+
+# Fingerprints ------------------------------------------------------------------------------------
+
+
+@hypothesis.given(
+    shape=st.lists(st.integers(1, 5), max_size=3),
+    dtype=st.sampled_from(["float32", "bfloat16", "int32", "uint32", "uint8"]),
+    where=st.integers(0, 10**6),
+    bit=st.integers(0, 31),
+)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_any_changed_bit_changes_the_fingerprint(shape, dtype, where, bit):
+    array = np.asarray(jnp.asarray(np.arange(np.prod(shape, dtype=int)).reshape(shape), dtype))
+    raw = bytearray(array.tobytes())
+    raw[where % len(raw)] ^= 1 << bit % 8
+    changed = np.frombuffer(bytes(raw), array.dtype).reshape(shape)
+    assert fingerprints({"a": array}) != fingerprints({"a": changed})
+
+
+def test_swapped_elements_change_the_fingerprint_and_meshes_do_not():
+    array = np.asarray(numbers()["params"]["generator"]["output"]["kernel"])
+    swapped = array.copy()
+    swapped[0, 1], swapped[1, 0] = array[1, 0], array[0, 1]
+    assert fingerprints([array]) != fingerprints([swapped])
+    alone = fingerprints(checkpoint._storable(state(ONE)))
+    for shape in MESHES:
+        assert fingerprints(checkpoint._storable(state(shape))) == alone
+
+
+# Elastic -----------------------------------------------------------------------------------------
+
+
+def test_saved_under_one_mesh_and_restored_under_another(tmp_path):
+    shapes = [*MESHES, ONE, (1, 2, 2), (4, 1, 1)]  # 8, 1 and 4 devices
+    for i, (one, other) in enumerate(zip(shapes, shapes[3:] + shapes[:3], strict=True)):
+        folder = tmp_path / str(i)
+        save(folder, 6, shape=one)
+        restored, at = restore(folder, other)
+        assert at == 6
+        assert_same(restored, state(ONE, change=6))
+        expected = jax.tree.leaves(placement(other))
+        assert [x.sharding for x in jax.tree.leaves(restored.params)] == [
+            s for s in jax.tree.leaves(placement(other).params)
+        ]
+        assert len(expected) == len(jax.tree.leaves(restored))
+
+
+def test_weights_alone_are_read_without_the_devices_that_wrote_them(tmp_path):
+    save(tmp_path, 4, shape=(2, 2, 2))
+    weights, at = restore_weights(tmp_path)
+    assert at == 4 and set(weights) == {"params", "ema"}
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(weights))
+    jax.tree.map(np.testing.assert_array_equal, weights["params"], numbers()["params"])
+    with pytest.raises(ConfigError, match="no checkpoint of step 5; its steps are 4"):
+        restore_weights(tmp_path, 5)
+    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+        restore_weights(tmp_path / "nothing")
+
+
+# What is kept ------------------------------------------------------------------------------------
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path):
+    save(tmp_path, *range(2, 15, 2), keep=2, keep_every=6)
+    assert steps_in(tmp_path) == [6, 12, 14]
+    save(tmp_path / "last", 1, 2, 3, keep=1)
+    assert steps_in(tmp_path / "last") == [3]
+    assert steps_in(tmp_path / "nothing") == []
+
+
+def test_what_a_killed_run_left_unfinished_goes(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "step_4.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert steps_in(tmp_path) == [2]
+    assert restore(tmp_path, ONE)[1] == 2
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    """Of a checkpoint, those that hold anything of the state or about it."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def damage(path, how):
+    raw = bytearray(path.read_bytes())
+    if how == "truncated":
+        raw = raw[: len(raw) // 2]
+    elif how == "flipped":
+        raw[len(raw) // 2] ^= 16
+    elif how == "empty":
+        raw = b""
+    path.write_bytes(bytes(raw))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    save(folder, 2, 4, keep=3)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "removed"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, two, how):
+    """Every file of it in turn; where a file does not matter, all of the state is still right."""
+    used = []
+    for i, path in enumerate(files_of(two / "step_4")):
+        folder = tmp_path / str(i)
+        shutil.copytree(two, folder)
+        victim = folder / path.relative_to(two)
+        if how == "removed":
+            victim.unlink()
+        else:
+            damage(victim, how)
+        said = []
+        restored, at = restore(folder, ONE, said)
+        assert_same(restored, state(ONE, change=at))
+        if at == 2:
+            (line,) = said
+            assert "checkpoint of step 4 is damaged" in line and len(line.splitlines()) == 1
+            assert (folder / "damaged_step_4").is_dir() and steps_in(folder) == [2]
+        used.append(at)
+    assert set(used) <= {2, 4} and used.count(2) >= 2
+
+
+def test_any_flipped_byte_of_the_numbers_is_noticed(tmp_path, two):
+    shutil.copytree(two, tmp_path / "copy")
+    files = files_of(tmp_path / "copy" / "step_4" / "state")
+    victim = max(files, key=lambda path: path.stat().st_size)
+    raw = victim.read_bytes()
+    rng = np.random.default_rng(1)
+    for place in rng.integers(0, len(raw), 12):
+        changed = bytearray(raw)
+        changed[place] ^= 1 << rng.integers(8)
+        victim.write_bytes(bytes(changed))
+        with pytest.raises(ConfigError, match="step_4 is damaged"):
+            restore_weights_and_the_rest(tmp_path / "copy")
+    victim.write_bytes(raw)
+    assert restore(tmp_path / "copy", ONE)[1] == 4
+
+
+def restore_weights_and_the_rest(folder):
+    """The state's file may be damaged in what the weights do not need: then the ladder must say."""
+    restore_weights(folder, 4)
+    said = []
+    copy = folder.with_name("tried")
+    shutil.copytree(folder, copy)
+    try:
+        _, at = restore(copy, ONE, said)
+    finally:
+        shutil.rmtree(copy)
+    if at != 4:
+        raise ConfigError("step_4 is damaged " + said[0])
+
+
+def test_all_damaged_begins_anew_and_keeps_them_aside(tmp_path, two):
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    for at in (2, 4):
+        damage(folder / f"step_{at}" / "marks" / "metadata", "truncated")
+    said = []
+    assert restore(folder, ONE, said) is None
+    assert len(said) == 2 and steps_in(folder) == []
+    assert {p.name for p in folder.glob("damaged*")} == {"damaged_step_2", "damaged_step_4"}
+    save(folder, 4)  # its step can be saved again, and damaged again
+    damage(folder / "step_4" / "marks" / "metadata", "empty")
+    assert restore(folder, ONE, said) is None
+    assert (folder / "damaged_step_4.2").is_dir()
+
+
+def test_checkpoints_of_another_program_are_not_taken_for_damaged(tmp_path, two):
+    other = step.Recipe(GeneratorConfig(3, 4, 16, 24, 5, (3, 4)))
+    shapes = jax.eval_shape(lambda: step.init_state(other, jax.random.key(0)))
+    where = sharding.shardings(shapes, sharding.make_mesh(ONE, jax.devices()[:1]))
+    checkpoints = Checkpoints(two)
+    with pytest.raises(ConfigError, match="of another program .*it holds other arrays") as error:
+        checkpoints.restore_newest(shapes, where, lambda line: None)
+    checkpoints.close()
+    assert len(str(error.value).splitlines()) == 1
+    assert steps_in(two) == [2, 4]  # nothing was set aside
+
+
+# Disks -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_vanished_is_one_line(tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(state(ONE), 2)
+    checkpoints.wait()
+    shutil.rmtree(folder)
+    with pytest.raises(TrainingError, match="is gone: no checkpoint of step 4") as error:
+        checkpoints.save(state(ONE), 4)
+    assert len(str(error.value).splitlines()) == 1
+    checkpoints.close()
+
+
+def test_marks_are_plain_json(tmp_path):
+    save(tmp_path, 2)
+    marks = json.loads((tmp_path / "step_2" / "marks" / "metadata").read_text())
+    assert marks["next_index"] == 2
+    assert "params/generator/output/kernel" in marks["fingerprints"]

@@ -1,0 +1,86 @@
+"""What watches over a run: silence, jumps of the loss, notices to stop."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+
+from mirai_jax import guards
+
+
+def test_silence_beyond_the_limit_is_reported_and_ends_the_process(capfd):
+    ended = threading.Event()
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        ended.set()
+
+    guard = guards.HangGuard(0.4, end=end)
+    for i in range(8):  # longer than the limit in all, but never silent for so long
+        guard.doing(f"step {i}")
+        time.sleep(0.1)
+    assert not statuses
+    guard.doing("step 8, waiting for its batch")
+    assert ended.wait(10)
+    assert statuses == [76]
+    told = capfd.readouterr().err
+    assert "no progress for" in told.splitlines()[0]
+    assert "process 0 of 1 is at: step 8, waiting for its batch" in told.splitlines()[0]
+    assert "guards_test.py" in told  # where the main thread stands
+    guard.close()
+
+
+def test_closed_or_without_a_limit_it_never_ends_anything():
+    statuses = []
+    guard = guards.HangGuard(0.05, end=statuses.append)
+    guard.close()
+    unlimited = guards.HangGuard(0, end=statuses.append)
+    time.sleep(0.3)
+    unlimited.close()
+    assert statuses == []
+
+
+def losses(count, seed=0):
+    """A loss curve with noise, falling."""
+    rng = np.random.default_rng(seed)
+    return 5 * np.exp(-np.arange(count) / 300) + 2 + 0.05 * rng.normal(size=count)
+
+
+def test_a_jump_of_the_loss_is_told_once_and_noise_is_not():
+    for seed in range(5):
+        spikes = guards.SpikeDetector()
+        assert not any(spikes(value) for value in losses(2000, seed))
+        told = spikes(4.0)
+        assert told.startswith("4.0000 against 2.0")
+        assert not any(spikes(value) for value in losses(2000, seed)[-300:])
+
+
+def test_a_loss_that_stays_high_becomes_the_usual():
+    spikes = guards.SpikeDetector()
+    for value in losses(500):
+        spikes(value)
+    told = [bool(spikes(9.0 + 0.05 * np.sin(i))) for i in range(400)]
+    assert told[0] and not told[-1]
+
+
+def test_the_first_steps_are_learned_from():
+    spikes = guards.SpikeDetector()
+    assert not any(spikes(value) for value in np.linspace(10, 1, 50))
+
+
+def test_sigterm_is_a_notice_once_and_then_what_it_was():
+    caught = []
+    old = signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+    try:
+        preemption = guards.Preemption()
+        assert not preemption.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached(2) and preemption.reached(3) and not caught
+        os.kill(os.getpid(), signal.SIGTERM)  # who is in a hurry is heard
+        assert caught
+        preemption.close()
+    finally:
+        signal.signal(signal.SIGTERM, old)
