@@ -145,6 +145,7 @@ worker_run() {
       cat /proc/sys/kernel/random/boot_id >"$attempt/boot"
       setsid bash ~/"$0" worker_attend "$PWD/$attempt" "$@" >/dev/null 2>&1 </dev/null &
       echo "$!" >"$attempt/group"
+      disown # its end is told below
       echo "$attempt" >current
     fi
     if worker_is_running; then

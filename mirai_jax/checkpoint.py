@@ -34,30 +34,46 @@ def steps_in(folder: pathlib.Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def _fingerprint(x: jax.Array) -> jax.Array:
+def _fingerprint(x: Any, xp: Any) -> Any:
     """uint32 that changes with any bit of `x`, and not with how `x` lies on devices.
 
     The bits of each element times an odd number of its position, summed modulo 2**32: a changed bit
     k changes the sum by 2**k times something odd. Integers: the order of the sum is of no matter.
+    `xp` is jax.numpy or NumPy.
     """
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in reversed(range(x.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+    bits = x.view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
+    position = xp.zeros((1,) * x.ndim, "uint32")
+    for axis, size in enumerate(x.shape):
+        along = xp.arange(size, dtype="uint32").reshape(
+            [-1 if i == axis else 1 for i in range(x.ndim)]
+        )
+        position = position * np.uint32(size) + along
+    return xp.sum(bits * (2 * position + 1), dtype="uint32")
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """{path: leaf}, the same for tuples, dataclasses and the dictionaries that stand for them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 @jax.jit
-def _fingerprints(tree: Any) -> dict[str, jax.Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): _fingerprint(x)
-            for path, x in leaves}  # fmt: skip
+def _on_devices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _fingerprint(x, jnp) for name, x in arrays.items()}
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
-    """{path: 32 bits} of the arrays of a tree; all processes that hold shares must ask."""
-    return {name: int(value) for name, value in jax.device_get(_fingerprints(tree)).items()}
+    """{path: 32 bits} of the arrays of a tree.
+
+    Arrays on devices are looked at there; all processes that hold shares must ask. Those on the host
+    stay there.
+    """
+    arrays = _by_path(tree)
+    if any(isinstance(x, jax.Array) for x in arrays.values()):
+        found = jax.device_get(_on_devices(arrays))
+    else:
+        found = {name: _fingerprint(np.asarray(x), np) for name, x in arrays.items()}
+    return {name: int(value) for name, value in found.items()}
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
@@ -196,10 +212,10 @@ class Checkpoints:
         )
         try:
             metadata = self._manager.item_metadata(step)["state"]
-            stored = jax.tree.map(lambda x: tuple(x.shape), _plain(metadata.tree))
+            stored = jax.tree.map(lambda x: tuple(x.shape), _by_path(metadata.tree))
         except Exception as error:  # whatever Orbax and TensorStore make of a damaged file
             raise _unreadable(error) from error
-        expected = jax.tree.map(lambda x: tuple(x.shape), _plain(abstract))
+        expected = jax.tree.map(lambda x: tuple(x.shape), _by_path(abstract))
         if stored != expected:
             differing = sorted(stored.keys() ^ expected.keys()) or [
                 name for name in expected if stored[name] != expected[name]
@@ -256,22 +272,14 @@ def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any,
         )
     path = (folder / f"step_{step}").absolute()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.metadata(path / "state").item_metadata.tree
-            # As NumPy arrays, which need no device at all.
-            wanted = {name: jax.tree.map(lambda _: 0, tree[name]) for name in ("params", "ema")}
-            restored = reader.restore(
-                path / "state",
-                args=ocp.args.PyTreeRestore(
-                    wanted,
-                    restore_args=jax.tree.map(
-                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-                    ),
-                    partial_restore=True,
-                ),
-            )
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            marks = reader.restore(path / "marks")
+        reader = ocp.PyTreeCheckpointHandler()
+        tree = reader.metadata(path / "state").tree
+        # As NumPy arrays, which need no device at all.
+        wanted = {name: jax.tree.map(lambda _: 0, tree[name]) for name in ("params", "ema")}
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+        restored = reader.restore(path / "state", args=args)
+        marks = ocp.JsonCheckpointHandler().restore(path / "marks")
         _check_marks(marks, fingerprints(restored), step)
     except Exception as error:
         raise ConfigError(
@@ -279,12 +287,6 @@ def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any,
             "run uses the one before it"
         ) from error
     return restored, step
-
-
-def _plain(tree: Any) -> dict[str, Any]:
-    """{path: leaf}, the same for tuples, dataclasses and the dictionaries that stand for them."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 def _check_marks(marks: Any, found: dict[str, int], step: int) -> None:

@@ -99,6 +99,7 @@ def test_any_changed_bit_changes_the_fingerprint(shape, dtype, where, bit):
     raw[where % len(raw)] ^= 1 << bit % 8
     changed = np.frombuffer(bytes(raw), array.dtype).reshape(shape)
     assert fingerprints({"a": array}) != fingerprints({"a": changed})
+    assert fingerprints({"a": jnp.asarray(array)}) == fingerprints({"a": array})
 
 
 def test_swapped_elements_change_the_fingerprint_and_meshes_do_not():

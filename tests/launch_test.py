@@ -335,6 +335,7 @@ def test_a_signal_saves_on_all_hosts(world, number):
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 75, out + errors
     assert out.count("saved\n") == 2 and "the same command goes on" in out
+    assert "Killed" not in out
     assert world.calls == [*PREPARED, "worker_run", "worker_stop"]
 
 

@@ -1,0 +1,204 @@
+"""Two real processes on loopback train as one does; either may die, and both go on together."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mirai_jax import distributed
+from mirai_jax.checkpoint import restore_weights
+from mirai_jax.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEMO = [
+    "--config=configs/mirai_e.py",
+    "--config.num_steps=50",
+    "--config.batch_size=16",
+    "--config.log_every=1",
+    "--config.checkpoint_every=10",
+    "--config.sample_every=0",
+    "--config.judged_samples=0",
+    "--config.optimizer.warmup_steps=2",
+    "--config.model.num_layers=2",
+    "--config.model.num_heads=2",
+    "--config.model.width=32",
+    "--config.model.vocab_size=16",
+    "--config.model.unroll=1",
+    "--config.foresight[0].start_epoch=0.05",
+    "--config.foresight[0].projector_width=16",
+]
+HEARTBEAT = 10  # seconds
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(workdir, *more):
+    """One process; its output goes to a file beside the workdir."""
+    log = open(f"{workdir}.{time.monotonic_ns()}.log", "w+")  # noqa: SIM115 (read until the end)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mirai_jax.main", *DEMO, f"--workdir={workdir}", *more],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    process.log = log
+    return process
+
+
+def start_pair(workdir, *more):
+    together = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    together.append(f"--heartbeat={HEARTBEAT}")
+    return [start(workdir, *together, f"--process_id={i}", *more) for i in range(2)]
+
+
+def said(process):
+    process.log.seek(0)
+    return process.log.read()
+
+
+def end(*processes, timeout=240):
+    """Waits for them; their exit statuses."""
+    try:
+        return [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def entries(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_losses(workdir, other):
+    """Within 1e-5, at every step; gradient norms are as many times larger."""
+    assert [e["step"] for e in entries(workdir)] == list(range(1, 51))
+    for a, b in zip(entries(workdir), entries(other), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"images_per_second", "grad_norm"}:
+            assert abs(a[name] - b[name]) <= 1e-5, (a["step"], name)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def weights(workdir):
+    return restore_weights(workdir / "checkpoints")[0]
+
+
+def wait_for_step(process, workdir, step):
+    """Until it has logged the step."""
+    while not (workdir / "metrics.jsonl").exists() or len(entries_so_far(workdir)) < step:
+        assert process.poll() is None, said(process)
+        time.sleep(0.05)
+
+
+def entries_so_far(workdir):
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_two_processes_train_as_one_and_survive_the_death_of_either(tmp_path):
+    alone = start(tmp_path / "alone")
+    assert end(alone) == [0], said(alone)
+    pair = start_pair(tmp_path / "pair")
+    assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
+    assert_same_losses(tmp_path / "pair", tmp_path / "alone")
+    # One log, one set of samples, one set of checkpoints: the first process speaks for both.
+    assert "step 50/50" in said(pair[0]) and "step" not in said(pair[1]).replace("steps", "")
+    assert len(list((tmp_path / "pair").glob("events.out.tfevents*"))) == 1
+    samples = [(tmp_path / name / "samples" / "step_0000050.png") for name in ("pair", "alone")]
+    assert samples[0].read_bytes() == samples[1].read_bytes()
+
+    killed = start_pair(tmp_path / "killed")
+    wait_for_step(killed[0], tmp_path / "killed", 25)
+    killed[1].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    first, second = end(*killed)
+    assert second == -signal.SIGKILL
+    # By our own hand when a collective fails, by JAX's when the heartbeat is missed.
+    assert first in (76, -signal.SIGABRT), said(killed[0])
+    assert time.monotonic() - begun < 3 * HEARTBEAT
+    again = start_pair(tmp_path / "killed")
+    assert end(*again) == [0, 0], said(again[0]) + said(again[1])
+    assert "resumed at step" in said(again[0])
+    jax.tree.map(
+        np.testing.assert_array_equal, weights(tmp_path / "killed"), weights(tmp_path / "pair")
+    )
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_stops_both_and_one_alone_goes_on(tmp_path):
+    alone = start(tmp_path / "alone")
+    assert end(alone) == [0], said(alone)
+    pair = start_pair(tmp_path / "pair")
+    wait_for_step(pair[0], tmp_path / "pair", 22)
+    pair[1].send_signal(signal.SIGTERM)
+    assert end(*pair) == [75, 75], said(pair[0]) + said(pair[1])
+    at = len(entries_so_far(tmp_path / "pair"))
+    rest = start(tmp_path / "pair")
+    assert end(rest) == [0], said(rest)
+    assert f"resumed at step {at} of 50" in said(rest)
+    assert_same_losses(tmp_path / "pair", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_reported(tmp_path):
+    pair = start_pair(tmp_path / "pair", "--config.num_steps=100000", "--config.hang_limit=20")
+    wait_for_step(pair[0], tmp_path / "pair", 25)
+    pair[1].send_signal(signal.SIGSTOP)  # it neither dies nor gets further
+    begun = time.monotonic()
+    status = pair[0].wait(120)
+    assert status in (76, -signal.SIGABRT) and time.monotonic() - begun < 60
+    pair[1].kill()
+    assert "another process" in said(pair[0]) or "another task died" in said(pair[0])
+
+
+def test_what_launchers_say():
+    read = distributed.environment
+    assert read({}) is None
+    assert read({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}) is None  # the batch script itself
+    assert read({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}) == {}
+    assert read({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}) is None
+    ranks = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    assert read({**ranks, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}) == {}
+    assert read(ranks) == {"num_processes": 2, "process_id": 1}
+    found = read({**ranks, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+    assert found["coordinator_address"].startswith("localhost:")
+    assert read({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}) is None
+    assert read({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
+    assert read({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("auto", "127.0.0.1:1"), "--coordinator, --num_processes and --process_id go together"),
+        (("auto", None, 2, 0), "go together"),
+        (("on", "127.0.0.1", 2, 0), "--coordinator is '127.0.0.1'; it must be HOST:PORT"),
+        (("auto", "127.0.0.1:1", 2, 2), "--process_id is 2; it must be 0 to 1"),
+        (("off", "127.0.0.1:1", 2, 1), "--distributed is 'off'"),
+    ],
+)
+def test_wrong_flags_are_one_line(arguments, expected):
+    with pytest.raises(ConfigError) as error:
+        distributed.start(*arguments)
+    assert expected in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_alone_everything_is_agreed():
+    assert distributed.is_first() and distributed.all_true(True) and not distributed.all_true(False)
+    tree = {"a": np.arange(3)}
+    assert distributed.from_first(tree) is tree
+    distributed.barrier("here")
+    np.testing.assert_array_equal(distributed.whole(jax.numpy.arange(3)), np.arange(3))
