@@ -92,8 +92,8 @@ def start(
         raise ConfigError(
             f"--process_id is {index}; it must be 0 to {count - 1}, below --num_processes"
         )
-    if not sys.stderr.isatty():  # which process says what, in a log of all
-        print(f"joining the other processes ({arguments or 'as the environment says'})", flush=True)
+    which = f" as process {index} of {count}" if count is not None else ""
+    print(f"joining the other processes{which}", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             **arguments,

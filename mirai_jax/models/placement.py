@@ -13,14 +13,14 @@ _AXES = {"batch": ("data", "fsdp"), "heads": "tensor", "features": "tensor", Non
 
 
 def spread(x: jax.Array, *dimensions: str | None) -> jax.Array:
-    """Splits an activation over the mesh of `jax.set_mesh`; leaves it alone where there is none.
+    """Splits an activation over the training mesh of `jax.set_mesh`; does nothing on another or none.
 
     Args:
         x: any array.
         dimensions: of its leading dimensions: 'batch', 'heads', 'features' or None (whole).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
         return x
 
     def fits(axes: str | tuple[str, ...] | None, size: int) -> bool:
