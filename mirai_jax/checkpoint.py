@@ -320,5 +320,8 @@ def _unreadable(error: Exception) -> Exception:
 
 
 def _reason(error: Exception) -> str:
-    """One short line."""
+    """One short line: the system's own words ("No space left on device") where it has any."""
+    found = re.search(r"([\w ]+) \[os_error_code", str(error))
+    if found:
+        return found[1].strip()
     return first_line(error).split(". See full TensorStore")[0][:200]

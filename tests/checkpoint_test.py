@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import resource
 import shutil
 
 import hypothesis
@@ -280,6 +281,26 @@ def test_a_folder_that_vanished_is_one_line(tmp_path):
         checkpoints.save(state(ONE), 4)
     assert len(str(error.value).splitlines()) == 1
     checkpoints.close()
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_whole(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(ONE, change=2), 2)
+    checkpoints.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # files, not the disk; as good
+    try:
+        with pytest.raises(
+            TrainingError, match=r"could not be written at step 4 \(File too large\)"
+        ) as error:
+            checkpoints.save(state(ONE, change=4), 4)
+            checkpoints.wait()
+        assert str(error.value).endswith("is of step 2") and len(str(error.value).splitlines()) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    restored, at = restore(tmp_path, ONE)
+    assert at == 2
+    assert_same(restored, state(ONE, change=2))
 
 
 def test_marks_are_plain_json(tmp_path):

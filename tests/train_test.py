@@ -1,6 +1,7 @@
 """The loop: resume bit for bit, what a run leaves behind, and what it refuses."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
@@ -284,6 +286,55 @@ def test_trains_on_shards_of_codes(tmp_path):
     losses = [entry["foresight_ema_r0c0"] for entry in without_speed(tmp_path / "run")]
     assert losses[0] == 0 and losses[1] != 0  # bfloat16, from step 2 of 5 an epoch
     assert (tmp_path / "run" / "summary.png").exists()
+
+
+@pytest.fixture
+def parsed_flags():
+    """Grain's worker processes want them."""
+    flags.FLAGS.mark_as_parsed()
+    yield
+    flags.FLAGS.unparse_flags()
+
+
+def test_a_data_worker_that_dies_is_named_and_started_again(tmp_path, capfd, parsed_flags):
+    codes = tmp_path / "codes"
+    codes.mkdir()
+    rng = np.random.default_rng(0)
+    records.write_shard(
+        codes / "codes-0.array_record",
+        (
+            records.pack_record(rng.integers(0, 16, (2, 16)).astype(np.uint16), k % 4, f"{k}")
+            for k in range(40)
+        ),
+    )
+    config = llamagen.get_config("imagenet_b")
+    config.update(num_steps=40, batch_size=8, log_every=1, sample_every=0)
+    config.model.update(
+        size="", num_layers=1, num_heads=2, width=16, vocab_size=16, num_classes=4, grid=(4, 4)
+    )
+    config.tokenizer.image_size = 64
+    config.sample.classes = 4
+    config.data.update(path=str(codes), num_workers=0)
+    run(config, tmp_path / "whole")
+
+    def kill_at(steps):
+        def say(line):
+            for step in steps:
+                if line.startswith(f"step {step:>2}/"):
+                    for child in multiprocessing.active_children():
+                        os.kill(child.pid, signal.SIGKILL)
+
+        return say
+
+    config.data.num_workers = 1
+    run(config, tmp_path / "killed", say=kill_at([2]))
+    assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
+    told = capfd.readouterr().err
+    assert "data worker 0 of 1" in told and "exit code -9" in told and "started again" in told
+    events = (tmp_path / "killed" / "events.jsonl").read_text()
+    assert '"worker_died"' in events
+    with pytest.raises(DataError, match="data worker 0 of 1, which prepared batch .* died"):
+        run(config, tmp_path / "dying", say=kill_at(range(40)))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
