@@ -249,7 +249,7 @@ follow() {
       on_workers worker_stop 300
     fi
     # When one worker has ended, so must the others; a host that hangs would be followed for ever.
-    if grep -q 'ended with status' "$log"; then left=$((left - 5)); fi
+    [ -z "$(ended)" ] || left=$((left - 5))
     if [ "$left" -eq 0 ]; then
       say "10 minutes after the first workers, others have not ended"
       kill -- "-$follower"

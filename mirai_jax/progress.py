@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
 
@@ -61,3 +62,24 @@ class Progress:
         text = f"\r\033[K{self.line()}{end}" if self._live else f"{self.line()}\n"
         self._stream.write(text)
         self._stream.flush()
+
+
+def progress_line(
+    step: int, num_steps: int, metrics: Mapping[str, float], left: float | None
+) -> str:
+    """What the screen shows of a logged step; the seconds left are not known at the first."""
+    heads = [
+        f"{name.removeprefix('foresight_')} {value:.3f}"
+        for name, value in metrics.items()
+        if name.startswith("foresight_")
+    ]
+    parts = [
+        f"step {step:>{len(str(num_steps))}}/{num_steps}",
+        f"loss {metrics['loss']:.4f}",
+        f"ce {metrics['cross_entropy']:.4f}",
+        *heads,
+        f"grad {metrics['grad_norm']:.2f}",
+        f"{metrics['images_per_second']:.0f} img/s",
+        *([] if left is None else [f"{duration(left)} left"]),
+    ]
+    return "  ".join(parts)

@@ -4,6 +4,7 @@ Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tens
 FFN columns. Optimizer state and EMA follow the parameter whose path they contain.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -105,6 +106,7 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, shardings, tree)
 
 
+@functools.lru_cache
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, ascending.
 

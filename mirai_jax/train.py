@@ -9,16 +9,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 
 from mirai_jax import (
+    beginning,
     codebook,
     distributed,
     drawing,
     fields,
     files,
     foresight,
-    frozen,
     report,
     sharding,
 )
@@ -28,8 +27,8 @@ from mirai_jax.data import WorkerDied
 from mirai_jax.errors import ConfigError, Lost, Preempted, TrainingError, first_line
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same
-from mirai_jax.progress import duration
-from mirai_jax.step import TrainState, init_state, make_train_step
+from mirai_jax.progress import progress_line
+from mirai_jax.step import make_train_step
 from mirai_jax.workdir import (
     MetricsWriter,
     Stopwatch,
@@ -43,27 +42,6 @@ Say = Callable[[str], None]
 
 SKIPPED_IN_A_ROW = 20  # updates left out before the run stops all the same (nonfinite 'skip')
 WORKER_DEATHS = 3  # data workers started again before the run stops
-
-
-def progress_line(
-    step: int, num_steps: int, metrics: Mapping[str, float], left: float | None
-) -> str:
-    """What the screen shows of a logged step; the seconds left are not known at the first."""
-    heads = [
-        f"{name.removeprefix('foresight_')} {value:.3f}"
-        for name, value in metrics.items()
-        if name.startswith("foresight_")
-    ]
-    parts = [
-        f"step {step:>{len(str(num_steps))}}/{num_steps}",
-        f"loss {metrics['loss']:.4f}",
-        f"ce {metrics['cross_entropy']:.4f}",
-        *heads,
-        f"grad {metrics['grad_norm']:.2f}",
-        f"{metrics['images_per_second']:.0f} img/s",
-        *([] if left is None else [f"{duration(left)} left"]),
-    ]
-    return "  ".join(parts)
 
 
 def train(
@@ -115,7 +93,7 @@ def train(
         if begin:
             check_same(parts, workdir, write=False)
         elif settings.init_from:
-            frozen.load_initial(settings, _own_codebook(parts))
+            beginning.read_initial(parts)
         # Only now, when all that the config names was found: a mistake leaves nothing behind. And
         # only when every process has looked at what was there.
         distributed.barrier("begin")
@@ -128,10 +106,6 @@ def train(
             check_same(parts, workdir, write=True)
         distributed.barrier("workdir")
         _Run(parts, workdir, mesh, guard, say).run()
-
-
-def _own_codebook(parts: Parts) -> Any:
-    return parts.tokenizer_params if parts.settings.data.in_memory else None
 
 
 class _Run:
@@ -192,55 +166,17 @@ class _Run:
                 ) from error
 
     def _begin(self) -> int:
-        """Makes the state and moves the data to it; returns the step."""
-        # Where a run begins: the first of these that there is.
-        #   1. the newest checkpoint of its workdir;
-        #   2. the one before it, and so on, where that one is damaged (which is set aside);
-        #   3. the weights of `init_from`, with a fresh optimizer, at step 0;
-        #   4. fresh weights.
-        recipe, settings = self.parts.recipe, self.settings
-        make = lambda: init_state(recipe, jax.random.key(settings.seed))  # noqa: E731
-        shapes = jax.eval_shape(make)
-        self.state_sharding = sharding.shardings(shapes, self.mesh)
-        count = parameter_overview.count_parameters
-        self.say(
-            f"parameters: {count(shapes.params['generator']):,} in the generator, "
-            f"{count(shapes.params['foresight']):,} in foresight heads"
-        )
+        """Sets the state and moves the data to it; returns the step."""
         self.guard.doing("the newest checkpoint")
-        found = self.checkpoints.restore_newest(shapes, self.state_sharding, self._happened)
-        if found is not None:
-            self.state, begin = found
-            self.batches.set_state({"next_index": begin})
-            self._note("resumed", step=begin)
-            self.say(f"resumed at step {begin:,} of {settings.num_steps:,}")
-            return begin
-        self.state: TrainState = jax.jit(make, out_shardings=self.state_sharding)()
-        if settings.init_from:
-            self._take(frozen.load_initial(settings, _own_codebook(self.parts)))
-        self._note("started", init_from=settings.init_from)
-        return 0
-
-    def _take(self, saved: Mapping[str, Any]) -> None:
-        """Puts the weights of `init_from` into the state; heads of other shapes stay fresh."""
-        params, sharded = dict(self.state.params), self.state_sharding
-        params["generator"] = sharding.place(
-            saved["params"]["generator"], sharded.params["generator"]
+        self.state, self.state_sharding, begun = beginning.begin(
+            self.parts, self.mesh, self.checkpoints, self.say, self._happened
         )
-        heads, kept = dict(params["foresight"]), saved["params"]["foresight"]
-        taken = []
-        for name, fresh in heads.items():
-            if name in kept and jax.tree.map(np.shape, kept[name]) == jax.tree.map(np.shape, fresh):
-                heads[name] = sharding.place(kept[name], sharded.params["foresight"][name])
-                taken.append(name)
-        params["foresight"] = heads
-        ema = sharding.place(saved["ema"], sharded.ema)
-        self.state = self.state.replace(params=params, ema=ema)
-        fresh = [name for name in heads if name not in taken]
-        self.say(
-            f"began with the weights of {self.settings.init_from}"
-            + (f", with fresh foresight heads {', '.join(fresh)}" if fresh else "")
-        )
+        self.batches.set_state({"next_index": begun})
+        if begun:
+            self._note("resumed", step=begun)
+        else:
+            self._note("started", init_from=self.settings.init_from)
+        return begun
 
     def _loop(self, begin: int) -> None:
         settings, recipe = self.settings, self.parts.recipe

@@ -148,7 +148,7 @@ echo "$1" >> "$WORLD/sleeps"
 """
 
 
-def executable(path, text, interpreter=sys.executable):
+def executable(path, text, interpreter=f"{sys.executable} -IS"):  # which starts sooner
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!{interpreter}\n{text}")
     path.chmod(0o755)
@@ -225,6 +225,14 @@ class World:
         while not condition():
             assert time.monotonic() < end
             time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C reaches what is started here, also where the tests run in the background, without it."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""Where a run begins: its newest checkpoint, weights of another run, or fresh ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from mirai_jax import frozen, sharding
+from mirai_jax.checkpoint import Checkpoints
+from mirai_jax.parts import Parts
+from mirai_jax.step import TrainState, init_state
+
+Say = Callable[[str], None]
+
+
+def begin(
+    parts: Parts, mesh: Mesh, checkpoints: Checkpoints, say: Say, warn: Say
+) -> tuple[TrainState, TrainState, int]:
+    """The state of a run on its devices; all processes must ask.
+
+    Args:
+        say: takes lines for the screen.
+        warn: takes a line for each damaged checkpoint.
+
+    Returns:
+        The state, the sharding of each of its arrays, and how many steps it has done.
+
+    Raises:
+        ConfigError: a checkpoint or `init_from` that is of another program or model.
+    """
+    # The first of these that there is:
+    #   1. the newest checkpoint of the workdir;
+    #   2. the one before it, and so on, where that one is damaged (which is set aside);
+    #   3. the weights of `init_from`, with a fresh optimizer, at step 0;
+    #   4. fresh weights.
+    settings = parts.settings
+    make = lambda: init_state(parts.recipe, jax.random.key(settings.seed))  # noqa: E731
+    shapes = jax.eval_shape(make)
+    placement = sharding.shardings(shapes, mesh)
+    count = parameter_overview.count_parameters
+    say(
+        f"parameters: {count(shapes.params['generator']):,} in the generator, "
+        f"{count(shapes.params['foresight']):,} in foresight heads"
+    )
+    found = checkpoints.restore_newest(shapes, placement, warn)
+    if found is not None:
+        state, step = found
+        say(f"resumed at step {step:,} of {settings.num_steps:,}")
+        return state, placement, step
+    state: TrainState = jax.jit(make, out_shardings=placement)()
+    if settings.init_from:
+        state = _with_weights(state, placement, read_initial(parts), settings.init_from, say)
+    return state, placement, 0
+
+
+def read_initial(parts: Parts) -> dict[str, Any]:
+    """What `init_from` holds; see `frozen.load_initial`."""
+    codebook = parts.tokenizer_params if parts.settings.data.in_memory else None
+    return frozen.load_initial(parts.settings, codebook)
+
+
+def _with_weights(
+    state: TrainState, placement: TrainState, saved: dict[str, Any], path: str, say: Say
+) -> TrainState:
+    """The state with other parameters and EMA; heads that `saved` has no equal of stay fresh."""
+
+    def same_shapes(one: Any, other: Any) -> bool:
+        return jax.tree.map(np.shape, one) == jax.tree.map(np.shape, other)
+
+    heads, kept = state.params["foresight"], saved["params"]["foresight"]
+    taken = {
+        name: sharding.place(kept[name], placement.params["foresight"][name])
+        for name, fresh in heads.items()
+        if name in kept and same_shapes(kept[name], fresh)
+    }
+    generator = sharding.place(saved["params"]["generator"], placement.params["generator"])
+    fresh = [name for name in heads if name not in taken]
+    told = f", with fresh foresight heads {', '.join(fresh)}" if fresh else ""
+    say(f"began with the weights of {path}{told}")
+    return state.replace(
+        params={"generator": generator, "foresight": {**heads, **taken}},
+        ema=sharding.place(saved["ema"], placement.ema),
+    )
