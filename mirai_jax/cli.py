@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import types
 from collections.abc import Iterator
 
 import jax
@@ -20,7 +21,7 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
         interrupted: what to say after Ctrl-C.
     """
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+        _quieten()
     try:
         yield
     except (ConfigError, DataError, *more) as error:
@@ -35,6 +36,27 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
         sys.exit(stop.status)  # all processes are here: they part in good order
     except KeyboardInterrupt:
         sys.exit(interrupted)
+
+
+def _quieten() -> None:
+    """Leaves out what Orbax says of files beyond its exceptions, which end in one line here.
+
+    It reads and writes all arrays at once: where one fails, the others end with pages of tracebacks.
+    """
+    logging.set_verbosity(logging.WARNING)  # it tells every file it writes
+    logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
+    tell, tell_unraisable = sys.excepthook, sys.unraisablehook
+
+    def excepthook(kind: type, error: BaseException, where: types.TracebackType | None) -> None:
+        if str(error) != "Event loop is closed":
+            tell(kind, error, where)
+
+    def unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "/orbax/" not in code.co_filename:
+            tell_unraisable(unraisable)
+
+    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
 
 
 def flag_values(module: str) -> flags.FlagValues:
