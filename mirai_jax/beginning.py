@@ -17,13 +17,14 @@ Say = Callable[[str], None]
 
 
 def begin(
-    parts: Parts, mesh: Mesh, checkpoints: Checkpoints, say: Say, warn: Say
+    parts: Parts, mesh: Mesh, checkpoints: Checkpoints, say: Say, warn: Say, initial: Any = None
 ) -> tuple[TrainState, TrainState, int]:
     """The state of a run on its devices; all processes must ask.
 
     Args:
         say: takes lines for the screen.
         warn: takes a line for each damaged checkpoint.
+        initial: what `read_initial` gave, if it was asked already.
 
     Returns:
         The state, the sharding of each of its arrays, and how many steps it has done.
@@ -52,7 +53,8 @@ def begin(
         return state, placement, step
     state: TrainState = jax.jit(make, out_shardings=placement)()
     if settings.init_from:
-        state = _with_weights(state, placement, read_initial(parts), settings.init_from, say)
+        initial = read_initial(parts) if initial is None else initial
+        state = _with_weights(state, placement, initial, settings.init_from, say)
     return state, placement, 0
 
 

@@ -8,6 +8,7 @@ Nothing in them depends on the devices: saved on 8 or on 2 hosts, restored on 1 
 appears under its name when it is whole; whether it still is, the fingerprints tell.
 """
 
+import errno
 import pathlib
 import re
 from collections.abc import Callable
@@ -89,6 +90,14 @@ class _Damaged(Exception):
     """A checkpoint that cannot be used; says why in one line."""
 
 
+class _OtherArrays(_Damaged):
+    """Its metadata tell of another state than this program's: damage, or another program."""
+
+
+# What reading a checkpoint came to, the worst last; processes agree on the worst of theirs.
+_WHOLE, _DAMAGED, _OTHER, _NOT_NOW = range(4)
+
+
 class Checkpoints:
     """The checkpoints of a run's workdir, written in the background.
 
@@ -118,6 +127,8 @@ class Checkpoints:
                 enable_async_checkpointing=True,
             ),
         )
+        # The run itself asks for preemption notices; JAX counts who asks how often.
+        self._manager.reached_preemption = lambda step: False
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint of this step is to be written."""
@@ -159,7 +170,7 @@ class Checkpoints:
                 f"whole one in {self._folder} is of {last}"
             )
             # Orbax's processes wait for each other: for one that is gone in vain.
-            lost = jax.process_count() > 1 and "barrier" in str(error).lower()
+            lost = distributed.means_lost(error) or "barrier" in str(error).lower()
             raise (Lost if lost else TrainingError)(told) from error
 
     def latest_step(self) -> int | None:
@@ -181,19 +192,22 @@ class Checkpoints:
             The state and its step; None if there is no checkpoint, or none that is whole.
 
         Raises:
-            ConfigError: they are of another program, may not be read, or do not fit in memory.
+            ConfigError: they are of another program.
+            TrainingError: one may not be read, or does not fit in memory.
         """
-        steps, damaged, result = sorted(self._manager.all_steps(), reverse=True), {}, None
+        steps, damaged, others, result = (
+            sorted(self._manager.all_steps(), reverse=True),
+            {},
+            0,
+            None,
+        )
         for step in steps:
-            try:
-                state, reason = self._restore(step, like, shardings), ""
-            except _Damaged as error:
-                state, reason = None, str(error)
-            if distributed.all_true(state is not None):
+            state, why, worst = self._restore(step, like, shardings)
+            if worst == _WHOLE:
                 result = state, step
                 break
-            damaged[step] = reason or "another process cannot read it"
-        if result is None and damaged and all("other arrays" in why for why in damaged.values()):
+            damaged[step], others = why, others + (worst == _OTHER)
+        if steps and others == len(steps):
             raise ConfigError(
                 f"{self._folder}: its checkpoints are of another program ({damaged[steps[0]]}); use "
                 "the version that wrote them, or another --workdir"
@@ -204,38 +218,41 @@ class Checkpoints:
             self._manager.reload()
         return result
 
-    def _restore(self, step: int, like: TrainState, shardings: TrainState) -> TrainState:
+    def _restore(
+        self, step: int, like: TrainState, shardings: TrainState
+    ) -> tuple[TrainState | None, str, int]:
+        """The state, or None and why not; and what it came to over all processes.
+
+        No process is left waiting: each reads by itself, and then they agree, before anything that
+        they do together.
+        """
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             jax.eval_shape(_storable, like),
             _fields(shardings),
         )
+        path = (self._folder / f"step_{step}").absolute()
+        tree, why, here = None, "", _WHOLE
         try:
-            metadata = self._manager.item_metadata(step)["state"]
-            stored = jax.tree.map(lambda x: tuple(x.shape), _by_path(metadata.tree))
+            tree, marks = _read(path, abstract)
         except Exception as error:  # whatever Orbax and TensorStore make of a damaged file
-            raise _unreadable(error) from error
-        expected = jax.tree.map(lambda x: tuple(x.shape), _by_path(abstract))
-        if stored != expected:
-            differing = sorted(stored.keys() ^ expected.keys()) or [
-                name for name in expected if stored[name] != expected[name]
-            ]
-            raise _Damaged(f"it holds other arrays: {', '.join(differing[:3])}")
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
-                    ),
-                    marks=ocp.args.JsonRestore(),
-                ),
+            here, why = _outcome(error)
+        worst = distributed.worst(here)
+        if worst == _WHOLE:
+            try:
+                _check_marks(marks, fingerprints(tree), step)
+            except _Damaged as error:
+                here, why = _outcome(error)
+            worst = distributed.worst(here)
+        why = why or "another process cannot read it"
+        if worst == _NOT_NOW:
+            raise TrainingError(
+                f"the checkpoint {path} cannot be read now ({why}); it stays as it is"
             )
-        except Exception as error:
-            raise _unreadable(error) from error
-        _check_marks(restored["marks"], fingerprints(restored["state"]), step)
-        state = type(like)(**restored["state"])
-        return state.replace(key=jax.random.wrap_key_data(state.key))
+        if worst != _WHOLE:
+            return None, why, worst
+        state = type(like)(**tree)
+        return state.replace(key=jax.random.wrap_key_data(state.key)), "", worst
 
     def _aside(self, step: int) -> str:
         """Renames a damaged checkpoint; returns its new name."""
@@ -279,14 +296,39 @@ def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any,
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
         restored = reader.restore(path / "state", args=args)
-        marks = ocp.JsonCheckpointHandler().restore(path / "marks")
-        _check_marks(marks, fingerprints(restored), step)
+        _check_marks(_read_marks(path), fingerprints(restored), step)
     except Exception as error:
+        outcome, why = _outcome(error)
+        if outcome == _NOT_NOW:
+            raise ConfigError(f"checkpoint {path} cannot be read ({why})") from error
         raise ConfigError(
-            f"checkpoint {folder / f'step_{step}'} is damaged ({_reason(error)}); continuing its "
-            "run uses the one before it"
+            f"checkpoint {path} is damaged ({why}); continuing its run uses the one before it"
         ) from error
     return restored, step
+
+
+def _read(path: pathlib.Path, abstract: Any) -> tuple[Any, Any]:
+    """The arrays of a checkpoint as `abstract` says, and its marks; waits for no other process.
+
+    Raises:
+        _OtherArrays, and whatever Orbax and TensorStore make of a damaged file.
+    """
+    # The handlers themselves: their manager ends with a barrier, which a process that failed skips.
+    reader = ocp.PyTreeCheckpointHandler()
+    stored = _by_path(reader.metadata(path / "state").tree)
+    expected = _by_path(abstract)
+    differing = sorted(stored.keys() ^ expected.keys()) or [
+        name for name, x in expected.items() if tuple(stored[name].shape) != x.shape
+    ]
+    if differing:
+        raise _OtherArrays(f"it holds other arrays: {', '.join(differing[:3])}")
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.PyTreeRestore(abstract, restore_args=how)
+    return reader.restore(path / "state", args=args), _read_marks(path)
+
+
+def _read_marks(path: pathlib.Path) -> Any:
+    return ocp.JsonCheckpointHandler().restore(path / "marks")
 
 
 def _check_marks(marks: Any, found: dict[str, int], step: int) -> None:
@@ -306,17 +348,29 @@ def _check_marks(marks: Any, found: dict[str, int], step: int) -> None:
         raise _Damaged(f"{len(changed)} arrays are not those that were saved, such as {changed[0]}")
 
 
-def _unreadable(error: Exception) -> Exception:
-    """What an error in reading means: damage, unless the file system or the memory says otherwise."""
-    text = f"{type(error).__name__}: {error}"
-    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
-        return ConfigError(
-            f"the checkpoint does not fit in memory ({_reason(error)}); mesh.fsdp spreads it over "
-            "more devices"
-        )
-    if isinstance(error, PermissionError) or "PERMISSION_DENIED" in text:
-        return ConfigError(f"the checkpoint may not be read ({_reason(error)})")
-    return _Damaged(f"it cannot be read: {_reason(error)}")
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """What an error in reading means, and why in one line.
+
+    Damage is what the files themselves are to blame for; what the file system, the memory or the
+    devices refuse may be granted the next time.
+    """
+    if isinstance(error, _Damaged):
+        return (_OTHER if isinstance(error, _OtherArrays) else _DAMAGED), str(error)
+    chain, link = [], error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = " ".join(f"{type(link).__name__}: {link}" for link in chain)
+    codes = {int(code) for code in re.findall(r"os_error_code='(\d+)'", text)}
+    codes |= {link.errno for link in chain if isinstance(link, OSError) and link.errno}
+    refused = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    not_now = (
+        codes - {errno.ENOENT}
+        or any(word in text for word in refused)
+        or any(isinstance(link, (MemoryError, jax.errors.JaxRuntimeError)) for link in chain)
+    )
+    why = next((_reason(link) for link in chain if "os_error_code" in str(link)), _reason(error))
+    return (_NOT_NOW, why) if not_now else (_DAMAGED, f"it cannot be read: {why}")
 
 
 def _reason(error: Exception) -> str:

@@ -5,16 +5,20 @@ steps, and JAX carries arrays between them. What leaves the program (files, the 
 process's to write. Files that all read (data, workdir) lie on storage that all hosts see.
 """
 
+import contextlib
+import multiprocessing
 import os
+import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mirai_jax.errors import ConfigError, first_line
+from mirai_jax.errors import ConfigError, Lost, first_line
 
 MODES = ("auto", "on", "off")
 
@@ -34,6 +38,8 @@ def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
             "num_processes": int(environ["OMPI_COMM_WORLD_SIZE"]),
             "process_id": int(environ["OMPI_COMM_WORLD_RANK"]),
         }  # since Open MPI 5 it does not say where the first process runs
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # of several GPUs each process takes one
+            found["local_device_ids"] = [int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])]
         if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environ["OMPI_COMM_WORLD_SIZE"]:
             found["coordinator_address"] = f"localhost:{20_000 + os.getppid() % 10_000}"
         return found
@@ -62,8 +68,10 @@ def start(
         heartbeat: seconds of silence after which a process counts as dead.
         timeout: seconds to wait for the others at the start.
 
+    Where others do not come in time JAX's runtime ends the process by itself (status 134).
+
     Raises:
-        ConfigError: arguments that do not go together, or the others did not come.
+        ConfigError: arguments that do not go together, or nobody at the coordinator's address.
     """
     given = {
         "coordinator_address": coordinator,
@@ -94,6 +102,8 @@ def start(
         )
     which = f" as process {index} of {count}" if count is not None else ""
     print(f"joining the other processes{which}", file=sys.stderr, flush=True)
+    if coordinator is not None and index:
+        _wait_for(coordinator, timeout)
     try:
         jax.distributed.initialize(
             **arguments,
@@ -105,40 +115,92 @@ def start(
         raise ConfigError(f"the processes of the run did not meet: {first_line(error)}") from error
 
 
+def _wait_for(address: str, timeout: float) -> None:
+    """Until somebody listens there: JAX's own wait for it ends with a page of its stack."""
+    host, port = address.rsplit(":", 1)
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"--coordinator is {address!r}, where nobody answered for {timeout:.0f} s "
+                    f"({error}); it must be the address of process 0"
+                ) from error
+        time.sleep(0.5)
+
+
 def is_first() -> bool:
     """Whether this process writes files and speaks to the screen."""
     return jax.process_index() == 0
 
 
-def all_true(here: bool) -> bool:
-    """Whether it is true in every process; all must ask."""
+def means_lost(error: Exception) -> bool:
+    """Whether an error tells that another process cannot be reached."""
+    words = ("unavailable", "deadline", "gloo", "nccl", "heartbeat", "connection", "coordination")
+    text = str(error).lower()
+    return jax.process_count() > 1 and any(word in text for word in words)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What all processes do together fails where one of them is gone.
+
+    Raises:
+        Lost
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise Lost(f"another process is gone ({first_line(error)[:200]})") from error
+
+
+def worst(here: int) -> int:
+    """The largest of the numbers that the processes give; all must ask."""
     if jax.process_count() == 1:
         return here
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+    with _together():
+        return int(np.max(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def from_first(tree: Any) -> Any:
     """The first process's arrays (NumPy), in every process; all must ask."""
     if jax.process_count() == 1:
         return tree
-    return jax.device_get(multihost_utils.broadcast_one_to_all(tree))
+    # As bytes: what is sent is a sum over processes, and -0.0 + 0.0 is 0.0.
+    raw = jax.tree.map(lambda x: np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8), tree)
+    with _together():
+        sent = jax.device_get(multihost_utils.broadcast_one_to_all(raw))
+    return jax.tree.map(
+        lambda x, like: np.frombuffer(np.asarray(x, np.uint8).tobytes(), like.dtype).reshape(
+            like.shape
+        ),
+        sent,
+        tree,
+    )
 
 
 def whole(array: jax.Array) -> np.ndarray:
     """An array, however it lies on the devices of all processes, on every host; all must ask."""
     if jax.process_count() == 1:
         return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    with _together():
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with _together():
+            multihost_utils.sync_global_devices(name)
 
 
 def leave(status: int) -> None:
-    """Ends this process of several at once: the others may not be there to say goodbye to."""
+    """Ends this process at once, and those that it started: nobody is waited for."""
+    for child in multiprocessing.active_children():  # data workers would live on
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

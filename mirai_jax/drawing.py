@@ -3,6 +3,8 @@
 Drawing is done by all devices of all hosts, whose EMA it is; pictures are made on the first host.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,36 +15,45 @@ from mirai_jax import coding, distributed, report, sampler, sharding
 from mirai_jax.judge import agreement, fit_judge
 from mirai_jax.parts import Parts, labelled_images
 
+Doing = Callable[[str], None]  # takes what the run is at
+
 GRID, JUDGED = 1, 2  # purposes: each has keys of its own
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _keys(seed: int, purpose: int, indices: jax.Array) -> jax.Array:
+    return sampler.image_keys(jax.random.fold_in(jax.random.key(seed), purpose), indices)
+
+
 def draw(
-    parts: Parts, mesh: Mesh, ema: Any, labels: np.ndarray, purpose: int, chunk: int = 250
+    parts: Parts,
+    mesh: Mesh,
+    ema: Any,
+    labels: np.ndarray,
+    purpose: int,
+    doing: Doing,
+    chunk: int = 250,
 ) -> np.ndarray:
     """int32 codes (N, L) of the labels, on every host; image i depends on `purpose` and i alone.
 
-    All processes must ask.
+    All processes must ask. `doing` is told of each chunk.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     chunk = -(-min(chunk, len(labels)) // ways) * ways
     rows = sharding.batch_sharding(mesh)
-    seed = parts.settings.seed
-
-    @jax.jit
-    def keys_of(indices: jax.Array) -> jax.Array:
-        return sampler.image_keys(jax.random.fold_in(jax.random.key(seed), purpose), indices)
-
     codes = []
     for start in range(0, len(labels), chunk):
+        doing(f"samples {start} to {start + chunk} of {len(labels)}")
         indices = np.arange(start, start + chunk, dtype=np.int32)
         some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
-        drawn = sampler.generate(
-            parts.recipe.generator,
-            ema,
-            sharding.place(some, rows),
-            keys_of(sharding.place(indices, rows)),
-            parts.settings.sample,
-        )
+        with jax.set_mesh(mesh):  # so that each device holds the cache of its own images alone
+            drawn = sampler.generate(
+                parts.recipe.generator,
+                ema,
+                sharding.place(some, rows),
+                _keys(parts.settings.seed, purpose, sharding.place(indices, rows)),
+                parts.settings.sample,
+            )
         codes.append(distributed.whole(drawn))
     return np.concatenate(codes)[: len(labels)]
 
@@ -52,13 +63,13 @@ def decode(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
     return coding.decode_codes(parts.tokenizer, parts.tokenizer_params, codes_NxL)
 
 
-def grid_codes(parts: Parts, mesh: Mesh, ema: Any) -> np.ndarray:
+def grid_codes(parts: Parts, mesh: Mesh, ema: Any, doing: Doing) -> np.ndarray:
     """Codes of the run's grid: always the same classes and keys, so that grids can be compared."""
     settings = parts.settings
     labels = np.repeat(
         np.arange(settings.sample_classes, dtype=np.int32), settings.sample_per_class
     )
-    return draw(parts, mesh, ema, labels, GRID)
+    return draw(parts, mesh, ema, labels, GRID, doing)
 
 
 def grid_picture(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
@@ -67,9 +78,9 @@ def grid_picture(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
     return report.sample_grid(decode(parts, codes_NxL), names)
 
 
-def judged_codes(parts: Parts, mesh: Mesh, ema: Any) -> np.ndarray:
+def judged_codes(parts: Parts, mesh: Mesh, ema: Any, doing: Doing) -> np.ndarray:
     """Codes of `judged_samples` images, of all classes in turn."""
-    return draw(parts, mesh, ema, _judged_labels(parts), JUDGED)
+    return draw(parts, mesh, ema, _judged_labels(parts), JUDGED, doing)
 
 
 def judge_samples(parts: Parts, codes_NxL: np.ndarray) -> dict[str, float]:

@@ -1,29 +1,28 @@
 """What watches over a run: notices to stop, steps that never end, losses that jump."""
 
 import faulthandler
-import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
 
+from mirai_jax import distributed
 from mirai_jax.errors import Lost
 
 
 class Preemption:
     """Whether the run was told to stop: SIGTERM, or the platform's notice through JAX.
 
-    With several processes JAX takes the signal and agrees with the others on a step; all must ask
-    `reached` after each of their steps. Alone, the signal is caught here. A second SIGTERM ends the
-    process as it would any other.
+    With several processes JAX takes the signal and agrees with the others on the time; all must ask
+    equally often. Alone, the signal is caught here. A second SIGTERM ends the process as it would any
+    other.
     """
 
     def __init__(self):
-        self._told = False
+        self._told, self._asked = False, 0
         self._jax = jax.distributed.is_initialized()
         self._old = None
         if not self._jax and threading.current_thread() is threading.main_thread():
@@ -34,11 +33,14 @@ class Preemption:
         self._told = True
         self.close()
 
-    def reached(self, step: int) -> bool:
-        """Whether this is the step after which to save and end."""
-        if self._jax:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+    def reached(self) -> bool:
+        """Whether now is the time to save and end, for all processes alike."""
+        if not self._jax:
+            return self._told
+        # By the number of the question, not of the step: JAX agrees on the next after the largest
+        # asked so far, which before the first is 0, and a resumed run does not begin there.
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     def close(self) -> None:
         """Gives the signal back."""
@@ -57,28 +59,29 @@ class HangGuard:
     def __init__(
         self,
         limit: float,
-        end: Callable[[int], None] = os._exit,
-        clock: Callable[[], float] = time.monotonic,
+        end: Callable[[int], None] = distributed.leave,
     ):
         """`limit` 0 watches nothing; `end` takes the exit status."""
-        self._limit, self._end, self._clock = limit, end, clock
-        self._last, self._doing = clock(), "starting"
+        self._limit, self._end = limit, end
+        self._silent, self._doing = 0.0, "starting"
         self._closed = threading.Event()
         if limit:
             threading.Thread(target=self._watch, daemon=True, name="hang guard").start()
 
     def doing(self, what: str) -> None:
         """The run got further, and now begins `what` ("step 12", "the checkpoint of step 10")."""
-        self._last, self._doing = self._clock(), what
+        self._silent, self._doing = 0.0, what
 
     def close(self) -> None:
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._limit / 10)):
-            silent = self._clock() - self._last
-            if silent > self._limit:
-                self._report(silent)
+        interval = min(1.0, self._limit / 10)
+        while not self._closed.wait(interval):
+            # Counted, not read off a clock: a process that is suspended does not hang.
+            self._silent += interval
+            if self._silent > self._limit:
+                self._report(self._silent)
                 return
 
     def _report(self, silent: float) -> None:

@@ -41,7 +41,7 @@ from mirai_jax.workdir import (
 Say = Callable[[str], None]
 
 SKIPPED_IN_A_ROW = 20  # updates left out before the run stops all the same (nonfinite 'skip')
-WORKER_DEATHS = 3  # data workers started again before the run stops
+WORKER_DEATHS = 3  # data workers started again within 1,000 steps before the run stops
 
 
 def train(
@@ -89,11 +89,11 @@ def train(
     with contextlib.closing(HangGuard(settings.hang_limit)) as guard:
         guard.doing("reading data and frozen networks")
         mesh = sharding.make_mesh(settings.mesh, devices)
-        parts = build(settings, mesh, tokenizer_path, say)
+        parts, initial = build(settings, mesh, tokenizer_path, say), None
         if begin:
             check_same(parts, workdir, write=False)
         elif settings.init_from:
-            beginning.read_initial(parts)
+            initial = beginning.read_initial(parts)
         # Only now, when all that the config names was found: a mistake leaves nothing behind. And
         # only when every process has looked at what was there.
         distributed.barrier("begin")
@@ -105,7 +105,7 @@ def train(
                 (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
             check_same(parts, workdir, write=True)
         distributed.barrier("workdir")
-        _Run(parts, workdir, mesh, guard, say).run()
+        _Run(parts, workdir, mesh, guard, say).run(initial)
 
 
 class _Run:
@@ -134,23 +134,25 @@ class _Run:
             keep_every=settings.keep_every,
         )
         self.writer: MetricsWriter | None = None  # the first process's
-        self.spikes, self.skipped_in_a_row, self.worker_deaths = SpikeDetector(), 0, 0
+        self.spikes, self.skipped_in_a_row = SpikeDetector(), 0
+        self.worker_deaths: list[int] = []  # batches
 
-    def run(self) -> None:
-        """Begins or goes on, trains what is left, and finishes."""
+    def run(self, initial: Any) -> None:
+        """Begins (with the weights `initial`, or None) or goes on, trains what is left, finishes."""
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
         with contextlib.ExitStack() as closing:
             closing.callback(self.batches.close)
             closing.callback(self.checkpoints.close)
+            self.preemption = Preemption()
+            closing.callback(self.preemption.close)
             try:
                 if self.first:
                     summary.unlink(missing_ok=True)  # of a shorter run: it marks what is finished
-                begin = self._begin()
+                begin = self._begin(initial)
+                del initial
                 if self.first:
                     self.writer = MetricsWriter(self.workdir, begin)
                     closing.callback(self.writer.close)
-                self.preemption = Preemption()
-                closing.callback(self.preemption.close)
                 if begin < last:
                     self._loop(begin)
                 self._finish(summary)
@@ -161,21 +163,26 @@ class _Run:
                 raise told from error
             except OSError as error:
                 raise TrainingError(
-                    f"workdir {self.workdir} cannot be written ({error.strerror or error}); the "
-                    f"last checkpoint is of {self._last_checkpoint()}"
+                    f"the run cannot go on ({error}); the last checkpoint in {self.workdir} is of "
+                    f"{self._last_checkpoint()}"
                 ) from error
 
-    def _begin(self) -> int:
+    def _begin(self, initial: Any) -> int:
         """Sets the state and moves the data to it; returns the step."""
         self.guard.doing("the newest checkpoint")
+        before = self.checkpoints.latest_step()
         self.state, self.state_sharding, begun = beginning.begin(
-            self.parts, self.mesh, self.checkpoints, self.say, self._happened
+            self.parts, self.mesh, self.checkpoints, self.say, self._happened, initial
         )
         self.batches.set_state({"next_index": begun})
         if begun:
             self._note("resumed", step=begun)
-        else:
-            self._note("started", init_from=self.settings.init_from)
+            return begun
+        metrics = self.workdir / "metrics.jsonl"
+        if before and self.first and metrics.exists():
+            # No checkpoint was whole: what the run had logged is all that is left of it.
+            metrics.rename(self.workdir / f"metrics_until_step_{before}.jsonl")
+        self._note("started", init_from=self.settings.init_from)
         return begun
 
     def _loop(self, begin: int) -> None:
@@ -201,7 +208,7 @@ class _Run:
             if compiles:  # its seconds are its own: speed is told without them
                 jax.block_until_ready(metrics)
                 self.step_seconds, self.lap_steps = self.watch.lap(), -1
-            stop = self.preemption.reached(i + 1)
+            stop = self.preemption.reached()
             samples = settings.sample_every and (i + 1) % settings.sample_every == 0
             due = self.checkpoints.due(i + 1)
             if stop or due or samples:
@@ -224,8 +231,9 @@ class _Run:
             try:
                 return next(self.batches)
             except WorkerDied as error:
-                self.worker_deaths += 1
-                if self.worker_deaths > WORKER_DEATHS:
+                recent = [died for died in self.worker_deaths if died > index - 1000]
+                self.worker_deaths = [*recent, index]
+                if len(self.worker_deaths) > WORKER_DEATHS:
                     raise
                 print(f"{self._who()}{error}; started again", file=sys.stderr, flush=True)
                 self._note("worker_died", step=index + 1)
@@ -234,6 +242,11 @@ class _Run:
     def _save(self, step: int) -> None:
         self.guard.doing(f"the checkpoint of step {step}")
         self.checkpoints.save(self.state, step)
+
+    def _look(self, step: int) -> None:
+        """Ends the run, whose step is saved, if it was told to stop."""
+        if self.preemption.reached():
+            self._stop(step)
 
     def _stop(self, step: int) -> None:
         """Ends the run, which was told to stop, when its checkpoint is on the disk."""
@@ -268,12 +281,15 @@ class _Run:
                 f"out of memory ({first_line(error)[:200]}): larger mesh.fsdp or accumulate, "
                 "model.remat or a smaller batch_size need less"
             )
-        if jax.process_count() > 1:
+        if distributed.means_lost(error):
             return Lost(
                 f"another process is gone or cannot be reached ({first_line(error)[:200]}); the "
                 f"last checkpoint is of {self._last_checkpoint()}: start all processes again"
             )
-        return error
+        return TrainingError(
+            f"the devices failed ({first_line(error)[:200]}); the last checkpoint is of "
+            f"{self._last_checkpoint()}"
+        )
 
     def _tell_compile(self, step: int, active: tuple[bool, ...]) -> None:
         names = [
@@ -341,8 +357,7 @@ class _Run:
         if self.parts.tokenizer is None:
             self.say(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
             return None
-        self.guard.doing(f"the samples of step {step}")
-        codes = drawing.grid_codes(self.parts, self.mesh, self.state.ema)
+        codes = drawing.grid_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
         if not self.first:
             return None
         grid = drawing.grid_picture(self.parts, codes)
@@ -356,12 +371,15 @@ class _Run:
         """The last checkpoint, the last grid, the judge and the figure."""
         settings = self.settings
         self._save(settings.num_steps)
+        self._look(settings.num_steps)
         grid = self._sample(settings.num_steps)
+        self._look(settings.num_steps)
         if settings.judged_samples and self.parts.images is not None:
-            self.guard.doing("samples for the classifier")
-            codes = drawing.judged_codes(self.parts, self.mesh, self.state.ema)
+            codes = drawing.judged_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
+            self.guard.doing("the classifier of the samples")
             if self.first:
                 self._tell_agreement(drawing.judge_samples(self.parts, codes))
+        self.guard.doing("the last checkpoint")
         self.checkpoints.wait()
         if self.first:
             title = f"{settings.name}-{settings.scale}"

@@ -164,6 +164,41 @@ def test_a_process_that_stands_still_is_reported(tmp_path):
     assert "another process" in said(pair[0]) or "another task died" in said(pair[0])
 
 
+@pytest.mark.slow
+def test_damage_that_one_process_sees_is_damage_for_both(tmp_path):
+    split = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]  # each reads what the other does not
+    pair = start_pair(tmp_path / "pair", "--config.num_steps=30", *split)
+    assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
+    folder = tmp_path / "pair" / "checkpoints" / "step_30" / "state" / "ocdbt.process_1" / "d"
+    largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    pair = start_pair(tmp_path / "pair", *split)
+    assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
+    assert "checkpoint of step 30 is damaged" in said(pair[0])
+    assert "resumed at step 20 of 50" in said(pair[0])
+    assert [e["step"] for e in entries(tmp_path / "pair")] == list(range(1, 51))
+
+
+@pytest.mark.slow
+def test_a_notice_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path):
+    pair = start_pair(tmp_path / "pair", "--config.num_steps=30")
+    assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
+    pair = start_pair(tmp_path / "pair", "--config.num_steps=100000")
+    while "data:" not in said(pair[0]):  # it reads, and has not begun
+        assert pair[0].poll() is None, said(pair[0])
+        time.sleep(0.05)
+    pair[1].send_signal(signal.SIGTERM)
+    assert end(*pair) == [75, 75], said(pair[0]) + said(pair[1])
+    assert "told to stop: step 3" in said(pair[0])  # 31, or a few more
+
+
+def test_nobody_at_the_coordinators_address_is_one_line():
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ConfigError, match="where nobody answered for 0 s") as error:
+        distributed.start("auto", address, 2, 1, timeout=0)
+    assert address in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
 def test_what_launchers_say():
     read = distributed.environment
     assert read({}) is None
@@ -173,8 +208,9 @@ def test_what_launchers_say():
     ranks = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     assert read({**ranks, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}) == {}
     assert read(ranks) == {"num_processes": 2, "process_id": 1}
-    found = read({**ranks, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+    found = read({**ranks, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"})
     assert found["coordinator_address"].startswith("localhost:")
+    assert found["local_device_ids"] == [1]
     assert read({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}) is None
     assert read({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
     assert read({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
@@ -197,7 +233,7 @@ def test_wrong_flags_are_one_line(arguments, expected):
 
 
 def test_alone_everything_is_agreed():
-    assert distributed.is_first() and distributed.all_true(True) and not distributed.all_true(False)
+    assert distributed.is_first() and distributed.worst(2) == 2
     tree = {"a": np.arange(3)}
     assert distributed.from_first(tree) is tree
     distributed.barrier("here")

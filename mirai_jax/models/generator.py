@@ -259,8 +259,9 @@ class Generator(nn.Module):
         self.tok_embeddings = embed(config.vocab_size)
         self.token_dropout = nn.Dropout(config.token_dropout)
         block = Block
-        if config.remat != "none":  # prevent_cse guards a program that is not a loop
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT[config.remat])
+        if config.remat != "none":  # outside of a loop the compiler would undo it
+            alone = config.unroll >= config.num_layers
+            block = nn.remat(Block, prevent_cse=alone, policy=REMAT[config.remat])
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
