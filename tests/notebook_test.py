@@ -23,7 +23,7 @@ NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
 SMALL = [
     "--config.batch_size=16",
     "--config.log_every=1",
-    "--config.checkpoint_every=3",
+    "--config.checkpoint_every=60",  # when it is stopped, it saves on its own account
     "--config.judged_samples=0",
     "--config.optimizer.warmup_steps=2",
     "--config.foresight[0].start_epoch=0",
@@ -32,6 +32,8 @@ SMALL = [
     "--config.model.width=32",
     "--config.model.vocab_size=16",
     "--config.model.unroll=1",
+    "--config.model.grid=(2, 2)",
+    "--config.tokenizer.patch=16",
 ]
 
 
@@ -48,6 +50,7 @@ def client(tmp_path, monkeypatch):
                 "language": "python",
                 "env": {
                     "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
                     "HOME": str(tmp_path / "home"), "IPYTHONDIR": str(tmp_path / "ipython"),
                 },
             }
@@ -87,42 +90,36 @@ def test_committed_notebook_is_valid_and_without_outputs():
     assert max(len(cell.source.splitlines()) for cell in code) < 60
 
 
-def test_runs_from_top_to_bottom(client, tmp_path):
+def test_runs_from_top_to_bottom_and_a_stopped_cell_goes_on(client, tmp_path):
     before = set(ROOT.rglob("*.png")), (ROOT / "runs").exists()
-    notebook = client(STEPS=9, OVERRIDES=SMALL).execute()
+    made = client(STEPS=60, OVERRIDES=SMALL)
+    notebook = made.nb
+    workdir = tmp_path / "work" / "runs" / "mirai_e-demo"
+    metrics = workdir / "metrics.jsonl"
+
+    def stop():
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+            time.sleep(0.02)
+        # As Jupyter does: the kernel and its children get it.
+        os.killpg(os.getpgid(made.km.provisioner.pid), signal.SIGINT)
+
+    with made.setup_kernel():
+        for i, cell in enumerate(notebook.cells):
+            if cell.id == "train":
+                threading.Thread(target=stop, daemon=True).start()
+                made.execute_cell(cell, i)
+                assert "stopped, and saved" in outputs(notebook, "train")[0]
+            made.execute_cell(cell, i)
     assert (set(ROOT.rglob("*.png")), (ROOT / "runs").exists()) == before
     assert "cpu" in outputs(notebook, "run")[0]
     text, _ = outputs(notebook, "train")
-    assert "step 9/9" in text and "finished: 9 steps" in text
+    assert "resumed at step" in text
+    assert "step 60/60" in text and "finished: 60 steps" in text
     for cell_id in ("curves", "grids", "sample"):
         (picture,) = outputs(notebook, cell_id)[1]
         assert picture.shape[1] > 2 * picture.shape[0] / 3 and np.std(picture) > 0.05
     assert "guidance 4: 80 images" in outputs(notebook, "sample")[0]
     assert "COMPARE = True" in outputs(notebook, "compare")[0]
     assert "not there: c2i_B_256.pt, vq_ds16_c2i.pt" in outputs(notebook, "own")[0]
-    workdir = tmp_path / "work" / "runs" / "mirai_e-demo"
     steps = [path.name for path in sorted((workdir / "samples").iterdir())]
-    assert steps == ["step_0000003.png", "step_0000006.png", "step_0000009.png"]
-
-
-def test_a_stopped_cell_saves_and_goes_on(client, tmp_path):
-    notebook_client = client(STEPS=150, OVERRIDES=[*SMALL, "--config.checkpoint_every=150"])
-    notebook = notebook_client.nb
-    metrics = tmp_path / "work" / "runs" / "mirai_e-demo" / "metrics.jsonl"
-
-    def stop():
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 9):
-            time.sleep(0.05)
-        # As Jupyter does: the kernel and its children get it.
-        os.killpg(os.getpgid(notebook_client.km.provisioner.pid), signal.SIGINT)
-
-    (last,) = [i for i, cell in enumerate(notebook.cells) if cell.id == "train"]
-    with notebook_client.setup_kernel():
-        for i, cell in enumerate(notebook.cells[:last]):
-            notebook_client.execute_cell(cell, i)
-        threading.Thread(target=stop, daemon=True).start()
-        notebook_client.execute_cell(notebook.cells[last], last)
-        assert "stopped, and saved" in outputs(notebook, "train")[0]
-        notebook_client.execute_cell(notebook.cells[last], last)
-    text, _ = outputs(notebook, "train")
-    assert "resumed at step" in text and "finished: 150 steps" in text
+    assert steps == ["step_0000020.png", "step_0000040.png", "step_0000060.png"]
