@@ -24,7 +24,7 @@ from mirai_jax.errors import Lost, Preempted
 AGAIN = (
     Preempted.status,
     Lost.status,
-    *(128 + s for s in (signal.SIGABRT, signal.SIGKILL, signal.SIGTERM)),
+    *(128 + s for s in (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)),
 )
 RESTARTS = 10  # without a new step, after which a run has failed
 GRACE = 120.0  # seconds that a run told to stop has for saving
