@@ -1,6 +1,7 @@
 """What the programs share: errors of one line, and a quiet screen."""
 
 import contextlib
+import functools
 import sys
 import types
 from collections.abc import Iterator
@@ -25,12 +26,11 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
     try:
         yield
     except (ConfigError, DataError, *more) as error:
-        several = jax.distributed.is_initialized()
-        where = f"process {jax.process_index()}: " if several else ""
-        print(f"error: {where}{first_line(error)}", file=sys.stderr)
-        if several:
+        if jax.distributed.is_initialized():
+            told = f"error: process {jax.process_index()}: {first_line(error)}"
+            print(told, file=sys.stderr)
             distributed.leave(error.status)
-        sys.exit(error.status)
+        sys.exit(f"error: {first_line(error)}")  # status 1
     except Preempted as stop:
         print(first_line(stop), file=sys.stderr)
         sys.exit(stop.status)  # all processes are here: they part in good order
@@ -38,8 +38,9 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
         sys.exit(interrupted)
 
 
+@functools.cache
 def _quieten() -> None:
-    """Leaves out what Orbax says of files beyond its exceptions, which end in one line here.
+    """Once: leaves out what Orbax says of files beyond its exceptions, which end in one line here.
 
     It reads and writes all arrays at once: where one fails, the others end with pages of tracebacks.
     """

@@ -80,7 +80,9 @@ def test_every_config_reads_at_every_scale(name, scale):
         config.data.images = "imagenet/train"
     result = read(config)
     assert (result.name, result.scale) == (name, scale)
-    assert result.mesh[0] == 8
+    large = "xxl" in scale or "3b" in scale  # one device could not hold their state
+    assert result.mesh == ((1, 8, 1) if large else (8, 1, 1))
+    assert result.generator.remat == ("full" if large else "none")
     if scale.startswith("imagenet"):  # 8 of 12, 16 of 24, 24 of 36
         layers = result.generator.num_layers
         for term in result.terms:
