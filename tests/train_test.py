@@ -200,6 +200,7 @@ def test_a_run_killed_before_its_new_figure_is_not_taken_for_finished(tmp_path):
     assert (tmp_path / "samples" / "step_0000010.png").exists()
 
 
+@pytest.mark.slow  # two processes do in distributed_test.py, and every mesh in step_test.py
 def test_eight_devices_train_as_one(tmp_path):
     one, eight = tmp_path / "one", tmp_path / "eight"
     config = tiny(mirai_e)
