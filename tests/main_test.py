@@ -94,6 +94,7 @@ def test_wrong_input_is_one_line_and_status_1(tmp_path, arguments, expected):
         assert part in lines[-1], lines[-1]
 
 
+@pytest.mark.slow  # distributed_test.py kills one of two processes, kill_test.py the demo
 def test_killed_and_started_again_ends_like_an_undisturbed_run(tmp_path):
     arguments = ["--config=configs/mirai_e.py", *SMALL]
     assert main(*arguments, f"--workdir={tmp_path / 'whole'}").returncode == 0
