@@ -35,6 +35,12 @@ def steps_in(folder: pathlib.Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def last_whole(folder: pathlib.Path) -> str:
+    """Which checkpoint a run can go on from, for messages."""
+    steps = steps_in(folder)
+    return f"step {steps[-1]}" if steps else "no step yet"
+
+
 def _fingerprint(x: Any, xp: Any) -> Any:
     """uint32 that changes with any bit of `x`, and not with how `x` lies on devices.
 
@@ -115,11 +121,6 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(keep_every))
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
-            # Named here, so that their metadata can be read before anything is restored.
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "marks": ocp.JsonCheckpointHandler(),
-            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 step_prefix="step",
@@ -163,11 +164,9 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # whatever Orbax and TensorStore make of a full disk
-            whole = steps_in(self._folder)
-            last = f"step {whole[-1]}" if whole else "no step yet"
             told = (
                 f"a checkpoint could not be written at step {step} ({_reason(error)}); the last "
-                f"whole one in {self._folder} is of {last}"
+                f"whole one in {self._folder} is of {last_whole(self._folder)}"
             )
             # Orbax's processes wait for each other: for one that is gone in vain.
             lost = distributed.means_lost(error) or "barrier" in str(error).lower()
@@ -195,12 +194,8 @@ class Checkpoints:
             ConfigError: they are of another program.
             TrainingError: one may not be read, or does not fit in memory.
         """
-        steps, damaged, others, result = (
-            sorted(self._manager.all_steps(), reverse=True),
-            {},
-            0,
-            None,
-        )
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged, others, result = {}, 0, None
         for step in steps:
             state, why, worst = self._restore(step, like, shardings)
             if worst == _WHOLE:

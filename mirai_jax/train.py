@@ -22,7 +22,7 @@ from mirai_jax import (
     sharding,
 )
 from mirai_jax import config as config_lib
-from mirai_jax.checkpoint import Checkpoints, steps_in
+from mirai_jax.checkpoint import Checkpoints, last_whole, steps_in
 from mirai_jax.data import WorkerDied
 from mirai_jax.errors import ConfigError, Lost, Preempted, TrainingError, first_line
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
@@ -269,8 +269,7 @@ class _Run:
         self._note("message", text=line)
 
     def _last_checkpoint(self) -> str:
-        steps = steps_in(self.workdir / "checkpoints")
-        return f"step {steps[-1]}" if steps else "no step yet"
+        return last_whole(self.workdir / "checkpoints")
 
     def _explain(self, error: Exception) -> Exception:
         """What an error of the devices means."""

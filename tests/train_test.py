@@ -263,15 +263,20 @@ def test_codes_without_a_path_say_how_to_make_them(tmp_path):
         run(config, tmp_path)
 
 
-def test_trains_on_shards_of_codes(tmp_path):
+def write_codes(folder, crops):
+    """40 records of 4x4 tokens, 16 in the vocabulary, of 4 classes."""
     rng = np.random.default_rng(0)
     records.write_shard(
-        tmp_path / "codes-0.array_record",
+        folder / "codes-0.array_record",
         (
-            records.pack_record(rng.integers(0, 16, (10, 16)).astype(np.uint16), k % 4, f"{k}")
+            records.pack_record(rng.integers(0, 16, (crops, 16)).astype(np.uint16), k % 4, f"{k}")
             for k in range(40)
         ),
     )
+
+
+def test_trains_on_shards_of_codes(tmp_path):
+    write_codes(tmp_path, crops=10)
     config = mirai_e.get_config("imagenet_b")
     config.update(num_steps=3, batch_size=8, log_every=1)
     config.model.update(
@@ -300,14 +305,7 @@ def parsed_flags():
 def test_a_data_worker_that_dies_is_named_and_started_again(tmp_path, capfd, parsed_flags):
     codes = tmp_path / "codes"
     codes.mkdir()
-    rng = np.random.default_rng(0)
-    records.write_shard(
-        codes / "codes-0.array_record",
-        (
-            records.pack_record(rng.integers(0, 16, (2, 16)).astype(np.uint16), k % 4, f"{k}")
-            for k in range(40)
-        ),
-    )
+    write_codes(codes, crops=2)
     config = llamagen.get_config("imagenet_b")
     config.update(num_steps=40, batch_size=8, log_every=1, sample_every=0)
     config.model.update(

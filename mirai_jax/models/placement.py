@@ -5,11 +5,13 @@ they are by giving every device the whole batch; told that activations are split
 one layer's parameters at a time instead, which is what saves memory.
 """
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec as P
 
 # What a dimension of an activation may be, and the mesh axes that split it.
-_AXES = {"batch": ("data", "fsdp"), "heads": "tensor", "features": "tensor", None: None}
+_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",), "features": ("tensor",), None: ()}
 
 
 def spread(x: jax.Array, *dimensions: str | None) -> jax.Array:
@@ -22,14 +24,9 @@ def spread(x: jax.Array, *dimensions: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
         return x
-
-    def fits(axes: str | tuple[str, ...] | None, size: int) -> bool:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        ways = 1
-        for name in names:
-            ways *= mesh.shape[name]
-        return size % ways == 0
-
-    axes = (_AXES[dimension] for dimension in dimensions)
-    kept = [a if fits(a, size) else None for a, size in zip(axes, x.shape, strict=False)]
+    kept = []
+    for dimension, size in zip(dimensions, x.shape, strict=False):
+        axes = _AXES[dimension]
+        ways = math.prod(mesh.shape[name] for name in axes)
+        kept.append(axes if size % ways == 0 else None)
     return jax.lax.with_sharding_constraint(x, P(*kept))
