@@ -17,13 +17,13 @@ Shapes: B batch, L positions, D student width, Z target width, K offsets, V voca
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 SOURCES = ("ema", "bidirectional", "checkpoint")
 LEVELS = ("internal", "output")
@@ -133,7 +133,7 @@ def has_class_pair(term: Term) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# Heads: K projectors (or token heads), stacked so that they are one matrix product.
+# Heads: K projectors (or token heads); their parameters are stacked on a leading axis K.
 
 
 class Projector(nn.Module):
@@ -144,11 +144,11 @@ class Projector(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x_BxLxD):
+    def __call__(self, x_MxD):
         for i in range(2):
-            x_BxLxD = nn.Dense(self.width, dtype=self.dtype, name=f"linear_{i}", **_DENSE)(x_BxLxD)
-            x_BxLxD = nn.silu(x_BxLxD)
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2", **_DENSE)(x_BxLxD)
+            x_MxD = nn.Dense(self.width, dtype=self.dtype, name=f"linear_{i}", **_DENSE)(x_MxD)
+            x_MxD = nn.silu(x_MxD)
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2", **_DENSE)(x_MxD)
 
 
 class TokenHead(nn.Module):
@@ -158,35 +158,53 @@ class TokenHead(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x_BxLxD):
-        x_BxLxD = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x_BxLxD)
+    def __call__(self, x_MxD):
+        x_MxD = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x_MxD)
         return nn.Dense(
             self.features,
             use_bias=False,
             kernel_init=nn.initializers.zeros,
             dtype=self.dtype,
             name="output",
-        )(x_BxLxD)
+        )(x_MxD)
 
 
-def heads(term: Term, features: int, dtype: str = "float32") -> nn.Module:
-    """The K heads of a term as one module: (B, L, D) -> (K, B, L, features).
+def _head(term: Term, features: int, dtype: str) -> nn.Module:
+    if term.level == "output":
+        return TokenHead(features, dtype)
+    return Projector(term.projector_width, features, dtype)
+
+
+def init_heads(term: Term, features: int, width: int, key: jax.Array) -> Any:
+    """Fresh float32 parameters of the K heads of a term.
 
     Args:
         term: level `internal` gives projectors, `output` token heads.
         features: the target's width Z, or the vocabulary size V.
-        dtype: of the matrix products; parameters are float32, stacked on a leading axis K.
+        width: D, of the states they look at.
+        key: of all of them.
     """
-    stack = dict(
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=None,
-        out_axes=0,
-        axis_size=len(term.offsets),
+    state = jnp.zeros((1, width))
+    head = _head(term, features, "float32")
+    return jax.vmap(lambda key: head.init(key, state)["params"])(
+        jax.random.split(key, len(term.offsets))
     )
-    if term.level == "output":
-        return nn.vmap(TokenHead, **stack)(features, dtype)
-    return nn.vmap(Projector, **stack)(term.projector_width, features, dtype)
+
+
+def apply_heads(
+    term: Term, features: int, dtype: str, params: Any, state_BxLxD: jax.Array
+) -> list[jax.Array]:
+    """What each head makes of the states: K arrays (B, L, features); `dtype` is of the products.
+
+    One head after the other, on one flat axis of tokens: as K batched products XLA would transpose
+    activations and weights (a sixth of Mirai-E's extra time on CPU).
+    """
+    head, x_MxD = _head(term, features, dtype), state_BxLxD.reshape(-1, state_BxLxD.shape[-1])
+    outputs = [
+        head.apply({"params": jax.tree.map(lambda p: p[k], params)}, x_MxD)
+        for k in range(len(term.offsets))
+    ]
+    return [out.reshape(*state_BxLxD.shape[:-1], features) for out in outputs]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,13 +224,13 @@ def _shifted(x: jax.Array, shift: int) -> jax.Array:
 
 
 def alignment_losses(
-    term: Term, projections_KxBxLxZ: jax.Array, target_BxLxZ: jax.Array, grid: tuple[int, int]
+    term: Term, projections_BxLxZ: Sequence[jax.Array], target_BxLxZ: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """Minus the mean cosine over batch and aligned pairs, for each head.
 
     Args:
         term: an internal term.
-        projections_KxBxLxZ: the student's projected states.
+        projections_BxLxZ: the student's projected states, one array a head.
         target_BxLxZ: teacher states by sequence position, or patch features by grid position. No
             gradient reaches them.
         grid: (height, width), L = height * width.
@@ -224,7 +242,7 @@ def alignment_losses(
     losses = []
     for k, offset in enumerate(term.offsets):
         shift, mask_L = alignment(term, offset, grid)
-        student = _normalise(projections_KxBxLxZ[k])
+        student = _normalise(projections_BxLxZ[k])
         cosine_BxL = jnp.sum(student * _shifted(target, shift), axis=-1)
         # Sums, not a matrix product, which accelerators would round.
         total, count = jnp.mean(jnp.sum(cosine_BxL * mask_L, axis=-1)), mask_L.sum()
@@ -235,16 +253,27 @@ def alignment_losses(
     return jnp.stack(losses)
 
 
+def token_nll(logits_BxLxV: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
+    """Cross-entropy (nats, float32) of each token.
+
+    Nothing but the logits themselves has to be kept for the gradient, and it comes without a
+    scatter: float32 copies of them exist within fused loops alone.
+    """
+    highest = jax.lax.stop_gradient(jnp.max(logits_BxLxV, axis=-1, keepdims=True))
+    shifted = logits_BxLxV.astype(jnp.float32) - highest.astype(jnp.float32)
+    here = jnp.arange(logits_BxLxV.shape[-1]) == tokens_BxL[..., None]
+    own = jnp.sum(jnp.where(here, shifted, 0.0), axis=-1)
+    return jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - own
+
+
 def prediction_losses(
-    term: Term, logits_KxBxLxV: jax.Array, codes_BxL: jax.Array, grid: tuple[int, int]
+    term: Term, logits_BxLxV: Sequence[jax.Array], codes_BxL: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """Mean cross-entropy (nats) of the tokens at the offsets, for each head: (K,) float32."""
     losses = []
     for k, offset in enumerate(term.offsets):
         shift, mask_L = alignment(term, offset, grid)
-        nll_BxL = optax.softmax_cross_entropy_with_integer_labels(
-            logits_KxBxLxV[k].astype(jnp.float32), _shifted(codes_BxL, shift)
-        )
+        nll_BxL = token_nll(logits_BxLxV[k], _shifted(codes_BxL, shift))
         losses.append(jnp.mean(jnp.sum(nll_BxL * mask_L, axis=-1)) / mask_L.sum())
     return jnp.stack(losses)
 

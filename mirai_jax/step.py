@@ -97,15 +97,13 @@ def _target_width(recipe: Recipe, term: foresight.Term) -> int:
     return recipe.generator.width
 
 
-def _heads(recipe: Recipe, term: foresight.Term) -> nn.Module:
-    return foresight.heads(term, _target_width(recipe, term), recipe.generator.dtype)
-
-
 def init_params(recipe: Recipe, key: jax.Array) -> Any:
     """Fresh parameters. The generator's do not depend on the terms: variants start alike."""
-    state = jnp.zeros((1, 1, recipe.generator.width))
+    width = recipe.generator.width
     projectors = {
-        term.name: _heads(recipe, term).init(jax.random.fold_in(key, i), state)["params"]
+        term.name: foresight.init_heads(
+            term, _target_width(recipe, term), width, jax.random.fold_in(key, i)
+        )
         for i, term in enumerate(recipe.terms, start=1)
     }
     generator = generator_lib.init_params(recipe.generator, jax.random.fold_in(key, 0))
@@ -191,18 +189,21 @@ def loss_fn(
         batch["label"],
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), codes
-    ).mean()
+    cross_entropy = foresight.token_nll(logits, codes).mean()
+    cross_entropy, states = jax.lax.optimization_barrier((cross_entropy, states))
     total, parts = cross_entropy, {}
     for term, is_active in zip(recipe.terms, active, strict=True):
         if not is_active:
             parts.update({name: jnp.zeros(()) for name in term.metric_names})
             continue
-        outputs = _heads(recipe, term).apply(
-            {"params": params["foresight"][term.name]}, states[term.student_layer]
+        outputs = foresight.apply_heads(
+            term,
+            _target_width(recipe, term),
+            recipe.generator.dtype,
+            params["foresight"][term.name],
+            states[term.student_layer],
         )
-        outputs = spread(outputs, None, "batch", None, None)
+        outputs = [spread(out, "batch", None, None) for out in outputs]
         if term.level == "output":
             losses = foresight.prediction_losses(term, outputs, codes, grid)
         else:
@@ -273,6 +274,9 @@ def _gradients(
             codes = recipe.tokenizer.apply(tokenizer_params, images, method="encode")
             batch = {**batch, "codes": codes}
         targets = teacher_targets(recipe, state.ema, frozen, batch, terms)
+        # The student after its teachers: side by side they would hold more memory, and on CPU
+        # compete for its caches.
+        batch, targets = jax.lax.optimization_barrier((batch, targets))
         return jax.grad(loss_fn, has_aux=True)(
             state.params, recipe, targets, batch, state.step, active, key
         )

@@ -274,9 +274,10 @@ def test_alignment_of_equal_opposite_and_zero_vectors():
 def test_heads_have_their_own_parameters_and_the_official_initialisation():
     term = make_term(projector_width=200)
     x = jnp.asarray(np.random.RandomState(0).normal(size=(B, 6, 4)), jnp.float32)
-    module = foresight.heads(term, Z)
-    params = module.init(jax.random.key(0), x)["params"]
-    assert module.apply({"params": params}, x).shape == (3, B, 6, Z)
+    params = foresight.init_heads(term, Z, 4, jax.random.key(0))
+    outputs = foresight.apply_heads(term, Z, "float32", params, x)
+    assert [out.shape for out in outputs] == 3 * [(B, 6, Z)]
+    assert not np.allclose(outputs[0], outputs[1])
     assert {n: p["kernel"].shape for n, p in params.items()} == {
         "linear_0": (3, 4, 200), "linear_1": (3, 200, 200), "linear_2": (3, 200, Z),
     }  # fmt: skip
@@ -284,13 +285,14 @@ def test_heads_have_their_own_parameters_and_the_official_initialisation():
     assert kernel.std() == pytest.approx(0.02, rel=0.05)
     assert not np.allclose(kernel[0], kernel[1])
     assert not any(np.any(p["bias"]) for p in params.values())
-    tokens = foresight.heads(make_term(level="output"), V)
-    params = tokens.init(jax.random.key(0), x)["params"]
+    term = make_term(level="output")
+    params = foresight.init_heads(term, V, 4, jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == {
         "norm": {"scale": (3, 4)},
         "output": {"kernel": (3, 4, V)},
     }
-    assert not np.any(tokens.apply({"params": params}, x))  # starts at the uniform distribution
+    outputs = foresight.apply_heads(term, V, "float32", params, x)
+    assert not np.any(outputs)  # starts at the uniform distribution
 
 
 # Weights -----------------------------------------------------------------------------------------

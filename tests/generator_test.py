@@ -274,8 +274,8 @@ def test_every_layer_drops_other_channels(params, batch):
     feed_forward = params["layers"]["feed_forward"]
     silent = {**feed_forward, "w2": jax.tree.map(jnp.zeros_like, feed_forward["w2"])}
     given = {**params, "layers": {**params["layers"], "feed_forward": silent}}
-    taps = Generator(config, taps=(1, 2, 3)).apply(
-        {"params": given}, *batch, method="hidden", rngs={"dropout": jax.random.key(0)}
+    _, taps = Generator(config, taps=(1, 2, 3)).apply(
+        {"params": given}, *batch, rngs={"dropout": jax.random.key(0)}
     )
     second, third = (np.asarray(taps[n] == taps[n - 1]) for n in (2, 3))
     assert second.mean() == pytest.approx(0.5, abs=0.05)
@@ -331,8 +331,7 @@ def test_a_missing_null_class_is_named(params):
 @pytest.fixture(scope="module")
 def projectors():
     term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=6)
-    heads = foresight.heads(term, 7)
-    return jax.device_get(heads.init(jax.random.key(0), jnp.zeros((1, 1, 5)))["params"])
+    return jax.device_get(foresight.init_heads(term, 7, 5, jax.random.key(0)))
 
 
 def test_round_trip_of_projectors_through_torch_names(projectors):

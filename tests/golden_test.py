@@ -114,10 +114,14 @@ def test_generator(path):
     close(cross_entropy, data["cross_entropy"], what="cross-entropy")
 
     term = term_e(data)
-    projections = foresight.heads(term, data["projections"].shape[-1]).apply(
-        {"params": torch_names.projectors_from_torch(state)}, taps[depth]
+    projections = foresight.apply_heads(
+        term,
+        data["projections"].shape[-1],
+        "float32",
+        torch_names.projectors_from_torch(state),
+        taps[depth],
     )
-    close(projections, data["projections"], what="projections")
+    close(jnp.stack(projections), data["projections"], what="projections")
     losses = foresight.alignment_losses(term, projections, data["teacher_hidden"], GRID)
     # A foresight loss is a mean cosine, of order 1 and here near 0: absolute.
     np.testing.assert_allclose(losses, data["foresight_e"], rtol=0, atol=1e-6)

@@ -175,7 +175,8 @@ def test_gpt_b_has_the_published_names_and_shapes():
     state = torch_names.generator_to_torch(config, params)
     assert count(state) == 110_888_448
     term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=2048)
-    projectors = abstract_params(foresight.heads(term, width), 1, 1, width)
+    init = functools.partial(foresight.init_heads, term, width, width)
+    projectors = jax.eval_shape(init, jax.random.key(0))
     projectors = jax.tree.map(lambda x: free(x.shape), projectors)
     state |= torch_names.projectors_to_torch(projectors)
     assert count(state) == 132_923_136

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mirai_jax.models.placement import spread
 
@@ -34,7 +35,7 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
 # What the backward pass finds stored of each block, and what it computes again.
 REMAT: Mapping[str, Any] = {
     "none": None,  # all is stored
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights are
+    "dots": jax.checkpoint_policies.save_only_these_names("linear", "mask"),  # products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # a block's input is
 }
 
@@ -121,15 +122,83 @@ def apply_rope(x_BxTxHxd: jax.Array, table_Txdx2: jax.Array) -> jax.Array:
     return turned.reshape(x_BxTxHxd.shape).astype(x_BxTxHxd.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _contract(x, w, count):
+    """x (M, *C) with w (*C, *N) over the `count` dimensions C: (M, *N)."""
+    return _dot(x, w, range(1, 1 + count), range(count))
+
+
+def _dot(x, y, of_x, of_y):
+    return jax.lax.dot_general(x, y, ((tuple(of_x), tuple(of_y)), ((), ())))
+
+
+def _contract_forward(x, w, count):
+    return _contract(x, w, count), (x, w)
+
+
+def _contract_backward(count, saved, g):
+    # As JAX derives it, but each in its own order of dimensions: JAX would transpose results, and
+    # XLA on CPU then copies operands and results as large as the weights.
+    x, w = saved
+    of_x = _dot(g, w, range(1, g.ndim), range(count, w.ndim))
+    return of_x, _dot(x, g, (0,), (0,))
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
+
+
+class Linear(nn.Module):
+    """A product with a weight, without bias: (M, *inputs) -> (M, *features).
+
+    `inputs` counts the trailing dimensions of x that are summed over. Products see one flat axis of
+    tokens, M: XLA lays them out far better on CPU.
+    """
+
+    features: tuple[int, ...]
+    dtype: str
+    inputs: int = 1
+    kernel_init: Any = _INIT
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (*x.shape[-self.inputs :], *self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        out = _contract(x.astype(self.dtype), kernel.astype(self.dtype), self.inputs)
+        return checkpoint_name(out, "linear")
+
+
+class Dropout(nn.Module):
+    """As nn.Dropout, on exactly where there is a "dropout" rng; its mask may be kept (REMAT)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.rate or not self.has_rng("dropout"):
+            return x
+        mask = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(checkpoint_name(mask, "mask"), x / (1 - self.rate), 0)
+
+
+_QUERY_BLOCK = 128  # queries at once; a block reads the keys up to its own end alone
+
+
 def _attend(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd):
     """Causal attention over all positions, softmax in float32. Returns (B, T, H, d)."""
     # Heads lead the matrix products: about twice as fast on CPU as with T leading.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
-    causal = np.tri(q.shape[2], dtype=bool)
-    scores = jnp.where(causal, scores * q.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bhsd->bhtd", weights, v).transpose(0, 2, 1, 3)
+    length, scale = q.shape[2], q.shape[-1] ** -0.5
+    blocks = []
+    for start in range(0, length, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, length)
+        scores = jnp.einsum(
+            "bhtd,bhsd->bhts", q[:, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32
+        )
+        causal = np.tri(end - start, end, start, dtype=bool)
+        scores = jnp.where(causal, scores * scale, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        blocks.append(jnp.einsum("bhts,bhsd->bhtd", weights, v[:, :, :end]))
+    return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)
 
 
 def _attend_cached(q_BxHxd, k_BxHxd, v_BxHxd, cache, position):
@@ -160,15 +229,7 @@ class Attention(nn.Module):
         config = self.config
         heads, head_dim = config.num_heads, config.head_dim
         batch, length, width = x_BxTxD.shape
-        dense = functools.partial(
-            nn.DenseGeneral,
-            use_bias=False,
-            kernel_init=_INIT,
-            dtype=config.dtype,
-            param_dtype=jnp.float32,
-        )
-        # Matrix products see one flat axis of tokens: XLA lays them out far better on CPU.
-        qkv = dense(features=(3, heads, head_dim), name="wqkv")(x_BxTxD.reshape(-1, width))
+        qkv = Linear((3, heads, head_dim), config.dtype, name="wqkv")(x_BxTxD.reshape(-1, width))
         qkv = spread(
             qkv.reshape(batch, length, 3, heads, head_dim), "batch", None, None, "heads", None
         )
@@ -185,9 +246,9 @@ class Attention(nn.Module):
             q, k, v = q[:, 0], k[:, 0], v[:, 0]
             out, new = _attend_cached(q, k, v, cache, position)[:, None], (k, v)
         out = spread(out, "batch", None, "heads", None)
-        out = dense(features=width, axis=(-2, -1), name="wo")(out.reshape(-1, heads, head_dim))
-        dropout = nn.Dropout(config.residual_dropout, deterministic=not self.has_rng("dropout"))
-        return dropout(out).reshape(x_BxTxD.shape), new
+        out = out.reshape(-1, heads, head_dim)
+        out = Linear((width,), config.dtype, inputs=2, name="wo")(out)
+        return Dropout(config.residual_dropout)(out).reshape(x_BxTxD.shape), new
 
 
 class FeedForward(nn.Module):
@@ -198,15 +259,12 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD):
         config = self.config
-        dense = functools.partial(
-            nn.Dense, use_bias=False, kernel_init=_INIT, dtype=config.dtype, param_dtype=jnp.float32
-        )
-        x_MxD = x_BxTxD.reshape(-1, config.width)  # one flat axis of tokens, as in Attention
-        gate = spread(dense(config.ffn_width, name="w1")(x_MxD), "batch", "features")
-        value = spread(dense(config.ffn_width, name="w3")(x_MxD), "batch", "features")
-        out = dense(config.width, name="w2")(nn.silu(gate) * value)
-        dropout = nn.Dropout(config.ffn_dropout, deterministic=not self.has_rng("dropout"))
-        return dropout(out).reshape(x_BxTxD.shape)
+        x_MxD = x_BxTxD.reshape(-1, config.width)
+        hidden = (config.ffn_width,)
+        gate = spread(Linear(hidden, config.dtype, name="w1")(x_MxD), "batch", "features")
+        value = spread(Linear(hidden, config.dtype, name="w3")(x_MxD), "batch", "features")
+        out = Linear((config.width,), config.dtype, name="w2")(nn.silu(gate) * value)
+        return Dropout(config.ffn_dropout)(out).reshape(x_BxTxD.shape)
 
 
 def _norm(config: GeneratorConfig, name: str | None = None) -> nn.RMSNorm:
@@ -257,7 +315,7 @@ class Generator(nn.Module):
         )
         self.cls_embedding = embed(config.num_classes + config.has_null_class)
         self.tok_embeddings = embed(config.vocab_size)
-        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.token_dropout = Dropout(config.token_dropout)
         block = Block
         if config.remat != "none":  # outside of a loop the compiler would undo it
             alone = config.unroll >= config.num_layers
@@ -272,12 +330,8 @@ class Generator(nn.Module):
             unroll=config.unroll,
         )(config, self._inner_taps)
         self.norm = _norm(config)
-        self.output = nn.Dense(
-            config.vocab_size,
-            use_bias=False,
-            kernel_init=nn.initializers.zeros,
-            dtype=config.dtype,
-            param_dtype=jnp.float32,
+        self.output = Linear(
+            (config.vocab_size,), config.dtype, kernel_init=nn.initializers.zeros
         )
 
     @property
@@ -285,7 +339,7 @@ class Generator(nn.Module):
         """The taps below the top; the top one is the scan's own result."""
         return tuple(tap for tap in self.taps if tap != self.config.num_layers)
 
-    def _embed(self, codes_BxT, labels_B):
+    def embed(self, codes_BxT, labels_B):
         """[class, codes] -> (B, 1 + T, D) float32, labels dropped and dropout applied if training."""
         train = self.has_rng("dropout")
         if train and self.config.has_null_class:
@@ -296,7 +350,7 @@ class Generator(nn.Module):
         x = jnp.concatenate(
             [self.cls_embedding(labels_B)[:, None], self.tok_embeddings(codes_BxT)], axis=1
         )
-        return self.token_dropout(spread(x, "batch", None, None), deterministic=not train)
+        return self.token_dropout(spread(x, "batch", None, None))
 
     def _run(self, x_BxTxD, cache=None, position=None):
         """All blocks. Returns (x, {tap: state}, the new keys and values or None)."""
@@ -320,12 +374,10 @@ class Generator(nn.Module):
             logits (B, 1 + T, V) in the compute dtype, and {tap: (B, 1 + T, D) float32}, the raw
             residual stream after each block in `taps`.
         """
-        x, taps, _ = self._run(self._embed(codes_BxT, labels_B))
-        return spread(self.output(self.norm(x)), "batch", None, "features"), taps
-
-    def hidden(self, codes_BxT, labels_B):
-        """The states at `taps` alone: no final norm, no logits."""
-        return self._run(self._embed(codes_BxT, labels_B))[1]
+        x, taps, _ = self._run(self.embed(codes_BxT, labels_B))
+        logits = self.output(self.norm(x).reshape(-1, x.shape[-1]))
+        logits = logits.reshape(*x.shape[:2], self.config.vocab_size)
+        return spread(logits, "batch", None, "features"), taps
 
     def decode(self, codes_B, labels_B, cache, position):
         """One step of cached generation.
@@ -346,7 +398,7 @@ class Generator(nn.Module):
             jax.lax.dynamic_update_slice_in_dim(old, fresh[:, :, :, None], position, axis=3)
             for old, fresh in zip(cache, new, strict=True)
         )
-        return self.output(self.norm(x))[:, 0].astype(jnp.float32), cache
+        return self.output(self.norm(x)[:, 0]).astype(jnp.float32), cache
 
 
 def empty_cache(config: GeneratorConfig, batch_size: int) -> tuple[jax.Array, jax.Array]:
@@ -363,10 +415,18 @@ def hidden_states(
     Returns:
         (B, 1 + T, D) float32 (the official `forward_ema`).
     """
-    shallow = dataclasses.replace(config, num_layers=layer)
-    params = {**params, "layers": jax.tree.map(lambda x: x[:layer], params["layers"])}
-    model = Generator(shallow, taps=(layer,))
-    return model.apply({"params": params}, codes_BxT, labels_B, method="hidden")[layer]
+    x = Generator(config).apply({"params": params}, codes_BxT, labels_B, method="embed")
+    block = Block(dataclasses.replace(config, remat="none"))
+
+    def run(carry, i):
+        # Each block's parameters where they lie: a slice of the lower blocks would be a copy of them.
+        own = jax.tree.map(
+            lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), params["layers"]
+        )
+        return block.apply({"params": own}, carry, (i + 1, None))
+
+    (x, _, _), _ = jax.lax.scan(run, (x, (), None), jnp.arange(layer), unroll=config.unroll)
+    return x
 
 
 def init_params(config: GeneratorConfig, key: jax.Array) -> Any:
