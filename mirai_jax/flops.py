@@ -1,0 +1,186 @@
+"""Operations of the matrix products of a train step, by formula: what a benchmark's MFU divides.
+
+* A multiply-add is two operations, and only matrix products and convolutions count: no norm, no
+  softmax, no optimizer, no resizing of images. A convolution counts its taps on padding too.
+* A backward pass costs twice its forward pass. What is computed again to save memory (`remat`)
+  never counts.
+* Attention counts all pairs of positions although a causal mask drops half of them, as PaLM's MFU
+  does: an implementation that skips masked blocks, as ours does, executes fewer.
+* With online codes (`Recipe.tokenizer`) the tokenizer's work is not counted.
+
+Sampling reads one token at a time, so that memory bounds it: `decode_bytes` is its roof.
+
+Shape letters: B batch, L positions, D width, N layers, as in the modules counted.
+"""
+
+import dataclasses
+
+from mirai_jax import foresight, step
+from mirai_jax.models.features import EFFICIENTNET_LITE0_STAGES, STEM_CHANNELS
+from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.models.teacher import DinoTeacher, EfficientNetTeacher
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Operations of one train step.
+
+    Attributes:
+        student: the generator, forward and backward.
+        teacher: all teachers, forward.
+        projectors: the terms' heads, forward and backward, down to the student's states.
+    """
+
+    student: int
+    teacher: int
+    projectors: int
+
+    @property
+    def total(self) -> int:
+        return self.student + self.teacher + self.projectors
+
+
+def step_flops(recipe: step.Recipe, batch_size: int, *, cached_features: bool = False) -> StepFlops:
+    """Of a step in which all terms are active.
+
+    Args:
+        recipe: what is trained.
+        batch_size: images of the whole batch, on all devices.
+        cached_features: batches hold the bidirectional teacher's features, which then cost nothing.
+
+    Raises:
+        ValueError: there is no formula for the bidirectional teacher.
+    """
+    tokens = recipe.generator.length
+    heads = sum(_heads(recipe, term) for term in recipe.terms)
+    return StepFlops(
+        student=3 * batch_size * generator_forward(recipe.generator),
+        teacher=batch_size * _teachers(recipe, cached_features),
+        projectors=3 * batch_size * tokens * heads,
+    )
+
+
+def generator_forward(
+    config: GeneratorConfig,
+    tokens: int | None = None,
+    *,
+    layers: int | None = None,
+    head: bool = True,
+) -> int:
+    """One forward pass of one sequence.
+
+    Args:
+        config: of the generator.
+        tokens: positions, the class among them; None for a whole image.
+        layers: how many blocks are run; None for all.
+        head: whether logits are computed.
+    """
+    tokens = config.length if tokens is None else tokens
+    layers = config.num_layers if layers is None else layers
+    pairs = tokens**2
+    blocks = layers * (2 * tokens * _block_weights(config) + 4 * pairs * config.width)
+    return blocks + head * 2 * tokens * config.width * config.vocab_size
+
+
+def decode_flops(config: GeneratorConfig, batch: int) -> int:
+    """One step of cached generation: a further token of `batch` sequences, mean over positions.
+
+    `batch` counts the unconditional half of guidance too. Attention counts valid positions alone,
+    (L + 1) / 2 of them on average: a query sees itself and what lies before it.
+    """
+    attention = config.num_layers * 2 * (config.length + 1) * config.width
+    return batch * (2 * _decode_weights(config) + attention)
+
+
+def decode_bytes(config: GeneratorConfig, batch: int, itemsize: int) -> int:
+    """The fewest bytes that a step of cached generation moves through memory, mean over positions.
+
+    Each weight of the blocks and of the output head is read once, and `batch` rows of the token
+    embedding. Of keys and values the valid positions are read and this position's written, which
+    makes (L + 1) / 2 on average. Activations and norms, small beside them, are left out.
+
+    Args:
+        config: of the generator.
+        batch: sequences, the unconditional half of guidance too.
+        itemsize: bytes of a weight and of a number in the cache.
+    """
+    cache = config.num_layers * batch * (config.length + 1) * config.width
+    return itemsize * (_decode_weights(config) + batch * config.width + cache)
+
+
+def _block_weights(config: GeneratorConfig) -> int:
+    """Of a block of the generator: queries, keys and values, their output, and SwiGLU."""
+    return config.width * (4 * config.width + 3 * config.ffn_width)
+
+
+def _decode_weights(config: GeneratorConfig) -> int:
+    return config.num_layers * _block_weights(config) + config.width * config.vocab_size
+
+
+# Teachers and heads -------------------------------------------------------------------------------
+
+
+def _teachers(recipe: step.Recipe, cached_features: bool) -> int:
+    """All targets of one image, each once if terms share it (as `step.teacher_targets` does)."""
+    targets = {}
+    for term in recipe.terms:
+        if term.level == "output":
+            continue  # its targets are the tokens
+        if term.source == "bidirectional":
+            targets["bidirectional"] = 0 if cached_features else _encoder(recipe.teacher)
+            continue
+        static = term.source == "checkpoint"
+        config = dict(recipe.static)[term.name] if static else recipe.generator
+        targets[term.name if static else "", term.teacher_layer] = generator_forward(
+            config, recipe.generator.length, layers=term.teacher_layer, head=False
+        )
+    return sum(targets.values())
+
+
+def _encoder(teacher) -> int:
+    """One image through the bidirectional teacher."""
+    if isinstance(teacher, DinoTeacher):
+        return _dino(teacher)
+    if isinstance(teacher, EfficientNetTeacher):
+        return _efficientnet(teacher)
+    raise ValueError(f"no formula counts the operations of {type(teacher).__name__}")
+
+
+def _dino(teacher: DinoTeacher) -> int:
+    config, (height, width) = teacher.config, teacher.patches
+    patches = height * width
+    tokens = 1 + config.registers + patches
+    feed_forward = (3 if config.swiglu else 2) * config.width * config.ffn_width
+    block = 2 * tokens * (4 * config.width**2 + feed_forward) + 4 * tokens**2 * config.width
+    embedding = 2 * patches * 3 * config.patch**2 * config.width
+    return embedding + (teacher.layer or config.num_layers) * block
+
+
+def _efficientnet(teacher: EfficientNetTeacher) -> int:
+    side, channels = -(-teacher.image_size // 2), STEM_CHANNELS
+    total = 2 * side**2 * 3**2 * 3 * channels
+    for expansion, out, repeats, stride, kernel in EFFICIENTNET_LITE0_STAGES[: teacher.stage]:
+        for i in range(repeats):
+            inner = expansion * channels
+            if expansion > 1:
+                total += 2 * side**2 * channels * inner
+            side = -(-side // stride) if i == 0 else side
+            total += 2 * side**2 * inner * (kernel**2 + out)  # depthwise, then pointwise
+            channels = out
+    return total
+
+
+def _heads(recipe: step.Recipe, term: foresight.Term) -> int:
+    """One position through all heads of a term."""
+    width = recipe.generator.width
+    if term.level == "output":
+        head = width * recipe.generator.vocab_size
+    else:
+        if term.source == "bidirectional":
+            features = recipe.teacher.features
+        elif term.source == "checkpoint":
+            features = dict(recipe.static)[term.name].width
+        else:
+            features = width
+        head = term.projector_width * (width + term.projector_width + features)
+    return 2 * len(term.offsets) * head
