@@ -11,6 +11,7 @@ from typing import Any
 
 from mirai_jax import fields, foresight, sharding
 from mirai_jax.errors import ConfigError
+from mirai_jax.models import attention
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import TEACHERS
@@ -146,6 +147,7 @@ def _generator(model: fields.Section) -> GeneratorConfig:
         dtype=model.choice("dtype", ("float32", "bfloat16")),
         unroll=model.number("unroll", int, 1),
         remat=model.choice("remat", generator_lib.REMAT),
+        attention=model.choice("attention", attention.KERNELS),
     )
     heads = config.num_heads
     fields.require(

@@ -201,7 +201,7 @@ def apply_heads(
     """
     head, x_MxD = _head(term, features, dtype), state_BxLxD.reshape(-1, state_BxLxD.shape[-1])
     outputs = [
-        head.apply({"params": jax.tree.map(lambda p: p[k], params)}, x_MxD)
+        head.apply({"params": jax.tree.map(lambda p: p[k], params)}, x_MxD)  # noqa: B023 (at once)
         for k in range(len(term.offsets))
     ]
     return [out.reshape(*state_BxLxD.shape[:-1], features) for out in outputs]
@@ -224,7 +224,10 @@ def _shifted(x: jax.Array, shift: int) -> jax.Array:
 
 
 def alignment_losses(
-    term: Term, projections_BxLxZ: Sequence[jax.Array], target_BxLxZ: jax.Array, grid: tuple[int, int]
+    term: Term,
+    projections_BxLxZ: Sequence[jax.Array],
+    target_BxLxZ: jax.Array,
+    grid: tuple[int, int],
 ) -> jax.Array:
     """Minus the mean cosine over batch and aligned pairs, for each head.
 

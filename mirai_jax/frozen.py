@@ -178,6 +178,7 @@ def _dino_teacher(settings: Settings, config: dinov2.DinoConfig) -> teacher.Dino
         image_size=settings.teacher.image_size,
         layer=settings.teacher.layer,
         dtype=settings.teacher.dtype,
+        attention=settings.generator.attention,
     )
 
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax.models.generator import Generator, GeneratorConfig, empty_cache
+from mirai_jax.models import decoding
+from mirai_jax.models.generator import GeneratorConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +96,12 @@ def generate(
     count = labels_B.shape[0]
     if guided:
         labels_B = jnp.concatenate([labels_B, jnp.full_like(labels_B, config.null_class)])
-    model = Generator(config)
+    prepared = decoding.prepare(config, params)
 
     def step(carry, position):
         codes, cache = carry
         twice = jnp.concatenate([codes, codes]) if guided else codes
-        logits, cache = model.apply(
-            {"params": params}, twice, labels_B, cache, position, method="decode"
-        )
+        logits, cache = decoding.decode(config, prepared, twice, labels_B, cache, position)
         if guided:
             conditional, unconditional = logits[:count], logits[count:]
             logits = unconditional + options.guidance * (conditional - unconditional)
@@ -118,9 +117,14 @@ def generate(
         codes = codes.astype(jnp.int32)
         return (codes, cache), codes
 
-    start = (jnp.zeros(count, jnp.int32), empty_cache(config, labels_B.shape[0]))
-    _, codes_LxB = jax.lax.scan(step, start, jnp.arange(config.length))
-    return codes_LxB.T
+    codes, cache, drawn = jnp.zeros(count, jnp.int32), None, []
+    for start, stop in decoding.segments(config.length):
+        if cache is None:
+            cache = decoding.empty_cache(config, labels_B.shape[0], stop)
+        cache = decoding.grow(cache, stop)
+        (codes, cache), codes_SxB = jax.lax.scan(step, (codes, cache), jnp.arange(start, stop))
+        drawn.append(codes_SxB)
+    return jnp.concatenate(drawn).T
 
 
 def image_keys(key: jax.Array, indices: np.ndarray) -> jax.Array:

@@ -182,7 +182,7 @@ def loss_fn(
         The total in nats, and float32 scalars: loss, cross_entropy, one a foresight head
         (unweighted).
     """
-    codes, grid = batch["codes"], recipe.generator.grid
+    codes = batch["codes"]
     logits, states = Generator(recipe.generator, taps=recipe.taps).apply(
         {"params": params["generator"]},
         codes[:, :-1],
@@ -191,7 +191,31 @@ def loss_fn(
     )
     cross_entropy = foresight.token_nll(logits, codes).mean()
     cross_entropy, states = jax.lax.optimization_barrier((cross_entropy, states))
-    total, parts = cross_entropy, {}
+    added, parts = foresight_loss(params["foresight"], recipe, states, targets, codes, step, active)
+    total = cross_entropy + added
+    return total, {"loss": total, "cross_entropy": cross_entropy, **parts}
+
+
+def foresight_loss(
+    params: Any,
+    recipe: Recipe,
+    states: Mapping[int, jax.Array],
+    targets: Mapping[str, jax.Array],
+    codes_BxL: jax.Array,
+    step: jax.Array,
+    active: tuple[bool, ...],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What the terms add to the loss, and each head's own loss (unweighted).
+
+    Args:
+        params: of the terms' heads, by name.
+        recipe: static.
+        states: the student's, (B, L, D) float32 by tapped layer.
+        targets, step, active: see `loss_fn`.
+        codes_BxL: the tokens.
+    """
+    grid = recipe.generator.grid
+    total, parts = jnp.zeros(()), {}
     for term, is_active in zip(recipe.terms, active, strict=True):
         if not is_active:
             parts.update({name: jnp.zeros(()) for name in term.metric_names})
@@ -200,18 +224,18 @@ def loss_fn(
             term,
             _target_width(recipe, term),
             recipe.generator.dtype,
-            params["foresight"][term.name],
+            params[term.name],
             states[term.student_layer],
         )
         outputs = [spread(out, "batch", None, None) for out in outputs]
         if term.level == "output":
-            losses = foresight.prediction_losses(term, outputs, codes, grid)
+            losses = foresight.prediction_losses(term, outputs, codes_BxL, grid)
         else:
             losses = foresight.alignment_losses(term, outputs, targets[term.name], grid)
         multiplier = foresight.weight_multiplier(term, step, recipe.steps_per_epoch)
         total += multiplier * jnp.sum(jnp.asarray(term.head_weights) * losses)
         parts.update(zip(term.metric_names, losses, strict=True))
-    return total, {"loss": total, "cross_entropy": cross_entropy, **parts}
+    return total, parts
 
 
 def train_step(
@@ -237,11 +261,7 @@ def train_step(
         learning_rate, and with `recipe.skip_nonfinite` how many updates were skipped so far.
     """
     gradients, metrics = _gradients(recipe, state, frozen, batch, active)
-    updates, opt_state = make_optimizer(recipe.optimizer).update(
-        gradients, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params["generator"], state.ema, 1 - recipe.ema_decay)
+    params, opt_state, ema = update(recipe, state, gradients)
     metrics["grad_norm"] = optax.tree.norm(gradients)
     # The optimizer's own count: a skipped update does not move the schedule.
     metrics["learning_rate"] = jnp.asarray(
@@ -259,6 +279,16 @@ def train_step(
         )
         metrics["skipped"] = new.skipped.astype(jnp.float32)
     return new.replace(step=state.step + 1), metrics
+
+
+def update(recipe: Recipe, state: TrainState, gradients: Any) -> tuple[Any, Any, Any]:
+    """The optimizer and the EMA: (params, opt_state, ema) after the step."""
+    updates, opt_state = make_optimizer(recipe.optimizer).update(
+        gradients, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params["generator"], state.ema, 1 - recipe.ema_decay)
+    return params, opt_state, ema
 
 
 def _gradients(

@@ -82,7 +82,8 @@ def test_every_config_reads_at_every_scale(name, scale):
     assert (result.name, result.scale) == (name, scale)
     large = "xxl" in scale or "3b" in scale  # one device could not hold their state
     assert result.mesh == ((1, 8, 1) if large else (8, 1, 1))
-    assert result.generator.remat == ("full" if large else "none")
+    published = "dots" if scale.startswith("imagenet") else "none"
+    assert result.generator.remat == ("full" if large else published)
     if scale.startswith("imagenet"):  # 8 of 12, 16 of 24, 24 of 36
         layers = result.generator.num_layers
         for term in result.terms:
@@ -151,6 +152,7 @@ WRONG = [  # (fields, what the message holds besides the name and the value of t
     # Of no known name.
     ({"model.size": "M"}, "one of B, L, XL, XXL, 3B"),
     ({"model.dtype": "float16"}, "one of float32, bfloat16"),
+    ({"model.attention": "flash"}, "one of auto, xla"),
     ({"optimizer.schedule": "linear"}, "one of constant, cosine"),
     ({"data.name": "cifar"}, "one of mnist, fashion_mnist, images"),
     ({"tokenizer.name": "vqgan"}, "one of patch, vq16"),

@@ -18,7 +18,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402 (reads the environment)
 import pytest  # noqa: E402
 
-jax.config.update("jax_platforms", "cpu")
+if not os.environ.get("JAX_PLATFORMS"):  # cuda, for the tests that are skipped without a GPU
+    jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 

@@ -4,10 +4,11 @@ XLA counts elementwise work as well, so that a formula for products alone must c
 lower, never higher. Lowering costs the same at any width: the widths here leave 1 % or so to
 elementwise work (EfficientNet's are given: 3 %, hence an exact test too), and leaving out a product
 would show. XLA counts a loop's body once: loops are unrolled, or of one layer. Up to 128 positions
-the program computes all pairs, as the formula does (`generator._QUERY_BLOCK`).
+the program computes all pairs, as the formula does (`attention._QUERY_BLOCK`).
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -17,9 +18,9 @@ import numpy as np
 import pytest
 
 from mirai_jax import flops, foresight, step
-from mirai_jax.models import dinov2, features
+from mirai_jax.models import decoding, dinov2, features
 from mirai_jax.models import generator as generator_lib
-from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import DinoTeacher, EfficientNetTeacher
 
 BATCH = 4
@@ -234,16 +235,12 @@ def test_training_gpt_b_takes_six_operations_a_weight_and_those_of_attention():
 
 
 def test_decode_against_xla():
-    cache = jax.eval_shape(lambda: generator_lib.empty_cache(CONFIG, BATCH))
-
-    def decode(params, codes, labels, cache, position):
-        return Generator(CONFIG).apply(
-            {"params": params}, codes, labels, cache, position, method="decode"
-        )
-
-    want = xla(decode, generator_params(CONFIG), array(BATCH), array(BATCH), cache, array())
-    # The program computes all L + 1 scores, valid or not: the mean over a sequence of 2 L + 1.
-    longer = dataclasses.replace(CONFIG, grid=(1, 2 * CONFIG.length + 1))
+    cache = jax.eval_shape(lambda: decoding.empty_cache(CONFIG, BATCH, CONFIG.length))
+    params = jax.eval_shape(lambda params: decoding.prepare(CONFIG, params), generator_params(CONFIG))
+    step = functools.partial(decoding.decode, CONFIG)
+    want = xla(step, params, array(BATCH), array(BATCH), cache, array())
+    # The program computes all L scores, valid or not: the mean over a sequence of 2 L - 1.
+    longer = dataclasses.replace(CONFIG, grid=(1, 2 * CONFIG.length - 1))
     assert 0.99 < flops.decode_flops(longer, BATCH) / want < 1
 
 
@@ -256,7 +253,7 @@ def test_token_by_token_costs_what_the_whole_image_does_without_masked_pairs():
 def test_decode_moves_the_weights_and_half_the_cache():
     params = generator_params(GPT_B)
     weights = size([params["layers"], params["output"]])
-    cache = size(jax.eval_shape(lambda: generator_lib.empty_cache(GPT_B, 2)))
+    cache = size(jax.eval_shape(lambda: decoding.empty_cache(GPT_B, 2, GPT_B.length)))
     got = flops.decode_bytes(GPT_B, 2, 4)
     assert weights == pytest.approx(97.5e6, rel=1e-3)
     assert got == pytest.approx(4 * (weights + cache / 2), rel=1e-3)

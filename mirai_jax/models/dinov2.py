@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mirai_jax.models.attention import attend
+
 _HEAD_DIM = 64  # in every published size
 # The official trunc_normal_ of deviation 0.02 cuts at plus and minus 2, which is a normal.
 _INIT = nn.initializers.normal(0.02)
@@ -153,19 +155,17 @@ class Attention(nn.Module):
 
     config: DinoConfig
     dtype: str = "float32"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x_BxTxD):
         heads = self.config.num_heads
         batch, length, width = x_BxTxD.shape
-        # As in the generator, for speed on CPU: matrix products see one flat axis of tokens, and
-        # heads lead the products of attention.
+        # As in the generator, for speed on CPU: matrix products see one flat axis of tokens.
         qkv = _dense(3 * width, self.dtype, "qkv")(x_BxTxD.reshape(-1, width))
-        qkv = qkv.reshape(batch, length, 3, heads, width // heads).transpose(2, 0, 3, 1, 4)
-        q, k, v = qkv
-        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bhts,bhsd->bhtd", weights, v).transpose(0, 2, 1, 3)
+        qkv = qkv.reshape(batch, length, 3, heads, width // heads)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        out = attend(q, k, v, causal=False, kernel=self.attention)
         return _dense(width, self.dtype, "proj")(out.reshape(-1, width)).reshape(x_BxTxD.shape)
 
 
@@ -201,10 +201,11 @@ class Block(nn.Module):
 
     config: DinoConfig
     dtype: str = "float32"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x, _):
-        attention = Attention(self.config, self.dtype, name="attn")
+        attention = Attention(self.config, self.dtype, self.attention, name="attn")
         x = x + LayerScale(name="ls1")(attention(_norm("norm1")(x)))
         feed_forward = FeedForward(self.config, self.dtype, name="mlp")
         x = x + LayerScale(name="ls2")(feed_forward(_norm("norm2")(x)))
@@ -218,10 +219,12 @@ class DinoV2(nn.Module):
         config: its shapes.
         dtype: of the matrix products, "float32" or "bfloat16". Parameters, the residual stream,
             LayerNorm and softmax are float32.
+        attention: the kernel, of attention.KERNELS.
     """
 
     config: DinoConfig
     dtype: str = "float32"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, images_BxHxWx3: jax.Array, layer: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -279,7 +282,7 @@ class DinoV2(nn.Module):
             blocks = nn.map_variables(
                 blocks, "params", lambda params: jax.tree.map(lambda x: x[:depth], params)
             )
-        return blocks(config, self.dtype, name="blocks")
+        return blocks(config, self.dtype, self.attention, name="blocks")
 
 
 # What it is shown ---------------------------------------------------------------------------------

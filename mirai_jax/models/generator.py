@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from mirai_jax.models.attention import attend
 from mirai_jax.models.placement import spread
 
 # name -> (layers, heads, width), the sizes LlamaGen publishes.
@@ -33,9 +34,10 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
 }
 
 # What the backward pass finds stored of each block, and what it computes again.
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names("linear", "attention", "mask")
 REMAT: Mapping[str, Any] = {
     "none": None,  # all is stored
-    "dots": jax.checkpoint_policies.save_only_these_names("linear", "mask"),  # products with weights
+    "dots": _PRODUCTS,  # products with weights, attention's output and dropout's masks are
     "full": jax.checkpoint_policies.nothing_saveable,  # a block's input is
 }
 
@@ -50,7 +52,7 @@ class GeneratorConfig:
     `num_classes` of the label table), without which there is no guidance. `dtype` is that of the
     matrix products; parameters, the residual stream, norms and softmax stay float32, as under the
     official code's autocast. `unroll` is the number of blocks per iteration of the layer loop,
-    `remat` (of REMAT) what gradients are computed from.
+    `remat` (of REMAT) what gradients are computed from, `attention` the kernel (attention.KERNELS).
     """
 
     num_layers: int
@@ -66,6 +68,7 @@ class GeneratorConfig:
     dtype: str = "float32"
     unroll: int = 1
     remat: str = "none"
+    attention: str = "auto"
 
     @property
     def length(self) -> int:
@@ -180,38 +183,24 @@ class Dropout(nn.Module):
         return jnp.where(checkpoint_name(mask, "mask"), x / (1 - self.rate), 0)
 
 
-_QUERY_BLOCK = 128  # queries at once; a block reads the keys up to its own end alone
+def _attend_cached(q_Bx1xHxd, k_Bx1xHxd, v_Bx1xHxd, cache, position):
+    """One query against what the cache holds up to `position`, its own key and value written there.
 
+    Returns (B, 1, H, d) and the cache.
+    """
 
-def _attend(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd):
-    """Causal attention over all positions, softmax in float32. Returns (B, T, H, d)."""
-    # Heads lead the matrix products: about twice as fast on CPU as with T leading.
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
-    length, scale = q.shape[2], q.shape[-1] ** -0.5
-    blocks = []
-    for start in range(0, length, _QUERY_BLOCK):
-        end = min(start + _QUERY_BLOCK, length)
-        scores = jnp.einsum(
-            "bhtd,bhsd->bhts", q[:, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32
-        )
-        causal = np.tri(end - start, end, start, dtype=bool)
-        scores = jnp.where(causal, scores * scale, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        blocks.append(jnp.einsum("bhts,bhsd->bhtd", weights, v[:, :, :end]))
-    return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)
+    # Written before they are read: else the compiler keeps a copy of the whole cache for the reader.
+    def write(places_BxHxTxd, new_Bx1xHxd):
+        new = new_Bx1xHxd.swapaxes(1, 2)
+        return jax.lax.dynamic_update_slice_in_dim(places_BxHxTxd, new, position, axis=2)
 
-
-def _attend_cached(q_BxHxd, k_BxHxd, v_BxHxd, cache, position):
-    """One query against the cache's first `position` entries and itself. Returns (B, H, d)."""
-    k_BxHxLxd, v_BxHxLxd = cache
-    scale = q_BxHxd.shape[-1] ** -0.5
+    k, v = write(cache[0], k_Bx1xHxd), write(cache[1], v_Bx1xHxd)
     f32 = {"preferred_element_type": jnp.float32}
-    past = jnp.einsum("bhd,bhld->bhl", q_BxHxd, k_BxHxLxd, **f32) * scale
-    past = jnp.where(jnp.arange(past.shape[-1]) < position, past, -jnp.inf)
-    own = jnp.einsum("bhd,bhd->bh", q_BxHxd, k_BxHxd, **f32)[..., None] * scale
-    weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1)
-    out = jnp.einsum("bhl,bhld->bhd", weights[..., :-1].astype(v_BxHxLxd.dtype), v_BxHxLxd, **f32)
-    return (out + weights[..., -1:] * v_BxHxd).astype(q_BxHxd.dtype)
+    scores = jnp.einsum("bhd,bhtd->bht", q_Bx1xHxd[:, 0], k, **f32) * q_Bx1xHxd.shape[-1] ** -0.5
+    scores = jnp.where(jnp.arange(k.shape[2]) <= position, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bht,bhtd->bhd", weights, v, **f32)
+    return out[:, None].astype(v.dtype), (k, v)
 
 
 class Attention(nn.Module):
@@ -221,10 +210,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD, cache=None, position=None):
-        """Returns the output (B, T, D) and, with a cache, this position's (k, v), each (B, H, d).
+        """Returns the output (B, T, D) and the cache.
 
-        Without a cache all T positions attend causally. With one (k and v, each (B, H, L, d)),
-        T is 1 and `position` its place in the sequence; the cache is read, never written here.
+        Without a cache all T positions attend causally. With one (k and v, each (B, H, places, d)),
+        T is 1 and `position` its place in the sequence, where its key and value are written.
         """
         config = self.config
         heads, head_dim = config.num_heads, config.head_dim
@@ -241,14 +230,14 @@ class Attention(nn.Module):
             table = jax.lax.dynamic_slice_in_dim(table, position, 1)
         q, k = apply_rope(q, table), apply_rope(k, table)
         if cache is None:
-            out, new = _attend(q, k, v), None
+            out = attend(q, k, v, causal=True, kernel=config.attention)
+            out = checkpoint_name(out, "attention")
         else:
-            q, k, v = q[:, 0], k[:, 0], v[:, 0]
-            out, new = _attend_cached(q, k, v, cache, position)[:, None], (k, v)
+            out, cache = _attend_cached(q, k, v, cache, position)
         out = spread(out, "batch", None, "heads", None)
         out = out.reshape(-1, heads, head_dim)
         out = Linear((width,), config.dtype, inputs=2, name="wo")(out)
-        return Dropout(config.residual_dropout)(out).reshape(x_BxTxD.shape), new
+        return Dropout(config.residual_dropout)(out).reshape(x_BxTxD.shape), cache
 
 
 class FeedForward(nn.Module):
@@ -282,12 +271,12 @@ class Block(nn.Module):
     def __call__(self, carry, inputs):
         """`carry`: (x (B, T, D) float32, the tapped states so far, position or None).
 
-        `inputs`: (this block's number from 1, its slice of the cache or None).
+        `inputs`: (this block's number from 1, its cache or None). The cache is what it returns besides.
         """
         x, tapped, position = carry
         number, cache = inputs
         x = spread(x, "batch", None, None)
-        out, new = Attention(self.config, name="attention")(
+        out, cache = Attention(self.config, name="attention")(
             _norm(self.config, "attention_norm")(x), cache, position
         )
         x = x + out
@@ -295,7 +284,7 @@ class Block(nn.Module):
         tapped = tuple(
             jnp.where(number == tap, x, old) for tap, old in zip(self.taps, tapped, strict=True)
         )
-        return (x, tapped, position), new
+        return (x, tapped, position), cache
 
 
 class Generator(nn.Module):
@@ -330,9 +319,7 @@ class Generator(nn.Module):
             unroll=config.unroll,
         )(config, self._inner_taps)
         self.norm = _norm(config)
-        self.output = Linear(
-            (config.vocab_size,), config.dtype, kernel_init=nn.initializers.zeros
-        )
+        self.output = Linear((config.vocab_size,), config.dtype, kernel_init=nn.initializers.zeros)
 
     @property
     def _inner_taps(self) -> tuple[int, ...]:
@@ -352,15 +339,15 @@ class Generator(nn.Module):
         )
         return self.token_dropout(spread(x, "batch", None, None))
 
-    def _run(self, x_BxTxD, cache=None, position=None):
-        """All blocks. Returns (x, {tap: state}, the new keys and values or None)."""
+    def _run(self, x_BxTxD):
+        """All blocks. Returns x and {tap: state}."""
         tapped = tuple(jnp.zeros_like(x_BxTxD) for _ in self._inner_taps)
         numbers = jnp.arange(1, self.config.num_layers + 1)
-        (x, tapped, _), new = self.layers((x_BxTxD, tapped, position), (numbers, cache))
+        (x, tapped, _), _ = self.layers((x_BxTxD, tapped, None), (numbers, None))
         taps = dict(zip(self._inner_taps, tapped, strict=True))
         if self.config.num_layers in self.taps:
             taps[self.config.num_layers] = x
-        return x, taps, new
+        return x, taps
 
     def __call__(self, codes_BxT, labels_B):
         """Next-token logits of all positions at once.
@@ -374,37 +361,18 @@ class Generator(nn.Module):
             logits (B, 1 + T, V) in the compute dtype, and {tap: (B, 1 + T, D) float32}, the raw
             residual stream after each block in `taps`.
         """
-        x, taps, _ = self._run(self.embed(codes_BxT, labels_B))
-        logits = self.output(self.norm(x).reshape(-1, x.shape[-1]))
+        x, taps = self._run(self.embed(codes_BxT, labels_B))
+        logits = self.head(x.reshape(-1, x.shape[-1]))
         logits = logits.reshape(*x.shape[:2], self.config.vocab_size)
         return spread(logits, "batch", None, "features"), taps
 
-    def decode(self, codes_B, labels_B, cache, position):
-        """One step of cached generation.
+    def embed_one(self, codes_B, labels_B, position):
+        """The input at one position, (B, D) float32: the class at 0, else the token just drawn."""
+        return jnp.where(position == 0, self.cls_embedding(labels_B), self.tok_embeddings(codes_B))
 
-        Args:
-            codes_B: int, the token just drawn (ignored at position 0).
-            labels_B: int, classes (used at position 0 alone).
-            cache: (k, v), each (N, B, H, L, d), as from `empty_cache`.
-            position: int scalar, the sequence position to consume.
-
-        Returns:
-            logits (B, V) float32 for the token at `position`, and the cache with it added.
-        """
-        x_BxD = jnp.where(position == 0, self.cls_embedding(labels_B), self.tok_embeddings(codes_B))
-        x, _, new = self._run(x_BxD[:, None], cache, position)
-        # One write for all layers, in place when the cache is a loop's carry.
-        cache = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, fresh[:, :, :, None], position, axis=3)
-            for old, fresh in zip(cache, new, strict=True)
-        )
-        return self.output(self.norm(x)[:, 0]).astype(jnp.float32), cache
-
-
-def empty_cache(config: GeneratorConfig, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """Zero keys and values, each (N, B, H, L, d) in the compute dtype."""
-    shape = (config.num_layers, batch_size, config.num_heads, config.length, config.head_dim)
-    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    def head(self, x_MxD):
+        """Final norm and logits (M, V) in the compute dtype."""
+        return self.output(self.norm(x_MxD))
 
 
 def hidden_states(

@@ -69,6 +69,7 @@ class DinoTeacher(nn.Module):
             patch; the other side follows the token grid. 0 gives every token one patch.
         layer: the block, from 1, whose output is used; 0 for the last.
         dtype: of the matrix products.
+        attention: the kernel, of attention.KERNELS.
     """
 
     grid: tuple[int, int]
@@ -76,6 +77,7 @@ class DinoTeacher(nn.Module):
     image_size: int = 0
     layer: int = 0
     dtype: str = "float32"
+    attention: str = "auto"
 
     @property
     def features(self) -> int:
@@ -101,7 +103,7 @@ class DinoTeacher(nn.Module):
             images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
         height, width = (side * self.config.patch for side in self.patches)
         images = dinov2.preprocess(images_BxHxWxC, (height, width))
-        network = dinov2.DinoV2(self.config, self.dtype, name="network")
+        network = dinov2.DinoV2(self.config, self.dtype, self.attention, name="network")
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
             features = network(images, self.layer)[0]

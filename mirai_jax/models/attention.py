@@ -1,0 +1,175 @@
+"""Softmax attention over whole sequences: the platform's fused kernel where it has one, else XLA.
+
+Fused kernels never write the (T, T) scores to memory, forward or backward. Which one runs is
+settled when the program is lowered: cuDNN's on NVIDIA GPUs (from compute capability 8.0), JAX's
+splash attention on TPUs (from v4), for bfloat16 and at least 128 positions. All else is XLA's:
+float32, which is to agree with the official code, short sequences, CPUs, and several devices
+without the training mesh or with one that does not divide the batch and the heads.
+
+Shape letters: B batch, T positions, H heads, d channels of a head.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mirai_jax.models import placement
+
+KERNELS = ("auto", "xla")
+
+_QUERY_BLOCK = 128  # XLA, causal: queries at once; a block reads the keys up to its own end alone
+_TILE = 128  # the fused kernels' unit of length
+_LARGEST_BLOCK = 640  # queries or keys at once on a TPU: of float32 scores its memory holds some
+
+
+def attend(
+    q_BxTxHxd: jax.Array,
+    k_BxTxHxd: jax.Array,
+    v_BxTxHxd: jax.Array,
+    *,
+    causal: bool,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Attention of all positions at once, differentiable; scores are scaled by d ** -0.5.
+
+    Args:
+        q_BxTxHxd, k_BxTxHxd, v_BxTxHxd: of one shape and floating dtype.
+        causal: whether a position sees itself and those before it alone.
+        kernel: "auto", or "xla" for no fused kernel.
+
+    Returns:
+        (B, T, H, d) in the inputs' dtype; the softmax is float32.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"attention kernel is {kernel!r}, must be one of {', '.join(KERNELS)}")
+    xla = functools.partial(_xla, causal=causal)
+    fused = _fused(q_BxTxHxd, causal) if kernel == "auto" else {}
+    if not fused:
+        return xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd)
+    # What any branch stores for the backward pass, all of them return: XLA's is to store nothing.
+    xla = jax.checkpoint(xla, prevent_cse=False)
+    return jax.lax.platform_dependent(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, default=xla, **fused)
+
+
+def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
+    """{platform: its fused kernel}, empty where none fits.
+
+    One platform at most, for the reason given in `attend`: the one of this installation of JAX.
+    """
+    _, length, _, head_dim = q_BxTxHxd.shape
+    if q_BxTxHxd.dtype != jnp.bfloat16 or length < _TILE or head_dim > 128:
+        return {}
+    if _has_cudnn(q_BxTxHxd):
+        platform, kernel = "cuda", _cudnn
+    elif _has_splash():
+        platform, kernel = "tpu", _splash
+    else:
+        return {}
+    kernel = functools.partial(kernel, causal=causal)
+    kernel = placement.per_device(kernel, q_BxTxHxd.shape, "batch", None, "heads", None)
+    return {} if kernel is None else {platform: kernel}
+
+
+# XLA ----------------------------------------------------------------------------------------------
+
+
+def _xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
+    # Heads lead the matrix products: about twice as fast on CPU as with T leading.
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
+    length, scale = q.shape[2], q.shape[-1] ** -0.5
+    size = _QUERY_BLOCK if causal else length
+    blocks = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        scores = scale * jnp.einsum(
+            "bhtd,bhsd->bhts", q[:, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32
+        )
+        if causal:
+            scores = jnp.where(np.tri(end - start, end, start, dtype=bool), scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        blocks.append(jnp.einsum("bhts,bhsd->bhtd", weights, v[:, :, :end]))
+    return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)
+
+
+# NVIDIA GPUs --------------------------------------------------------------------------------------
+
+
+def _cudnn(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
+    batch, length, _, head_dim = q_BxTxHxd.shape
+    q, k, v = (_pad(x, 3, 8) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
+    # At part of a tile some versions' backward passes read past the end (NaN), but where told it.
+    lengths = jnp.full((batch,), length, jnp.int32) if length % _TILE else None
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=head_dim**-0.5,
+        is_causal=causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return out[..., :head_dim]
+
+
+def _has_cudnn(q_BxTxHxd: jax.Array) -> bool:
+    """Whether JAX can lower cuDNN's attention here, and all GPUs here (if any) can run it."""
+    x = jax.ShapeDtypeStruct(q_BxTxHxd.shape, q_BxTxHxd.dtype)
+    try:
+        jax.eval_shape(functools.partial(_cudnn, causal=True), x, x, x)
+    except (RuntimeError, NotImplementedError):  # there is no cuDNN, or it is too old
+        return False
+    gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
+    return all(float(gpu.compute_capability) >= 8 for gpu in gpus)
+
+
+# TPUs ---------------------------------------------------------------------------------------------
+
+
+def _splash(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
+    # Imported where it is used: no other platform need wait for it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    _, length, heads, head_dim = q_BxTxHxd.shape
+    q = q_BxTxHxd * jnp.asarray(head_dim**-0.5, q_BxTxHxd.dtype)
+    q, k, v = (
+        _pad(_pad(x, 1, _TILE), 3, 64).transpose(0, 2, 1, 3) for x in (q, k_BxTxHxd, v_BxTxHxd)
+    )
+    padded = q.shape[2]
+    if causal:  # what is padded comes after all that counts
+        mask = splash.CausalMask((padded, padded))
+    elif padded == length:
+        mask = splash.FullMask((padded, padded))
+    else:
+        mask = splash.NumpyMask(np.broadcast_to(np.arange(padded) < length, (padded, padded)))
+    block = max(n for n in range(_TILE, _LARGEST_BLOCK + 1, _TILE) if padded % n == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        use_fused_bwd_kernel=True,
+    )
+    mask = splash.splash_attention_mask.MultiHeadMask([mask] * heads)
+    run = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+    with jax.default_matmul_precision("bfloat16"):  # the kernels know no precision between
+        out = jax.vmap(run)(q, k, v)
+    return out.transpose(0, 2, 1, 3)[:, :length, :, :head_dim]
+
+
+def _has_splash() -> bool:
+    """Whether all TPUs here (if any) multiply bfloat16 within a kernel: from v4 on."""
+    return not {device.device_kind for device in jax.local_devices()} & {"TPU v2", "TPU v3"}
+
+
+def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Zeros appended to an axis up to the next multiple."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)
