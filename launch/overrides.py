@@ -15,7 +15,6 @@ from mirai_jax.errors import ConfigError
 
 Entry = dict[str, Any]
 
-FIELD = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 _LONGEST = 100  # letters of a name
 _TAKEN = ("jobs", "jobs.json", "lock", "table.md", "table.csv", "timing.csv", "curves.png")
 

@@ -20,8 +20,8 @@ from absl import app, flags
 
 from launch import curves, jobs, plan, results, slurm
 from launch.board import Board
-from launch.overrides import FIELD
 from mirai_jax import cli
+from mirai_jax.config_file import FIELD
 from mirai_jax.errors import ConfigError, Preempted
 
 _FLAGS = cli.flag_values(__name__)

@@ -6,9 +6,12 @@ an accelerator should need no more.
 """
 
 import dataclasses
+import time
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mirai_jax import frozen, parts, sharding, step
 from mirai_jax.config import Settings
@@ -42,8 +45,43 @@ class Plan:
         return [f"  {name:<12}{size / 2**20:10,.1f} MiB" for name, size in rows.items()]
 
 
-def plan(settings: Settings, devices: list[jax.Device]) -> Plan:
-    """Compiles the step of a config, with all of its terms, for a mesh of `devices`.
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """The step of a config, all of its terms active, compiled ahead of time.
+
+    Attributes:
+        mesh: of the devices.
+        recipe: of the step.
+        state, frozen, batch: shapes, dtypes and shardings of what it takes.
+        run: the program: (state, frozen, batch) -> (state, metrics); the state is donated.
+        seconds: that tracing and compiling took.
+    """
+
+    mesh: Mesh
+    recipe: step.Recipe
+    state: step.TrainState
+    frozen: dict[str, Any]
+    batch: dict[str, jax.ShapeDtypeStruct]
+    run: jax.stages.Compiled
+    seconds: float
+
+    @property
+    def plan(self) -> Plan:
+        analysis = self.run.memory_analysis()
+        # Donated: what comes out takes the place of what went in.
+        beyond = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return Plan(
+            parameters=_share(self.state.params),
+            ema=_share(self.state.ema),
+            optimizer=_share(self.state.opt_state),
+            frozen=_share(self.frozen),
+            batch=_share(self.batch),
+            temporary=analysis.temp_size_in_bytes + max(0, beyond),
+        )
+
+
+def compile_step(settings: Settings, devices: list[jax.Device]) -> CompiledStep:
+    """Compiles the step of a config for a mesh of `devices`.
 
     No data is read, nor the weights of published teachers.
 
@@ -51,31 +89,26 @@ def plan(settings: Settings, devices: list[jax.Device]) -> Plan:
         ConfigError: a file that shapes depend on (another run as teacher) cannot be read.
     """
     mesh = sharding.make_mesh(settings.mesh, devices)
-    recipe, frozen_shapes = _recipe(settings)
-    make = lambda: step.init_state(recipe, jax.random.key(0))  # noqa: E731
-    shapes = jax.eval_shape(make)
+    recipe, frozen_shapes = recipe_and_frozen(settings)
+    shapes = jax.eval_shape(lambda: step.init_state(recipe, jax.random.key(0)))
     state_sharding = sharding.shardings(shapes, mesh)
     state = _placed(shapes, state_sharding)
     fixed = _placed(frozen_shapes, sharding.replicated(mesh))
     batch = _placed(_batch(settings, recipe), sharding.batch_sharding(mesh))
     jitted = step.jit_train_step(recipe, state_sharding, sharding.batch_sharding(mesh))
+    begun = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = jitted.lower(state, fixed, batch, tuple(True for _ in recipe.terms)).compile()
-    analysis = compiled.memory_analysis()
-    # Donated: what comes out takes the place of what went in.
-    beyond = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return Plan(
-        parameters=_share(state.params),
-        ema=_share(state.ema),
-        optimizer=_share(state.opt_state),
-        frozen=_share(fixed),
-        batch=_share(batch),
-        temporary=analysis.temp_size_in_bytes + max(0, beyond),
-    )
+        run = jitted.lower(state, fixed, batch, tuple(True for _ in recipe.terms)).compile()
+    return CompiledStep(mesh, recipe, state, fixed, batch, run, time.perf_counter() - begun)
 
 
-def _recipe(settings: Settings) -> tuple[step.Recipe, dict]:
-    """The recipe, and the shapes of what is frozen in it."""
+def plan(settings: Settings, devices: list[jax.Device]) -> Plan:
+    """What the step of a config needs on each of `devices`; see `compile_step`."""
+    return compile_step(settings, devices).plan
+
+
+def recipe_and_frozen(settings: Settings) -> tuple[step.Recipe, dict]:
+    """The recipe of a config, and the shapes of what is frozen in it (weights where they are at hand)."""
     shapes, teacher, tokenizer = {}, None, None
     if settings.needs_images and not settings.teacher.cached:
         teacher, shapes["bidirectional"] = frozen.teacher_shapes(settings)

@@ -60,7 +60,7 @@ def short(module):
     return module.removeprefix(PACKAGE + ".")
 
 
-PROGRAMS = ("main", "convert", "extract", "sample", "evaluate")
+PROGRAMS = ("main", "convert", "extract", "sample", "evaluate", "bench")
 MODELS = [m for m in MODULES if m.startswith(PACKAGE + ".models.")]
 
 
@@ -111,7 +111,7 @@ def test_models_import_models_alone(module):
 
 
 def test_foresight_and_optimizer_import_nothing_of_the_project():
-    allowed = {"jax", "flax", "numpy", "optax", "dataclasses", "typing"}
+    allowed = {"jax", "flax", "numpy", "optax", "collections", "dataclasses", "typing"}
     for module in ("foresight", "optimizer", "sharding"):
         assert inside(f"{PACKAGE}.{module}") == set(), module
     assert outside(f"{PACKAGE}.foresight") <= allowed
