@@ -163,6 +163,8 @@ def run(overrides: list[str]) -> dict[str, Any]:
         ConfigError: one line.
     """
     chosen = set(_MEASURE.value) - {"compile"}
+    if "parts" in chosen and "step" not in chosen:
+        raise ConfigError("--measure=parts goes with --measure=step, whose state they use")
     devices, found = jax.devices(), read_settings(overrides)
     first = next(iter(found.values()))
     sample_batch = _SAMPLE_BATCH.value or (1 if devices[0].platform == "cpu" else 64)
@@ -173,7 +175,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
     if chosen:
         results["roofs"] = roofs(first, devices)
     works = {}
-    for name, settings in found.items():
+    for name, settings in found.items() if set(_MEASURE.value) & {"compile", "step"} else ():
         say(f"{name}: compiling its step")
         works[name] = work = bench_work.Work(settings, devices)
         results["variants"][name] = work.facts()
@@ -184,7 +186,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
     tasks = {}
     if "step" in chosen:
         tasks = {f"step {name}": work.step for name, work in works.items()}
-    if "parts" in chosen and "step" in chosen:
+    if "parts" in chosen:
         for name, work in works.items():
             say(f"{name}: compiling its parts")
             tasks |= {f"part {name} {part}": task for part, task in work.parts().items()}

@@ -40,7 +40,7 @@ def lines(results: Mapping[str, Any]) -> list[str]:
         f"{about['devices']} x {about['device']}{cores}; jax {about['versions']['jax']}",
         "",
     ]
-    told += _table(results)
+    told += _table(results) if results["variants"] else []
     told += _sampler(results)
     if "input" in results:
         speed = results["input"]["images_per_second"]
@@ -174,6 +174,7 @@ def _input_share(results: Mapping[str, Any], speed: float) -> str:
 def figure(results: Mapping[str, Any], path: pathlib.Path) -> None:
     """Steps beside each other with their parts, the peer's beside them, and the sampler below its roof."""
     import matplotlib
+    import matplotlib.patches
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -185,7 +186,12 @@ def figure(results: Mapping[str, Any], path: pathlib.Path) -> None:
     _draw_steps(left, variants, results)
     _draw_sampler(right, results)
     if variants:
-        fig.legend(loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+        colours = {"the whole step": "#444"}
+        colours |= {f"{part} alone": colour for part, colour in _COLOURS.items()}
+        if any(f"step {name}" in results.get("peer_seconds", {}) for name in variants):
+            colours["official PyTorch"] = _PEER
+        patches = [matplotlib.patches.Patch(color=c, label=text) for text, c in colours.items()]
+        fig.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     about = results["about"]
     fig.suptitle(
         f"{about['scale']}, batch {about['batch_size']}, {about['generator']['dtype']}, "
@@ -197,24 +203,18 @@ def figure(results: Mapping[str, Any], path: pathlib.Path) -> None:
     plt.close(fig)
 
 
+_PEER = "#c8553d"
 _COLOURS = {
     "student": "#3b6ea5", "teacher": "#e0a33e", "projectors": "#7ea45b", "optimizer": "#9a86b8",
 }  # fmt: skip
 
 
 def _draw_steps(axes: Any, variants: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    peers, titles, told = results.get("peer_seconds", {}), [], set()
-
-    def label(text: str) -> str | None:
-        """Each text once, for the legend."""
-        new = text not in told
-        told.add(text)
-        return text if new else None
-
+    peers, titles = results.get("peer_seconds", {}), []
     place = 0.0
     for name, found in variants.items():
         whole = median(found["step_seconds"])
-        axes.barh(place, whole, color="#444", label=label("the whole step"))
+        axes.barh(place, whole, color="#444")
         axes.text(whole, place, f" {_time(whole)}", va="center", fontsize=9)
         titles.append((place, name))
         place += 1
@@ -222,16 +222,14 @@ def _draw_steps(axes: Any, variants: Mapping[str, Any], results: Mapping[str, An
         for part in PARTS:
             taken = _middle(found.get("part_seconds", {}).get(part))
             if taken is not None:
-                axes.barh(
-                    place, taken, left=begin, color=_COLOURS[part], label=label(f"{part} alone")
-                )
+                axes.barh(place, taken, left=begin, color=_COLOURS[part])
                 begin += taken
         if begin:
             titles.append((place, "its parts"))
             place += 1
         theirs = _middle(peers.get(f"step {name}"))
         if theirs is not None:
-            axes.barh(place, theirs, color="#c8553d", label=label("official PyTorch"))
+            axes.barh(place, theirs, color=_PEER)
             axes.text(theirs, place, f" {_time(theirs)}", va="center", fontsize=9)
             titles.append((place, "PyTorch"))
             place += 1
@@ -254,7 +252,7 @@ def _draw_sampler(axes: Any, results: Mapping[str, Any]) -> None:
     bars = {"here": (speed, "#444")}
     theirs = results.get("peer_seconds", {}).get("sample")
     if theirs is not None:
-        bars["PyTorch"] = (found["images"] * found["tokens"] / median(theirs), "#c8553d")
+        bars["PyTorch"] = (found["images"] * found["tokens"] / median(theirs), _PEER)
     for name, (height, colour) in bars.items():
         axes.bar(name, height, color=colour, width=0.6)
         axes.text(

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 
@@ -50,7 +50,8 @@ class Progress:
     def line(self) -> str:
         seconds = time.monotonic() - self._begun
         speed = (self._done - self._first) / max(seconds, 1e-9)
-        text = f"{self._done:,}/{self._total:,} {self._unit}  {speed:.1f} {self._unit}/s"
+        told = f"{speed:.1f}" if speed >= 1 else f"{speed:.2g}"
+        text = f"{self._done:,}/{self._total:,} {self._unit}  {told} {self._unit}/s"
         if speed and self._done < self._total:
             text += f"  {duration((self._total - self._done) / speed)} left"
         return text
@@ -62,6 +63,31 @@ class Progress:
         text = f"\r\033[K{self.line()}{end}" if self._live else f"{self.line()}\n"
         self._stream.write(text)
         self._stream.flush()
+
+
+class Stopwatch:
+    """Seconds of training alone: `pause` leaves out what happens until `resume`."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._begun, self._sum, self._waited = clock, clock(), 0.0, 0.0
+
+    def pause(self) -> None:
+        self._sum += self._clock() - self._begun
+
+    def resume(self) -> None:
+        self._begun = self._clock()
+
+    def waited(self, seconds: float) -> None:
+        """So many of the seconds that pass here were waited for data."""
+        self._waited += seconds
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and the share of them, 0 to 1, that was waited."""
+        self.pause()
+        self.resume()
+        seconds, share = self._sum, min(1.0, self._waited / max(self._sum, 1e-9))
+        self._sum = self._waited = 0.0
+        return seconds, share
 
 
 def progress_line(
@@ -80,6 +106,7 @@ def progress_line(
         *heads,
         f"grad {metrics['grad_norm']:.2f}",
         f"{metrics['images_per_second']:.0f} img/s",
+        f"wait {metrics['wait_share']:.0%}",
         *([] if left is None else [f"{duration(left)} left"]),
     ]
     return "  ".join(parts)

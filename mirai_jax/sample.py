@@ -12,26 +12,22 @@ ends with the same bytes. Several hosts share the work with `--process_index` of
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from mirai_jax import cli, coding, files, frozen, report, sampler, weights
+from mirai_jax import cli, files, frozen, report, sampler, weights
 from mirai_jax.errors import ConfigError, DataError, first_line
-from mirai_jax.models import tokenizer as tokenizer_lib
-from mirai_jax.models.dinov2 import resize_bicubic
-from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.painter import Painter, Source
 from mirai_jax.progress import Progress
 
 _FLAGS = cli.flag_values(__name__)
@@ -95,25 +91,6 @@ _COUNT = flags.DEFINE_integer(
 
 _PART = 500  # images a file until all are there; fixed, so that stops leave no trace
 _GRID = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What is sampled from.
-
-    Attributes:
-        config: of the generator.
-        params: its parameters, float32.
-        tokenizer: decodes.
-        tokenizer_params: its parameters.
-        about: where they came from, for the protocol.
-    """
-
-    config: GeneratorConfig
-    params: Any
-    tokenizer: Any
-    tokenizer_params: Any
-    about: dict[str, Any]
 
 
 def of_workdir(workdir: str, step: int | None, state: str, tokenizer_path: str | None) -> Source:
@@ -192,67 +169,6 @@ def make_labels(how: str, count: int, num_classes: int, seed: int) -> np.ndarray
     return ids[indices % len(ids)].astype(np.int32)
 
 
-class Painter:
-    """Draws images: (labels, indices) -> uint8, over all local devices.
-
-    Each device runs the same program on `batch_size` images, so that their number and what else is
-    drawn do not change an image.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        options: sampler.SampleOptions,
-        seed: int,
-        batch_size: int,
-        resize: int = 0,
-        devices: list[jax.Device] | None = None,
-    ):
-        devices = jax.local_devices() if devices is None else devices
-        mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
-        self._batch = batch_size * len(devices)
-        self._params = jax.device_put(source.params, NamedSharding(mesh, P()))
-        self._key = jax.random.fold_in(jax.random.key(seed), 0)
-        draw = functools.partial(sampler.generate, source.config, options=options)
-        self._draw = jax.jit(
-            jax.shard_map(
-                draw, mesh=mesh, in_specs=(P(), P("batch"), P("batch")), out_specs=P("batch"),
-                check_vma=False,
-            )
-        )  # fmt: skip
-        # On the device once: a VQ's weights are larger than what is decoded at a time.
-        self._tokenizer_params = jax.device_put(source.tokenizer_params, devices[0])
-        self._pixels = jax.jit(functools.partial(_pixels, source.tokenizer, resize))
-        side = source.config.grid[0] * source.tokenizer.downsample
-        self._decoded = min(64, coding.images_at_once(side, side))
-
-    def __call__(self, labels_N: np.ndarray, indices_N: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3)."""
-        count, codes = len(labels_N), []
-        for start in range(0, count, self._batch):
-            # A last batch is filled up: one shape, one compilation.
-            some = np.resize(indices_N[start : start + self._batch], self._batch)
-            labels = np.resize(labels_N[start : start + self._batch], self._batch)
-            keys = sampler.image_keys(self._key, some)
-            codes.append(self._draw(self._params, jnp.asarray(labels), keys))
-        codes = np.concatenate([np.asarray(c) for c in codes])[:count]
-        images = []
-        for start in range(0, count, self._decoded):
-            some = codes[start : start + self._decoded]
-            filled = np.resize(some, (self._decoded, some.shape[1]))
-            images.append(np.asarray(self._pixels(self._tokenizer_params, filled))[: len(some)])
-        return np.concatenate(images)
-
-
-def _pixels(module: Any, resize: int, params: Any, codes_BxL: jax.Array) -> jax.Array:
-    images = module.apply({"params": params}, codes_BxL, method="decode")
-    if resize:
-        # As the official sampling script brings 384 to 256: torch's bicubic.
-        images = resize_bicubic(images, (resize, resize))
-    images = tokenizer_lib.to_uint8(images)
-    return jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One folder of samples."""
@@ -302,16 +218,23 @@ def begin(out: pathlib.Path, labels: np.ndarray, protocol: dict[str, Any]) -> Jo
     return Job(out, labels, protocol)
 
 
-def draw(job: Job, paint: Callable, parts: list[int], progress: Progress) -> None:
-    """Draws those of the parts that are not there."""
-    for k in parts:
-        if job.part(k).exists():
-            continue
-        indices = job.indices(k)
-        images = paint(job.labels[indices], indices)
+def draw(job: Job, paint: Callable, parts: Iterable[int], progress: Progress) -> None:
+    """Draws those of the parts that are not there.
+
+    Args:
+        job: whose parts.
+        paint: takes labels and indices, and gives their images. Where it has a `stream`, as a
+            Painter has, that is told of all parts at once: the devices go on while one is written.
+        parts: their numbers.
+        progress: is told of every part.
+    """
+    parts = [k for k in parts if not job.part(k).exists()]
+    asked = [(job.labels[job.indices(k)], job.indices(k)) for k in parts]
+    stream = getattr(paint, "stream", functools.partial(itertools.starmap, paint))
+    for k, images in zip(parts, stream(asked), strict=True):
         with files.replacing(job.part(k)) as file:
             np.save(file, images)
-        progress.advance(len(indices))
+        progress.advance(len(images))
 
 
 def finish(job: Job) -> bool:

@@ -25,13 +25,13 @@ from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import Checkpoints, last_whole, steps_in
 from mirai_jax.data import WorkerDied
 from mirai_jax.errors import ConfigError, Lost, Preempted, TrainingError, first_line
+from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same
-from mirai_jax.progress import progress_line
+from mirai_jax.progress import Stopwatch, progress_line
 from mirai_jax.step import make_train_step
 from mirai_jax.workdir import (
     MetricsWriter,
-    Stopwatch,
     check_workdir,
     note_event,
     open_workdir,
@@ -41,7 +41,6 @@ from mirai_jax.workdir import (
 Say = Callable[[str], None]
 
 SKIPPED_IN_A_ROW = 20  # updates left out before the run stops all the same (nonfinite 'skip')
-WORKER_DEATHS = 3  # data workers started again within 1,000 steps before the run stops
 
 
 def train(
@@ -126,7 +125,8 @@ class _Run:
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         say(f"devices: {mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}")
         self.frozen = sharding.place(parts.frozen, sharding.replicated(mesh))
-        self.batches = iter(parts.batches)
+        self.watch = Stopwatch()
+        self.feed = Feed(parts.batches, self._put, self.watch, guard.doing, self._worker_died)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             every=settings.checkpoint_every,
@@ -135,13 +135,12 @@ class _Run:
         )
         self.writer: MetricsWriter | None = None  # the first process's
         self.spikes, self.skipped_in_a_row = SpikeDetector(), 0
-        self.worker_deaths: list[int] = []  # batches
 
     def run(self, initial: Any) -> None:
         """Begins (with the weights `initial`, or None) or goes on, trains what is left, finishes."""
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
         with contextlib.ExitStack() as closing:
-            closing.callback(self.batches.close)
+            closing.callback(self.feed.close)
             closing.callback(self.checkpoints.close)
             self.preemption = Preemption()
             closing.callback(self.preemption.close)
@@ -174,7 +173,7 @@ class _Run:
         self.state, self.state_sharding, begun = beginning.begin(
             self.parts, self.mesh, self.checkpoints, self.say, self._happened, initial
         )
-        self.batches.set_state({"next_index": begun})
+        self.feed.begin(begun)
         if begun:
             self._note("resumed", step=begun)
             return begun
@@ -190,8 +189,7 @@ class _Run:
         train_step = make_train_step(
             recipe, self.state_sharding, sharding.batch_sharding(self.mesh)
         )
-        self.watch, self.lap_steps, self.step_seconds = Stopwatch(), 0, 0.0
-        active = None
+        self.lap_steps, active = 0, None
         self.waiting: tuple[int, Any] | None = None  # a step dispatched and not yet looked at
         for i in range(begin, settings.num_steps):
             now_active = foresight.active_terms(recipe.terms, i, recipe.steps_per_epoch)
@@ -200,14 +198,17 @@ class _Run:
                 self._log()
                 self._tell_compile(i, now_active)
                 self.watch.lap()
-            batch = sharding.put_batch(self._next_batch(i), self.mesh, settings.batch_size)
+            batch = self.feed.take(i)
             self.guard.doing(f"step {i + 1}, waiting for the devices")
             self.state, metrics = train_step(self.state, self.frozen, batch, i)
+            if i + 1 < settings.num_steps:
+                self.feed.ahead(i + 1, metrics)
             self._log()  # a step late, so that the device always has one queued
             self.waiting = (i + 1, metrics)
             if compiles:  # its seconds are its own: speed is told without them
                 jax.block_until_ready(metrics)
-                self.step_seconds, self.lap_steps = self.watch.lap(), -1
+                self._lap(1)
+                self.lap_steps = -1
             stop = self.preemption.reached()
             samples = settings.sample_every and (i + 1) % settings.sample_every == 0
             due = self.checkpoints.due(i + 1)
@@ -224,20 +225,12 @@ class _Run:
                 self.watch.resume()
         self._log()
 
-    def _next_batch(self, index: int) -> dict[str, np.ndarray]:
-        """This process's rows; readers that died are started again, a few times."""
-        self.guard.doing(f"step {index + 1}, waiting for its batch")
-        while True:
-            try:
-                return next(self.batches)
-            except WorkerDied as error:
-                recent = [died for died in self.worker_deaths if died > index - 1000]
-                self.worker_deaths = [*recent, index]
-                if len(self.worker_deaths) > WORKER_DEATHS:
-                    raise
-                print(f"{self._who()}{error}; started again", file=sys.stderr, flush=True)
-                self._note("worker_died", step=index + 1)
-                self.batches.set_state({"next_index": index})
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return sharding.put_batch(batch, self.mesh, self.settings.batch_size)
+
+    def _worker_died(self, error: WorkerDied, index: int) -> None:
+        print(f"{self._who()}{error}; started again", file=sys.stderr, flush=True)
+        self._note("worker_died", step=index + 1)
 
     def _save(self, step: int) -> None:
         self.guard.doing(f"the checkpoint of step {step}")
@@ -304,6 +297,7 @@ class _Run:
         if self.waiting is None:
             return
         (step, metrics), self.waiting = self.waiting, None
+        self.guard.doing(f"step {step}, waiting for the devices")
         settings = self.settings
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.lap_steps += 1
@@ -320,12 +314,18 @@ class _Run:
         values = first | values
         left = None
         if self.lap_steps > 0:
-            self.step_seconds, self.lap_steps = self.watch.lap() / self.lap_steps, 0
+            self._lap(self.lap_steps)
             left = self.step_seconds * (settings.num_steps - step)
         values["images_per_second"] = settings.batch_size / self.step_seconds
+        values["wait_share"] = self.wait_share
         if self.writer:
             self.writer.step(step, values)
         self.say(progress_line(step, settings.num_steps, values, left))
+
+    def _lap(self, steps: int) -> None:
+        """Ends a lap of so many steps."""
+        seconds, self.wait_share = self.watch.lap()
+        self.step_seconds, self.lap_steps = seconds / steps, 0
 
     def _not_finite(self, step: int, values: Mapping[str, float]) -> None:
         """Writes down the batch of such a step; ends the run unless updates may be skipped."""

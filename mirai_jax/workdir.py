@@ -2,6 +2,8 @@
 
 config.json      the whole config
 metrics.jsonl    one JSON object a logged step; also as TensorBoard event files
+                 (wait_share: of the time since the last one, what the devices stood still waiting for
+                 a batch, as the first process sees its own; 0 to 1)
 events.jsonl     starts, stops and whatever else happened to the run, with the time
 tokenizer.npz    the tokenizer, where the run fitted one
 parts.json       checksums of data and frozen networks, which a continued run must have too
@@ -44,6 +46,7 @@ RESUMABLE = (
     "teacher.path",
     "model.unroll",
     "model.remat",
+    "model.attention",  # but for rounding
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -203,23 +206,3 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
-
-
-class Stopwatch:
-    """Seconds of training alone: `pause` leaves out what happens until `resume`."""
-
-    def __init__(self):
-        self._begun, self._sum = time.perf_counter(), 0.0
-
-    def pause(self) -> None:
-        self._sum += time.perf_counter() - self._begun
-
-    def resume(self) -> None:
-        self._begun = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        self.pause()
-        self.resume()
-        seconds, self._sum = self._sum, 0.0
-        return seconds

@@ -48,7 +48,7 @@ def outcome(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     for entry in metrics:
-        entry.pop("images_per_second")
+        del entry["images_per_second"], entry["wait_share"]
     return metrics, restore_weights(workdir / "checkpoints")[0]
 
 

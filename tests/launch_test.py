@@ -611,7 +611,7 @@ def test_slurm_directives_come_before_any_command():
     assert {"#SBATCH --signal=TERM@120", "#SBATCH --requeue"} <= set(directives)
 
 
-@pytest.mark.parametrize("script", [TPU, SLURM])
+@pytest.mark.parametrize("script", [TPU, SLURM, ROOT / "launch" / "bench_gpu.sh"])
 def test_shellcheck(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"

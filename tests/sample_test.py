@@ -234,6 +234,33 @@ def test_images_depend_on_neither_batch_nor_devices_nor_how_many(source):
     assert (other != images[:64]).any(axis=(1, 2, 3)).all()
 
 
+def test_a_batch_is_begun_before_the_one_before_is_fetched_also_across_parts(
+    source, tmp_path, small_parts
+):
+    events = []
+
+    class Noting(sample.Painter):
+        def begin(self, labels, indices):
+            events.append("begin")
+            return super().begin(labels, indices)
+
+        def fetch(self, begun):
+            events.append("fetch")
+            return super().fetch(begun)
+
+    class Written(Progress):
+        def advance(self, count):
+            events.append("written")
+
+    painter = Noting(source, GUIDED, 0, 7, devices=jax.devices()[:2])
+    job = job_in(tmp_path)
+    sample.draw(job, painter, [0, 1, 2], Written(50, "images", stream=None))
+    # Batches of 14, parts of 20, 20 and 10: nothing is filled up but the last batch.
+    assert "".join(event[0] for event in events) == "bbf" + "bfw" + "bfw" + "fw"
+    parts = [np.load(job.part(k)) for k in range(3)]
+    np.testing.assert_array_equal(np.concatenate(parts), paint(source, 50, 64, 1))
+
+
 @pytest.mark.slow
 def test_2000_images_byte_for_byte(source):
     jax.config.update("jax_disable_most_optimizations", False)

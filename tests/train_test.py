@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
 from mirai_jax import config as config_lib
-from mirai_jax import memory, progress, records, train, workdir
+from mirai_jax import data, memory, progress, records, train, workdir
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.errors import ConfigError, DataError, Preempted, TrainingError
 
@@ -51,7 +51,7 @@ def run(config, folder, say=None, devices=1):
 
 def without_speed(folder):
     return [
-        {k: v for k, v in entry.items() if k != "images_per_second"}
+        {k: v for k, v in entry.items() if k not in ("images_per_second", "wait_share")}
         for entry in workdir.read_metrics(folder)
     ]
 
@@ -96,13 +96,17 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
     heads = ["foresight_ema_r0c0", "foresight_ema_r0c1", "foresight_ema_r1c0"]
     expected = ["step", "loss", "cross_entropy", *heads, "grad_norm", "images_per_second"]
     assert all(set(expected) <= set(entry) for entry in entries)
+    shown = [line.split("  wait ")[1].split("%")[0] for line in lines if line.startswith("step ")]
+    assert shown == [f"{100 * entry['wait_share']:.0f}" for entry in entries]
+    assert all(0 <= entry["wait_share"] <= 1 for entry in entries)
     for entry in entries:
         started = entry["step"] > 2
         assert all((entry[head] != 0) == started for head in heads)
         foresight = 2.0 * sum(entry[head] for head in heads)
         assert entry["loss"] == pytest.approx(entry["cross_entropy"] + foresight, abs=1e-5)
     assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 8
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    (board,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"wait_share" in board.read_bytes()
     grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert grids == ["step_0000004.png", "step_0000008.png"]
     with Image.open(tmp_path / "samples" / grids[-1]) as picture:
@@ -115,6 +119,32 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
     again = run(config, tmp_path)
     assert any("this run is finished (8 steps)" in line for line in again)
     assert workdir.read_metrics(tmp_path) == entries
+
+
+def test_batches_are_read_one_step_ahead_and_a_bad_one_harms_no_step_before(tmp_path, monkeypatch):
+    events, read = [], data.BatchIterator.__next__
+
+    def noted(batches):
+        index = batches.get_state()["next_index"]
+        if index == 5:
+            raise DataError("batch 5 is bad")
+        events.append(f"batch {index}")
+        return read(batches)
+
+    def say(line):
+        if line.startswith("step "):
+            events.append(f"step {int(line[5:].split('/')[0]) - 1}")
+
+    monkeypatch.setattr(data.BatchIterator, "__next__", noted)
+    run(tiny(llamagen, num_steps=4, checkpoint_every=9), tmp_path / "whole", say)
+    assert [event for event in events if "batch" in event] == [f"batch {i}" for i in range(4)]
+    # Two steps are on the devices when the next batch is read; only then is the first looked at.
+    assert events.index("batch 2") < events.index("step 0")
+    assert events.index("batch 3") < events.index("step 1")
+    with pytest.raises(DataError, match="batch 5 is bad"):
+        run(tiny(llamagen, checkpoint_every=5), tmp_path / "bad", say)
+    assert (tmp_path / "bad" / "checkpoints" / "step_5").is_dir()
+    assert [entry["step"] for entry in without_speed(tmp_path / "bad")] == [1, 2, 3, 4, 5]
 
 
 def test_a_finished_run_without_its_figure_makes_it(tmp_path):

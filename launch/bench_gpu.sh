@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# All of the benchmark that needs a GPU, in one command:
+#
+#   LLAMAGEN=FOLDER MIRAI=FOLDER launch/bench_gpu.sh OUT
+#
+# The two folders (whole paths) are clones of FoundationVision/LlamaGen and y0urOy/Mirai-Code; without
+# them the official code is not run beside ours. OUT receives gpu.json, gpu.png, sampler.json and the logs.
+# PYTHON is the interpreter (default: python), PEER_PYTHON the one with torch (default: the same).
+# More arguments go to the benchmark of the train step: --config.batch_size=128 on a smaller card.
+set -euo pipefail
+if [ $# -lt 1 ] || [[ $1 == -* ]]; then
+  echo "usage: [LLAMAGEN=FOLDER MIRAI=FOLDER] launch/bench_gpu.sh OUT [--config.field=value ...]" >&2
+  exit 1
+fi
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
+# Two programs share the card: neither may take all of its memory at its start.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.6}
+peer=()
+if [ -n "${LLAMAGEN:-}" ]; then
+  peer=(--peer "${PEER_PYTHON:-$python} tests/official_peer.py --llamagen=$LLAMAGEN --mirai=${MIRAI:-}")
+fi
+config=configs/mirai_e.py:imagenet_b
+
+echo "== cuDNN's attention against XLA's"
+if "$python" -c "import pytest" 2>/dev/null; then
+  "$python" -m pytest -q tests/attention_test.py -k cudnn_is_close 2>&1 | tee "$out/attention.log" || true
+else
+  echo "pytest is not installed: not run"
+fi
+echo "== train step: LlamaGen, Mirai-E, Mirai-I; batch 256, bfloat16"
+"$python" -m mirai_jax.bench --config="$config" --compare --measure=step --measure=parts \
+  --repeats=10 --json="$out/gpu.json" --figure="$out/gpu.png" "${peer[@]}" "$@" 2>&1 |
+  tee "$out/step.log"
+echo "== sampling: 1,000 images, 125 at once, guidance 2"
+"$python" -m mirai_jax.bench --config="$config" --measure=sampler --sample_batch="${SAMPLE_BATCH:-125}" --repeats=8 \
+  --json="$out/sampler.json" "${peer[@]}" 2>&1 | tee "$out/sampler.log"
