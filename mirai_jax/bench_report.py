@@ -74,8 +74,8 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         return f"{_total(found) / taken / roofs['peak_flops']:.1%}"
 
     def xla(name: str, found: Mapping[str, Any]) -> str:
-        counted = found.get("xla_flops")
-        return _NOT_RUN if not counted else f"{counted / _total(found):.1%}"
+        share = found.get("xla_share")
+        return _NOT_RUN if share is None else f"{share:.1%}"
 
     def of_plan(name: str, found: Mapping[str, Any]) -> str:
         peak = found.get("peak_bytes")

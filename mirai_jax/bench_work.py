@@ -77,27 +77,39 @@ class Work:
             "compile_seconds": self._compiled.seconds,
             "plan": {**dataclasses.asdict(self.plan), "total": self.plan.total},
             "flops": dataclasses.asdict(counted),
-            "xla_flops": self._xla_flops(),
+            "xla_share": self._xla_share(),
         }
 
-    def _xla_flops(self) -> float | None:
-        """XLA's own count of the step, its loops unrolled: it counts a loop's body once.
+    def _xla_share(self) -> float | None:
+        """XLA's own count of the step's operations over the formula's; None where it has none.
 
-        It counts elementwise work too; and causal attention computes a part of the pairs alone.
+        XLA counts a loop's body once: the generators' are unrolled for it, and an encoder, whose
+        blocks are a loop as well, is left out on both sides. It counts elementwise work too, and of
+        causal attention the pairs that are computed, not all.
         """
-        recipe = self.recipe
+        recipe, settings = self.recipe, self._settings
+        if recipe.tokenizer is not None:
+            return None  # the formula leaves it out
         unrolled = dataclasses.replace(
             recipe.generator, unroll=recipe.generator.num_layers, remat="none", attention="xla"
         )
         recipe = dataclasses.replace(recipe, generator=unrolled, accumulate=1)
-        active = tuple(True for _ in recipe.terms)
         plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-        shapes = jax.tree.map(
+        state, frozen, batch = jax.tree.map(
             plain, (self._compiled.state, self._compiled.frozen, self._compiled.batch)
         )
+        if "image" in batch:
+            shape = (settings.batch_size, recipe.generator.length, recipe.teacher.features)
+            features = jax.ShapeDtypeStruct(shape, np.float32)
+            batch = {"codes": batch["codes"], "label": batch["label"], "features": features}
+        active = tuple(True for _ in recipe.terms)
         run = jax.jit(lambda *args: step.train_step(recipe, *args, active))
-        counted = run.lower(*shapes).cost_analysis()
-        return None if counted is None else counted.get("flops")
+        try:
+            counted = (run.lower(state, frozen, batch).cost_analysis() or {}).get("flops")
+        except (NotImplementedError, jax.errors.JaxRuntimeError):  # not on every platform
+            return None
+        formula = flops.step_flops(recipe, settings.batch_size, cached_features=True)
+        return counted / formula.total if counted else None
 
     def begin(self) -> int | None:
         """Makes state and batch and runs the first steps; returns the most bytes that were in use."""
