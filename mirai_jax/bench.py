@@ -30,9 +30,9 @@ from absl import app, flags
 from mirai_jax import bench_report, bench_work, cli, files, measure
 from mirai_jax import config as config_lib
 from mirai_jax.config_file import parse_config
-from mirai_jax.errors import ConfigError
+from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.measure import Peer, PeerError
-from mirai_jax.models.generator import SIZES
+from mirai_jax.models.generator import SIZES, GeneratorConfig
 from mirai_jax.progress import Progress
 
 _FLAGS = cli.flag_values(__name__)
@@ -42,7 +42,7 @@ _CONFIG = flags.DEFINE_string(
 _COMPARE = flags.DEFINE_bool(
     "compare",
     False,
-    "Measure llamagen.py, mirai_e.py and mirai_i.py beside the config, and say their ratios.",
+    "Measure llamagen.py, mirai_e.py and mirai_i.py of the config's folder, and say their ratios.",
     flag_values=_FLAGS,
 )
 _MEASURE = flags.DEFINE_multi_enum(
@@ -106,9 +106,12 @@ def start_peer(settings: config_lib.Settings, sample_batch: int) -> Peer:
     """The peer, told what it shall do.
 
     Raises:
-        ConfigError: the official code has no such generator.
+        ConfigError: it cannot do what is measured here.
     """
     config = settings.generator
+    if len(jax.devices()) > 1 or jax.default_backend() not in ("cpu", "gpu"):
+        raise ConfigError("--peer: the official code is measured on a CPU or on one GPU alone")
+    _require_official(settings)
     shape = (config.num_layers, config.num_heads, config.width)
     size = next((name for name, known in SIZES.items() if known == shape), None)
     if size is None or config.grid[0] != config.grid[1]:
@@ -129,6 +132,26 @@ def start_peer(settings: config_lib.Settings, sample_batch: int) -> Peer:
     return Peer(_PEER.value, *(f"--{name}={value}" for name, value in told.items()))
 
 
+def _require_official(settings: config_lib.Settings) -> None:
+    """The peer's recipe is fixed: beside another one its numbers would mean nothing."""
+    config, sample = settings.generator, settings.sample
+    official = GeneratorConfig(config.num_layers, config.num_heads, config.width)
+    same = all(
+        getattr(config, name) == getattr(official, name)
+        for name in ("token_dropout", "residual_dropout", "ffn_dropout", "class_dropout")
+    )
+    same &= (sample.temperature, sample.top_k, sample.top_p, sample.greedy) == (1, 0, 1, False)
+    same &= settings.accumulate == 1
+    for term in settings.terms:
+        mine = (term.source, term.level, len(term.offsets), term.projector_width)
+        same &= mine == ("ema", "internal", 3, 2048) and term.student_layer == term.teacher_layer
+    if not same:
+        raise ConfigError(
+            "--peer: dropout, foresight terms, accumulate and sampling must be the official recipe's, "
+            "which is all that it runs"
+        )
+
+
 def about(settings: config_lib.Settings) -> dict[str, Any]:
     """What was measured, where and by which command."""
     device, config = jax.devices()[0], settings.generator
@@ -139,6 +162,7 @@ def about(settings: config_lib.Settings) -> dict[str, Any]:
         "generator": dataclasses.asdict(config),
         "batch_size": settings.batch_size,
         "guidance": settings.sample.guidance,
+        "teacher_dtype": settings.teacher.dtype,
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
         "devices": len(jax.devices()),
@@ -165,8 +189,15 @@ def run(overrides: list[str]) -> dict[str, Any]:
     chosen = set(_MEASURE.value) - {"compile"}
     if "parts" in chosen and "step" not in chosen:
         raise ConfigError("--measure=parts goes with --measure=step, whose state they use")
+    for folder in (os.path.dirname(path) for path in (_JSON.value, _FIGURE.value) if path):
+        if folder and not os.path.isdir(folder):
+            raise ConfigError(f"there is no folder {folder!r} for --json or --figure")
     devices, found = jax.devices(), read_settings(overrides)
     first = next(iter(found.values()))
+    if "parts" in chosen and (first.accumulate > 1 or first.data.online):
+        raise ConfigError(
+            "the parts of a step with accumulate or online codes are not measured: --measure=step"
+        )
     sample_batch = _SAMPLE_BATCH.value or (1 if devices[0].platform == "cpu" else 64)
     peer = start_peer(found.get("mirai_e", first), sample_batch) if _PEER.value else None
     results: dict[str, Any] = {"about": about(first), "variants": {}}
@@ -202,18 +233,20 @@ def run(overrides: list[str]) -> dict[str, Any]:
             say(f"peer: first {task}")
             try:
                 peer(task)
-                tasks[f"peer {name}"] = lambda task=task: peer(task)
             except PeerError as error:
                 refused[name] = str(error)
                 say(f"  {error}")
+            else:
+                tasks[f"peer {name}"] = lambda task=task: peer(task)
     if tasks:
         progress = Progress(_REPEATS.value, "rounds")
         taken = measure.in_turn(tasks, _REPEATS.value, lambda _: progress.advance(1))
         progress.close()
         share_out(results, taken)
         results["peer_refused"] = refused
-        # Once more: where other work slows the machine for a while, it may have done so before.
-        results["roofs"] = roofs(first, devices, results["roofs"])
+        if devices[0].platform == "cpu":
+            # Once more: what else runs there may have slowed it for a while.
+            results["roofs"] = roofs(first, devices, results["roofs"])
     if peer is not None:
         peer.close()
     if _TRACE.value and tasks:
@@ -231,13 +264,14 @@ def run(overrides: list[str]) -> dict[str, Any]:
 def roofs(
     settings: config_lib.Settings, devices: list[jax.Device], before: dict[str, float]
 ) -> dict[str, Any]:
-    """What all devices together can do at most: the best of now and `before` (or of now alone)."""
+    """The most that can be done: operations on all devices together, bytes on one, where the sampler
+    runs. The best of now and `before`, or of now alone."""
     device, dtype, count = devices[0], settings.generator.dtype, len(devices)
     # Simulated devices of a CPU share what it has.
     ways = 1 if device.platform == "cpu" else count
     datasheet = measure.datasheet_rate(device, dtype)
     reached = max(measure.matmul_rate(dtype, device) * ways, before.get("matmul_flops", 0))
-    memory = max(measure.memory_rate(device) * ways, before.get("memory_bytes", 0))
+    memory = max(measure.memory_rate(device), before.get("memory_bytes", 0))
     if _PEAK.value:
         peak, by = _PEAK.value * 1e12, "as --peak_tflops says"
     elif datasheet:
@@ -269,8 +303,11 @@ def share_out(results: dict[str, Any], taken: dict[str, list[float]]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    with cli.program(interrupted="interrupted; nothing was written"):
-        results = run(argv[1:])
+    with cli.program(PeerError, interrupted="interrupted; nothing was written"):
+        try:
+            results = run(argv[1:])
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(f"the devices failed ({first_line(error)[:300]})") from error
         say("")
         say("\n".join(bench_report.lines(results)))
         if _JSON.value:

@@ -36,7 +36,7 @@ def lines(results: Mapping[str, Any]) -> list[str]:
     told = [
         f"{about['scale']}: {config['num_layers']} layers of {config['width']}, "
         f"{config['grid'][0]}x{config['grid'][1]} tokens, {config['vocab_size']} codes; batch {size}, "
-        f"{config['dtype']}, remat {config['remat']}",
+        f"{config['dtype']}, teachers {about['teacher_dtype']}, remat {config['remat']}",
         f"{about['devices']} x {about['device']}{cores}; jax {about['versions']['jax']}",
         "",
     ]
@@ -44,7 +44,9 @@ def lines(results: Mapping[str, Any]) -> list[str]:
     told += _sampler(results)
     if "input" in results:
         speed = results["input"]["images_per_second"]
-        told.append(f"input alone: {speed:,.0f} images/s{_input_share(results, speed)}")
+        told.append(
+            f"input alone, stored codes: {speed:,.0f} images/s{_input_share(results, speed)}"
+        )
     return told
 
 

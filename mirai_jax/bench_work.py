@@ -186,8 +186,9 @@ class Work:
         """In place of the student's, at the tapped layers."""
         generator, place = self.recipe.generator, sharding.batch_sharding(self._compiled.mesh)
         shape = (self._settings.batch_size, generator.length, generator.width)
+        taps = step.taps(self.recipe.terms, tuple(True for _ in self.recipe.terms))
         one = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
-        return _random({tap: one for tap in self.recipe.taps}, {})
+        return _random({tap: one for tap in taps}, {})
 
     def _optimizer(self) -> Callable[[], float]:
         gradients = jax.tree.map(lambda x: 1e-6 * x, self._state.params)
@@ -196,7 +197,8 @@ class Work:
             params, opt_state, ema = step.update(self.recipe, state, gradients)
             return state.replace(params=params, opt_state=opt_state, ema=ema)
 
-        jitted = jax.jit(optimizer, donate_argnums=0)
+        where = jax.tree.map(lambda x: x.sharding, self._compiled.state)
+        jitted = jax.jit(optimizer, donate_argnums=0, out_shardings=where)
 
         def run() -> float:
             with jax.set_mesh(self._compiled.mesh):

@@ -256,17 +256,32 @@ def alignment_losses(
     return jnp.stack(losses)
 
 
+@jax.custom_vjp
 def token_nll(logits_BxLxV: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     """Cross-entropy (nats, float32) of each token.
 
-    Nothing but the logits themselves has to be kept for the gradient, and it comes without a
-    scatter: float32 copies of them exist within fused loops alone.
+    The backward pass finds the logits themselves stored, in their own dtype, and one number a token:
+    float32 copies of the logits exist within fused loops alone.
     """
-    highest = jax.lax.stop_gradient(jnp.max(logits_BxLxV, axis=-1, keepdims=True))
-    shifted = logits_BxLxV.astype(jnp.float32) - highest.astype(jnp.float32)
-    here = jnp.arange(logits_BxLxV.shape[-1]) == tokens_BxL[..., None]
-    own = jnp.sum(jnp.where(here, shifted, 0.0), axis=-1)
-    return jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - own
+    return _nll_forward(logits_BxLxV, tokens_BxL)[0]
+
+
+def _nll_forward(logits, tokens):
+    highest = jnp.max(logits, axis=-1, keepdims=True).astype(jnp.float32)
+    total = jnp.sum(jnp.exp(logits.astype(jnp.float32) - highest), axis=-1, keepdims=True)
+    log_total = highest + jnp.log(total)
+    own = jnp.take_along_axis(logits, tokens[..., None], axis=-1).astype(jnp.float32)
+    return (log_total - own)[..., 0], (logits, tokens, log_total)
+
+
+def _nll_backward(saved, g):
+    logits, tokens, log_total = saved
+    probability = jnp.exp(logits.astype(jnp.float32) - log_total)
+    here = jnp.arange(logits.shape[-1]) == tokens[..., None]  # no scatter
+    return ((probability - here) * g[..., None]).astype(logits.dtype), None
+
+
+token_nll.defvjp(_nll_forward, _nll_backward)
 
 
 def prediction_losses(

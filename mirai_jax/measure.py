@@ -17,15 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Dense bfloat16 operations a second, as the makers' datasheets say; the key is in the device's kind.
+# Dense bfloat16 operations a second, as the makers' datasheets say, by what a device's kind contains:
+# the first that fits.
 DATASHEET = {
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "TPU v6": 918e12,
-    "TPU v5p": 459e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4 lite": 138e12,
     "TPU v4": 275e12,
 }
 
@@ -186,6 +190,8 @@ def _resident(field: str) -> int | None:
 
 class PeerError(RuntimeError):
     """The peer cannot do a task: one line."""
+
+    status = 1
 
 
 class Peer:

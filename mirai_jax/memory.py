@@ -1,8 +1,8 @@
-"""How much memory a device needs for a run: its step compiled ahead of time, never run.
+"""How much memory a device needs for a run, by its step, compiled ahead of time.
 
-The compiler is XLA's for CPUs with simulated devices. It splits arrays over them as an accelerator's
-would; it stores some bfloat16 numbers in 4 bytes, and orders work without regard to memory, so that
-an accelerator should need no more.
+`main --plan` compiles with XLA for CPUs and simulated devices. That splits arrays over them as for
+accelerators; it stores some bfloat16 numbers in 4 bytes, and orders work without regard to memory, so
+that an accelerator should need no more.
 """
 
 import dataclasses

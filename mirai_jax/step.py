@@ -69,10 +69,11 @@ class Recipe:
     accumulate: int = 1
     skip_nonfinite: bool = False
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """The student layers that some term reads, each once."""
-        return tuple(sorted({term.student_layer for term in self.terms}))
+
+def taps(terms: tuple[foresight.Term, ...], active: tuple[bool, ...]) -> tuple[int, ...]:
+    """The student layers that some active term reads, each once."""
+    pairs = zip(terms, active, strict=True)
+    return tuple(sorted({term.student_layer for term, is_active in pairs if is_active}))
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -183,7 +184,7 @@ def loss_fn(
         (unweighted).
     """
     codes = batch["codes"]
-    logits, states = Generator(recipe.generator, taps=recipe.taps).apply(
+    logits, states = Generator(recipe.generator, taps=taps(recipe.terms, active)).apply(
         {"params": params["generator"]},
         codes[:, :-1],
         batch["label"],

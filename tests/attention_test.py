@@ -2,7 +2,7 @@
 
 What a platform would run is read from the program lowered for it, which needs none of its devices.
 cuDNN's numbers need a GPU: the last test, skipped elsewhere
-(`JAX_PLATFORMS=cuda python -m pytest tests/attention_test.py -k cudnn_is_close`).
+(`MIRAI_TEST_PLATFORM=cuda python -m pytest tests/attention_test.py -k cudnn_is_close`).
 """
 
 import collections

@@ -116,8 +116,10 @@ def test_three_variants_beside_a_peer(tmp_path, peer_file):
         (["--config=configs/llamagen.py", "--config.batch_size=0"], "batch_size is 0"),
         (
             ["--config=configs/llamagen.py", *TINY, "--measure=step", "--peer=none"],
-            "no generator of (2, 2, 32)",
+            "must be the official recipe's",
         ),
+        (["--config=configs/llamagen.py", "--json=nowhere/bench.json"], "no folder 'nowhere'"),
+        (["--config=configs/llamagen.py", "--measure=parts"], "--measure=step"),
     ],
 )
 def test_mistakes_are_one_line(arguments, told):
@@ -206,7 +208,7 @@ FOUND = {
 }
 RESULTS = {
     "about": {
-        "scale": "imagenet_b", "batch_size": 8, "guidance": 2.0, "device": "chip", "devices": 4,
+        "scale": "imagenet_b", "batch_size": 8, "guidance": 2.0, "teacher_dtype": "float32", "device": "chip", "devices": 4,
         "platform": "gpu", "cores": 16, "versions": {"jax": "0.10"},
         "generator": {"num_layers": 12, "width": 768, "grid": [16, 16], "vocab_size": 16384,
                       "dtype": "bfloat16", "remat": "dots"},

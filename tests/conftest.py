@@ -18,8 +18,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402 (reads the environment)
 import pytest  # noqa: E402
 
-if not os.environ.get("JAX_PLATFORMS"):  # cuda, for the tests that are skipped without a GPU
-    jax.config.update("jax_platforms", "cpu")
+# MIRAI_TEST_PLATFORM=cuda is for the tests that are skipped without a GPU.
+jax.config.update("jax_platforms", os.environ.get("MIRAI_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -293,6 +294,37 @@ def test_heads_have_their_own_parameters_and_the_official_initialisation():
     }
     outputs = foresight.apply_heads(term, V, "float32", params, x)
     assert not np.any(outputs)  # starts at the uniform distribution
+
+
+# Cross-entropy ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_and_its_gradient_are_optaxs(dtype):
+    rng = np.random.RandomState(0)
+    logits = jnp.asarray(rng.normal(0, 30, (2, 5, 7)), dtype)  # some probabilities are 0 in float32
+    tokens, weights = rng.randint(0, 7, (2, 5)), rng.normal(size=(2, 5)).astype(np.float32)
+
+    def ours(x):
+        return jnp.sum(weights * foresight.token_nll(x, tokens))
+
+    def theirs(x):
+        nll = optax.softmax_cross_entropy_with_integer_labels(x.astype(jnp.float32), tokens)
+        return jnp.sum(weights * nll)
+
+    got, want = jax.value_and_grad(ours)(logits), jax.value_and_grad(theirs)(logits)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    assert got[1].dtype == logits.dtype
+    np.testing.assert_allclose(
+        got[1].astype(np.float32), want[1].astype(np.float32), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_cross_entropy_stores_no_float32_copy_of_the_logits():
+    logits, tokens = jnp.zeros((2, 5, 7), jnp.bfloat16), jnp.zeros((2, 5), jnp.int32)
+    _, backward = jax.vjp(lambda x: foresight.token_nll(x, tokens), logits)
+    stored = [x for x in jax.tree.leaves(backward) if x.size >= logits.size]
+    assert [x.dtype for x in stored] == [jnp.bfloat16]
 
 
 # Weights -----------------------------------------------------------------------------------------

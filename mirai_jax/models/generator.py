@@ -37,7 +37,9 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
 _PRODUCTS = jax.checkpoint_policies.save_only_these_names("linear", "attention", "mask")
 REMAT: Mapping[str, Any] = {
     "none": None,  # all is stored
-    "dots": _PRODUCTS,  # products with weights, attention's output and dropout's masks are
+    # Products with weights, attention's output (fused kernels are run again all the same) and masks
+    # of dropout are.
+    "dots": _PRODUCTS,
     "full": jax.checkpoint_policies.nothing_saveable,  # a block's input is
 }
 
@@ -372,7 +374,7 @@ class Generator(nn.Module):
 
     def head(self, x_MxD):
         """Final norm and logits (M, V) in the compute dtype."""
-        return self.output(self.norm(x_MxD))
+        return spread(self.output(self.norm(x_MxD)), "batch", "features")
 
 
 def hidden_states(
