@@ -172,6 +172,7 @@ def test_peak_memory_is_of_what_comes_after():
     assert peak() == pytest.approx(kept.nbytes + more.nbytes, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_parts_compute_what_the_step_does():
     """Not their numbers, which are random: that all of a variant's parts run on its shapes."""
     work = bench_work.Work(settings_of("mirai_e_i"), jax.devices()[:1])

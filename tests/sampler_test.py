@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mirai_jax import sampler
+from mirai_jax.models import decoding
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.sampler import SampleOptions
@@ -88,6 +89,19 @@ def test_cached_sampling_is_naive_sampling_token_for_token(params, options):
     assert codes.shape == (4, CONFIG.length) and codes.dtype == jnp.int32
     np.testing.assert_array_equal(codes, naive(CONFIG, params, labels(4), keys(4), options))
     assert len(np.unique(codes)) > 3
+
+
+@pytest.mark.parametrize("shortest", [1, 2, 5, 11])
+def test_a_cache_that_grows_holds_what_a_whole_one_does(params, shortest, monkeypatch):
+    options = SampleOptions(guidance=3.0)
+    whole = sampler.generate(CONFIG, params, labels(4), keys(4), options)
+    monkeypatch.setattr(decoding, "_SHORTEST", shortest)
+    runs = decoding.segments(CONFIG.length)
+    assert len(runs) > 1 and runs[0][0] == 0 and runs[-1][1] == CONFIG.length
+    assert all(stop == start for (_, stop), (start, _) in zip(runs, runs[1:], strict=False))
+    # Not through jit, which knows the program with one segment.
+    grown = sampler.generate.__wrapped__(CONFIG, params, labels(4), keys(4), options)
+    np.testing.assert_array_equal(grown, whole)
 
 
 def test_interval_guides_the_first_token_and_those_within_it(params):

@@ -293,7 +293,7 @@ def test_wrong_runs_are_told_together(tmp_path):
         "level=output: foresight[0].level does not exist; foresight has 0 entries",
         "seed=0.5: seed=0.5: invalid literal for int",
         "cached=1: teacher.cached is 1, which the program reads as True",
-        "depth=3: model.depth does not exist; the fields of model: class_dropout",
+        "depth=3: model.depth does not exist; the fields of model: attention, class_dropout",
         "none: config is 'configs/none.py', which is no file",
         "llamagen-huge: scale 'huge' is unknown",
         "llamagen-imagenet_b: data.path is ''; it must be a folder of codes",

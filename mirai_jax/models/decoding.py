@@ -18,6 +18,7 @@ from mirai_jax.models.generator import Block, Generator, GeneratorConfig
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 _SEGMENTS = 4  # 5/8 of a whole cache is read on average; more segments compile longer for little
+_SHORTEST = 64  # positions of a segment: fewer are not worth a compilation
 
 
 def prepare(config: GeneratorConfig, params: Any) -> Any:
@@ -37,7 +38,7 @@ def prepare(config: GeneratorConfig, params: Any) -> Any:
 
 def segments(length: int) -> list[tuple[int, int]]:
     """Runs [start, stop) of positions, in order; those of one share a cache of `stop` places."""
-    size = math.ceil(length / _SEGMENTS)
+    size = max(_SHORTEST, math.ceil(length / _SEGMENTS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
