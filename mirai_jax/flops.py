@@ -173,14 +173,9 @@ def _efficientnet(teacher: EfficientNetTeacher) -> int:
 def _heads(recipe: step.Recipe, term: foresight.Term) -> int:
     """One position through all heads of a term."""
     width = recipe.generator.width
+    features = step.target_width(recipe, term)
     if term.level == "output":
-        head = width * recipe.generator.vocab_size
+        head = width * features
     else:
-        if term.source == "bidirectional":
-            features = recipe.teacher.features
-        elif term.source == "checkpoint":
-            features = dict(recipe.static)[term.name].width
-        else:
-            features = width
         head = term.projector_width * (width + term.projector_width + features)
     return 2 * len(term.offsets) * head

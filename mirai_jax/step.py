@@ -87,7 +87,7 @@ class TrainState(flax.struct.PyTreeNode):
     key: jax.Array  # typed PRNG key, constant through a run
 
 
-def _target_width(recipe: Recipe, term: foresight.Term) -> int:
+def target_width(recipe: Recipe, term: foresight.Term) -> int:
     """Width of what the term's heads must produce."""
     if term.level == "output":
         return recipe.generator.vocab_size
@@ -103,7 +103,7 @@ def init_params(recipe: Recipe, key: jax.Array) -> Any:
     width = recipe.generator.width
     projectors = {
         term.name: foresight.init_heads(
-            term, _target_width(recipe, term), width, jax.random.fold_in(key, i)
+            term, target_width(recipe, term), width, jax.random.fold_in(key, i)
         )
         for i, term in enumerate(recipe.terms, start=1)
     }
@@ -223,7 +223,7 @@ def foresight_loss(
             continue
         outputs = foresight.apply_heads(
             term,
-            _target_width(recipe, term),
+            target_width(recipe, term),
             recipe.generator.dtype,
             params[term.name],
             states[term.student_layer],

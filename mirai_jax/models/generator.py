@@ -386,7 +386,7 @@ def hidden_states(
         (B, 1 + T, D) float32 (the official `forward_ema`).
     """
     x = Generator(config).apply({"params": params}, codes_BxT, labels_B, method="embed")
-    block = Block(dataclasses.replace(config, remat="none"))
+    block = Block(config)
 
     def run(carry, i):
         # Each block's parameters where they lie: a slice of the lower blocks would be a copy of them.
