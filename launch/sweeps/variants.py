@@ -14,7 +14,7 @@ VARIANTS = ("llamagen", "mirai_e", "mirai_i", "mirai_e_i")
 
 def get_sweep(scale: str):
     del scale
-    return product(
-        over("config", [f"configs/{variant}.py" for variant in VARIANTS]),
+    return product(  # seed by seed: what was stopped has whole comparisons
         over("seed", [0, 1, 2]),
+        over("config", [f"configs/{variant}.py" for variant in VARIANTS]),
     )
