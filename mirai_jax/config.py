@@ -350,7 +350,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
             if term.source == "checkpoint" and term.level == "internal"
         ),
         generator=generator,
-        optimizer=_optimizer(top.section("optimizer"), num_steps),
+        optimizer=read_optimizer(top.section("optimizer"), num_steps),
         data=_data(top.section("data")),
         tokenizer=_tokenizer(top.section("tokenizer"), generator),
         teacher=_teacher(top.section("teacher"), terms),
@@ -377,7 +377,8 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     return settings
 
 
-def _optimizer(section: fields.Section, num_steps: int) -> OptimizerConfig:
+def read_optimizer(section: fields.Section, num_steps: int) -> OptimizerConfig:
+    """`optimizer.*`; raises ConfigError."""
     schedule = section.choice("schedule", SCHEDULES)
     warmup_steps = section.number("warmup_steps", int, 0)
     fields.require(
@@ -463,7 +464,8 @@ def _teacher(section: fields.Section, terms: tuple[foresight.Term, ...]) -> Teac
             bool(settings.path),
             section.name("path"),
             settings.path,
-            f"the weights of {settings.name}: the published .pth or a converted folder",
+            f"the weights of {settings.name}: the published .pth, a converted folder, or a workdir "
+            "of mirai_jax.teach",
         )
     return settings
 

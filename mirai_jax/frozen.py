@@ -23,17 +23,17 @@ _CODEBOOK_SEED = 0
 
 
 def make_codebook(
-    settings: Settings, images_NxHxWxC: np.ndarray, path: pathlib.Path
+    vocab_size: int, patch: int, images_NxHxWxC: np.ndarray, path: pathlib.Path
 ) -> tuple[tokenizer.PatchCodebook, dict[str, np.ndarray]]:
-    """The run's patch codebook: read from `path`, or fitted to the images. Nothing is written.
+    """A run's patch codebook: read from `path`, or fitted to the images. Nothing is written.
 
     Raises:
         ConfigError: the file is damaged or of another codebook.
     """
     module = tokenizer.PatchCodebook(
-        vocab_size=settings.generator.vocab_size,
+        vocab_size=vocab_size,
         image_size=images_NxHxWxC.shape[1:3],
-        patch=settings.tokenizer.patch,
+        patch=patch,
         channels=images_NxHxWxC.shape[-1],
     )
     if path.exists():
@@ -41,7 +41,7 @@ def make_codebook(
             params = codebook.load_params(path)
         except ValueError as error:
             raise ConfigError(f"{error}; remove it to fit the tokenizer again") from error
-        shape = (settings.generator.vocab_size, settings.tokenizer.patch**2 * module.channels)
+        shape = (vocab_size, patch**2 * module.channels)
         rows = params.get("codebook", np.zeros(0))
         if rows.shape != shape or not np.isfinite(rows).all():
             raise ConfigError(
@@ -51,10 +51,7 @@ def make_codebook(
         return module, params
     try:
         return module, codebook.fit_patch_codebook(
-            images_NxHxWxC,
-            patch=settings.tokenizer.patch,
-            vocab_size=settings.generator.vocab_size,
-            seed=_CODEBOOK_SEED,
+            images_NxHxWxC, patch=patch, vocab_size=vocab_size, seed=_CODEBOOK_SEED
         )
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
@@ -157,7 +154,14 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             f"teacher.layer is {wanted.layer}; it must be a block of the encoder, 1 to "
             f"{config.num_layers} (0: the last)"
         )
-    return _dino_teacher(settings, config), {"network": weights.float32(loaded.params)}
+    module = _dino_teacher(settings, config)
+    shown, learned = max(module.patches) * config.patch, loaded.source.get("image_size")
+    if learned and int(learned) != shown:  # of `mirai_jax.teach`, which has seen no other size
+        raise ConfigError(
+            f"teacher.image_size is {wanted.image_size}, which shows {shown} pixels a side; it must "
+            f"be {learned}, as {wanted.path} learned"
+        )
+    return module, {"network": weights.float32(loaded.params)}
 
 
 def teacher_shapes(settings: Settings) -> tuple[nn.Module, Any]:

@@ -11,7 +11,7 @@ SCHEDULES = ("constant", "cosine")
 
 # Parameters of one dimension in the official model; stacking layers or heads adds an axis, so the
 # mask goes by name and not by the number of dimensions.
-_NOT_DECAYED = ("scale", "bias")
+_NOT_DECAYED = ("scale", "bias", "gamma")
 
 
 @dataclasses.dataclass(frozen=True)

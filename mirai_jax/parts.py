@@ -62,7 +62,9 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
     images = tokenizer = tokenizer_params = None
     if settings.data.in_memory:
         images = labelled_images(settings, "train")
-        tokenizer, tokenizer_params = frozen.make_codebook(settings, images.images, tokenizer_path)
+        tokenizer, tokenizer_params = frozen.make_codebook(
+            settings.generator.vocab_size, settings.tokenizer.patch, images.images, tokenizer_path
+        )
         # Fitted on each host: another processor may round another way.
         tokenizer_params = distributed.from_first(tokenizer_params)
     elif settings.tokenizer.path:

@@ -33,6 +33,7 @@ Arrays = Mapping[str, np.ndarray]
 # Where training scripts put the state dict, the better one first.
 WRAPPERS = ("ema", "model", "module", "state_dict")
 _PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of DistributedDataParallel
+ENCODER = "encoder"  # where a finished run of `mirai_jax.teach` has its converted folder
 _CONFIGS = {
     "generator": generator.GeneratorConfig,
     "tokenizer": vq.VQConfig,
@@ -314,10 +315,23 @@ def load_converted(folder: str | os.PathLike[str]) -> Weights:
         ) from error
 
 
+def _converted_in(folder: str) -> pathlib.Path:
+    """The converted folder that `folder` is, or has if it is a workdir."""
+    path = pathlib.Path(folder)
+    if is_converted(path) or not (path / "config.json").is_file():
+        return path
+    if not is_converted(path / ENCODER):
+        raise ConfigError(
+            f"a workdir without {ENCODER}/, which a run of mirai_jax.teach has when it is finished"
+        )
+    return path / ENCODER
+
+
 def load(
     field: str, path: str, kind: str, *, grid: tuple[int, int] | None = None, num_heads: int = 0
 ) -> Weights:
-    """The weights that a config field or a flag names: a PyTorch file or a converted folder.
+    """The weights that a config field or a flag names: a PyTorch file, a converted folder, or the
+    workdir of a finished run of `mirai_jax.teach`.
 
     Args:
         field: its name, for messages.
@@ -332,7 +346,7 @@ def load(
     path = os.path.expanduser(path)
     try:
         if os.path.isdir(path):
-            weights = load_converted(path)
+            weights = load_converted(_converted_in(path))
         else:
             state, entry, arguments = read_state(path)
             source = {"file": os.path.basename(path), "entry": entry}

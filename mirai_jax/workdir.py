@@ -32,6 +32,7 @@ RESUMABLE = (
     "num_steps",
     "log_every",
     "sample_every",
+    "evaluate_every",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",

@@ -227,13 +227,20 @@ class DinoV2(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, images_BxHxWx3: jax.Array, layer: int = 0) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self,
+        images_BxHxWx3: jax.Array,
+        layer: int = 0,
+        masked_Bxhxw: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """Normalised features of every patch and of the class token.
 
         Args:
             images_BxHxWx3: floats as `preprocess` gives them, sides multiples of the patch.
             layer: the block, from 1, after which the final norm is applied; 0 for the last. Blocks
                 above it are not run.
+            masked_Bxhxw: bool; true patches are hidden, the mask token is in their place. None
+                hides none.
 
         Returns:
             (B, h, w, D) and (B, D), float32 (the official `get_intermediate_layers`).
@@ -260,7 +267,9 @@ class DinoV2(nn.Module):
         batch, *grid, _ = x.shape
         positions = table("pos_embed", 1, 1 + math.prod(config.pos_grid))
         positions = resample_positions(positions, config.pos_grid, tuple(grid))
-        table("mask_token", 1)  # part of every checkpoint, of use in pretraining alone
+        mask_token = table("mask_token", 1)  # in every checkpoint, of use in pretraining alone
+        if masked_Bxhxw is not None:
+            x = jnp.where(masked_Bxhxw[..., None], mask_token, x)
         first = table("cls_token", 1, 1) + positions[:, :1]
         if config.registers:  # they have no position
             registers = table("register_tokens", 1, config.registers)

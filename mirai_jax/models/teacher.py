@@ -59,6 +59,13 @@ class EfficientNetTeacher(nn.Module):
         return resample(network(images, stage=self.stage).astype(jnp.float32), self.grid)
 
 
+def show(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """uint8 images as DINOv2 is shown them, (B, *size, 3) float32; grey ones as RGB."""
+    if images_BxHxWxC.shape[-1] == 1:
+        images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
+    return dinov2.preprocess(images_BxHxWxC, size)
+
+
 class DinoTeacher(nn.Module):
     """Normalised patch features of DINOv2 (trained without labels), the teacher of Mirai-I.
 
@@ -98,11 +105,9 @@ class DinoTeacher(nn.Module):
 
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
-        """uint8 images -> (B, L, Z) float32; grey ones are shown as RGB."""
-        if images_BxHxWxC.shape[-1] == 1:
-            images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
+        """uint8 images -> (B, L, Z) float32; see `show`."""
         height, width = (side * self.config.patch for side in self.patches)
-        images = dinov2.preprocess(images_BxHxWxC, (height, width))
+        images = show(images_BxHxWxC, (height, width))
         network = dinov2.DinoV2(self.config, self.dtype, self.attention, name="network")
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):

@@ -1,0 +1,61 @@
+"""Trains a teacher of one's own for Mirai-I, on the data set itself: `python -m mirai_jax.teach`.
+
+    python -m mirai_jax.teach --config=configs/teacher.py[:scale] [--config.field=value ...]
+    python -m mirai_jax.main --config=configs/mirai_i.py[:scale] --config.teacher.name=dinov2 \\
+        --config.teacher.path=WORKDIR --config.teacher.image_size=0
+
+On all devices of this machine. Exit status: 0 finished; 1 an error that is yours to mend; 75 told to
+stop (SIGTERM), all is saved and the same command goes on.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from mirai_jax import cli, teach_run
+from mirai_jax.config_file import parse_config
+from mirai_jax.errors import ConfigError, TrainingError
+
+_FLAGS = cli.flag_values(__name__)
+_CONFIG = flags.DEFINE_string(
+    "config",
+    "",
+    "FILE[:scale], such as configs/teacher.py:fashion_mnist; --config.field=value follow.",
+    flag_values=_FLAGS,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run; default: runs/<config>-<scale>. An unfinished run goes on.",
+    flag_values=_FLAGS,
+)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """The flags of this program; those of the config are left over."""
+    try:
+        return _FLAGS(argv, known_only=True)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def main(argv: list[str]) -> None:
+    with cli.program(TrainingError, interrupted="interrupted; the same command goes on"):
+        if not _CONFIG.value:
+            raise ConfigError("--config is missing; it must be a file such as configs/teacher.py")
+        for argument in argv[1:]:
+            if not argument.startswith("--config.") or "=" not in argument:
+                raise ConfigError(
+                    f"argument {argument!r} is not understood; use --config.field=value"
+                )
+        config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
+        name, scale = (
+            config.get("name"),
+            config.get("scale"),
+        )  # one that is missing is told by teach
+        teach_run.teach(config, _WORKDIR.value or pathlib.Path("runs") / f"{name}-{scale}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,333 @@
+"""The loop of `mirai_jax.teach`: one encoder in one workdir, which then serves as `teacher.path`.
+
+The workdir is that of a run (see workdir.py), without samples and parts.json, and when it is
+finished with the encoder alone in the converted folder `encoder` (see weights.py).
+"""
+
+import contextlib
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mirai_jax import codebook, fields, frozen, records, report, sharding, teach_config, weights
+from mirai_jax import data as data_lib
+from mirai_jax.checkpoint import Checkpoints, last_whole, steps_in
+from mirai_jax.data import WorkerDied
+from mirai_jax.errors import ConfigError, Preempted, TrainingError, first_line
+from mirai_jax.feed import Feed
+from mirai_jax.guards import Preemption
+from mirai_jax.image_sets import LabelledImages
+from mirai_jax.progress import Stopwatch, duration
+from mirai_jax.teach_config import Settings
+from mirai_jax.teach_step import Recipe, init_state, make_measure, make_train_step
+from mirai_jax.workdir import MetricsWriter, check_workdir, note_event, open_workdir, read_metrics
+
+Say = Callable[[str], None]
+
+_MASKS_SEED = 0  # of the held-out images: the same masks at every step, in every run
+
+
+def teach(
+    config: Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    *,
+    devices: list[jax.Device] | None = None,
+    say: Say | None = None,
+) -> None:
+    """Trains, or continues, the encoder of `workdir` until it is finished.
+
+    Args:
+        config: a ConfigDict from configs/teacher.py, or the like.
+        workdir: created if need be; a run of another config in it is refused.
+        devices: what to run on, each a part of the batch (default: all of this machine's).
+        say: takes the lines for the screen (default: print).
+
+    Raises:
+        ConfigError, DataError, TrainingError, Preempted: one line each.
+    """
+    say = say or (lambda line: print(line, flush=True))
+    devices = jax.local_devices() if devices is None else devices
+    settings = teach_config.read(config, len(devices))
+    workdir = pathlib.Path(workdir)
+    config = fields.plain(config)
+    changed = check_workdir(workdir, config)
+    say(f"{settings.name}-{settings.scale} in {workdir}")
+    for field, (old, new) in changed.items():
+        say(f"continuing with {field} {new!r} (was {old!r})")
+    begin, last = max(steps_in(workdir / "checkpoints"), default=0), settings.num_steps
+    if begin > last:
+        raise ConfigError(
+            f"num_steps is {last}; workdir {workdir} is already at step {begin}: it must be {begin} "
+            "or more"
+        )
+    if begin == last and (workdir / "summary.png").exists():
+        say(f"this run is finished ({begin:,} steps); {_how_to_use(workdir)}")
+        return
+    train, held_out = (settings.data.load(split) for split in ("train", "held_out"))
+    tokenizer, tokenizer_params, tokenizer_path = None, {}, workdir / "tokenizer.npz"
+    if settings.objective != "labels":
+        tokenizer, tokenizer_params = frozen.make_codebook(
+            settings.vocab_size, settings.network.patch, train.images, tokenizer_path
+        )
+    recipe = Recipe(
+        network=settings.network,
+        objective=settings.objective,
+        num_classes=len(train.class_names),
+        tokenizer=tokenizer,
+        optimizer=settings.optimizer,
+        dtype=settings.dtype,
+        label_smoothing=settings.label_smoothing,
+        masked_share=settings.masked_share,
+        shift=settings.shift,
+        flip=settings.flip,
+    )
+    batches = make_batches(settings, train)
+    open_workdir(workdir, config)
+    if tokenizer and not tokenizer_path.exists():
+        codebook.save_params(tokenizer_path, tokenizer_params)
+    say(
+        f"data: {settings.data.name}, {len(train.labels):,} images, {len(held_out.labels):,} more are "
+        "held out"
+    )
+    _Run(settings, recipe, tokenizer_params, batches, held_out, workdir, devices, say).run()
+
+
+def make_batches(settings: Settings, train: LabelledImages) -> data_lib.Batches:
+    """The endless stream of {'image': uint8 (B, H, W, C), 'label': int32 (B,)}; raises DataError."""
+    return data_lib.make_dataset(
+        records.CodedImages(None, train.labels, train.images),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        num_workers=settings.data.num_workers,
+    )
+
+
+def _how_to_use(workdir: pathlib.Path) -> str:
+    return (
+        f"its encoder: --config.teacher.name=dinov2 --config.teacher.path={workdir} "
+        "--config.teacher.image_size=0"
+    )
+
+
+class _Run:
+    """One run: state, files and the loop over them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        recipe: Recipe,
+        tokenizer_params: Any,
+        batches: data_lib.Batches,
+        held_out: LabelledImages,
+        workdir: pathlib.Path,
+        devices: list[jax.Device],
+        say: Say,
+    ):
+        self.settings, self.recipe, self.held_out = settings, recipe, held_out
+        self.workdir, self.say = workdir, say
+        self.mesh = sharding.make_mesh((len(devices), 1, 1), devices)
+        self.replicated = sharding.replicated(self.mesh)
+        say(f"devices: {len(devices)} x {devices[0].device_kind}")
+        self.codebook = sharding.place(tokenizer_params, self.replicated)
+        split = sharding.batch_sharding(self.mesh)
+        self.train_step = make_train_step(recipe, self.replicated, split)
+        self.measure = make_measure(recipe, self.replicated, split)
+        self.watch = Stopwatch()
+        self.feed = Feed(batches, self._put, self.watch, lambda what: None, self._worker_died)
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
+        )
+
+    def run(self) -> None:
+        """Begins or goes on, trains what is left, finishes."""
+        with contextlib.ExitStack() as closing:
+            closing.callback(self.feed.close)
+            closing.callback(self.checkpoints.close)
+            self.preemption = Preemption()
+            closing.callback(self.preemption.close)
+            try:
+                # Of a shorter run: they mark what is finished.
+                (self.workdir / "summary.png").unlink(missing_ok=True)
+                shutil.rmtree(self.workdir / weights.ENCODER, ignore_errors=True)
+                begin = self._begin()
+                self.writer = MetricsWriter(self.workdir, begin)
+                closing.callback(self.writer.close)
+                with jax.set_mesh(self.mesh):
+                    self._loop(begin)
+                self._finish()
+            except jax.errors.JaxRuntimeError as error:
+                raise TrainingError(
+                    f"the devices failed ({first_line(error)[:200]}); the last checkpoint is of "
+                    f"{self._last_checkpoint()}"
+                ) from error
+            except OSError as error:
+                raise TrainingError(
+                    f"the run cannot go on ({error}); the last checkpoint in {self.workdir} is of "
+                    f"{self._last_checkpoint()}"
+                ) from error
+
+    def _begin(self) -> int:
+        """Sets the state, of the newest whole checkpoint if there is one; returns its step."""
+        make = lambda: init_state(self.recipe, jax.random.key(self.settings.seed))  # noqa: E731
+        shapes = jax.eval_shape(make)
+        count = sum(x.size for x in jax.tree.leaves(shapes.params["network"]))
+        self.say(f"parameters: {count:,} in the encoder")
+        placement = jax.tree.map(lambda _: self.replicated, shapes)
+        found = self.checkpoints.restore_newest(shapes, placement, self._happened)
+        if found is None:
+            self.state, begin = jax.jit(make, out_shardings=placement)(), 0
+            note_event(self.workdir, "started")
+        else:
+            self.state, begin = found
+            self.say(f"resumed at step {begin:,} of {self.settings.num_steps:,}")
+            note_event(self.workdir, "resumed", step=begin)
+        self.feed.begin(begin)
+        return begin
+
+    def _loop(self, begin: int) -> None:
+        last, every = self.settings.num_steps, self.settings.evaluate_every
+        self.lap_steps = 0
+        self.waiting: tuple[int, Any] | None = None  # a step dispatched and not yet looked at
+        for i in range(begin, last):
+            batch = self.feed.take(i)
+            self.state, metrics = self.train_step(self.state, self.codebook, batch)
+            if i + 1 < last:
+                self.feed.ahead(i + 1, metrics)
+            self._log()  # a step late, so that the device always has one queued
+            self.waiting = (i + 1, metrics)
+            if i == begin:  # the seconds of compiling are its own
+                jax.block_until_ready(metrics)
+                self.watch.lap()
+                self.lap_steps = -1
+            measured = (i + 1) % every == 0 or i + 1 == last
+            stop, due = self.preemption.reached(), self.checkpoints.due(i + 1)
+            if measured or stop or due:
+                jax.block_until_ready(metrics)
+                self.watch.pause()
+                # First its line, and a look at its loss: no broken state is ever saved.
+                self._log(self._measure_held_out() if measured else {})
+                if stop or due:
+                    self.checkpoints.save(self.state, i + 1)
+                if stop:
+                    self._stop(i + 1)
+                self.watch.resume()
+        self._log()
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return sharding.put_batch(batch, self.mesh)
+
+    def _worker_died(self, error: WorkerDied, index: int) -> None:
+        print(f"{error}; started again", file=sys.stderr, flush=True)
+        note_event(self.workdir, "worker_died", step=index + 1)
+
+    def _happened(self, line: str) -> None:
+        """Something out of the ordinary: to the screen and to events.jsonl."""
+        self.say(line)
+        note_event(self.workdir, "message", text=line)
+
+    def _last_checkpoint(self) -> str:
+        return last_whole(self.workdir / "checkpoints")
+
+    def _stop(self, step: int) -> None:
+        """Ends the run, which was told to stop, when its checkpoint is on the disk."""
+        self.checkpoints.wait()
+        note_event(self.workdir, "preempted", step=step)
+        raise Preempted(
+            f"told to stop: step {step:,} is saved, the same command goes on from there"
+        )
+
+    def _measure_held_out(self) -> dict[str, float]:
+        """{'held_out_...': mean of `scores` over all held-out images}."""
+        images, labels = self.held_out.images, self.held_out.labels
+        size, sums = self.settings.batch_size, []
+        for k, start in enumerate(range(0, len(labels), size)):
+            rows = np.arange(start, start + size)  # the last batch is filled up, at weight 0
+            inside = rows < len(labels)
+            batch = {
+                "image": images[rows % len(labels)],
+                "label": labels[rows % len(labels)],
+                "weight": inside.astype(np.float32),
+            }
+            key = jax.random.fold_in(jax.random.key(_MASKS_SEED), k)
+            sums.append(self.measure(self.state.params, self.codebook, self._put(batch), key))
+        total = jax.tree.map(lambda *parts: float(np.sum(parts)), *jax.device_get(sums))
+        return {f"held_out_{name}": value / len(labels) for name, value in total.items()}
+
+    def _log(self, held_out: Mapping[str, float] | None = None) -> None:
+        """Waits for the step in `waiting`, checks it, and writes it if it is one to be logged."""
+        if self.waiting is None:
+            return
+        (step, metrics), self.waiting = self.waiting, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.lap_steps += 1
+        if not np.isfinite(values["loss"] + values["grad_norm"]):
+            raise TrainingError(
+                f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {step}; the "
+                f"last checkpoint is of {self._last_checkpoint()} ({self.workdir}): a lower "
+                "optimizer.learning_rate may help"
+            )
+        if step % self.settings.log_every and step != 1 and not held_out:
+            return
+        values |= held_out or {}
+        left = None
+        if self.lap_steps > 0:
+            seconds, waited = self.watch.lap()
+            seconds, self.lap_steps = seconds / self.lap_steps, 0
+            values |= {"images_per_second": self.settings.batch_size / seconds}
+            values |= {"wait_share": waited}
+            left = seconds * (self.settings.num_steps - step)
+        self.writer.step(step, values)
+        self.say(_line(step, self.settings.num_steps, values, left))
+
+    def _finish(self) -> None:
+        """The last checkpoint, the encoder and the figure."""
+        last, summary = self.settings.num_steps, self.workdir / "summary.png"
+        self.checkpoints.save(self.state, last)
+        self.checkpoints.wait()
+        source = {
+            "file": str(self.workdir),
+            "entry": f"mirai_jax.teach at step {last}",
+            "image_size": str(self.settings.data.image_size),
+        }
+        network = jax.device_get(self.state.params["network"])
+        encoder = weights.Weights("teacher", self.settings.network, network, None, source)
+        weights.save(self.workdir / weights.ENCODER, encoder)
+        title = f"{self.settings.name}-{self.settings.scale}"
+        metrics = read_metrics(self.workdir)
+        report.teacher_figure(summary, title, metrics)
+        note_event(self.workdir, "finished", step=last)
+        known = _percentages(metrics[-1] if metrics else {}, "held_out_")
+        self.say(f"finished: {last:,} steps; {'; '.join(known)}; figure: {summary}")
+        self.say(_how_to_use(self.workdir))
+
+
+def _percentages(values: Mapping[str, float], prefix: str) -> list[str]:
+    return [
+        f"{name.replace('_', ' ')} {value:.1%}"
+        for name, value in values.items()
+        if name.startswith(prefix) and name.endswith("accuracy")
+    ]
+
+
+def _line(step: int, num_steps: int, values: Mapping[str, float], left: float | None) -> str:
+    """What the screen shows of a logged step; speed and the seconds left may not be known."""
+    parts = [
+        f"step {step:>{len(str(num_steps))}}/{num_steps}",
+        f"loss {values['loss']:.4f}",
+        *_percentages(values, ""),
+        f"grad {values['grad_norm']:.2f}",
+    ]
+    if left is not None:
+        parts += [
+            f"{values['images_per_second']:.0f} img/s",
+            f"wait {values['wait_share']:.0%}",
+            f"{duration(left)} left",
+        ]
+    return "  ".join(parts)
