@@ -4,6 +4,7 @@ The workdir is that of a run (see workdir.py), without samples and parts.json, a
 finished with the encoder alone in the converted folder `encoder` (see weights.py).
 """
 
+import collections
 import contextlib
 import pathlib
 import shutil
@@ -159,8 +160,7 @@ class _Run:
                 begin = self._begin()
                 self.writer = MetricsWriter(self.workdir, begin)
                 closing.callback(self.writer.close)
-                with jax.set_mesh(self.mesh):
-                    self._loop(begin)
+                self._loop(begin)
                 self._finish()
             except jax.errors.JaxRuntimeError as error:
                 raise TrainingError(
@@ -197,7 +197,8 @@ class _Run:
         self.waiting: tuple[int, Any] | None = None  # a step dispatched and not yet looked at
         for i in range(begin, last):
             batch = self.feed.take(i)
-            self.state, metrics = self.train_step(self.state, self.codebook, batch)
+            with jax.set_mesh(self.mesh):
+                self.state, metrics = self.train_step(self.state, self.codebook, batch)
             if i + 1 < last:
                 self.feed.ahead(i + 1, metrics)
             self._log()  # a step late, so that the device always has one queued
@@ -246,18 +247,18 @@ class _Run:
     def _measure_held_out(self) -> dict[str, float]:
         """{'held_out_...': mean of `scores` over all held-out images}."""
         images, labels = self.held_out.images, self.held_out.labels
-        size, sums = self.settings.batch_size, []
+        size, total = self.settings.batch_size, collections.Counter()
         for k, start in enumerate(range(0, len(labels), size)):
             rows = np.arange(start, start + size)  # the last batch is filled up, at weight 0
-            inside = rows < len(labels)
             batch = {
                 "image": images[rows % len(labels)],
                 "label": labels[rows % len(labels)],
-                "weight": inside.astype(np.float32),
+                "weight": (rows < len(labels)).astype(np.float32),
             }
             key = jax.random.fold_in(jax.random.key(_MASKS_SEED), k)
-            sums.append(self.measure(self.state.params, self.codebook, self._put(batch), key))
-        total = jax.tree.map(lambda *parts: float(np.sum(parts)), *jax.device_get(sums))
+            with jax.set_mesh(self.mesh):
+                sums = self.measure(self.state.params, self.codebook, self._put(batch), key)
+            total.update({name: float(value) for name, value in jax.device_get(sums).items()})
         return {f"held_out_{name}": value / len(labels) for name, value in total.items()}
 
     def _log(self, held_out: Mapping[str, float] | None = None) -> None:

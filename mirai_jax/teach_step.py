@@ -11,6 +11,7 @@ Randomness is `fold_in(key, step)`: a step is a pure function of the state and t
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,12 +23,13 @@ import optax
 from jax.sharding import Sharding
 
 from mirai_jax.models import tokenizer as tokenizer_lib
-from mirai_jax.models.dinov2 import DinoConfig, DinoV2
+from mirai_jax.models.dinov2 import DEVIATION, DinoConfig, DinoV2
 from mirai_jax.models.teacher import show
 from mirai_jax.optimizer import OptimizerConfig, make_optimizer
 
 OBJECTIVES = ("labels", "masked", "both")
-_INIT = nn.initializers.normal(0.02)
+_INIT = nn.initializers.normal(DEVIATION)
+_POSITIONS = 0.5  # deviation of the fresh position embedding: a patch's own embedding has about 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +112,29 @@ class TeachState(flax.struct.PyTreeNode):
     key: jax.Array  # typed PRNG key, constant through a run
 
 
+def _rescaled(network: Any) -> Any:
+    """Fresh parameters of a DinoV2 for a narrow network and a short run.
+
+    DINOv2's deviation, the same everywhere, makes small steps of both. Here each product keeps the
+    size of what goes into it, and attention can tell places apart from the start.
+    """
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        if path[-1].key == "pos_embed":
+            return x * (_POSITIONS / DEVIATION)
+        if path[-1].key != "kernel":
+            return x
+        stacked = x.shape[0] if path[0].key == "blocks" else 1
+        return x / (DEVIATION * math.sqrt(math.prod(x.shape[:-1]) / stacked))
+
+    return jax.tree_util.tree_map_with_path(one, network)
+
+
 def init_state(recipe: Recipe, key: jax.Array) -> TeachState:
     """The state before step 0."""
     init_key, run_key = jax.random.split(key)
     params = Learner(recipe).init(init_key, jnp.zeros((1, *recipe.size, 3)))["params"]
+    params["network"] = _rescaled(params["network"])
     return TeachState(
         step=jnp.zeros((), jnp.int32),
         params=params,

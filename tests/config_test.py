@@ -19,7 +19,7 @@ from mirai_jax.errors import ConfigError
 FILES = sorted(
     path.stem
     for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-    if path.stem not in ("__init__", "base")
+    if path.stem not in ("__init__", "base", "teacher")  # teacher: tests/teach_test.py
 )
 examples = settings(deadline=None, derandomize=True)
 

@@ -37,6 +37,7 @@ from mirai_jax.models import dinov2, teacher
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem[0] != "_")
+FILES.remove("teacher")  # not of a run
 
 
 # Configs ------------------------------------------------------------------------------------------

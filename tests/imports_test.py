@@ -60,7 +60,7 @@ def short(module):
     return module.removeprefix(PACKAGE + ".")
 
 
-PROGRAMS = ("main", "convert", "extract", "sample", "evaluate", "bench")
+PROGRAMS = ("main", "convert", "extract", "sample", "evaluate", "bench", "teach")
 MODELS = [m for m in MODULES if m.startswith(PACKAGE + ".models.")]
 
 
@@ -121,6 +121,11 @@ def test_step_imports_models_foresight_and_optimizer_alone():
     allowed = {"models", "foresight", "optimizer"}
     allowed |= {f"models.{name}" for name in ("generator", "placement", "tokenizer")}
     assert {short(m) for m in inside(f"{PACKAGE}.step")} - {PACKAGE} <= allowed
+
+
+def test_the_step_of_a_teacher_imports_models_and_optimizer_alone():
+    own = {short(m) for m in inside(f"{PACKAGE}.teach_step")} - {PACKAGE}
+    assert all(m.startswith("models") or m == "optimizer" for m in own)
 
 
 # From files to batches: what runs in the data pipeline's own processes, which have no accelerator.
