@@ -102,10 +102,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.teacher = teacher = ml_collections.ConfigDict()
     teacher.name = "dinov2_vitb14"  # dinov2_vit{s,b,l,g}14[_reg4], dinov2 (the shape its file has,
     #                                 heads 64 wide), or efficientnet_lite0
-    teacher.path = (
-        ""  # weights of dinov2: the published .pth, a converted folder, or the workdir of
-    )
-    #                    a finished `python -m mirai_jax.teach` (with name dinov2, image_size 0)
+    teacher.path = ""  # weights of dinov2: the published .pth, a converted folder, or a finished
+    #                    workdir of mirai_jax.teach (then with name dinov2 and image_size 0)
     teacher.image_size = 0  # pixels a side of what the encoder is shown; 0: one patch a token
     #                         (dinov2). Where patches and tokens differ, features are resampled
     teacher.layer = 0  # block whose normalised output is used (dinov2); 0: the last

@@ -156,7 +156,7 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
         )
     module = _dino_teacher(settings, config)
     shown, learned = max(module.patches) * config.patch, loaded.source.get("image_size")
-    if learned and int(learned) != shown:  # of `mirai_jax.teach`, which has seen no other size
+    if learned not in (None, str(shown)):  # of `mirai_jax.teach`, which has seen no other size
         raise ConfigError(
             f"teacher.image_size is {wanted.image_size}, which shows {shown} pixels a side; it must "
             f"be {learned}, as {wanted.path} learned"

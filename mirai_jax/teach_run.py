@@ -66,7 +66,11 @@ def teach(
             f"num_steps is {last}; workdir {workdir} is already at step {begin}: it must be {begin} "
             "or more"
         )
-    if begin == last and (workdir / "summary.png").exists():
+    if (
+        begin == last
+        and (workdir / "summary.png").exists()
+        and weights.is_converted(workdir / weights.ENCODER)
+    ):
         say(f"this run is finished ({begin:,} steps); {_how_to_use(workdir)}")
         return
     train, held_out = (settings.data.load(split) for split in ("train", "held_out"))

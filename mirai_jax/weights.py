@@ -315,10 +315,10 @@ def load_converted(folder: str | os.PathLike[str]) -> Weights:
         ) from error
 
 
-def _converted_in(folder: str) -> pathlib.Path:
-    """The converted folder that `folder` is, or has if it is a workdir."""
+def _converted_in(folder: str, kind: str) -> pathlib.Path:
+    """The converted folder that `folder` is, or, as the workdir of a teacher, has."""
     path = pathlib.Path(folder)
-    if is_converted(path) or not (path / "config.json").is_file():
+    if kind != "teacher" or is_converted(path) or not (path / "config.json").is_file():
         return path
     if not is_converted(path / ENCODER):
         raise ConfigError(
@@ -330,8 +330,8 @@ def _converted_in(folder: str) -> pathlib.Path:
 def load(
     field: str, path: str, kind: str, *, grid: tuple[int, int] | None = None, num_heads: int = 0
 ) -> Weights:
-    """The weights that a config field or a flag names: a PyTorch file, a converted folder, or the
-    workdir of a finished run of `mirai_jax.teach`.
+    """The weights that a config field or a flag names: a PyTorch file, a converted folder, or, of a
+    teacher, the workdir of a finished run of `mirai_jax.teach`.
 
     Args:
         field: its name, for messages.
@@ -346,7 +346,7 @@ def load(
     path = os.path.expanduser(path)
     try:
         if os.path.isdir(path):
-            weights = load_converted(_converted_in(path))
+            weights = load_converted(_converted_in(path, kind))
         else:
             state, entry, arguments = read_state(path)
             source = {"file": os.path.basename(path), "entry": entry}

@@ -20,8 +20,8 @@ import numpy as np
 from mirai_jax.models.attention import attend
 
 _HEAD_DIM = 64  # in every published size
-# Of fresh parameters. The official trunc_normal_ of deviation 0.02 cuts at plus and minus 2, which is a normal.
-DEVIATION = 0.02
+DEVIATION = 0.02  # of fresh parameters
+# The official trunc_normal_ of that deviation cuts at plus and minus 2, which is a normal.
 _INIT = nn.initializers.normal(DEVIATION)
 _MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's
 
