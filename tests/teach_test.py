@@ -163,14 +163,14 @@ def test_the_program_tells_wrong_arguments_in_one_line(monkeypatch, tmp_path, ca
 
 
 def test_augmentation_moves_and_mirrors_whole_images():
-    images = np.random.RandomState(0).randint(1, 256, (64, 6, 5, 1)).astype(np.uint8)
+    images = np.random.RandomState(0).randint(1, 256, (400, 6, 5, 1)).astype(np.uint8)
     out = np.asarray(teach_step.augment(jax.random.key(1), images, 1, True))
     assert out.dtype == np.uint8 and out.shape == images.shape
     padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
     moved = [padded[:, r : r + 6, c : c + 5] for r in range(3) for c in range(3)]
     found = [
         [i for i, m in enumerate(moved + [m[:, :, ::-1] for m in moved]) if (m[k] == out[k]).all()]
-        for k in range(64)
+        for k in range(400)
     ]
     assert all(len(which) == 1 for which in found)
     assert len({which[0] for which in found}) == 18  # each of them occurs
@@ -327,7 +327,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished
 def test_the_batch_is_split_over_devices(tmp_path, finished):
     run(tiny(objective="both"), tmp_path, devices=4)
     for one, four in zip(entries(finished[0]), entries(tmp_path), strict=True):
-        assert four["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert four["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
 # As a teacher -------------------------------------------------------------------------------------
