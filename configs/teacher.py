@@ -72,10 +72,10 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
 
 
 def _fashion_mnist(config):
-    config.num_steps = 3_750  # 4 epochs
+    config.num_steps = 2_800  # 3 epochs
     config.log_every = 50
-    config.evaluate_every = 750
-    config.checkpoint_every = 750
+    config.evaluate_every = 700
+    config.checkpoint_every = 700
     config.flip = True
 
 
