@@ -7,7 +7,9 @@ cross_entropy   nats a token of held-out images, no dropout, labels known
 frechet         distance of the samples to the held-out images over EfficientNet-Lite0's pooled
                 features, shown `pixels` a side: another number than FID
 agreement       share of the samples in which a classifier of real images sees the class asked for
-real_agreement  the same of held-out images that passed through the tokenizer: what to compare with
+real_frechet, real_agreement
+                the same of as many real images (of training; held-out) that passed through the
+                tokenizer: what a perfect generator of its tokens would reach
 probe           accuracies of linear probes, see probe.py (the last step only)
 """
 
@@ -18,10 +20,21 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
-from mirai_jax import coding, drawing, files, foresight, frozen, image_streams, probe, sharding
+from mirai_jax import (
+    coding,
+    drawing,
+    files,
+    foresight,
+    frozen,
+    image_streams,
+    probe,
+    sharding,
+    weights,
+)
 from mirai_jax.config import Settings
 from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.feature_network import Network
@@ -34,6 +47,7 @@ from mirai_jax.sampler import SampleOptions
 
 FILE = "assessment.jsonl"
 _CHUNK = 250  # images at once
+_PROBED_ON = 5_000  # training images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +89,11 @@ def cross_entropy(
     return float(np.concatenate(found).mean(dtype=np.float64))
 
 
+def spread_evenly(count: int, wanted: int) -> np.ndarray:
+    """Indices of `wanted` of `count` items (or of all), evenly: data may be sorted by class."""
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
+
+
 class Assessor:
     """Assesses runs on one data set; what does not depend on the run is made once.
 
@@ -102,9 +121,10 @@ class Assessor:
         self.judge = fit_judge(self.train.images, self.train.labels)
         self.network = Network("", _CHUNK, protocol.pixels)
         say(f"features of {len(held_out.labels):,} held-out images")
-        self.real = self._moments(held_out.images)
+        self._reference = self._moments(held_out.images)
         devices = jax.local_devices()
         self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
+        self._floors: dict[str, dict[str, float]] = {}
 
     def of_run(self, settings: Settings, workdir: str) -> "RunAssessor":
         """For one run on these images: its tokens."""
@@ -121,30 +141,43 @@ class Assessor:
             config, options, seed, self._mesh, params, labels, drawing.ASSESSED, chunk=_CHUNK
         )
 
+    def real(self, tokenizer: nn.Module, params: Any) -> dict[str, float]:
+        """The measures of real images that passed through a tokenizer."""
+        checksum = weights.checksum(params)
+        if checksum not in self._floors:
+            passed = lambda images: coding.decode_codes(  # noqa: E731
+                tokenizer, params, coding.encode_images(tokenizer, params, images)
+            )
+            count, held_out = self.protocol.samples, self.held_out
+            train = self.train.images[spread_evenly(len(self.train.labels), count)]
+            judged = passed(held_out.images[:count])
+            self._floors[checksum] = {
+                "real_frechet": self.frechet(passed(train)),
+                "real_agreement": agreement(self.judge, judged, held_out.labels[:count]),
+            }
+        return self._floors[checksum]
+
     def frechet(self, images: np.ndarray) -> float:
         """Distance of uint8 images to the held-out ones."""
-        moments, real = self._moments(images), self.real
+        moments, real = self._moments(images), self._reference
         return frechet_distance(moments.mean, moments.covariance, real.mean, real.covariance)
 
 
 class RunAssessor:
     """Assesses the checkpoints of one run."""
 
-    def __init__(self, assessor: Assessor, settings: Settings, tokenizer: Any, params: Any):
+    def __init__(self, assessor: Assessor, settings: Settings, tokenizer: nn.Module, params: Any):
         self._of, self._config = assessor, settings.generator
         self._decode = functools.partial(coding.decode_codes, tokenizer, params)
-        encode = functools.partial(coding.encode_images, tokenizer, params)
-        held_out = assessor.held_out
-        self._codes = encode(held_out.images)
-        self._real_agreement = agreement(
-            assessor.judge, self._decode(self._codes[:2000]), held_out.labels[:2000]
-        )
-        # Spread evenly over the training images, as many as are held out.
-        every = slice(None, None, max(1, len(assessor.train.labels) // len(held_out.labels)))
-        self._probe_train = lambda: (
-            encode(assessor.train.images[every]),
-            assessor.train.labels[every],
-        )
+        self._encode = functools.partial(coding.encode_images, tokenizer, params)
+        self._codes = self._encode(assessor.held_out.images)
+        self._real = assessor.real(tokenizer, params)
+
+    def _probe_train(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and labels of training images."""
+        train = self._of.train
+        some = spread_evenly(len(train.labels), _PROBED_ON)
+        return self._encode(train.images[some]), train.labels[some]
 
     def __call__(self, params: Any, probed: bool) -> dict[str, Any]:
         """The measures of the generator `params`, with probes or without."""
@@ -156,7 +189,7 @@ class RunAssessor:
         images = self._decode(self._of.samples(config, params, asked))
         measures["frechet"] = self._of.frechet(images)
         measures["agreement"] = agreement(self._of.judge, images, asked)
-        measures["real_agreement"] = self._real_agreement
+        measures |= self._real
         if probed and config.has_null_class:
             test = codes_NxL, labels_N
             measures["probe"] = probe.by_layer(config, params, self._probe_train(), test)
@@ -183,7 +216,9 @@ def read(workdir: str) -> list[dict[str, Any]]:
             if not (type(entry["step"]) is int and isinstance(entry["protocol"], dict)):
                 raise ValueError("no step or protocol")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not an assessment ({first_line(error)})") from error
+            raise DataError(
+                f"{path}, line {number}: not an assessment ({first_line(error)})"
+            ) from error
         found.append(entry)
     return found
 
