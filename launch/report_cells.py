@@ -1,0 +1,78 @@
+"""Cells of the report's tables."""
+
+import math
+from collections.abc import Mapping
+
+from launch import speedup, study
+from launch.collected import Results
+from launch.study import Measure
+
+NOT_RUN = "not run"
+
+
+def label(setting: str) -> str:
+    """What a setting is called."""
+    return study.VARIANTS.get(setting, setting.partition("/")[2])
+
+
+def seeds_of(results: Results, setting: str) -> str:
+    """Its seeds, or that there are none."""
+    return ", ".join(map(str, sorted(results.seeds(setting)))) or NOT_RUN
+
+
+def mean(measure: Measure, values: Mapping[int, float]) -> str:
+    """The mean over seeds."""
+    spread = speedup.spread(values.values())
+    return NOT_RUN if spread is None else measure.shown(spread.mean)
+
+
+def plus_minus(measure: Measure, values: Mapping[int, float]) -> str:
+    """Mean and standard deviation over seeds; of one seed the value alone."""
+    spread = speedup.spread(values.values())
+    if spread is None:
+        return NOT_RUN
+    deviation = "" if spread.deviation is None else f" ± {measure.shown(spread.deviation)}"
+    return measure.shown(spread.mean) + deviation
+
+
+def verdict(measure: Measure, differences: Mapping[int, float], noise: float | None) -> bool | None:
+    """Whether the mean difference is for the better (True) or the worse (False) beyond the noise.
+
+    None: within it, or there is no yardstick. The yardstick for a mean over n seeds is smaller by the
+    root of n.
+    """
+    spread = speedup.spread(differences.values())
+    if spread is None or noise is None:
+        return None
+    if abs(spread.mean) <= study.YARDSTICK * noise / math.sqrt(spread.count):
+        return None
+    return measure.better(spread.mean)
+
+
+def difference(
+    measure: Measure, differences: Mapping[int, float], noise: float | None, span: bool = False
+) -> str:
+    """The mean difference; bold, with "better" or "worse", where it is beyond the noise.
+
+    Args:
+        measure: of what.
+        differences: one a seed.
+        noise: the standard deviation over seeds.
+        span: whether to add the lowest and the highest.
+    """
+    spread = speedup.spread(differences.values())
+    if spread is None:
+        return NOT_RUN
+    text = measure.signed(spread.mean)
+    good = verdict(measure, differences, noise)
+    if good is not None:
+        text = f"**{text}** {'better' if good else 'worse'}"
+    if span and spread.count > 1:
+        text += f" ({measure.signed(spread.low)} to {measure.signed(spread.high)})"
+    return text
+
+
+def against(results: Results, setting: str, base: str, measure: Measure) -> dict[int, float]:
+    """{seed: difference of the final values} of the seeds that both have."""
+    finals = results.finals(setting, measure.key)
+    return speedup.paired(finals, results.finals(base, measure.key))
