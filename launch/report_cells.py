@@ -1,7 +1,8 @@
 """Cells of the report's tables."""
 
 import math
-from collections.abc import Mapping
+import urllib.parse
+from collections.abc import Collection, Mapping
 
 from launch import speedup, study
 from launch.collected import Results
@@ -10,14 +11,23 @@ from launch.study import Measure
 NOT_RUN = "not run"
 
 
+_LABELS = {s: text for asked in study.QUESTIONS for s, text in asked.settings.items()}
+_LABELS |= study.VARIANTS
+
+
 def label(setting: str) -> str:
     """What a setting is called."""
-    return study.VARIANTS.get(setting, setting.partition("/")[2])
+    return _LABELS.get(setting, setting.partition("/")[2])
 
 
-def seeds_of(results: Results, setting: str) -> str:
-    """Its seeds, or that there are none."""
-    return ", ".join(map(str, sorted(results.seeds(setting)))) or NOT_RUN
+def seeds(results: Results, setting: str, only: Collection[int] | None = None) -> str:
+    """Its seeds (of those in `only`), each a link to its files; or that there are none."""
+    links = [
+        f"[{seed}](runs/{run.sweep}/{urllib.parse.quote(run.name, safe='=+')})"
+        for seed, run in sorted(results.seeds(setting).items())
+        if only is None or seed in only
+    ]
+    return ", ".join(links) or NOT_RUN
 
 
 def mean(measure: Measure, values: Mapping[int, float]) -> str:

@@ -21,7 +21,7 @@ def finals(results: Results) -> str:
     ]
     titles = [m.title for m in measures]
     values = [
-        [study.VARIANTS[v], cells.seeds_of(results, v)]
+        [study.VARIANTS[v], cells.seeds(results, v)]
         + [cells.plus_minus(m, results.finals(v, m.key)) for m in measures]
         for v in study.VARIANTS
     ]
@@ -47,7 +47,7 @@ def finals(results: Results) -> str:
 def yardstick(results: Results) -> str:
     """How large noise is, and what that means."""
     found = [
-        f"{m.title.rstrip(' ↑↓')} {m.shown(noise)}"
+        f"{m.name} {m.shown(noise)}{'%' if m.scale == 100 else ''}"
         for m in study.MEASURES
         if (noise := results.noise(m)) is not None
     ]
@@ -108,6 +108,8 @@ def _median(values: dict[int, float | None]) -> str:
     if not values:
         return cells.NOT_RUN
     ordered = speedup.ordered(values.values())
+    if ordered[-1] is None:
+        return _NOT_REACHED
     text = _ratio(speedup.median(ordered))
     return f"{text} ({_ratio(ordered[0])} to {_ratio(ordered[-1])})" if len(ordered) > 1 else text
 
@@ -121,7 +123,7 @@ def speed_up(results: Results) -> str:
             own = speed_ups(results, variant, measure.key)
             rows.append(
                 [
-                    measure.title.rstrip(" ↑↓").removesuffix(", %"),
+                    measure.name,
                     name,
                     *(_ratio(own[s]) if s in own else cells.NOT_RUN for s in seeds),
                     _median(own),
@@ -188,7 +190,7 @@ def times(results: Results) -> str:
                 *(_in_time(results, variant, m.key, ratios) for m in study.MEASURES),
             ]
         )
-    measures = [m.title.rstrip(" ↑↓").removesuffix(", %") for m in study.MEASURES]
+    measures = [m.name for m in study.MEASURES]
     titles = ["variant", "ms a step", f"over {_BASE}'s", "minutes a run"]
     titles += [f"speed-up in time, {measure}" for measure in measures]
     return (

@@ -47,10 +47,8 @@ def question(results: Results, asked: Question) -> str:
     references = (asked.reference, study.BASELINE)
     rows = []
     for setting in (study.BASELINE, asked.reference, *asked.settings):
-        name = asked.settings.get(setting, cells.label(setting))
-        shown = ", ".join(str(s) for s in sorted(results.seeds(setting)) if s in seeds)
-        row = _row(results, setting, references, seeds)
-        rows.append([name, shown or cells.NOT_RUN, *row])
+        shown = cells.seeds(results, setting, seeds)
+        rows.append([cells.label(setting), shown, *_row(results, setting, references, seeds)])
     return text + table(["run", "seed", *_titles(references)], rows)
 
 
@@ -66,8 +64,9 @@ def exploration(results: Results, explored: Exploration) -> str:
     for setting in [*dict.fromkeys([study.BASELINE, *bases.values()]), *settings]:
         row = _row(results, setting, (study.BASELINE,), seeds)
         changed = _changed(results, setting, bases[setting]) if setting in bases else ""
-        rows.append([cells.label(setting), changed, *row])
-    return text + table(["run", "what differs", *_titles((study.BASELINE,))], rows)
+        shown = cells.seeds(results, setting, seeds)
+        rows.append([cells.label(setting), shown, changed, *row])
+    return text + table(["run", "seed", "what differs", *_titles((study.BASELINE,))], rows)
 
 
 def _base(results: Results, setting: str, explored: Exploration) -> str:
@@ -103,10 +102,10 @@ def order(results: Results) -> str:
     rows = []
     for claim in study.CLAIMS:
         pairs = _pairs(results, claim)
-        ours = dict.fromkeys(_pair_text(results, *pair) for pair in pairs)
+        ours = dict.fromkeys(text for pair in pairs for text in _values(results, *pair))
         note = f" ({claim.note})" if claim.note else ""
         rows.append(
-            [claim.text + note, claim.published, "; ".join(ours), _agreement(results, pairs)]
+            [claim.text + note, claim.published, ", ".join(ours), _agreement(results, pairs)]
         )
     return table(["the paper's claim", "the paper's FID", "our Fréchet", "ours"], rows)
 
@@ -120,15 +119,12 @@ def _pairs(results: Results, claim: Claim) -> list[tuple[str, str]]:
     return found
 
 
-def _pair_text(results: Results, better: str, worse: str) -> str:
-    ours = cells.against(results, better, worse, _FRECHET)
-    if not ours:
-        return f"{cells.label(better)} against {cells.label(worse)}: {cells.NOT_RUN}"
-    low, high = (
-        cells.mean(_FRECHET, _only(results.finals(setting, _FRECHET.key), ours))
-        for setting in (better, worse)
-    )
-    return f"{cells.label(better)} {low} against {cells.label(worse)} {high}"
+def _values(results: Results, better: str, worse: str) -> list[str]:
+    """Of both settings, over the seeds that both have, where they have any."""
+    finals = {s: results.finals(s, _FRECHET.key) for s in (better, worse)}
+    common = finals[better].keys() & finals[worse].keys()
+    shown = {s: _only(values, common) or values for s, values in finals.items()}
+    return [f"{cells.label(s)} {cells.mean(_FRECHET, values)}" for s, values in shown.items()]
 
 
 def _agreement(results: Results, pairs: list[tuple[str, str]]) -> str:

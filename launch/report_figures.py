@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,8 @@ def _band(
     axis: Any, look: Mapping[str, str], name: str, values: Mapping[float, list[float]]
 ) -> None:
     """A curve of means, with the range of the seeds behind it."""
+    if not values:
+        return
     spreads = {x: speedup.spread(values[x]) for x in sorted(values)}
     axis.plot(list(spreads), [s.mean for s in spreads.values()], label=name, **look)
     if any(s.count > 1 for s in spreads.values()):
@@ -92,23 +95,42 @@ def _legend(figure: Any, axes: Any) -> None:
     )
 
 
+def _by_step(curves: Collection[Mapping[int, float]], scale: float) -> dict[float, list[float]]:
+    """{step: the scaled values of the curves that have it}."""
+    values: dict[float, list[float]] = {}
+    for curve in curves:
+        for step, value in curve.items():
+            values.setdefault(step, []).append(scale * value)
+    return values
+
+
 def _comparison(plt: Any, results: Results) -> Any:
-    """A panel a measure: mean over seeds against the step, and the range."""
-    found = {m: {v: results.curves(v, m.key) for v in study.VARIANTS} for m in study.MEASURES}
-    if not any(curves for of_measure in found.values() for curves in of_measure.values()):
+    """A column a measure: mean and range against the step, and what is left less the baseline."""
+    if not any(results.curves(v, m.key) for v in study.VARIANTS for m in study.MEASURES):
         return None
-    figure, axes = plt.subplots(1, len(found), figsize=(13, 4.3), layout="constrained")
-    for axis, (measure, of_measure) in zip(axes, found.items(), strict=True):
-        for variant, curves in of_measure.items():
-            values: dict[float, list[float]] = {}
-            for curve in curves.values():
-                for step, value in curve.items():
-                    values.setdefault(step, []).append(measure.scale * value)
-            if values:
-                _band(axis, _LOOKS[variant], study.VARIANTS[variant], values)
-        axis.set(xlabel="step", title=_title(measure))
-        axis.title.set_size(10)
-    _legend(figure, axes)
+    figure, axes = plt.subplots(
+        2, len(study.MEASURES), figsize=(13, 7), layout="constrained", sharex=True,
+        height_ratios=(1.3, 1),
+    )  # fmt: skip
+    base_name = study.VARIANTS[study.BASELINE]
+    for measure, (axis, less) in zip(study.MEASURES, axes.T, strict=True):
+        base = results.curves(study.BASELINE, measure.key)
+        finals = speedup.spread(results.finals(study.BASELINE, measure.key).values())
+        if finals is not None:  # where a curve crosses it, it is as good as the baseline in the end
+            axis.axhline(measure.scale * finals.mean, color="#777777", linewidth=1, linestyle=":")
+        less.axhline(0, color=_LOOKS[study.BASELINE]["color"], linewidth=1.8)
+        for variant, name in study.VARIANTS.items():
+            curves = results.curves(variant, measure.key)
+            differences = [
+                speedup.paired(curve, base[seed]) for seed, curve in curves.items() if seed in base
+            ]
+            _band(axis, _LOOKS[variant], name, _by_step(curves.values(), measure.scale))
+            if variant != study.BASELINE:
+                _band(less, _LOOKS[variant], name, _by_step(differences, measure.scale))
+        axis.set_title(_title(measure), fontsize=10)
+        less.set_title(f"minus {base_name} of the same seed", fontsize=10)
+        less.set_xlabel("step")
+    _legend(figure, axes[0])
     return figure
 
 
@@ -117,53 +139,43 @@ def _title(measure: Measure) -> str:
     return f"{measure.axis}\n({better} is better)"
 
 
-def _groups(results: Results) -> dict[str, dict[str, str]]:
-    """{title: {setting: name}} of what is there beside the main comparison."""
-    groups = {asked.title: asked.settings for asked in study.QUESTIONS}
-    for explored in study.EXPLORATIONS:
-        groups[explored.title] = {s: cells.label(s) for s in results.settings(explored.sweep)}
-    known = {
-        title: {s: name for s, name in settings.items() if results.seeds(s)}
-        for title, settings in groups.items()
-    }
-    return {title: settings for title, settings in known.items() if settings}
+def _rows(results: Results) -> list[tuple[str, str | None]]:
+    """(text, setting) of what is there beside the main comparison; headings have no setting."""
+    groups = {asked.title: list(asked.settings) for asked in study.QUESTIONS}
+    groups |= {explored.title: results.settings(explored.sweep) for explored in study.EXPLORATIONS}
+    rows: list[tuple[str, str | None]] = []
+    for title, settings in groups.items():
+        known = [(cells.label(s), s) for s in settings if results.seeds(s)]
+        rows += [(title, None), *known] if known else []
+    return rows
 
 
 def _diagnostics(plt: Any, results: Results) -> Any:
     """A panel a measure: the final value of each run, beside lines of the main comparison."""
-    groups = _groups(results)
-    if not groups:
+    rows = _rows(results)
+    if not rows:
         return None
-    seeds = {seed for settings in groups.values() for s in settings for seed in results.seeds(s)}
-    rows = sum(1 + len(settings) for settings in groups.values())
+    seeds = {seed for _, setting in rows if setting for seed in results.seeds(setting)}
     figure, axes = plt.subplots(
-        1, len(study.MEASURES), figsize=(13, 1.6 + 0.24 * rows), layout="constrained", sharey=True
-    )
+        1, len(study.MEASURES), figsize=(13, 1.6 + 0.24 * len(rows)), layout="constrained",
+        sharey=True,
+    )  # fmt: skip
     for axis, measure in zip(axes, study.MEASURES, strict=True):
         _lines(axis, results, measure, seeds)
-        row = 0
-        for settings in groups.values():
-            for setting in settings:
-                row += 1
-                values = results.finals(setting, measure.key).values()
-                shown = [measure.scale * value for value in values]
-                axis.plot(shown, [row] * len(shown), "o", color="#CC79A7", markeredgecolor="black")
-            row += 1
+        for row, (_, setting) in enumerate(rows):
+            if setting is None:
+                continue
+            values = results.finals(setting, measure.key).values()
+            shown = [measure.scale * value for value in values]
+            axis.axhline(row, color="#999999", linewidth=0.6, linestyle=":", zorder=0)
+            axis.plot(shown, [row] * len(shown), "o", color="#CC79A7", markeredgecolor="black")
         axis.set_title(_title(measure), fontsize=10)
         axis.grid(axis="y", visible=False)
-    ticks, row = {}, 0
-    for title, settings in groups.items():
-        ticks[row] = title
-        for name in settings.values():
-            row += 1
-            ticks[row] = name
-        row += 1
-    axes[0].set_yticks(list(ticks), list(ticks.values()))
-    starts = {title for title in groups}
-    for tick in axes[0].get_yticklabels():
-        if tick.get_text() in starts:
-            tick.set_fontweight("bold")
-    axes[0].set_ylim(row - 0.3, -0.7)  # the first on top
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(rows)), [text for text, _ in rows])
+    for label, (_, setting) in zip(axes[0].get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if setting is None else "normal")
+    axes[0].set_ylim(len(rows) - 0.3, -0.7)  # the first on top
     _legend(figure, axes)
     return figure
 
@@ -184,6 +196,11 @@ def _lines(axis: Any, results: Results, measure: Measure, seeds: set[int]) -> No
             axis.axvspan(x - width, x + width, color=look["color"], alpha=0.1, linewidth=0)
 
 
+def share_text(share: Fraction) -> str:
+    """When a probe looks at the states."""
+    return "after all tokens" if share == 1 else f"after {share} of the tokens"
+
+
 def _probe(plt: Any, results: Results) -> Any:
     """A panel a share of the tokens: accuracy against the block."""
     probes = {variant: results.probes(variant) for variant in study.VARIANTS}
@@ -202,10 +219,9 @@ def _probe(plt: Any, results: Results) -> Any:
                 for layer in layers
                 if (layer, share) in probe
             }
-            if values:
-                _band(axis, _LOOKS[variant], study.VARIANTS[variant], values)
+            _band(axis, _LOOKS[variant], study.VARIANTS[variant], values)
         axis.set(xlabel="block", xticks=layers)
-        axis.set_title(f"after {share} of the tokens", fontsize=10)
+        axis.set_title(share_text(share), fontsize=10)
     axes[0][0].set_ylabel("accuracy of a linear probe, %")
     _legend(figure, axes[0])
     return figure

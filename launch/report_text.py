@@ -191,7 +191,7 @@ def _probe(results: Results, drawn: Collection[str]) -> str:
         for layer in layers
         for variant, name in study.VARIANTS.items()
     ]
-    titles = ["block", "variant", *(f"after {share} of the tokens" for share in shares)]
+    titles = ["block", "variant", *(figures.share_text(share) for share in shares)]
     return (
         f"{text}Accuracy (%) of a linear probe of each block's states at the last step, on held-out "
         "images, after a share of the tokens: mean ± standard deviation over seeds.\n\n"

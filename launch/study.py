@@ -29,7 +29,7 @@ class Measure:
 
     Attributes:
         key: in assessment.jsonl.
-        title: in tables.
+        name: in tables.
         axis: in figures.
         lower_is_better: whether it is.
         scale: what it is multiplied with to be shown.
@@ -37,11 +37,17 @@ class Measure:
     """
 
     key: str
-    title: str
+    name: str
     axis: str
     lower_is_better: bool
     scale: float
     digits: int
+
+    @property
+    def title(self) -> str:
+        """Of a column: name, unit and which direction is better."""
+        unit = ", %" if self.scale == 100 else ""
+        return f"{self.name}{unit} {'↓' if self.lower_is_better else '↑'}"
 
     def shown(self, value: float) -> str:
         return f"{self.scale * value:.{self.digits}f}"
@@ -56,13 +62,13 @@ class Measure:
 
 
 MEASURES = (
-    Measure("frechet", "Fréchet ↓", "Fréchet distance (EfficientNet-Lite0)", True, 1, 2),
-    Measure("agreement", "agreement, % ↑", "Agreement with the class asked for, %", False, 100, 1),
-    Measure("cross_entropy", "cross-entropy ↓", "Held-out cross-entropy, nats a token", True, 1, 4),
+    Measure("frechet", "Fréchet", "Fréchet distance (EfficientNet-Lite0)", True, 1, 2),
+    Measure("agreement", "agreement", "Agreement with the class asked for, %", False, 100, 1),
+    Measure("cross_entropy", "cross-entropy", "Held-out cross-entropy, nats a token", True, 1, 4),
 )
 MORE_MEASURES = (
-    Measure("precision", "precision ↑", "", False, 1, 3),
-    Measure("recall", "recall ↑", "", False, 1, 3),
+    Measure("precision", "precision", "", False, 1, 3),
+    Measure("recall", "recall", "", False, 1, 3),
 )
 
 
@@ -98,7 +104,7 @@ QUESTIONS = (
         "Borders of the grid",
         "Mirai-E shifts the flattened sequence, so that pairs which leave the grid wrap around, as in "
         "the official code. Here they are left out.",
-        _diagnostics(borders_mask="such pairs left out"),
+        _diagnostics(borders_mask="pairs that wrap left out"),
     ),
     Question(
         "Source of the targets",
@@ -133,8 +139,8 @@ QUESTIONS = (
         "The same auxiliary loss without foresight: if one of these helps as much as Mirai-E, then "
         "what helps is not that the targets come from the future.",
         _diagnostics(
-            same_position="the same position alone, with the weight of three heads",
-            past_only="offsets mirrored: past positions",
+            same_position="same position alone, weight of three heads",
+            past_only="past positions: offsets mirrored",
             shuffled_e="targets of another image",
         ),
     ),
