@@ -160,6 +160,8 @@ WRONG = [  # (fields, what the message holds besides the name and the value of t
     ({TERM + "level": "middle"}, "one of internal, output"),
     ({TERM + "layout": "3d"}, "one of 2d, 1d"),
     ({TERM + "borders": "clip"}, "one of wrap, mask"),
+    ({TERM + "targets": "none"}, "one of own, shuffled"),
+    ({TERM + "targets": "shuffled", "accumulate": 32}, "own where a part of the batch is a single"),
     ({TERM + "anchor": "next"}, "one of consumed, predicted"),
     ({TERM + "reduction": "max"}, "one of sum, mean"),
     ({TERM + "source": "bidirectional", "teacher.name": "mae"}, "one of efficientnet_lite0"),

@@ -60,7 +60,7 @@ def short(module):
     return module.removeprefix(PACKAGE + ".")
 
 
-PROGRAMS = ("main", "convert", "extract", "sample", "evaluate", "bench")
+PROGRAMS = ("main", "convert", "extract", "sample", "evaluate", "assess", "bench")
 MODELS = [m for m in MODULES if m.startswith(PACKAGE + ".models.")]
 
 
