@@ -180,7 +180,7 @@ def _read_run(folder: pathlib.Path) -> Run:
         seed=of_config("seed", int),
         steps=of_run("steps", int),
         batch_size=of_config("batch_size", int),
-        config=config,
+        config=fields.completed(config),
         command=of_run("command", str),
         seconds=None if told.get("seconds") is None else of_run("seconds", float),
         machine=of_run("machine", str),

@@ -136,8 +136,9 @@ def speed_up(results: Results) -> str:
     ]  # fmt: skip
     return (
         f"The last step of {_BASE} over the step at which a curve first is as good as {_BASE} of the "
-        "same seed in the end; between assessed steps the curve is taken as linear. Above 1 the variant "
-        f'needs fewer steps; "{_NOT_REACHED}": it never is as good, and counts as the lowest.\n\n'
+        "same seed in the end. Between assessed steps a curve is taken as linear; one that is as good "
+        "at its first assessed step counts with that step. Above 1 the variant needs fewer steps; "
+        f'"{_NOT_REACHED}": it never is as good, and counts as the lowest.\n\n'
         + table(titles, rows)
         + f"\n{_BASE}'s own row is the control: it tells how early the baseline itself was as good as "
         "in the end, which makes 1.00 only of a curve that still improves. In the last column the goal "

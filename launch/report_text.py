@@ -9,6 +9,7 @@ from launch import report_figures as figures
 from launch import speedup, study
 from launch.collected import Results, Run
 from launch.results import table
+from mirai_jax import fields
 from mirai_jax.progress import duration
 
 _HEAD = """# Does foresight help? A controlled study on Fashion-MNIST
@@ -27,7 +28,7 @@ python -m launch.report
 _ACCURACY = study.Measure("", "", "", False, 100, 1)
 _NAMES = {
     "samples": "{} samples",
-    "held_out": "{} held-out images",
+    "held_out": "{} held-out images for cross-entropy and probes",
     "guidance": "guidance {}",
     "weights": "{} weights",
     "pixels": "features at {} pixels",
@@ -87,38 +88,45 @@ def _setup(results: Results) -> str:
         return f"{text}No run has been assessed with {study.PROTOCOL}: the measures are not run.\n"
     text += (
         f"Kept checkpoints were assessed with {_protocol(results)}.\n\n"
-        "* **Fréchet**: the Fréchet distance between samples and held-out images over the pooled "
-        "features of EfficientNet-Lite0. It is not FID, whose network is another, and cannot be "
+        "* **Fréchet**: the Fréchet distance between samples and all held-out images over the "
+        "pooled features of EfficientNet-Lite0. It is not FID, whose network is another, and cannot be "
         "compared with published FIDs.\n"
         "* **agreement**: how often a classifier trained on real images sees the class that was asked "
         f"for{_real(results)}.\n"
         "* **cross-entropy**: of the next token on held-out images, in nats a token.\n"
-        "* **precision**, **recall**: of samples in the same features.\n"
     )
-    teachers = {
-        run.config["teacher"].get("name")
-        for run in results.seeds("variants/mirai_i").values()
-        if isinstance(run.config.get("teacher"), dict)
-    }
-    if "efficientnet_lite0" in teachers:
+    if any(results.finals(v, m.key) for v in study.VARIANTS for m in study.MORE_MEASURES):
         text += (
-            "\nMirai-I's teacher is EfficientNet-Lite0 as well, so that its Fréchet distance, precision "
-            "and recall are measured with the network that it was trained to predict. Agreement and "
-            "cross-entropy do not share it.\n"
+            "* **precision**, **recall**: of samples, in the features of the Fréchet distance.\n"
+        )
+    if any(
+        _field(run, "teacher.name") == "efficientnet_lite0"
+        for run in results.seeds("variants/mirai_i").values()
+    ):
+        text += (
+            "\nThe teacher of Mirai-I and Mirai-E+I is EfficientNet-Lite0 as well, so that their Fréchet "
+            "distance is measured with the very network whose features they were trained to predict. "
+            "Agreement and cross-entropy do not share it.\n"
         )
     return text
 
 
+def _field(run: Run, path: str) -> object:
+    """Of its config; None where it has no such field."""
+    value: object = run.config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _recipe(run: Run) -> str:
-    """The baseline's config in a sentence, of those fields that it has."""
+    """The baseline's config in a sentence, as far as it has the fields."""
 
-    def field(path: str) -> object:
-        value: object = run.config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return "?" if value is None else value
+    def field(path: str) -> str:
+        value = _field(run, path)
+        return "?" if value is None else fields.shown(value).strip("'")
 
-    grid = field("model.grid")
+    grid = _field(run, "model.grid")
     grid = "x".join(map(str, grid)) if isinstance(grid, list) else grid
     return (
         f"Class-conditional generators of {field('data.name')} images, as {grid} tokens out of "
@@ -139,7 +147,7 @@ def _real(results: Results) -> str:
     if spread is None:
         return ""
     low, high = f"{spread.low:.1%}", f"{spread.high:.1%}"
-    return f" (of real held-out images: {low if low == high else f'{low} to {high}'})"
+    return f" (of held-out images that passed through the tokenizer: {low if low == high else f'{low} to {high}'})"
 
 
 def _comparison(results: Results, drawn: Collection[str]) -> str:
@@ -193,8 +201,9 @@ def _probe(results: Results, drawn: Collection[str]) -> str:
     ]
     titles = ["block", "variant", *(figures.share_text(share) for share in shares)]
     return (
-        f"{text}Accuracy (%) of a linear probe of each block's states at the last step, on held-out "
-        "images, after a share of the tokens: mean ± standard deviation over seeds.\n\n"
+        f"{text}The generator reads held-out images without being told their class; a linear probe "
+        "of each block's states at the last step tells the class after a share of the tokens. Accuracy "
+        "in %, mean ± standard deviation over seeds.\n\n"
         + _figure(
             figures.PROBE, drawn, "Accuracy of linear probes by block and share of the tokens"
         )

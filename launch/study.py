@@ -132,7 +132,7 @@ QUESTIONS = (
     Question(
         "Start",
         "The epoch from which on Mirai-E aligns (0.3 in the reference).",
-        {f"diagnostics/start-{start}": f"from epoch {start}" for start in ("0", "0.8")},
+        {f"diagnostics/start-{start}": f"from epoch {start}" for start in ("0", "0.75")},
     ),
     Question(
         "Controls for Mirai-E",

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from launch import collect, collected, report, report_text, speedup, study
+from launch import collect, collected, overrides, plan, report, report_text, speedup, study
 from launch import report_comparison as comparison
 from launch import report_diagnostics as diagnostics
 from mirai_jax.errors import DataError
@@ -162,11 +162,18 @@ def rows(text, start):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def seed_0(run):
+    return f"[0](runs/{run})"
+
+
+SEEDS = ", ".join(f"[{seed}](runs/variants/{{0}}-seed={seed})" for seed in range(3))
+
+
 def test_differences_are_to_the_same_seed(results):
     text = comparison.finals(read(results))
-    values, differences = rows(text, "Mirai-E")
+    _, differences = rows(text, "Mirai-E")
     assert rows(text, "LlamaGen") == [
-        ["LlamaGen", "0, 1, 2", "41.00 ± 1.00", "59.0 ± 1.0", "1.4100 ± 0.0100", "0.500 ± 0.000",
+        ["LlamaGen", SEEDS.format("llamagen"), "41.00 ± 1.00", "59.0 ± 1.0", "1.4100 ± 0.0100", "0.500 ± 0.000",
          "0.250 ± 0.000"]
     ]  # fmt: skip
     # 0, 2 and -6 less 40, 41 and 42.
@@ -177,7 +184,6 @@ def test_differences_are_to_the_same_seed(results):
     # A seed that only one of both has is in no difference.
     shutil.rmtree(results / "runs" / "variants" / "llamagen-seed=2")
     assert "-39.50** better (-40.00 to -39.00)" in comparison.finals(read(results))
-    del values
 
 
 def test_speed_ups(results):
@@ -219,8 +225,18 @@ def test_a_diagnostic_beside_its_reference_and_the_noise(results):
     add_one(results, "layer-2", 0.5)
     found = read(results)
     text = diagnostics.question(found, question)
-    assert rows(text, "LlamaGen")[0][1:5] == ["0", "40.00", "**+40.00** worse", ""]
-    assert rows(text, "Mirai-E")[0][1:5] == ["0", "0.00", "", "**-40.00** better"]
+    assert rows(text, "LlamaGen")[0][1:5] == [
+        seed_0("variants/llamagen-seed=0"),
+        "40.00",
+        "**+40.00** worse",
+        "",
+    ]
+    assert rows(text, "Mirai-E")[0][1:5] == [
+        seed_0("variants/mirai_e-seed=0"),
+        "0.00",
+        "",
+        "**-40.00** better",
+    ]
     assert rows(text, "block 4")[0][1:] == ["not run"] * 10
     noise = found.noise(study.MEASURES[0])
     # Of 40, 41, 42 and of 0, 2, -6, with four degrees of freedom.
@@ -241,14 +257,14 @@ def test_the_order_of_the_paper(results):
     text = diagnostics.order(read(results))
     ours = {claim: rows(text, claim)[0][1:] for claim in [c.text for c in study.CLAIMS[:9]]}
     assert ours["Mirai-E is better than LlamaGen"] == [
-        "5.22 < 6.36", "Mirai-E -1.33 against LlamaGen 41.00", "**agrees**"
+        "5.22 < 6.36", "Mirai-E -1.33, LlamaGen 41.00", "**agrees**"
     ]  # fmt: skip
     assert ours["Mirai-I is better than LlamaGen"][-1] == "not run"
     assert ours["output level: 2-D is worse than no foresight"][-1] == "**does not agree**"
     assert ours["output level: 1-D is worse than no foresight"][-1] == "**agrees**"
     assert ours["two thirds of the depth is the best block"][-1] == "undecided"
     line = next(line for line in text.splitlines() if "every encoder" in line)
-    assert "own-labels 10.00 against LlamaGen 40.00; small 20.00 against" in line
+    assert "own-labels 10.00, LlamaGen 40.00, small 20.00 |" in line
     assert line.endswith("| **agrees** |")
 
 
@@ -258,7 +274,7 @@ def test_without_several_seeds_nothing_is_beyond_the_noise(tmp_path):
     text = report_text.readme(read(tmp_path), "", ())
     assert "There is no yardstick for noise yet" in text and "**-30" not in text
     assert (
-        "| Mirai-E is better than LlamaGen | 5.22 < 6.36 | Mirai-E 10.00 against LlamaGen 40.00 | undecided |"
+        "| Mirai-E is better than LlamaGen | 5.22 < 6.36 | Mirai-E 10.00, LlamaGen 40.00 | undecided |"
         in text
     )
 
@@ -267,7 +283,8 @@ def test_what_differs_in_a_config(results):
     config = config_of("mirai_e", 0, foresight=[{"source": "ema", "weights": [0.5]}], ema_decay=0.9)
     add_one(results, "weaker", 3.0, "remedies", config)
     text = diagnostics.exploration(read(results), study.EXPLORATIONS[1])
-    assert rows(text, "weaker")[0][1:4] == [
+    assert rows(text, "weaker")[0][1:5] == [
+        seed_0("remedies/weaker"),
         "Mirai-E with `ema_decay=0.9`, `foresight[0].weights=[0.5]`", "3.00", "**-37.00** better"
     ]  # fmt: skip
     text = diagnostics.exploration(read(results), study.EXPLORATIONS[0])
@@ -283,7 +300,14 @@ def test_measures_may_be_missing(results):
         ],
     )  # fmt: skip
     values = rows(comparison.finals(read(results)), "Mirai-I")[0]
-    assert values[1:] == ["0", "not run", "not run", "1.5000", "not run", "not run"]
+    assert values[1:] == [
+        seed_0("variants/mirai_i-seed=0"),
+        "not run",
+        "not run",
+        "1.5000",
+        "not run",
+        "not run",
+    ]
     found = comparison.speed_ups(read(results), "variants/mirai_i", "frechet")
     assert found == {0: 1.2}  # as good from its first assessed step on
 
@@ -296,7 +320,7 @@ def test_a_later_line_adds_to_an_earlier_one(results):
     assert found.finals("variants/mirai_e", "frechet")[0] == 5.0
     assert found.finals("variants/mirai_e", "agreement")[0] == 1.0
     text = report_text.readme(found, "", ())
-    assert "| block | variant | after 1/2 of the tokens | after 1 of the tokens |" in text
+    assert "| block | variant | after 1/2 of the tokens | after all tokens |" in text
     assert (
         "| 2 | Mirai-E | 50.0 | 75.0 |" in text and "| 2 | LlamaGen | not run | not run |" in text
     )
@@ -311,7 +335,7 @@ def test_protocols_are_not_mixed(results):
     assert found.finals("variants/mirai_e", "frechet")[0] == 0.0
     text = report_text.readme(found, "", ())
     assert "### With guidance 2.0, features at 112 pixels, 2,000 samples" in text
-    assert "| Mirai-E | 0, 1, 2 | 77.00 | 23.0 |" in text
+    assert f"| Mirai-E | {SEEDS.format('mirai_e')} | 77.00 | 23.0 |" in text
     path.write_text(good + json.dumps(entry(3000, 77.0, {**PROTOCOL, "samples": 9})) + "\n")
     with pytest.raises(DataError, match=r"assessment.jsonl, line 7: protocol .*PROTOCOL in launch"):
         read(results)
@@ -404,6 +428,18 @@ def test_the_committed_report_is_what_the_committed_runs_give():
     drawn = [name for name in report.FIGURES if (folder / name).exists()]
     text = report_text.readme(read(folder), report.findings(folder), drawn)
     assert (folder / "README.md").read_text() == text
+
+
+def test_every_run_of_the_sweeps_has_its_role():
+    def settings(sweep):
+        entries = plan.read_sweep(str(ROOT / "launch" / "sweeps" / f"{sweep}.py"), study.SCALE)
+        return {f"{sweep}/{setting}" for _, setting in overrides.names(entries)}
+
+    roles = [setting for question in study.QUESTIONS for setting in question.settings]
+    assert sorted(roles) == sorted(settings("diagnostics"))
+    assert set(study.VARIANTS) == settings("variants")
+    named = {s for claim in study.CLAIMS for pair in claim.pairs for s in pair}
+    assert {s for s in named if not s.startswith("teachers/")} <= {*roles, *study.VARIANTS}
 
 
 # What cannot be read ------------------------------------------------------------------------------
@@ -518,8 +554,8 @@ def test_collecting_and_reporting(tmp_path, monkeypatch):
         f"left out: {sweep}/mirai_e-seed=2: unfinished, at step 3000 of 3000",
     ]
     assert sorted(p.name for p in runs.iterdir()) == ["llamagen-seed=0", "mirai_e-seed=0"]
-    for path in runs.rglob("*"):
-        assert path.is_dir() or str(tmp_path) not in path.read_text() + str(ROOT)
+    for path in runs.rglob("*.json*"):
+        assert str(tmp_path) not in path.read_text() and str(ROOT) not in path.read_text()
     for name in ("metrics.jsonl", "assessment.jsonl"):
         copy = runs / "llamagen-seed=0" / name
         assert copy.read_bytes() == (sweep / "llamagen-seed=0" / name).read_bytes()
@@ -590,24 +626,53 @@ def test_what_cannot_be_collected(tmp_path):
 # The program --------------------------------------------------------------------------------------
 
 
-def program(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.report", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+def program(capsys, *arguments):
+    """Exit status (or the error's text) and what is printed, of the program in this process."""
+    report._FLAGS.unparse_flags()
+    report._FLAGS(["report", *arguments])
+    status = 0
+    try:
+        report.main(["report"])
+    except SystemExit as end:
+        status = end.code
+    finally:
+        for argument in arguments:
+            report._FLAGS[argument.partition("=")[0].removeprefix("--")].unparse()
+    return status, capsys.readouterr().out
+
+
+def test_the_program(results, capsys):
+    folder = f"--results={results}"
+    assert program(capsys, folder) == (
+        0, f"written: {results}/README.md\nwritten: {results}/comparison.png\n"
+    )  # fmt: skip
+    assert program(capsys, folder, "--check")[0] == 0
+    (results / "README.md").write_text("other")
+    (results / "comparison.png").unlink()
+    assert program(capsys, folder, "--check")[0].splitlines() == [
+        f"{results}/README.md is not what the runs give",
+        f"{results}/comparison.png is missing",
+    ]
+    assert (results / "README.md").read_text() == "other"
+
+
+def test_wrong_flags(tmp_path, capsys):
+    assert program(capsys, "--collect=x")[0] == (
+        "error: --collect and --machine go together; one is missing"
+    )
+    assert program(capsys, "--collect=x", "--machine=y", "--check")[0] == (
+        "error: --collect writes and --check does not; give one of them"
+    )
+    assert program(capsys, f"--results={tmp_path}")[0].startswith(f"error: {tmp_path}/runs is no")
+
+
+def test_a_wrong_file_ends_the_program_in_one_line(results):
+    path = results / "runs" / "variants" / "mirai_e-seed=0" / "run.json"
+    path.write_text("{")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.report", f"--results={results}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
-
-
-def test_the_program(tmp_path, results):
-    done = program(f"--results={results}")
-    assert done.returncode == 0, done.stderr
-    assert f"written: {results}/README.md\n" in done.stdout
-    assert program(f"--results={results}", "--check").returncode == 0
-    (results / "README.md").write_text("other")
-    done = program(f"--results={results}", "--check")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr == f"{results}/README.md is not what the runs give\n"
-    assert (results / "README.md").read_text() == "other"
-    done = program(f"--results={results}", "--collect=x")
-    assert done.returncode == 1
-    assert done.stderr == "error: --collect and --machine go together; one is missing\n"
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {path} is no JSON")
+    assert len(done.stderr.splitlines()) == 1
