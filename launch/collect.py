@@ -82,7 +82,10 @@ def _texts(folder: pathlib.Path, sweep: str, machine: Machine, told: str) -> dic
         texts = {path.name: json.dumps(machine.portable(config), indent=2) + "\n"}
         for name in ("metrics.jsonl", "assessment.jsonl"):
             path = folder / name
-            entries = [machine.portable(entry) for _, entry in collected.read_lines(path)]
+            lines = collected.read_lines(path)
+            for line in lines if name == "assessment.jsonl" else ():
+                collected.assessment(*line)  # what the report could not read is told now
+            entries = [machine.portable(entry) for _, entry in lines]
             if entries:
                 texts[name] = "".join(json.dumps(entry) + "\n" for entry in entries)
         path = log

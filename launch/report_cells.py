@@ -10,7 +10,6 @@ from launch.study import Measure
 
 NOT_RUN = "not run"
 
-
 _LABELS = {s: text for asked in study.QUESTIONS for s, text in asked.settings.items()}
 _LABELS |= study.VARIANTS
 

@@ -140,9 +140,9 @@ def speed_up(results: Results) -> str:
         "at its first assessed step counts with that step. Above 1 the variant needs fewer steps; "
         f'"{_NOT_REACHED}": it never is as good, and counts as the lowest.\n\n'
         + table(titles, rows)
-        + f"\n{_BASE}'s own row is the control: it tells how early the baseline itself was as good as "
-        "in the end, which makes 1.00 only of a curve that still improves. In the last column the goal "
-        f"is {_BASE}'s mean over seeds, so that its own row shows what the seed alone does.\n\n"
+        + f"\n{_BASE}'s own row is the control: 1.00 where its curve improved up to the last step, more "
+        "where it had been as good before. In the last column the goal is its mean over seeds, so that "
+        "its own row shows what the seed alone does.\n\n"
         "What is uncertain: each number rests on one crossing of a curve that was assessed at few "
         "steps, on samples of limited number. Where the baseline's curve is almost flat at its end, a "
         "small shift of it moves the crossing by hundreds of steps, and the first crossing of a noisy "

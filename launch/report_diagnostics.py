@@ -9,7 +9,6 @@ from launch.results import table
 from launch.study import Claim, Exploration, Question
 from mirai_jax import workdir
 
-_BASE = study.VARIANTS[study.BASELINE]
 _FRECHET = study.MEASURES[0]
 _LONGEST = 60  # letters of a config's value in a cell
 

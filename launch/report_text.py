@@ -90,7 +90,7 @@ def _setup(results: Results) -> str:
         f"Kept checkpoints were assessed with {_protocol(results)}.\n\n"
         "* **Fréchet**: the Fréchet distance between samples and all held-out images over the "
         "pooled features of EfficientNet-Lite0. It is not FID, whose network is another, and cannot be "
-        "compared with published FIDs.\n"
+        "compared with published FIDs; it also depends on the number of samples, here always the same.\n"
         "* **agreement**: how often a classifier trained on real images sees the class that was asked "
         f"for{_real(results)}.\n"
         "* **cross-entropy**: of the next token on held-out images, in nats a token.\n"
