@@ -29,12 +29,12 @@ class Machine:
     """
 
     def __init__(self, sweep: pathlib.Path, name: str):
-        here = pathlib.Path.cwd()
-        folders = {}
+        names = {str(pathlib.Path.cwd()): "."}
         for path in (sweep.absolute(), sweep.resolve()):
-            folders |= {path: f"{_RUNS}/{name}", path.parent: _RUNS}
-        folders |= {here: "."}
-        self._names = {str(f): n for f, n in folders.items() if f != f.parent}
+            names |= {str(path.parent): _RUNS, str(path): f"{_RUNS}/{name}"}
+        names.pop("/", None)
+        # The innermost first.
+        self._names = dict(sorted(names.items(), key=lambda item: -len(item[0])))
 
     def portable(self, value: Any) -> Any:
         """The value with paths that mean something elsewhere.

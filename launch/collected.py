@@ -272,8 +272,8 @@ def read(folder: pathlib.Path) -> Results:
     Raises:
         DataError: one line that names what is wrong in which file.
     """
-    configs = sorted(folder.glob("*/*/"), key=lambda path: path.relative_to(folder).parts)
-    runs = [_read_run(path) for path in configs]
+    folders = sorted(folder.glob("*/*/"), key=lambda path: path.relative_to(folder).parts)
+    runs = [_read_run(path) for path in folders]
     twins: dict[tuple[str, str, int], Run] = {}
     main: Assessment | None = None
     for run in runs:
