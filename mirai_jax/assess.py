@@ -4,7 +4,7 @@
     python -m mirai_jax.assess --workdir=$(ls -d runs/sweeps/variants-fashion_mnist/*/ | paste -sd,)
 
 For runs on images in memory (mnist, fashion_mnist). Each kept checkpoint (`keep_every`) and the last
-one give a line of assessment.jsonl in the run's folder: held-out cross-entropy, the Fréchet distance
+one give a line of assessment.jsonl in the run's folder: held-out cross-entropy, Fréchet distances
 of samples over EfficientNet-Lite0 (not FID), agreement of a classifier with the class asked for, and
 for the last step linear probes (mirai_jax/assessment.py says each exactly). What is there already is
 not done again: the same command goes on after a stop, and takes in what a run has added.

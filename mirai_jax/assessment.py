@@ -4,12 +4,12 @@ assessment.jsonl in a workdir has a line for each checkpoint and protocol: {"ste
 measures...}. The measures (means over images):
 
 cross_entropy   nats a token of held-out images, no dropout, labels known
-frechet         distance of the samples to the held-out images over EfficientNet-Lite0's pooled
-                features, shown `pixels` a side: another number than FID
+frechet         distance of the samples to the held-out images as the tokenizer gives them back, over
+                EfficientNet-Lite0's pooled features, shown `pixels` a side: another number than FID
+frechet_images  the same to the held-out images as they are; the tokenizer's own error is part of it
 agreement       share of the samples in which a classifier of real images sees the class asked for
-real_frechet, real_agreement
-                the same of as many real images (of training; held-out) that passed through the
-                tokenizer: what a perfect generator of its tokens would reach
+real_...        the last three of as many real images that passed through the tokenizer (of training;
+                held-out ones for agreement): what a perfect generator of its tokens would reach
 probe           accuracies of linear probes, see probe.py (the last step only)
 """
 
@@ -121,10 +121,10 @@ class Assessor:
         self.judge = fit_judge(self.train.images, self.train.labels)
         self.network = Network("", _CHUNK, protocol.pixels)
         say(f"features of {len(held_out.labels):,} held-out images")
-        self._reference = self._moments(held_out.images)
+        self._reference = held_out.images, self._moments(held_out.images)
         devices = jax.local_devices()
         self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
-        self._floors: dict[str, dict[str, float]] = {}
+        self._passed: dict[str, tuple[Any, dict[str, float]]] = {}
 
     def of_run(self, settings: Settings, workdir: str) -> "RunAssessor":
         """For one run on these images: its tokens."""
@@ -141,26 +141,32 @@ class Assessor:
             config, options, seed, self._mesh, params, labels, drawing.ASSESSED, chunk=_CHUNK
         )
 
-    def real(self, tokenizer: nn.Module, params: Any) -> dict[str, float]:
-        """The measures of real images that passed through a tokenizer."""
+    def passed(self, tokenizer: nn.Module, params: Any) -> tuple[Any, dict[str, float]]:
+        """Of real images that passed through a tokenizer: moments of the held-out ones; measures."""
         checksum = weights.checksum(params)
-        if checksum not in self._floors:
-            passed = lambda images: coding.decode_codes(  # noqa: E731
+        if checksum not in self._passed:
+            through = lambda images: coding.decode_codes(  # noqa: E731
                 tokenizer, params, coding.encode_images(tokenizer, params, images)
             )
+            images, _ = self._reference
+            moments = self._moments(through(images))
             count, held_out = self.protocol.samples, self.held_out
             train = self.train.images[spread_evenly(len(self.train.labels), count)]
-            judged = passed(held_out.images[:count])
-            self._floors[checksum] = {
-                "real_frechet": self.frechet(passed(train)),
-                "real_agreement": agreement(self.judge, judged, held_out.labels[:count]),
+            judged = through(held_out.images[:count])
+            found = {
+                **self.distances(through(train), moments),
+                "agreement": agreement(self.judge, judged, held_out.labels[:count]),
             }
-        return self._floors[checksum]
+            self._passed[checksum] = moments, {f"real_{k}": v for k, v in found.items()}
+        return self._passed[checksum]
 
-    def frechet(self, images: np.ndarray) -> float:
-        """Distance of uint8 images to the held-out ones."""
-        moments, real = self._moments(images), self._reference
-        return frechet_distance(moments.mean, moments.covariance, real.mean, real.covariance)
+    def distances(self, images: np.ndarray, passed: Any) -> dict[str, float]:
+        """Of uint8 images, to held-out ones that `passed` through the tokenizer and as they are."""
+        mine, (_, untouched) = self._moments(images), self._reference
+        return {
+            name: frechet_distance(mine.mean, mine.covariance, real.mean, real.covariance)
+            for name, real in (("frechet", passed), ("frechet_images", untouched))
+        }
 
 
 class RunAssessor:
@@ -171,7 +177,7 @@ class RunAssessor:
         self._decode = functools.partial(coding.decode_codes, tokenizer, params)
         self._encode = functools.partial(coding.encode_images, tokenizer, params)
         self._codes = self._encode(assessor.held_out.images)
-        self._real = assessor.real(tokenizer, params)
+        self._passed, self._real = assessor.passed(tokenizer, params)
 
     def _probe_train(self) -> tuple[np.ndarray, np.ndarray]:
         """Codes and labels of training images."""
@@ -187,7 +193,7 @@ class RunAssessor:
         measures = {"cross_entropy": cross_entropy(config, params, codes_NxL, labels_N)}
         asked = np.arange(protocol.samples, dtype=np.int32) % config.num_classes
         images = self._decode(self._of.samples(config, params, asked))
-        measures["frechet"] = self._of.frechet(images)
+        measures |= self._of.distances(images, self._passed)
         measures["agreement"] = agreement(self._of.judge, images, asked)
         measures |= self._real
         if probed and config.has_null_class:

@@ -96,6 +96,8 @@ def test_a_stopped_assessment_goes_on(workdir, capsys, monkeypatch):
         assert 0 <= entry["agreement"] <= 1
         assert entry["real_agreement"] > 0.5  # ten classes: it does see digits
         assert 0 < entry["real_frechet"] < entry["frechet"]
+        assert entry["real_frechet"] < entry["real_frechet_images"]  # the tokenizer's own error
+        assert 0 < entry["frechet_images"]
     assert "probe" not in entries[0]
     assert set(entries[1]["probe"]) == {"1", "2"}
     assert all(0 <= a <= 1 for row in entries[1]["probe"].values() for a in row)
