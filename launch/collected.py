@@ -20,7 +20,16 @@ from launch.study import Measure
 from mirai_jax import fields
 from mirai_jax.errors import ConfigError, DataError, first_line
 
-MEASURED = ("cross_entropy", "frechet", "precision", "recall", "agreement", "real_agreement")
+MEASURED = (
+    "cross_entropy",
+    *(
+        f"{real}{name}"
+        for real in ("", "real_")
+        for name in ("frechet", "frechet_images", "agreement")
+    ),
+    "precision",
+    "recall",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,11 +88,14 @@ def _setup(results: Results) -> str:
         return f"{text}No run has been assessed with {study.PROTOCOL}: the measures are not run.\n"
     text += (
         f"Kept checkpoints were assessed with {_protocol(results)}.\n\n"
-        "* **Fréchet**: the Fréchet distance between samples and all held-out images over the "
-        "pooled features of EfficientNet-Lite0. It is not FID, whose network is another, and cannot be "
-        "compared with published FIDs; it also depends on the number of samples, here always the same.\n"
+        "* **Fréchet**: the Fréchet distance between samples and all held-out images, as the tokenizer "
+        "gives these back, over the pooled features of EfficientNet-Lite0. It is not FID, whose network "
+        "is another, and cannot be compared with published FIDs; it also depends on the number of "
+        f"samples, here always the same{_real(results, 'frechet', '{:.1f}', 'training images')}. To "
+        "untouched images the distance is much larger, since the codebook's own error is part of it"
+        f"{_real(results, 'frechet_images', '{:.1f}', 'training images')}.\n"
         "* **agreement**: how often a classifier trained on real images sees the class that was asked "
-        f"for{_real(results)}.\n"
+        f"for{_real(results, 'agreement', '{:.1%}', 'held-out images')}.\n"
         "* **cross-entropy**: of the next token on held-out images, in nats a token.\n"
     )
     if any(results.finals(v, m.key) for v in study.VARIANTS for m in study.MORE_MEASURES):
@@ -137,17 +140,19 @@ def _recipe(run: Run) -> str:
     )
 
 
-def _real(results: Results) -> str:
+def _real(results: Results, measure: str, form: str, images: str) -> str:
+    """What real images reach that passed through the tokenizer, where it was measured."""
     values = [
         value
         for variant in study.VARIANTS
-        for value in results.finals(variant, "real_agreement").values()
+        for value in results.finals(variant, f"real_{measure}").values()
     ]
     spread = speedup.spread(values)
     if spread is None:
         return ""
-    low, high = f"{spread.low:.1%}", f"{spread.high:.1%}"
-    return f" (of held-out images that passed through the tokenizer: {low if low == high else f'{low} to {high}'})"
+    low, high = form.format(spread.low), form.format(spread.high)
+    span = low if low == high else f"{low} to {high}"
+    return f" (real {images} that passed through the tokenizer: {span})"
 
 
 def _comparison(results: Results, drawn: Collection[str]) -> str:

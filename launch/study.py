@@ -67,6 +67,7 @@ MEASURES = (
     Measure("cross_entropy", "cross-entropy", "Held-out cross-entropy, nats a token", True, 1, 4),
 )
 MORE_MEASURES = (
+    Measure("frechet_images", "Fréchet to untouched images", "", True, 1, 2),
     Measure("precision", "precision", "", False, 1, 3),
     Measure("recall", "recall", "", False, 1, 3),
 )
