@@ -150,6 +150,7 @@ def term(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDi
     t.level = "internal"  # internal (align states) or output (predict tokens, no source needed)
     t.layout = "2d"  # 2d offsets are (rows, columns), 1d ones are raster steps
     t.offsets = ((0, 0), (0, 1), (1, 0))  # K of them, one head each
+    t.targets = "own"  # own, or shuffled: of another image of the batch (a control)
     t.borders = "wrap"  # 2d: wrap (flattened shift, as published) or mask (drop what leaves)
     t.anchor = "consumed"  # a position is named by the token it has consumed (code), or the one
     #                        it predicts: 'predicted' (paper)

@@ -148,7 +148,7 @@ def markdown(title: str, results: Sequence[Result]) -> str:
         cells += [shown(m, result.values[m]) if m in result.values else "-" for m in measured]
         rows.append(cells)
     titles = [*results[0].run.shown, "steps", *(m.replace("_", "-") for m in measured)]
-    text = f"# {title}\n\n{_table(titles, rows)}\n"
+    text = f"# {title}\n\n{table(titles, rows)}\n"
     if measured:
         text += "Losses are means over the logged steps of the last tenth of a run.\n"
     if measured and len(settings(results)) < len(results):
@@ -164,10 +164,11 @@ def markdown(title: str, results: Sequence[Result]) -> str:
                 )
             rows.append(cells)
         titles = ["setting", "seeds", *(m.replace("_", "-") for m in measured)]
-        text += f"\nMean over seeds (lowest to highest):\n\n{_table(titles, rows)}"
+        text += f"\nMean over seeds (lowest to highest):\n\n{table(titles, rows)}"
     return text
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)

@@ -270,6 +270,7 @@ def _term(term: fields.Section, student: GeneratorConfig, ema_decay: float, take
         level=level,
         layout=layout,
         offsets=offsets,
+        targets=term.choice("targets", foresight.TARGETS),
         borders=term.choice("borders", foresight.BORDERS),
         anchor=term.choice("anchor", foresight.ANCHORS),
         weights=weights,
@@ -367,6 +368,13 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
         f"a multiple of {ways * settings.accumulate}, the {ways} ways mesh.data * mesh.fsdp split "
         f"it{parts} (there are {num_devices} devices)",
     )
+    for i, term in enumerate(terms):
+        fields.require(
+            term.targets == "own" or settings.batch_size > settings.accumulate,
+            f"foresight[{i}].targets",
+            term.targets,
+            "own where a part of the batch is a single image",
+        )
     fields.require(
         settings.keep_every % settings.checkpoint_every == 0,
         "keep_every",

@@ -13,11 +13,13 @@ from jax.sharding import Mesh
 
 from mirai_jax import coding, distributed, report, sampler, sharding
 from mirai_jax.judge import agreement, fit_judge
+from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.parts import Parts, labelled_images
+from mirai_jax.sampler import SampleOptions
 
 Doing = Callable[[str], None]  # takes what the run is at
 
-GRID, JUDGED = 1, 2  # purposes: each has keys of its own
+GRID, JUDGED, ASSESSED = 1, 2, 3  # purposes: each has keys of its own
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -26,17 +28,19 @@ def _keys(seed: int, purpose: int, indices: jax.Array) -> jax.Array:
 
 
 def draw(
-    parts: Parts,
+    config: GeneratorConfig,
+    options: SampleOptions,
+    seed: int,
     mesh: Mesh,
-    ema: Any,
+    params: Any,
     labels: np.ndarray,
     purpose: int,
-    doing: Doing,
+    doing: Doing = lambda what: None,
     chunk: int = 250,
 ) -> np.ndarray:
-    """int32 codes (N, L) of the labels, on every host; image i depends on `purpose` and i alone.
+    """int32 codes (N, L) of the labels, on every host; image i depends on seed, `purpose`, i alone.
 
-    All processes must ask. `doing` is told of each chunk.
+    All processes must ask. `params` are on the mesh; `doing` is told of each chunk.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     chunk = -(-min(chunk, len(labels)) // ways) * ways
@@ -48,14 +52,24 @@ def draw(
         some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
         with jax.set_mesh(mesh):  # so that each device holds the cache of its own images alone
             drawn = sampler.generate(
-                parts.recipe.generator,
-                ema,
+                config,
+                params,
                 sharding.place(some, rows),
-                _keys(parts.settings.seed, purpose, sharding.place(indices, rows)),
-                parts.settings.sample,
+                _keys(seed, purpose, sharding.place(indices, rows)),
+                options,
             )
         codes.append(distributed.whole(drawn))
     return np.concatenate(codes)[: len(labels)]
+
+
+def _draw(
+    parts: Parts, mesh: Mesh, ema: Any, labels: np.ndarray, purpose: int, doing: Doing
+) -> np.ndarray:
+    """As the run's config says."""
+    settings = parts.settings
+    return draw(
+        settings.generator, settings.sample, settings.seed, mesh, ema, labels, purpose, doing
+    )
 
 
 def decode(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
@@ -69,7 +83,7 @@ def grid_codes(parts: Parts, mesh: Mesh, ema: Any, doing: Doing) -> np.ndarray:
     labels = np.repeat(
         np.arange(settings.sample_classes, dtype=np.int32), settings.sample_per_class
     )
-    return draw(parts, mesh, ema, labels, GRID, doing)
+    return _draw(parts, mesh, ema, labels, GRID, doing)
 
 
 def grid_picture(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
@@ -80,7 +94,7 @@ def grid_picture(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
 
 def judged_codes(parts: Parts, mesh: Mesh, ema: Any, doing: Doing) -> np.ndarray:
     """Codes of `judged_samples` images, of all classes in turn."""
-    return draw(parts, mesh, ema, _judged_labels(parts), JUDGED, doing)
+    return _draw(parts, mesh, ema, _judged_labels(parts), JUDGED, doing)
 
 
 def judge_samples(parts: Parts, codes_NxL: np.ndarray) -> dict[str, float]:

@@ -22,12 +22,8 @@ import os
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from mirai_jax import (
     cli,
@@ -38,15 +34,12 @@ from mirai_jax import (
     image_streams,
     inception_weights,
     metrics,
-    pretrained,
     report,
     weights,
 )
 from mirai_jax.errors import ConfigError, DataError, first_line
+from mirai_jax.feature_network import Features, Network
 from mirai_jax.image_streams import ImageStream
-from mirai_jax.models.features import EfficientNetLite0
-from mirai_jax.models.inception import InceptionV3
-from mirai_jax.progress import Progress
 
 _FLAGS = cli.flag_values(__name__)
 _SAMPLES = flags.DEFINE_list(
@@ -75,23 +68,6 @@ _WIDTHS = {"mu": 2048, "mu_s": 2023}  # of Inception's features
 _FEWEST = 4  # images: each has a third neighbour
 
 
-@dataclasses.dataclass
-class Features:
-    """Of one set of images.
-
-    Attributes:
-        moments: of the pooled features.
-        spatial: of the spatial features (Inception only).
-        pooled: float32 (N, D), for precision and recall; None where there are statistics alone.
-        probabilities: float32 (N, 1008) (Inception only).
-    """
-
-    moments: Any
-    spatial: Any = None
-    pooled: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """Mean and covariance that were read from a file."""
@@ -101,68 +77,6 @@ class Stored:
 
     def warning(self) -> None:
         return None
-
-
-class Network:
-    """A feature network over all local devices: uint8 images -> pooled, spatial, probabilities."""
-
-    def __init__(self, inception: str, batch_size: int):
-        devices = jax.local_devices()
-        mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
-        self._rows = NamedSharding(mesh, P("batch"))
-        self.batch = batch_size * len(devices)
-        self.is_inception = bool(inception)
-        if inception:
-            params, apply = inception_weights.load(inception), _inception
-        else:
-            params, apply = pretrained.load_efficientnet_lite0(), _efficientnet
-        self._params = jax.device_put(params, NamedSharding(mesh, P()))
-        self._apply = jax.jit(apply)
-
-    def __call__(self, images_BxHxWx3: np.ndarray) -> tuple[np.ndarray, ...]:
-        """At most `batch` images; they are filled up to it, so that one program serves all."""
-        filled = np.resize(images_BxHxWx3, (self.batch, *images_BxHxWx3.shape[1:]))
-        out = self._apply(self._params, jax.device_put(filled, self._rows))
-        return tuple(np.asarray(part)[: len(images_BxHxWx3)] for part in out)
-
-    def features(self, stream: ImageStream) -> Features:
-        """Of a whole stream; holds the features, not the images."""
-        moments, spatial = metrics.Moments(), metrics.Moments()
-        pooled, probabilities, waiting = [], [], []
-        progress = Progress(stream.count, "images")
-        try:
-            for images in stream.chunks(self.batch):
-                parts = self(images)
-                pooled.append(parts[0])
-                if self.is_inception:
-                    waiting.append(parts[1])
-                    probabilities.append(parts[2])
-                # A thousand at a time: each addition passes over the whole covariance.
-                if sum(map(len, waiting)) >= 1000:
-                    spatial.add(np.concatenate(waiting))
-                    waiting = []
-                progress.advance(len(images))
-        finally:
-            progress.close()
-        made = Features(moments, pooled=np.concatenate(pooled))
-        moments.add(made.pooled)
-        if self.is_inception:
-            if waiting:
-                spatial.add(np.concatenate(waiting))
-            made.spatial, made.probabilities = spatial, np.concatenate(probabilities)
-        return made
-
-
-def _inception(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-    out = InceptionV3().apply({"params": params}, images)
-    return out.pool, out.spatial, out.probabilities
-
-
-def _efficientnet(params: Any, images: jax.Array) -> tuple[jax.Array]:
-    """Pooled features of images enlarged or reduced to 224 pixels a side."""
-    images = images.astype(jnp.float32) / 255
-    images = jax.image.resize(images, (len(images), 224, 224, 3), "linear", antialias=True)
-    return (EfficientNetLite0().apply({"params": params}, images),)
 
 
 def open_images(spec: str) -> ImageStream:

@@ -155,3 +155,27 @@ def plain(config: Any) -> Any:
     if isinstance(config, (tuple, list)):
         return tuple(plain(value) for value in config)
     return config
+
+
+# Fields that came later than some workdirs, with the value that these were computed with.
+_ADDED = {"model": {"attention": "auto"}}
+_ADDED_TO_TERMS = {"targets": "own"}
+
+
+def completed(config: Any) -> Any:
+    """What a config.json holds, with the fields that did not exist when it was written.
+
+    Anything that is not shaped like a config is left as it is, for the reader to refuse.
+    """
+    if not isinstance(config, Mapping):
+        return config
+    config = dict(config)
+    for name, added in _ADDED.items():
+        if isinstance(config.get(name), Mapping):
+            config[name] = {**added, **config[name]}
+    terms = config.get("foresight")
+    if isinstance(terms, (list, tuple)):
+        config["foresight"] = [
+            {**_ADDED_TO_TERMS, **term} if isinstance(term, Mapping) else term for term in terms
+        ]
+    return config

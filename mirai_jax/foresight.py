@@ -31,6 +31,7 @@ LAYOUTS = ("2d", "1d")
 BORDERS = ("wrap", "mask")
 ANCHORS = ("consumed", "predicted")
 REDUCTIONS = ("sum", "mean")
+TARGETS = ("own", "shuffled")
 
 _DENSE = dict(param_dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02))
 
@@ -47,6 +48,8 @@ class Term:
             from the token that the position predicts, with K further heads.
         layout: `2d` offsets are (rows, columns) on the grid, `1d` ones are raster steps.
         offsets: K offsets. (0, 0) is the same position.
+        targets: `own`, or as a control `shuffled`: those of the next image of the batch, which tell
+            nothing of this one.
         borders: of the 2-D layout: `wrap` shifts the flattened sequence, so that a pair may run
             from a row's end into the next row (the official code); `mask` drops such pairs.
         anchor: `consumed` or `predicted`, see above. Generator sources under `consumed` also align
@@ -65,6 +68,7 @@ class Term:
     level: str = "internal"
     layout: str = "2d"
     offsets: tuple = ((0, 0), (0, 1), (1, 0))
+    targets: str = "own"
     borders: str = "wrap"
     anchor: str = "consumed"
     weights: tuple[float, ...] = (2.0,)
@@ -223,6 +227,11 @@ def _shifted(x: jax.Array, shift: int) -> jax.Array:
     return jnp.roll(x, -shift, axis=1)
 
 
+def _dealt(term: Term, x_Bx: jax.Array) -> jax.Array:
+    """To each image its targets, as `term.targets` says."""
+    return jnp.roll(x_Bx, 1, axis=0) if term.targets == "shuffled" else x_Bx
+
+
 def alignment_losses(
     term: Term,
     projections_BxLxZ: Sequence[jax.Array],
@@ -241,7 +250,7 @@ def alignment_losses(
     Returns:
         (K,) float32, each in [-1, 1].
     """
-    target = _normalise(jax.lax.stop_gradient(target_BxLxZ))
+    target = _dealt(term, _normalise(jax.lax.stop_gradient(target_BxLxZ)))
     losses = []
     for k, offset in enumerate(term.offsets):
         shift, mask_L = alignment(term, offset, grid)
@@ -288,7 +297,7 @@ def prediction_losses(
     term: Term, logits_BxLxV: Sequence[jax.Array], codes_BxL: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """Mean cross-entropy (nats) of the tokens at the offsets, for each head: (K,) float32."""
-    losses = []
+    codes_BxL, losses = _dealt(term, codes_BxL), []
     for k, offset in enumerate(term.offsets):
         shift, mask_L = alignment(term, offset, grid)
         nll_BxL = token_nll(logits_BxLxV[k], _shifted(codes_BxL, shift))

@@ -13,6 +13,7 @@ from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config import Settings
 from mirai_jax.errors import ConfigError, first_line
+from mirai_jax.fields import completed
 from mirai_jax.models import dinov2, teacher, tokenizer, vq
 from mirai_jax.models.generator import GeneratorConfig
 
@@ -199,7 +200,7 @@ def read_settings(field: str, workdir: str) -> Settings:
         ConfigError: it is not the workdir of a run.
     """
     try:
-        raw = json.loads((pathlib.Path(workdir) / "config.json").read_text())
+        raw = completed(json.loads((pathlib.Path(workdir) / "config.json").read_text()))
         # Its mesh is of no interest here: one device satisfies any other check.
         raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
         return config_lib.read(raw, num_devices=1)

@@ -23,7 +23,7 @@ from tensorboardX import SummaryWriter
 
 from mirai_jax import files
 from mirai_jax.errors import ConfigError, first_line
-from mirai_jax.fields import plain, shown
+from mirai_jax.fields import completed, plain, shown
 
 # Fields that may differ between a workdir's config and the one it is continued with: they do not
 # change what is computed, or, for num_steps, only how far (see `check_same_run`). Files may move:
@@ -125,7 +125,7 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str,
             raise ConfigError(f"workdir is {str(workdir)!r}; it must be a folder or not exist yet")
         if not path.exists():
             return {}
-        old = json.loads(path.read_text())
+        old = completed(json.loads(path.read_text()))
         if not isinstance(old, dict):
             raise ConfigError(f"{path} is damaged (it holds no config); remove it to start over")
         return check_same_run(old, config, str(workdir))

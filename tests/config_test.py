@@ -16,6 +16,7 @@ from mirai_jax import fields as fields_lib
 from mirai_jax import foresight, optimizer, workdir
 from mirai_jax.errors import ConfigError
 
+TERM = "foresight[0]."
 FILES = sorted(
     path.stem
     for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
@@ -124,9 +125,27 @@ def test_only_scales_that_need_it_are_other_runs():
     assert {**e, "foresight": (), "name": "llamagen"} == baseline
 
 
+def test_shuffled_targets_need_another_image():
+    shuffled = {TERM + "targets": "shuffled", "accumulate": 16}
+    config_lib.read(with_fields(get(), shuffled), 1)
+    with pytest.raises(ConfigError) as error:
+        config_lib.read(with_fields(get(), {**shuffled, "accumulate": 32}), 1)
+    assert str(error.value).startswith("foresight[0].targets is 'shuffled'; it must be own where")
+
+
+def test_fields_that_came_later_have_their_old_meaning():
+    config = get()
+    older = {**config, "model": dict(config["model"]), "foresight": [dict(config["foresight"][0])]}
+    del older["model"]["attention"], older["foresight"][0]["targets"]
+    completed = fields_lib.completed(older)
+    assert config_lib.read(completed, 8) == config_lib.read(config, 8)
+    assert workdir.differences(completed, config) == {}
+    for other in (None, [], {"model": 3, "foresight": [1, "x"]}, {"foresight": 5}):
+        assert fields_lib.completed(other) == other
+
+
 # Wrong fields ------------------------------------------------------------------------------------
 
-TERM = "foresight[0]."
 WRONG = [  # (fields, what the message holds besides the name and the value of the last field)
     # Of another type.
     ({"num_steps": "100"}, "a whole number"),
@@ -160,6 +179,7 @@ WRONG = [  # (fields, what the message holds besides the name and the value of t
     ({TERM + "level": "middle"}, "one of internal, output"),
     ({TERM + "layout": "3d"}, "one of 2d, 1d"),
     ({TERM + "borders": "clip"}, "one of wrap, mask"),
+    ({TERM + "targets": "none"}, "one of own, shuffled"),
     ({TERM + "anchor": "next"}, "one of consumed, predicted"),
     ({TERM + "reduction": "max"}, "one of sum, mean"),
     ({TERM + "source": "bidirectional", "teacher.name": "mae"}, "one of efficientnet_lite0"),

@@ -71,7 +71,9 @@ def shapes_of(kind):
         state = torch_names.generator_to_torch(CONFIGS[kind], tree)
     elif kind == "projectors":
         term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=6)
-        tree = jax.eval_shape(lambda key: foresight.init_heads(term, 32, 32, key), jax.random.key(0))
+        tree = jax.eval_shape(
+            lambda key: foresight.init_heads(term, 32, 32, key), jax.random.key(0)
+        )
         tree = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), tree)
         state = torch_names.projectors_to_torch(tree)
     elif kind == "tokenizer":

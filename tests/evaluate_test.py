@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import llamagen
-from mirai_jax import evaluate, image_sets, image_streams, inception_weights, workdir
+from mirai_jax import (
+    evaluate,
+    feature_network,
+    image_sets,
+    image_streams,
+    inception_weights,
+    workdir,
+)
 from mirai_jax.errors import ConfigError, DataError
 from mirai_jax.models.inception import InceptionV3
 
@@ -425,7 +432,7 @@ def network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception_weights, "load", lambda path: params)
-        patch.setattr(evaluate, "_inception", narrow)
+        patch.setattr(feature_network, "_inception", narrow)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
         made = evaluate.Network("weights.pth", 2)
     made.said = []

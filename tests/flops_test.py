@@ -236,7 +236,9 @@ def test_training_gpt_b_takes_six_operations_a_weight_and_those_of_attention():
 
 def test_decode_against_xla():
     cache = jax.eval_shape(lambda: decoding.empty_cache(CONFIG, BATCH, CONFIG.length))
-    params = jax.eval_shape(lambda params: decoding.prepare(CONFIG, params), generator_params(CONFIG))
+    params = jax.eval_shape(
+        lambda params: decoding.prepare(CONFIG, params), generator_params(CONFIG)
+    )
     step = functools.partial(decoding.decode, CONFIG)
     want = xla(step, params, array(BATCH), array(BATCH), cache, array())
     # The program computes all L scores, valid or not: the mean over a sequence of 2 L - 1.

@@ -1,5 +1,6 @@
 """Foresight against brute force: who looks at whom, the losses, the weights over time."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -254,6 +255,25 @@ def test_no_gradient_reaches_the_target(source, anchor):
         expected = {j for j, _ in brute_force_pairs(term, offset, (3, 4))}
         expected |= {0} if has_class_pair(term) else set()
         assert set(np.flatnonzero(paired[k])) == expected
+
+
+@pytest.mark.parametrize("level", ["internal", "output"])
+def test_shuffled_targets_are_those_of_another_image(level):
+    term = make_term(level=level, targets="shuffled", offsets=((0, 0), (1, 0)))
+    own = dataclasses.replace(term, targets="own")
+    rng, grid, images = np.random.RandomState(0), (2, 3), 3
+    outputs = rng.normal(size=(2, images, 6, Z if level == "internal" else V)).astype(np.float32)
+    if level == "internal":
+        targets = rng.normal(size=(images, 6, Z)).astype(np.float32)
+        losses = foresight.alignment_losses
+    else:
+        targets = rng.randint(V, size=(images, 6))
+        losses = foresight.prediction_losses
+    # Each image by itself, beside the targets of the one before it.
+    expected = np.mean(
+        [losses(own, outputs[:, [i]], targets[[i - 1]], grid) for i in range(images)], axis=0
+    )
+    np.testing.assert_allclose(losses(term, outputs, targets, grid), expected, rtol=1e-5)
 
 
 def test_alignment_of_equal_opposite_and_zero_vectors():

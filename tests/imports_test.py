@@ -60,7 +60,7 @@ def short(module):
     return module.removeprefix(PACKAGE + ".")
 
 
-PROGRAMS = ("main", "convert", "extract", "sample", "evaluate", "bench", "teach")
+PROGRAMS = ("main", "convert", "extract", "sample", "evaluate", "assess", "bench", "teach")
 MODELS = [m for m in MODULES if m.startswith(PACKAGE + ".models.")]
 
 

@@ -1,0 +1,303 @@
+"""What the report reads: the small files of finished runs, results/runs/SWEEP/RUN/.
+
+config.json       the run's whole config
+metrics.jsonl     as the run logged it
+assessment.jsonl  as `python -m mirai_jax.assess` wrote it: a JSON object a line with "step", "protocol"
+                  (how it was measured), measures, and at times a "probe"; later lines add to earlier
+                  ones of the same step and protocol
+run.json          command, setting (the run's name without its seed), steps, seconds, machine
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from launch import speedup, study
+from launch.study import Measure
+from mirai_jax import fields
+from mirai_jax.errors import ConfigError, DataError, first_line
+
+MEASURED = (
+    "cross_entropy",
+    *(
+        f"{real}{name}"
+        for real in ("", "real_")
+        for name in ("frechet", "frechet_images", "agreement")
+    ),
+    "precision",
+    "recall",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assessment:
+    """Of one step under one protocol.
+
+    Attributes:
+        step: of the run.
+        protocol: how it was measured.
+        measures: {name: number}, of those in MEASURED that there are.
+        probe: {layer: accuracies after equal shares of the tokens}; empty where there was none.
+        where: file and line.
+    """
+
+    step: int
+    protocol: Mapping[str, Any]
+    measures: Mapping[str, float]
+    probe: Mapping[int, tuple[float, ...]]
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        sweep: its sweep.
+        name: its own.
+        setting: its name without the seed.
+        seed: of its config.
+        steps: that it took.
+        batch_size: images a step.
+        config: the whole.
+        command: that started it.
+        seconds: of its processes; None where they are not known.
+        machine: in words.
+        metrics: the logged steps; images_per_second is a positive number where it is there.
+        assessments: in the order made.
+    """
+
+    sweep: str
+    name: str
+    setting: str
+    seed: int
+    steps: int
+    batch_size: int
+    config: Mapping[str, Any]
+    command: str
+    seconds: float | None
+    machine: str
+    metrics: Sequence[Mapping[str, Any]]
+    assessments: Sequence[Assessment]
+
+    def probe(self) -> Mapping[int, tuple[float, ...]]:
+        """Of the last step; it does not depend on how samples are drawn."""
+        found: dict[int, tuple[float, ...]] = {}
+        for assessment in self.assessments:
+            if assessment.step == self.steps:
+                found |= assessment.probe
+        return found
+
+
+def _typed(where: str, value: Any, kind: type) -> Any:
+    try:
+        return fields.typed(where, value, kind)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+
+
+def _object(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is {fields.shown(value)}; it must be an object")
+    return value
+
+
+def _parsed(where: str, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is no JSON ({first_line(error)})") from error
+    return _object(where, value)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is missing")
+    return _parsed(str(path), path.read_bytes())
+
+
+def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    """("FILE, line N", object) of each line of a JSON-lines file; none where there is no file.
+
+    Raises:
+        DataError: names file and line of what is no object with a step.
+    """
+    found = []
+    lines = path.read_bytes().splitlines() if path.exists() else ()
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        entry = _parsed(where, line)
+        _typed(f"{where}: step", entry.get("step"), int)
+        found.append((where, entry))
+    return found
+
+
+def assessment(where: str, entry: Mapping[str, Any]) -> Assessment:
+    """One line of an assessment.jsonl.
+
+    Raises:
+        DataError: names the line and the field.
+    """
+    measures = {
+        name: _typed(f"{where}: {name}", entry[name], float)
+        for name in MEASURED
+        if entry.get(name) is not None
+    }
+    probe = {}
+    for layer, accuracies in _object(f"{where}: probe", entry.get("probe") or {}).items():
+        name = f"{where}: probe[{fields.shown(layer)}]"
+        if not (layer.isascii() and layer.isdigit() and len(layer) < 5):
+            raise DataError(f"{name} is no layer; its name must be a whole number")
+        values = _typed(name, accuracies, tuple)
+        if not values:
+            raise DataError(f"{name} is empty; it must be accuracies")
+        probe[int(layer)] = tuple(_typed(name, value, float) for value in values)
+    protocol = _object(f"{where}: protocol", entry.get("protocol"))
+    return Assessment(entry["step"], protocol, measures, probe, where)
+
+
+def _logged(where: str, entry: dict[str, Any]) -> dict[str, Any]:
+    if "images_per_second" in entry:
+        name = f"{where}: images_per_second"
+        if _typed(name, entry["images_per_second"], float) <= 0:
+            raise DataError(f"{name} is {entry['images_per_second']}; it must be more than 0")
+    return entry
+
+
+def _read_run(folder: pathlib.Path) -> Run:
+    config, told = read_object(folder / "config.json"), read_object(folder / "run.json")
+
+    def of_run(key: str, kind: type) -> Any:
+        return _typed(f"{folder / 'run.json'}: {key}", told.get(key), kind)
+
+    def of_config(key: str, kind: type) -> Any:
+        return _typed(f"{folder / 'config.json'}: {key}", config.get(key), kind)
+
+    lines = read_lines(folder / "assessment.jsonl")
+    return Run(
+        sweep=folder.parent.name,
+        name=folder.name,
+        setting=of_run("setting", str),
+        seed=of_config("seed", int),
+        steps=of_run("steps", int),
+        batch_size=of_config("batch_size", int),
+        config=fields.completed(config),
+        command=of_run("command", str),
+        seconds=None if told.get("seconds") is None else of_run("seconds", float),
+        machine=of_run("machine", str),
+        metrics=[_logged(*line) for line in read_lines(folder / "metrics.jsonl")],
+        assessments=[assessment(where, entry) for where, entry in lines],
+    )
+
+
+def _key(protocol: Mapping[str, Any]) -> str:
+    return json.dumps(protocol, sort_keys=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All runs, looked at under one protocol.
+
+    Attributes:
+        runs: by sweep and name.
+        protocol: the one; None where nothing was assessed with it.
+    """
+
+    runs: Sequence[Run]
+    protocol: Mapping[str, Any] | None
+
+    def seeds(self, setting: str) -> dict[int, Run]:
+        """{seed: run} of SWEEP/SETTING."""
+        sweep, _, name = setting.partition("/")
+        return {r.seed: r for r in self.runs if (r.sweep, r.setting) == (sweep, name)}
+
+    def settings(self, sweep: str) -> list[str]:
+        """SWEEP/SETTING of all runs of the sweep."""
+        return list(dict.fromkeys(f"{sweep}/{r.setting}" for r in self.runs if r.sweep == sweep))
+
+    def curve(self, run: Run, measure: str) -> dict[int, float]:
+        """{step: value} at the assessed steps."""
+        if self.protocol is None:
+            return {}
+        key = _key(self.protocol)
+        found = {
+            a.step: a.measures[measure]
+            for a in run.assessments
+            if measure in a.measures and _key(a.protocol) == key
+        }
+        return dict(sorted(found.items()))
+
+    def curves(self, setting: str, measure: str) -> dict[int, dict[int, float]]:
+        """{seed: its curve} of the seeds that have one."""
+        curves = {s: self.curve(r, measure) for s, r in sorted(self.seeds(setting).items())}
+        return {seed: curve for seed, curve in curves.items() if curve}
+
+    def finals(self, setting: str, measure: str) -> dict[int, float]:
+        """{seed: value at the run's last step} of the seeds that have one."""
+        runs = self.seeds(setting)
+        curves = self.curves(setting, measure)
+        return {s: c[runs[s].steps] for s, c in curves.items() if runs[s].steps in c}
+
+    def noise(self, measure: Measure) -> float | None:
+        """The standard deviation over seeds of the main comparison, pooled over the variants."""
+        groups = [list(self.finals(v, measure.key).values()) for v in study.VARIANTS]
+        return speedup.pooled_deviation(groups)
+
+    def probes(self, setting: str) -> dict[tuple[int, Fraction], dict[int, float]]:
+        """{(layer, share of the tokens): {seed: accuracy}}."""
+        found: dict[tuple[int, Fraction], dict[int, float]] = {}
+        for seed, run in sorted(self.seeds(setting).items()):
+            for layer, accuracies in run.probe().items():
+                for i, accuracy in enumerate(accuracies, 1):
+                    share = Fraction(i, len(accuracies))
+                    found.setdefault((layer, share), {})[seed] = accuracy
+        return found
+
+    def others(self) -> list["Results"]:
+        """The same runs under each other protocol with which a variant's last step was measured."""
+        runs = [run for variant in study.VARIANTS for run in self.seeds(variant).values()]
+        found = {
+            _key(a.protocol): a.protocol
+            for run in runs
+            for a in run.assessments
+            if a.step == run.steps and a.measures
+        }
+        if self.protocol is not None:
+            found.pop(_key(self.protocol), None)
+        return [Results(self.runs, protocol) for _, protocol in sorted(found.items())]
+
+
+def read(folder: pathlib.Path) -> Results:
+    """The runs below results/runs/.
+
+    Raises:
+        DataError: one line that names what is wrong in which file.
+    """
+    folders = sorted(folder.glob("*/*/"), key=lambda path: path.relative_to(folder).parts)
+    runs = [_read_run(path) for path in folders]
+    twins: dict[tuple[str, str, int], Run] = {}
+    main: Assessment | None = None
+    for run in runs:
+        twin = twins.setdefault((run.sweep, run.setting, run.seed), run)
+        if twin is not run:
+            raise DataError(
+                f"{folder / run.sweep / run.name} has the setting and seed of {twin.name}"
+            )
+        for a in run.assessments:
+            if any(a.protocol.get(name) != value for name, value in study.PROTOCOL.items()):
+                continue
+            main = main or a
+            if _key(a.protocol) != _key(main.protocol):
+                raise DataError(
+                    f"{a.where}: protocol {_key(a.protocol)} is not that of {main.where}, "
+                    f"{_key(main.protocol)}; PROTOCOL in launch/study.py must say which one counts"
+                )
+    return Results(runs, main.protocol if main else None)

@@ -1,0 +1,213 @@
+"""The main comparison: final values, differences, speed-up, and what a step costs."""
+
+import statistics
+
+from launch import report_cells as cells
+from launch import speedup, study
+from launch.collected import Results, Run
+from launch.results import table
+
+_NOT_REACHED = "not reached"
+_OTHERS = [variant for variant in study.VARIANTS if variant != study.BASELINE]
+_BASE = study.VARIANTS[study.BASELINE]
+
+
+def finals(results: Results) -> str:
+    """Final values, and their differences to the baseline of the same seed."""
+    measures = [
+        m
+        for m in (*study.MEASURES, *study.MORE_MEASURES)
+        if m in study.MEASURES or any(results.finals(v, m.key) for v in study.VARIANTS)
+    ]
+    titles = [m.title for m in measures]
+    values = [
+        [study.VARIANTS[v], cells.seeds(results, v)]
+        + [cells.plus_minus(m, results.finals(v, m.key)) for m in measures]
+        for v in study.VARIANTS
+    ]
+    noise = {m.key: results.noise(m) for m in measures}
+    differences = [
+        [study.VARIANTS[v]]
+        + [
+            cells.difference(
+                m, cells.against(results, v, study.BASELINE, m), noise[m.key], span=True
+            )
+            for m in measures
+        ]
+        for v in _OTHERS
+    ]
+    return (
+        "At the last step, mean ± standard deviation over seeds:\n\n"
+        + table(["variant", "seeds", *titles], values)
+        + f"\nDifference to {_BASE} of the same seed, mean (lowest to highest):\n\n"
+        + table(["variant", *titles], differences)
+    )
+
+
+def yardstick(results: Results) -> str:
+    """How large noise is, and what that means."""
+    found = [
+        f"{m.name} {m.shown(noise)}{'%' if m.scale == 100 else ''}"
+        for m in study.MEASURES
+        if (noise := results.noise(m)) is not None
+    ]
+    if not found:
+        return (
+            "There is no yardstick for noise yet: it takes assessed runs of several seeds, so that no "
+            "difference is called beyond the noise.\n"
+        )
+    passing = speedup.chance_beyond(study.YARDSTICK)
+    return (
+        "**The yardstick for noise**, here and in all tables below, is the standard deviation over "
+        f"seeds of the main comparison, pooled over its variants: {'; '.join(found)}. A difference in "
+        f"**bold**, with its direction, is larger than {study.YARDSTICK:g} of them; for a mean over n "
+        "seeds, larger than that divided by the root of n. This is a yardstick and not a test: the "
+        "standard deviation itself comes from few runs, and of two single runs that differ in nothing "
+        f"but independent noise of that size, {passing:.0%} of pairs would pass, so that among many "
+        "comparisons some will.\n"
+    )
+
+
+def speed_ups(results: Results, variant: str, measure: str) -> dict[int, float | None]:
+    """{seed: the baseline's last step over the step at which the variant is as good as that}.
+
+    None where it never is. Seeds without both curves are left out.
+    """
+    targets = results.finals(study.BASELINE, measure)
+    return _ratios(results, variant, measure, targets)
+
+
+def _speed_ups_to_mean(results: Results, variant: str, measure: str) -> dict[int, float | None]:
+    """The same, where the baseline's value is its mean over seeds."""
+    finals = results.finals(study.BASELINE, measure)
+    if not finals:
+        return {}
+    middle = statistics.fmean(finals.values())
+    seeds = results.curves(variant, measure)
+    return _ratios(results, variant, measure, dict.fromkeys(seeds, middle))
+
+
+def _ratios(
+    results: Results, variant: str, measure: str, targets: dict[int, float]
+) -> dict[int, float | None]:
+    lower = next(m for m in study.MEASURES if m.key == measure).lower_is_better
+    last = max((run.steps for run in results.seeds(study.BASELINE).values()), default=0)
+    found: dict[int, float | None] = {}
+    for seed, curve in results.curves(variant, measure).items():
+        if seed in targets:
+            reached = speedup.first_reach(curve, targets[seed], lower)
+            found[seed] = None if reached is None else last / reached
+    return found
+
+
+def _ratio(value: float | None) -> str:
+    return _NOT_REACHED if value is None else f"{value:.2f}"
+
+
+def _median(values: dict[int, float | None]) -> str:
+    if not values:
+        return cells.NOT_RUN
+    ordered = speedup.ordered(values.values())
+    if ordered[-1] is None:
+        return _NOT_REACHED
+    text = _ratio(speedup.median(ordered))
+    return f"{text} ({_ratio(ordered[0])} to {_ratio(ordered[-1])})" if len(ordered) > 1 else text
+
+
+def speed_up(results: Results) -> str:
+    """How much earlier each variant is as good as the baseline in the end."""
+    seeds = sorted({seed for v in study.VARIANTS for seed in results.seeds(v)})
+    rows = []
+    for measure in study.MEASURES:
+        for variant, name in study.VARIANTS.items():
+            own = speed_ups(results, variant, measure.key)
+            rows.append(
+                [
+                    measure.name,
+                    name,
+                    *(_ratio(own[s]) if s in own else cells.NOT_RUN for s in seeds),
+                    _median(own),
+                    _median(_speed_ups_to_mean(results, variant, measure.key)),
+                ]
+            )
+    titles = [
+        "measure", "variant", *(f"seed {s}" for s in seeds), "median (lowest to highest)",
+        f"to {_BASE}'s mean over seeds",
+    ]  # fmt: skip
+    return (
+        f"The last step of {_BASE} over the step at which a curve first is as good as {_BASE} of the "
+        "same seed in the end. Between assessed steps a curve is taken as linear; one that is as good "
+        "at its first assessed step counts with that step. Above 1 the variant needs fewer steps; "
+        f'"{_NOT_REACHED}": it never is as good, and counts as the lowest.\n\n'
+        + table(titles, rows)
+        + f"\n{_BASE}'s own row is the control: 1.00 where its curve improved up to the last step, more "
+        "where it had been as good before. In the last column the goal is its mean over seeds, so that "
+        "its own row shows what the seed alone does.\n\n"
+        "What is uncertain: each number rests on one crossing of a curve that was assessed at few "
+        "steps, on samples of limited number. Where the baseline's curve is almost flat at its end, a "
+        "small shift of it moves the crossing by hundreds of steps, and the first crossing of a noisy "
+        "curve comes too early rather than too late. The range is that of the seeds, not a "
+        "confidence interval; differences in the final value (above) are the steadier quantity.\n"
+    )
+
+
+def step_seconds(run: Run) -> float | None:
+    """The median of its second half, in which every variant's foresight is on; None if not logged."""
+    half = [entry for entry in run.metrics if entry["step"] > run.steps / 2]
+    speeds = [entry["images_per_second"] for entry in half if "images_per_second" in entry]
+    return run.batch_size / statistics.median(speeds) if speeds else None
+
+
+def _step_times(results: Results, variant: str) -> dict[int, float]:
+    found = {seed: step_seconds(run) for seed, run in results.seeds(variant).items()}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _span(values: list[float], form: str) -> str:
+    spread = speedup.spread(values)
+    if spread is None:
+        return cells.NOT_RUN
+    text = format(spread.mean, form)
+    if spread.count > 1:
+        text += f" ({format(spread.low, form)} to {format(spread.high, form)})"
+    return text
+
+
+def times(results: Results) -> str:
+    """What a step and a run take, beside the baseline's."""
+    base_steps = _step_times(results, study.BASELINE)
+    rows = []
+    for variant, name in study.VARIANTS.items():
+        steps = _step_times(results, variant)
+        ratios = [steps[seed] / base_steps[seed] for seed in sorted(steps.keys() & base_steps)]
+        runs = results.seeds(variant).values()
+        minutes = [run.seconds / 60 for run in runs if run.seconds is not None]
+        rows.append(
+            [
+                name,
+                _span([1000 * s for s in steps.values()], ".0f"),
+                _span(ratios, ".2f"),
+                _span(minutes, ".1f"),
+                *(_in_time(results, variant, m.key, ratios) for m in study.MEASURES),
+            ]
+        )
+    measures = [m.name for m in study.MEASURES]
+    titles = ["variant", "ms a step", f"over {_BASE}'s", "minutes a run"]
+    titles += [f"speed-up in time, {measure}" for measure in measures]
+    return (
+        "Time, mean (lowest to highest of the seeds). A step's is the median over the second half of "
+        "a run, in which every variant's foresight is on; a run's is all of its processes, with "
+        "compiling and drawing. Speed-up in time is the median speed-up in steps over the mean ratio "
+        "of step times.\n\n"
+        + table(titles, rows)
+        + "\nTimes are rough: two runs shared the machine at once, with other work at times, and what "
+        "ran beside a run differed. `python -m mirai_jax.bench` measures steps alone.\n"
+    )
+
+
+def _in_time(results: Results, variant: str, measure: str, ratios: list[float]) -> str:
+    found = list(speed_ups(results, variant, measure).values())
+    if not (found and ratios):
+        return cells.NOT_RUN
+    middle = speedup.median(found)
+    return _NOT_REACHED if middle is None else f"{middle / statistics.fmean(ratios):.2f}"

@@ -1,0 +1,138 @@
+"""What differs from the main comparison in one thing, the paper's order beside ours, explorations."""
+
+from collections.abc import Collection
+
+from launch import report_cells as cells
+from launch import study
+from launch.collected import Results, Run
+from launch.results import table
+from launch.study import Claim, Exploration, Question
+from mirai_jax import workdir
+
+_FRECHET = study.MEASURES[0]
+_LONGEST = 60  # letters of a config's value in a cell
+
+
+def _row(
+    results: Results, setting: str, references: Collection[str], seeds: Collection[int]
+) -> list[str]:
+    """For each measure the final value over these seeds, and its differences to the references."""
+    row = []
+    for measure in study.MEASURES:
+        noise = results.noise(measure)
+        row.append(cells.mean(measure, _only(results.finals(setting, measure.key), seeds)))
+        for reference in references:
+            differences = _only(cells.against(results, setting, reference, measure), seeds)
+            same = reference == setting
+            row.append("" if same else cells.difference(measure, differences, noise))
+    return row
+
+
+def _only(values: dict[int, float], seeds: Collection[int]) -> dict[int, float]:
+    return {seed: value for seed, value in values.items() if seed in seeds}
+
+
+def _titles(references: Collection[str]) -> list[str]:
+    less = [f"− {study.VARIANTS[reference]}" for reference in references]
+    return [title for measure in study.MEASURES for title in (measure.title, *less)]
+
+
+def question(results: Results, asked: Question) -> str:
+    """The section of one question: its runs beside their reference and the baseline."""
+    text = f"### {asked.title}\n\n{asked.text}\n\n"
+    seeds = {seed for setting in asked.settings for seed in results.seeds(setting)}
+    if not seeds:
+        return f"{text}{cells.NOT_RUN.capitalize()}: {'; '.join(asked.settings.values())}.\n"
+    references = (asked.reference, study.BASELINE)
+    rows = []
+    for setting in (study.BASELINE, asked.reference, *asked.settings):
+        shown = cells.seeds(results, setting, seeds)
+        rows.append([cells.label(setting), shown, *_row(results, setting, references, seeds)])
+    return text + table(["run", "seed", *_titles(references)], rows)
+
+
+def exploration(results: Results, explored: Exploration) -> str:
+    """The section of a sweep whose runs are told by what differs in their configs."""
+    text = f"## {explored.title}\n\n{explored.text}\n\n"
+    settings = results.settings(explored.sweep)
+    if not settings:
+        return f"{text}{cells.NOT_RUN.capitalize()}: no run of the sweep `{explored.sweep}`.\n"
+    bases = {setting: _base(results, setting, explored) for setting in settings}
+    seeds = {seed for setting in settings for seed in results.seeds(setting)}
+    rows = []
+    for setting in [*dict.fromkeys([study.BASELINE, *bases.values()]), *settings]:
+        row = _row(results, setting, (study.BASELINE,), seeds)
+        changed = _changed(results, setting, bases[setting]) if setting in bases else ""
+        shown = cells.seeds(results, setting, seeds)
+        rows.append([cells.label(setting), shown, changed, *row])
+    return text + table(["run", "seed", "what differs", *_titles((study.BASELINE,))], rows)
+
+
+def _base(results: Results, setting: str, explored: Exploration) -> str:
+    """The variant that a setting changes."""
+    if explored.reference is not None:
+        return explored.reference
+    config = next(iter(results.seeds(setting).values())).config
+    named = f"{study.MAIN}/{config.get('name')}"
+    return named if named in study.VARIANTS else study.BASELINE
+
+
+def _changed(results: Results, setting: str, base: str) -> str:
+    """The variant, and the fields in which a run's config differs from its of the same seed."""
+    runs, of_base = results.seeds(setting), results.seeds(base)
+    seed = min(runs.keys() & of_base.keys(), default=None)
+    if seed is None:
+        return f"{study.VARIANTS[base]} ({cells.NOT_RUN})"
+    fields = _fields(of_base[seed], runs[seed])
+    return f"{study.VARIANTS[base]} with {', '.join(fields) or 'nothing else'}"
+
+
+def _fields(base: Run, run: Run) -> list[str]:
+    found = []
+    for field, (_, new) in workdir.differences(base.config, run.config).items():
+        text = "nothing" if new is None else str(new)
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        found.append(f"`{field}={text}`")
+    return found
+
+
+def order(results: Results) -> str:
+    """The paper's claims, one a line, beside our final Fréchet distances."""
+    rows = []
+    for claim in study.CLAIMS:
+        pairs = _pairs(results, claim)
+        ours = dict.fromkeys(text for pair in pairs for text in _values(results, *pair))
+        note = f" ({claim.note})" if claim.note else ""
+        rows.append(
+            [claim.text + note, claim.published, ", ".join(ours), _agreement(results, pairs)]
+        )
+    return table(["the paper's claim", "the paper's FID", "our Fréchet", "ours"], rows)
+
+
+def _pairs(results: Results, claim: Claim) -> list[tuple[str, str]]:
+    found = []
+    for better, worse in claim.pairs:
+        sweep, _, name = better.partition("/")
+        settings = results.settings(sweep) if name == "*" else [better]
+        found += [(setting, worse) for setting in settings]
+    return found
+
+
+def _values(results: Results, better: str, worse: str) -> list[str]:
+    """Of both settings, over the seeds that both have, where they have any."""
+    finals = {s: results.finals(s, _FRECHET.key) for s in (better, worse)}
+    common = finals[better].keys() & finals[worse].keys()
+    shown = {s: _only(values, common) or values for s, values in finals.items()}
+    return [f"{cells.label(s)} {cells.mean(_FRECHET, values)}" for s, values in shown.items()]
+
+
+def _agreement(results: Results, pairs: list[tuple[str, str]]) -> str:
+    """Against where one pair is clearly the other way round; agreeing where all are clearly so."""
+    noise = results.noise(_FRECHET)
+    differences = [cells.against(results, *pair, _FRECHET) for pair in pairs]
+    found = [cells.verdict(_FRECHET, d, noise) for d in differences]
+    if False in found:
+        return "**does not agree**"
+    if not pairs or not all(differences):
+        return cells.NOT_RUN
+    return "**agrees**" if all(found) else "undecided"

@@ -1,0 +1,261 @@
+"""The study "does foresight help?": which run plays which role, and what the paper says.
+
+A setting is named SWEEP/SETTING: the folder in results/runs/ and the name of a run without its seed.
+"""
+
+import dataclasses
+
+SCALE = "fashion_mnist"
+MAIN = "variants"  # the sweep of the main comparison
+BASELINE = "variants/llamagen"
+VARIANTS = {
+    "variants/llamagen": "LlamaGen",
+    "variants/mirai_e": "Mirai-E",
+    "variants/mirai_i": "Mirai-I",
+    "variants/mirai_e_i": "Mirai-E+I",
+}
+
+# What a line of an assessment.jsonl must have been made with to count; where several kinds of lines
+# do, the report asks for a closer description here.
+PROTOCOL = {"weights": "ema", "guidance": 1.0}
+
+# A difference is "beyond the noise" from so many standard deviations over seeds on.
+YARDSTICK = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A number that an assessment gives.
+
+    Attributes:
+        key: in assessment.jsonl.
+        name: in tables.
+        axis: in figures.
+        lower_is_better: whether it is.
+        scale: what it is multiplied with to be shown.
+        digits: after the point, when shown.
+    """
+
+    key: str
+    name: str
+    axis: str
+    lower_is_better: bool
+    scale: float
+    digits: int
+
+    @property
+    def title(self) -> str:
+        """Of a column: name, unit and which direction is better."""
+        unit = ", %" if self.scale == 100 else ""
+        return f"{self.name}{unit} {'↓' if self.lower_is_better else '↑'}"
+
+    def shown(self, value: float) -> str:
+        return f"{self.scale * value:.{self.digits}f}"
+
+    def signed(self, value: float) -> str:
+        """A difference, with its sign unless it is shown as zero."""
+        text = f"{self.scale * value:+.{self.digits}f}"
+        return text if any(digit in text for digit in "123456789") else text[1:]
+
+    def better(self, difference: float) -> bool:
+        return (difference < 0) == self.lower_is_better
+
+
+MEASURES = (
+    Measure("frechet", "Fréchet", "Fréchet distance (EfficientNet-Lite0)", True, 1, 2),
+    Measure("agreement", "agreement", "Agreement with the class asked for, %", False, 100, 1),
+    Measure("cross_entropy", "cross-entropy", "Held-out cross-entropy, nats a token", True, 1, 4),
+)
+MORE_MEASURES = (
+    Measure("frechet_images", "Fréchet to untouched images", "", True, 1, 2),
+    Measure("precision", "precision", "", False, 1, 3),
+    Measure("recall", "recall", "", False, 1, 3),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Runs that differ in one thing from a reference.
+
+    Attributes:
+        title: the heading.
+        text: what differs.
+        settings: {setting: what it is}.
+        reference: a variant of the main comparison.
+    """
+
+    title: str
+    text: str
+    settings: dict[str, str]
+    reference: str = "variants/mirai_e"
+
+
+def _diagnostics(**texts: str) -> dict[str, str]:
+    return {f"diagnostics/{name.replace('_', '-')}": text for name, text in texts.items()}
+
+
+QUESTIONS = (
+    Question(
+        "Level and layout",
+        "Mirai-E aligns internal states on the 2-D grid. Here the heads predict the tokens themselves "
+        "(output), or the positions are the next ones of the raster (1-D).",
+        _diagnostics(internal_1d="internal, 1-D", output_2d="output, 2-D", output_1d="output, 1-D"),
+    ),
+    Question(
+        "Borders of the grid",
+        "Mirai-E shifts the flattened sequence, so that pairs which leave the grid wrap around, as in "
+        "the official code. Here they are left out.",
+        _diagnostics(borders_mask="pairs that wrap left out"),
+    ),
+    Question(
+        "Source of the targets",
+        "Mirai-E's three positions, with the frozen bidirectional encoder of Mirai-I in place of the "
+        "causal EMA.",
+        _diagnostics(source_bidirectional="bidirectional encoder"),
+    ),
+    Question(
+        "Aligned block",
+        "Mirai-E aligns the block at two thirds of the depth. Here student and teacher use another "
+        "one.",
+        _diagnostics(layer_1="block 1", layer_2="block 2", layer_4="block 4"),
+    ),
+    Question(
+        "Number of positions",
+        "Mirai-E looks at three positions. Every head has the weight 2 and heads are summed, so that "
+        "more of them weigh more.",
+        _diagnostics(k_1="K = 1, the same position", k_9="K = 9, a 3x3 block"),
+    ),
+    Question(
+        "Weight",
+        "Mirai-E's heads weigh 2 each.",
+        {f"diagnostics/weight-{weight}": f"weight {weight}" for weight in ("0.5", "1", "4")},
+    ),
+    Question(
+        "Start",
+        "The epoch from which on Mirai-E aligns (0.3 in the reference).",
+        {f"diagnostics/start-{start}": f"from epoch {start}" for start in ("0", "0.75")},
+    ),
+    Question(
+        "Controls for Mirai-E",
+        "The same auxiliary loss without foresight: if one of these helps as much as Mirai-E, then "
+        "what helps is not that the targets come from the future.",
+        _diagnostics(
+            same_position="same position alone, weight of three heads",
+            past_only="past positions: offsets mirrored",
+            shuffled_e="targets of another image",
+        ),
+    ),
+    Question(
+        "Control for Mirai-I",
+        "The same, with the encoder's features.",
+        _diagnostics(shuffled_i="features of another image"),
+        reference="variants/mirai_i",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exploration:
+    """A sweep whose runs are told by what differs in their configs.
+
+    Attributes:
+        sweep: its name.
+        title: the heading.
+        text: what it is about.
+        reference: the variant that runs are compared with; None: the variant of their config file.
+    """
+
+    sweep: str
+    title: str
+    text: str
+    reference: str | None
+
+
+EXPLORATIONS = (
+    Exploration(
+        "teachers",
+        "Teachers of Mirai-I",
+        "The same Mirai-I with another frozen encoder.",
+        "variants/mirai_i",
+    ),
+    Exploration(
+        "remedies",
+        "Remedies",
+        "Attempts to make a variant help: each beside the variant that it changes.",
+        None,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """An order that the paper found.
+
+    Attributes:
+        text: what it says.
+        published: the paper's numbers (FID, ImageNet 256, B, 80 epochs).
+        pairs: (better, worse) settings of ours that must all be so; SWEEP/* is every setting of it.
+        note: how ours differs from the paper's, where that matters.
+    """
+
+    text: str
+    published: str
+    pairs: tuple[tuple[str, str], ...]
+    note: str = ""
+
+
+_E, _I = "variants/mirai_e", "variants/mirai_i"
+
+CLAIMS = (
+    Claim("Mirai-E is better than LlamaGen", "5.22 < 6.36", ((_E, BASELINE),)),
+    Claim("Mirai-I is better than LlamaGen", "4.77 < 6.36", ((_I, BASELINE),)),
+    Claim("Mirai-I is better than Mirai-E", "4.77 < 5.22", ((_I, _E),)),
+    Claim(
+        "internal level: 2-D is better than 1-D",
+        "5.22 < 6.20",
+        ((_E, "diagnostics/internal-1d"),),
+    ),
+    Claim(
+        "internal 1-D is better than LlamaGen",
+        "6.20 < 6.36",
+        (("diagnostics/internal-1d", BASELINE),),
+    ),
+    Claim(
+        "output level: 2-D is worse than no foresight",
+        "6.36 < 6.48",
+        ((BASELINE, "diagnostics/output-2d"),),
+    ),
+    Claim(
+        "output level: 1-D is worse than no foresight",
+        "6.36 < 7.28",
+        ((BASELINE, "diagnostics/output-1d"),),
+    ),
+    Claim(
+        "output level: 2-D is better than 1-D",
+        "6.48 < 7.28",
+        (("diagnostics/output-2d", "diagnostics/output-1d"),),
+    ),
+    Claim(
+        "two thirds of the depth is the best block",
+        "block 8 of 12",
+        tuple((_E, f"diagnostics/layer-{layer}") for layer in (1, 2, 4)),
+    ),
+    Claim(
+        "a bidirectional source is better than the causal EMA",
+        "4.77 (Mirai-I) < 5.22 (Mirai-E)",
+        (("diagnostics/source-bidirectional", _E),),
+        "ours: the same three positions",
+    ),
+    Claim(
+        "every encoder makes Mirai-I better than LlamaGen",
+        "DINOv2-B 4.77, DINOv3-B 5.02, MAE-B 6.34, all < 6.36",
+        (("teachers/*", BASELINE),),
+        "ours: other encoders",
+    ),
+    Claim(
+        "an encoder of image content is better than one of masked patches",
+        "DINOv2-B 4.77 < MAE-B 6.34",
+        (("teachers/own-labels", "teachers/own-masked"),),
+        "ours: small encoders trained with labels, and on masked patches",
+    ),
+)

@@ -1,0 +1,51 @@
+"""One change at a time to Mirai-E, and controls that should not help if foresight is what helps.
+
+    python -m launch.sweep --sweep=launch/sweeps/diagnostics.py --scale=fashion_mnist --parallel=2
+
+One seed each; the run that each is compared with, Mirai-E itself (K = 3, internal, 2-D, wrap, two
+thirds of the depth, weight 2), is seed 0 of variants.py. Controls: the EMA at the same position alone
+(no future) with the weight of all three heads, offsets into the past, and targets of another image.
+The paper's axes with several seeds are sweep files of their own: level.py, layout.py, source.py,
+layer.py, k.py and weight.py.
+"""
+
+from configs import base
+from launch.overrides import Entry
+from mirai_jax.models.generator import SIZES
+
+E, I = "configs/mirai_e.py", "configs/mirai_i.py"  # noqa: E741 (as they are called)
+
+
+def _change(name: str, config: str = E, **fields) -> Entry:
+    return {"name": name, "config": config, **{f"foresight[0].{k}": v for k, v in fields.items()}}
+
+
+def get_sweep(scale: str):
+    term = base.term(base.get_config(scale))
+    model = base.get_config(scale).model
+    depth = model.num_layers or SIZES[model.size][0]
+    tapped = max(1, round(2 * depth / 3))
+    layers = [layer for layer in range(depth // 4, depth + 1, depth // 4) if layer != tapped]
+    block = tuple((row, column) for row in range(3) for column in range(3))
+    whole = term.weights[0] * len(term.offsets)
+    runs = [
+        # Controls.
+        _change("past-only", offsets=((0, 0), (0, -1), (-1, 0))),
+        _change("same-position", offsets=((0, 0),), weights=(whole,)),
+        _change("shuffled-e", targets="shuffled"),
+        _change("shuffled-i", I, targets="shuffled"),
+        # What is aligned, and along what.
+        _change("output-2d", level="output"),
+        _change("output-1d", level="output", layout="1d", offsets=(0, 1, 2)),
+        _change("internal-1d", layout="1d", offsets=(0, 1, 2)),
+        _change("borders-mask", borders="mask"),
+        _change("source-bidirectional", source="bidirectional"),
+        # Where, how far, how strongly and from when on.
+        *(_change(f"layer-{n}", student_layer=n, teacher_layer=n) for n in layers),
+        _change("k-1", offsets=((0, 0),)),
+        _change("k-9", offsets=block),
+        *(_change(f"weight-{w:g}", weights=(w,)) for w in (0.5, 1.0, 4.0)),
+        _change("start-0", start_epoch=0.0),
+        _change(f"start-{2.5 * term.start_epoch:g}", start_epoch=2.5 * term.start_epoch),
+    ]
+    return [{**run, "seed": 0} for run in runs]

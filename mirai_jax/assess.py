@@ -1,0 +1,131 @@
+"""Assesses the checkpoints that runs kept: `python -m mirai_jax.assess --workdir=RUN,RUN`.
+
+    python -m mirai_jax.assess --workdir=runs/mirai_e-fashion_mnist
+    python -m mirai_jax.assess --workdir=$(ls -d runs/sweeps/variants-fashion_mnist/*/ | paste -sd,)
+
+For runs on images in memory (mnist, fashion_mnist). Each kept checkpoint (`keep_every`) and the last
+one give a line of assessment.jsonl in the run's folder: held-out cross-entropy, Fréchet distances
+of samples over EfficientNet-Lite0 (not FID), agreement of a classifier with the class asked for, and
+for the last step linear probes (mirai_jax/assessment.py says each exactly). What is there already is
+not done again: the same command goes on after a stop, and takes in what a run has added.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+from absl import app, flags
+
+from mirai_jax import assessment, cli, frozen
+from mirai_jax.assessment import Assessor, Protocol
+from mirai_jax.checkpoint import steps_in
+from mirai_jax.config import Settings
+from mirai_jax.errors import ConfigError
+from mirai_jax.progress import duration
+
+_FLAGS = cli.flag_values(__name__)
+_DEFAULT = Protocol()
+_WORKDIR = flags.DEFINE_list("workdir", [], "Folders of runs.", flag_values=_FLAGS)
+_STEPS = flags.DEFINE_enum(
+    "steps", "kept", ("kept", "last"), "Every kept checkpoint, or the last.", flag_values=_FLAGS
+)
+_SAMPLES = flags.DEFINE_integer(
+    "samples", _DEFAULT.samples, "Images to draw at each.", flag_values=_FLAGS
+)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", _DEFAULT.guidance, "Scale of the samples; 1: none.", flag_values=_FLAGS
+)
+_SEED = flags.DEFINE_integer("seed", _DEFAULT.seed, "Of the samples.", flag_values=_FLAGS)
+_PIXELS = flags.DEFINE_integer(
+    "pixels", _DEFAULT.pixels, "Side of what EfficientNet-Lite0 is shown.", flag_values=_FLAGS
+)
+_HELD_OUT = flags.DEFINE_integer(
+    "held_out",
+    _DEFAULT.held_out,
+    "Held-out images for cross-entropy and probes.",
+    flag_values=_FLAGS,
+)
+
+
+def _protocol() -> Protocol:
+    for flag, least in ((_SAMPLES, 2), (_GUIDANCE, 1), (_SEED, 0), (_PIXELS, 32), (_HELD_OUT, 2)):
+        if not least <= flag.value < 2**31:
+            raise ConfigError(f"--{flag.name} is {flag.value}; it must be {least} or more")
+    return Protocol(
+        samples=_SAMPLES.value,
+        guidance=_GUIDANCE.value,
+        seed=_SEED.value,
+        pixels=_PIXELS.value,
+        held_out=_HELD_OUT.value,
+    )
+
+
+def _steps(settings: Settings, workdir: str, which: str) -> list[int]:
+    """The checkpoints to look at."""
+    there = steps_in(pathlib.Path(workdir) / "checkpoints")
+    if not there:
+        raise ConfigError(f"--workdir: {workdir} holds no checkpoint yet")
+    every = settings.keep_every
+    kept = [s for s in there if s == settings.num_steps or (every and s % every == 0)]
+    return kept if which == "kept" and kept else there[-1:]
+
+
+def run(workdirs: list[str], which: str, protocol: Protocol) -> None:
+    """Assesses what is missing of all runs.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    if not workdirs:
+        raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
+    todo = []
+    for workdir in workdirs:
+        settings = frozen.read_settings("--workdir", workdir)
+        if protocol.guidance > 1 and not settings.generator.has_null_class:
+            raise ConfigError(
+                f"--guidance is {protocol.guidance}; it must be 1 for {workdir}, which has no null "
+                "class"
+            )
+        steps = assessment.missing(workdir, _steps(settings, workdir, which), protocol)
+        todo.append((workdir, settings, steps))
+    count = sum(len(steps) for _, _, steps in todo)
+    print(f"{count} checkpoints of {len(workdirs)} runs to assess", flush=True)
+    assessors: dict[tuple, Assessor] = {}
+    done, begun = 0, time.monotonic()
+    for workdir, settings, steps in todo:
+        if not steps:
+            continue
+        data = settings.data
+        images = (data.name, data.path, data.held_out, settings.tokenizer.image_size)
+        if images not in assessors:
+            assessors[images] = Assessor(settings, protocol, lambda line: print(line, flush=True))
+            begun = time.monotonic()
+        of_run = assessors[images].of_run(settings, workdir)
+        for step in steps:
+            _, saved, _ = frozen.read_run("--workdir", workdir, step)
+            measures = of_run(saved[protocol.weights], probed=step == settings.num_steps)
+            told = dataclasses.asdict(protocol)
+            entries = [
+                *assessment.read(workdir),
+                {"step": step, "protocol": told, **measures},
+            ]
+            assessment.write(workdir, entries)
+            done += 1
+            left = (time.monotonic() - begun) / done * (count - done)
+            print(
+                f"{done}/{count}  {pathlib.Path(workdir).name}  step {step}  "
+                f"ce {measures['cross_entropy']:.4f}  frechet {measures['frechet']:.2f}  "
+                f"agreement {measures['agreement']:.1%}  {duration(left)} left",
+                flush=True,
+            )
+
+
+def main(argv: list[str]) -> None:
+    with cli.program(OSError, interrupted="interrupted; the same command goes on"):
+        if len(argv) > 1:
+            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+        run(_WORKDIR.value, _STEPS.value, _protocol())
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,81 @@
+"""Linear probes: what a linear classifier reads in the generator's states, by block and position.
+
+The generator is run unconditionally (the null class), so that it knows of an image's class only what
+the tokens so far tell; foresight should put it into earlier blocks, after fewer tokens.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from mirai_jax.models.generator import Generator, GeneratorConfig
+
+QUARTERS = (1, 2, 3, 4)  # of the tokens, after which the states are probed
+
+
+def positions(config: GeneratorConfig) -> list[int]:
+    """The sequence position that has consumed each of QUARTERS; the last token is only predicted."""
+    return [min(config.length * quarter // 4, config.length - 1) for quarter in QUARTERS]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _states(config: GeneratorConfig, params: Any, codes_BxL: jax.Array) -> dict[int, jax.Array]:
+    labels = np.full(len(codes_BxL), config.null_class)
+    generator = Generator(config, taps=tuple(range(1, config.num_layers + 1)))
+    _, states = generator.apply({"params": params}, codes_BxL[:, :-1], labels)
+    return {layer: state[:, np.array(positions(config))] for layer, state in states.items()}
+
+
+def states(
+    config: GeneratorConfig, params: Any, codes_NxL: np.ndarray, chunk: int = 250
+) -> dict[int, np.ndarray]:
+    """{block: float32 (N, 4, D)}: the residual stream after each block at `positions`, eval mode."""
+    parts = []
+    for start in range(0, len(codes_NxL), chunk):
+        some = codes_NxL[start : start + chunk]
+        filled = np.resize(some, (chunk, some.shape[1]))  # one shape, one compilation
+        found = _states(config, params, filled)
+        parts.append({layer: np.asarray(x)[: len(some)] for layer, x in found.items()})
+    return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
+
+
+def accuracy(
+    train_NxD: np.ndarray, train_labels: np.ndarray, test_MxD: np.ndarray, test_labels: np.ndarray
+) -> float:
+    """Share of the test rows that a logistic regression on the train rows classifies rightly."""
+    from sklearn.linear_model import LogisticRegression  # here: slow to import
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
+    probe.fit(train_NxD, train_labels)
+    return float(probe.score(test_MxD, test_labels))
+
+
+def by_layer(
+    config: GeneratorConfig,
+    params: Any,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+) -> dict[str, list[float]]:
+    """Accuracy of a probe of each block's states after each of QUARTERS.
+
+    Args:
+        config, params: of the generator, which must have a null class.
+        train: codes (N, L) and labels (N,) that the probes are fitted to.
+        test: others, that they are measured on.
+
+    Returns:
+        {block, from "1": one accuracy a quarter}.
+    """
+    (train_codes, train_labels), (test_codes, test_labels) = train, test
+    fitted, measured = (states(config, params, codes) for codes in (train_codes, test_codes))
+    return {
+        str(layer): [
+            accuracy(fitted[layer][:, i], train_labels, measured[layer][:, i], test_labels)
+            for i in range(len(QUARTERS))
+        ]
+        for layer in sorted(fitted)
+    }
