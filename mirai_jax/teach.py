@@ -50,10 +50,7 @@ def main(argv: list[str]) -> None:
                     f"argument {argument!r} is not understood; use --config.field=value"
                 )
         config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
-        name, scale = (
-            config.get("name"),
-            config.get("scale"),
-        )  # one that is missing is told by teach
+        name, scale = config.get("name"), config.get("scale")  # one that is missing: told by teach
         teach_run.teach(config, _WORKDIR.value or pathlib.Path("runs") / f"{name}-{scale}")
 
 
