@@ -7,7 +7,8 @@ For runs on images in memory (mnist, fashion_mnist). Each kept checkpoint (`keep
 one give a line of assessment.jsonl in the run's folder: held-out cross-entropy, Fréchet distances
 of samples over EfficientNet-Lite0 (not FID), agreement of a classifier with the class asked for, and
 for the last step linear probes (mirai_jax/assessment.py says each exactly). What is there already is
-not done again: the same command goes on after a stop, and takes in what a run has added.
+not done again: the same command goes on after a stop, and takes in what a run has added; with
+--follow it waits for that until all runs are finished.
 """
 
 import dataclasses
@@ -45,6 +46,11 @@ _HELD_OUT = flags.DEFINE_integer(
     "Held-out images for cross-entropy and probes.",
     flag_values=_FLAGS,
 )
+_FOLLOW = flags.DEFINE_bool(
+    "follow", False, "Wait for what the runs add, until all are finished.", flag_values=_FLAGS
+)
+
+_LOOK_EVERY = 20.0  # seconds
 
 
 def _protocol() -> Protocol:
@@ -60,25 +66,18 @@ def _protocol() -> Protocol:
     )
 
 
-def _steps(settings: Settings, workdir: str, which: str) -> list[int]:
-    """The checkpoints to look at."""
-    there = steps_in(pathlib.Path(workdir) / "checkpoints")
-    if not there:
-        raise ConfigError(f"--workdir: {workdir} holds no checkpoint yet")
+def _steps(settings: Settings, there: list[int], which: str) -> list[int]:
+    """Of the checkpoints that are there, those to look at."""
     every = settings.keep_every
     kept = [s for s in there if s == settings.num_steps or (every and s % every == 0)]
     return kept if which == "kept" and kept else there[-1:]
 
 
-def run(workdirs: list[str], which: str, protocol: Protocol) -> None:
-    """Assesses what is missing of all runs.
-
-    Raises:
-        ConfigError, DataError: one line.
-    """
-    if not workdirs:
-        raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
-    todo = []
+def _todo(
+    workdirs: list[str], which: str, protocol: Protocol
+) -> tuple[list[tuple[str, Settings, list[int]]], bool]:
+    """What is missing of each run, and whether all runs are at their end."""
+    todo, ended = [], True
     for workdir in workdirs:
         settings = frozen.read_settings("--workdir", workdir)
         if protocol.guidance > 1 and not settings.generator.has_null_class:
@@ -86,15 +85,48 @@ def run(workdirs: list[str], which: str, protocol: Protocol) -> None:
                 f"--guidance is {protocol.guidance}; it must be 1 for {workdir}, which has no null "
                 "class"
             )
-        steps = assessment.missing(workdir, _steps(settings, workdir, which), protocol)
-        todo.append((workdir, settings, steps))
-    count = sum(len(steps) for _, _, steps in todo)
-    print(f"{count} checkpoints of {len(workdirs)} runs to assess", flush=True)
+        there = steps_in(pathlib.Path(workdir) / "checkpoints")
+        ended = ended and settings.num_steps in there
+        steps = assessment.missing(workdir, _steps(settings, there, which), protocol)
+        if steps:
+            todo.append((workdir, settings, steps))
+    return todo, ended
+
+
+def run(workdirs: list[str], which: str, protocol: Protocol, follow: bool = False) -> None:
+    """Assesses what is missing of all runs; if `follow`, until they are at their end.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    if not workdirs:
+        raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
+    if not follow:
+        for workdir in workdirs:
+            if not steps_in(pathlib.Path(workdir) / "checkpoints"):
+                frozen.read_settings("--workdir", workdir)  # is it a run at all?
+                raise ConfigError(f"--workdir: {workdir} holds no checkpoint yet")
     assessors: dict[tuple, Assessor] = {}
+    while True:
+        begun = [w for w in workdirs if (pathlib.Path(w) / "config.json").exists() or not follow]
+        todo, ended = _todo(begun, which, protocol)
+        count = sum(len(steps) for _, _, steps in todo)
+        if count or not follow:
+            print(f"{count} checkpoints of {len(workdirs)} runs to assess", flush=True)
+        _assess(todo, count, protocol, assessors)
+        if not follow or (ended and len(begun) == len(workdirs)):
+            return
+        time.sleep(_LOOK_EVERY)
+
+
+def _assess(
+    todo: list[tuple[str, Settings, list[int]]],
+    count: int,
+    protocol: Protocol,
+    assessors: dict[tuple, Assessor],
+) -> None:
     done, begun = 0, time.monotonic()
     for workdir, settings, steps in todo:
-        if not steps:
-            continue
         data = settings.data
         images = (data.name, data.path, data.held_out, settings.tokenizer.image_size)
         if images not in assessors:
@@ -104,12 +136,8 @@ def run(workdirs: list[str], which: str, protocol: Protocol) -> None:
         for step in steps:
             _, saved, _ = frozen.read_run("--workdir", workdir, step)
             measures = of_run(saved[protocol.weights], probed=step == settings.num_steps)
-            told = dataclasses.asdict(protocol)
-            entries = [
-                *assessment.read(workdir),
-                {"step": step, "protocol": told, **measures},
-            ]
-            assessment.write(workdir, entries)
+            entry = {"step": step, "protocol": dataclasses.asdict(protocol), **measures}
+            assessment.write(workdir, [*assessment.read(workdir), entry])
             done += 1
             left = (time.monotonic() - begun) / done * (count - done)
             print(
@@ -124,7 +152,7 @@ def main(argv: list[str]) -> None:
     with cli.program(OSError, interrupted="interrupted; the same command goes on"):
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
-        run(_WORKDIR.value, _STEPS.value, _protocol())
+        run(_WORKDIR.value, _STEPS.value, _protocol(), _FOLLOW.value)
 
 
 if __name__ == "__main__":
