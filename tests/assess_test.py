@@ -1,5 +1,6 @@
 """Assessment: what its numbers mean, and that a stopped one goes on."""
 
+import functools
 import json
 
 import jax
@@ -85,6 +86,8 @@ def workdir(tmp_path_factory):
 
 
 def test_a_stopped_assessment_goes_on(workdir, capsys, monkeypatch):
+    made = functools.cache(lambda *args: assessment.Assessor(*args))  # its classifier takes long
+    monkeypatch.setattr(assess, "Assessor", lambda *args: made(*args[:2], print))
     assess.run([str(workdir)], "kept", QUICK)
     whole = (workdir / assessment.FILE).read_text()
     entries = assessment.read(workdir)

@@ -271,6 +271,7 @@ def test_the_generator_takes_it_whatever_is_computed_again(remat, cudnn):
         assert not calls(lowered("cuda", of(xla), shapes))
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_changes_no_gradient():
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     params = jax.jit(params_of, static_argnums=0, compiler_options=quick)(CONFIG)

@@ -70,6 +70,7 @@ sample.classes=3 sample.per_class=2
 """
 
 
+@pytest.mark.slow
 def test_photographs_to_codes_to_mirai_i_to_samples(world):
     said = program(
         "mirai_jax.extract", "--images=images", "--tokenizer=vq.pt", "--out=codes",

@@ -221,13 +221,21 @@ def runs_of(sweep, scale="demo", common=None, out="nowhere"):
     return plan.make_runs(entries, scale, common or {}, pathlib.Path(out))
 
 
-@pytest.mark.parametrize("scale", ["demo", "imagenet_b", "imagenet_xl_384"])
+ONE_SEED = ("diagnostics", "teachers")
+
+
+@pytest.mark.parametrize("scale", ["demo", "fashion_mnist", "imagenet_b", "imagenet_xl_384"])
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
 def test_shipped_sweeps_are_valid(sweep, scale):
-    runs = runs_of(sweep, scale, IMAGENET if scale != "demo" else {})
+    if sweep.stem == "teachers" and scale.startswith("imagenet"):
+        with pytest.raises(ConfigError, match="teachers of one's own"):
+            runs_of(sweep, scale)
+        return
+    small = not scale.startswith("imagenet")
+    runs = runs_of(sweep, scale, {} if small else IMAGENET)
     assert len({run.name for run in runs}) == len(runs) > 2
     assert all(f":{scale}" in run.arguments[0] for run in runs)
-    seeds = 3 if scale == "demo" or sweep.stem == "variants" else 1
+    seeds = 3 if (small or sweep.stem == "variants") and sweep.stem not in ONE_SEED else 1
     assert len(runs) == seeds * len({run.setting for run in runs})
     assert f"--sweep=launch/sweeps/{sweep.name}" in sweep.read_text()
 

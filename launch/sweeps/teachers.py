@@ -11,10 +11,14 @@ itself, with its labels and without. Published for Mirai-I (ImageNet 256, B, 80 
 4.77, DINOv3-B 5.02, MAE-B 6.34, none 6.36.
 """
 
+from mirai_jax.errors import ConfigError
+
 CONFIG = "configs/mirai_i.py"
 
 
 def get_sweep(scale: str):
+    if scale.startswith("imagenet"):
+        raise ConfigError("teachers of one's own are for the small scales; ImageNet has DINOv2")
     own = {"teacher.name": "dinov2", "teacher.image_size": 0}
     return [
         {"name": "own-labels", "seed": 0, **own, "teacher.path": f"runs/teacher-{scale}"},
