@@ -127,6 +127,11 @@ def _comparison(plt: Any, results: Results) -> Any:
             _band(axis, _LOOKS[variant], name, _by_step(curves.values(), measure.scale))
             if variant != study.BASELINE:
                 _band(less, _LOOKS[variant], name, _by_step(differences, measure.scale))
+        if measure.log:  # in the end the curves are close, compared with where they begin
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(plt.ScalarFormatter())
+            axis.yaxis.set_minor_formatter(plt.ScalarFormatter())
+            axis.tick_params(axis="y", which="minor", labelsize=7)
         axis.set_title(_title(measure), fontsize=10)
         less.set_title(f"minus {base_name} of the same seed", fontsize=10)
         less.set_xlabel("step")

@@ -34,6 +34,7 @@ class Measure:
         lower_is_better: whether it is.
         scale: what it is multiplied with to be shown.
         digits: after the point, when shown.
+        log: whether a figure's axis is logarithmic.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Measure:
     lower_is_better: bool
     scale: float
     digits: int
+    log: bool = False
 
     @property
     def title(self) -> str:
@@ -62,7 +64,7 @@ class Measure:
 
 
 MEASURES = (
-    Measure("frechet", "Fréchet", "Fréchet distance (EfficientNet-Lite0)", True, 1, 2),
+    Measure("frechet", "Fréchet", "Fréchet distance (EfficientNet-Lite0)", True, 1, 2, True),
     Measure("agreement", "agreement", "Agreement with the class asked for, %", False, 100, 1),
     Measure("cross_entropy", "cross-entropy", "Held-out cross-entropy, nats a token", True, 1, 4),
 )
