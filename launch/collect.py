@@ -13,6 +13,7 @@ from mirai_jax import files
 from mirai_jax.errors import DataError, first_line
 
 PUBLIC = ("/usr/share/datasets/",)  # of packages: the same on other machines
+_FILES = ("config.json", "metrics.jsonl", "assessment.jsonl", "run.json")
 _RUNS = "runs/sweeps"  # where a reader's runs will be
 _PATH = re.compile(r"""(?:^|(?<=[\s:=,;'"(\[]))/[^\s/:,;'")\]][^\s:,;'")\]]*""")
 _STARTED = re.compile(
@@ -56,6 +57,15 @@ class Machine:
             if path == folder or path.startswith(f"{folder}/"):
                 return name + path.removeprefix(folder) if name != "." else path[len(folder) + 1 :]
         raise DataError(f"it holds {path!r}, which is a path of this machine alone")
+
+
+def _assessed(texts: Mapping[str, str], steps: int) -> str:
+    """What is to be said of a run whose last step was not assessed."""
+    lines = texts.get("assessment.jsonl", "").splitlines()
+    last = max((json.loads(line)["step"] for line in lines), default=0)
+    if last == steps:
+        return ""
+    return f" (assessed up to step {last} of {steps})" if last else " (not assessed)"
 
 
 def _command(log: pathlib.Path, workdir: str, machine: Machine) -> str:
@@ -133,10 +143,13 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> It
             if out / name / folder.name in planned:
                 raise DataError(f"{folder}: another sweep folder has a run {name}/{folder.name}")
             planned[out / name / folder.name] = texts
-            assessed = "" if "assessment.jsonl" in texts else " (not assessed)"
+            assessed = _assessed(texts, config["num_steps"])
             lines.append(f"collected: {out / name / folder.name}{assessed}")
     for folder, texts in planned.items():
         folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            if name not in texts:  # of an earlier run of that name
+                (folder / name).unlink(missing_ok=True)
         for name, text in texts.items():
             files.write_text(folder / name, text)
     yield from lines

@@ -83,11 +83,14 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
     assessments: Sequence[Assessment]
 
-    def probe(self) -> Mapping[int, tuple[float, ...]]:
-        """Of the last step; it does not depend on how samples are drawn."""
-        found: dict[int, tuple[float, ...]] = {}
+    def probe(self, protocol: Mapping[str, Any] | None) -> Mapping[int, tuple[float, ...]]:
+        """Of the last step, under the protocol or one that differs in how samples are drawn alone."""
+        wanted, found = protocol or {}, {}
         for assessment in self.assessments:
-            if assessment.step == self.steps:
+            alike = all(
+                assessment.protocol.get(k) == wanted.get(k) for k in ("weights", "held_out")
+            )
+            if assessment.step == self.steps and alike:
                 found |= assessment.probe
         return found
 
@@ -236,15 +239,18 @@ class Results:
         return dict(sorted(found.items()))
 
     def curves(self, setting: str, measure: str) -> dict[int, dict[int, float]]:
-        """{seed: its curve} of the seeds that have one."""
-        curves = {s: self.curve(r, measure) for s, r in sorted(self.seeds(setting).items())}
-        return {seed: curve for seed, curve in curves.items() if curve}
+        """{seed: its curve} of the seeds whose curve is whole, up to the run's last step."""
+        found = {}
+        for seed, run in sorted(self.seeds(setting).items()):
+            curve = self.curve(run, measure)
+            if run.steps in curve:
+                found[seed] = curve
+        return found
 
     def finals(self, setting: str, measure: str) -> dict[int, float]:
         """{seed: value at the run's last step} of the seeds that have one."""
         runs = self.seeds(setting)
-        curves = self.curves(setting, measure)
-        return {s: c[runs[s].steps] for s, c in curves.items() if runs[s].steps in c}
+        return {s: curve[runs[s].steps] for s, curve in self.curves(setting, measure).items()}
 
     def noise(self, measure: Measure) -> float | None:
         """The standard deviation over seeds of the main comparison, pooled over the variants."""
@@ -255,7 +261,7 @@ class Results:
         """{(layer, share of the tokens): {seed: accuracy}}."""
         found: dict[tuple[int, Fraction], dict[int, float]] = {}
         for seed, run in sorted(self.seeds(setting).items()):
-            for layer, accuracies in run.probe().items():
+            for layer, accuracies in run.probe(self.protocol).items():
                 for i, accuracy in enumerate(accuracies, 1):
                     share = Fraction(i, len(accuracies))
                     found.setdefault((layer, share), {})[seed] = accuracy

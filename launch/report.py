@@ -1,6 +1,6 @@
 """Writes results/README.md and its figures out of the small files in results/runs: `python -m launch.report`.
 
-    python -m launch.report --collect=runs/sweeps/variants,... --machine="2 cores of a Xeon"
+    python -m launch.report --collect=runs/sweeps/variants-fashion_mnist,... --machine="2 cores of a Xeon"
     python -m launch.report
     python -m launch.report --check
 

@@ -20,11 +20,12 @@ def label(setting: str) -> str:
 
 
 def seeds(results: Results, setting: str, only: Collection[int] | None = None) -> str:
-    """Its seeds (of those in `only`), each a link to its files; or that there are none."""
+    """Its assessed seeds (of those in `only`), each a link to its files; or that there are none."""
+    assessed = {seed for m in study.MEASURES for seed in results.finals(setting, m.key)}
     links = [
         f"[{seed}](runs/{run.sweep}/{urllib.parse.quote(run.name, safe='=+')})"
         for seed, run in sorted(results.seeds(setting).items())
-        if only is None or seed in only
+        if seed in assessed and (only is None or seed in only)
     ]
     return ", ".join(links) or NOT_RUN
 

@@ -203,7 +203,7 @@ def _lines(axis: Any, results: Results, measure: Measure, seeds: set[int]) -> No
 
 def share_text(share: Fraction) -> str:
     """When a probe looks at the states."""
-    return "after all tokens" if share == 1 else f"after {share} of the tokens"
+    return "after all tokens but one" if share == 1 else f"after {share} of the tokens"
 
 
 def _probe(plt: Any, results: Results) -> Any:

@@ -53,8 +53,9 @@ def readme(results: Results, findings: str, drawn: Collection[str]) -> str:
         "## The paper's order beside ours\n\n"
         "The paper's numbers are FID on ImageNet 256 (B, 80 epochs); ours are Fréchet distances over "
         "another network on other images, so that only the order can be compared. A pair is decided "
-        'where it is beyond the noise (the yardstick above); "undecided" is within it.\n\n'
-        + diagnostics.order(results),
+        'where it is beyond the noise (the yardstick above); "undecided" is within it. Where '
+        "EfficientNet-Lite0 is the teacher, it is the network of the distance too: see agreement and "
+        "cross-entropy beside it.\n\n" + diagnostics.order(results),
         *(diagnostics.exploration(results, explored) for explored in study.EXPLORATIONS),
         _probe(results, drawn),
         _runs(results),
@@ -164,7 +165,8 @@ def _comparison(results: Results, drawn: Collection[str]) -> str:
         + _figure(figures.COMPARISON, drawn, "Measures against the step, a curve a variant")
         + comparison.finals(results)
         + "\n± is the standard deviation of single runs over seeds (n - 1), not of the mean. A seed sets "
-        "parameters, batches and dropout; what the limited number of samples adds is part of it.\n\n"
+        "parameters, batches and dropout; all runs are asked for samples with the same "
+        "keys, so that what their limited number adds is only partly in it.\n\n"
         + comparison.yardstick(results)
         + "\n### Speed-up\n\n"
         + comparison.speed_up(results)

@@ -1,7 +1,8 @@
 """Assesses the checkpoints that runs kept: `python -m mirai_jax.assess --workdir=RUN,RUN`.
 
     python -m mirai_jax.assess --workdir=runs/mirai_e-fashion_mnist
-    python -m mirai_jax.assess --workdir=$(ls -d runs/sweeps/variants-fashion_mnist/*/ | paste -sd,)
+    python -m mirai_jax.assess --workdir=\\
+        $(ls -d runs/sweeps/variants-fashion_mnist/*/checkpoints | xargs -n1 dirname | paste -sd,)
 
 For runs on images in memory (mnist, fashion_mnist). Each kept checkpoint (`keep_every`) and the last
 one give a line of assessment.jsonl in the run's folder: held-out cross-entropy, Fréchet distances
@@ -66,15 +67,18 @@ def _protocol() -> Protocol:
     )
 
 
-def _steps(settings: Settings, there: list[int], which: str) -> list[int]:
+def _steps(settings: Settings, there: list[int], which: str, follow: bool) -> list[int]:
     """Of the checkpoints that are there, those to look at."""
     every = settings.keep_every
     kept = [s for s in there if s == settings.num_steps or (every and s % every == 0)]
-    return kept if which == "kept" and kept else there[-1:]
+    if follow and which == "last":
+        return [s for s in kept if s == settings.num_steps]
+    # The newest of a run that goes on may be gone when its turn comes.
+    return kept if follow or (which == "kept" and kept) else there[-1:]
 
 
 def _todo(
-    workdirs: list[str], which: str, protocol: Protocol
+    workdirs: list[str], which: str, protocol: Protocol, follow: bool
 ) -> tuple[list[tuple[str, Settings, list[int]]], bool]:
     """What is missing of each run, and whether all runs are at their end."""
     todo, ended = [], True
@@ -87,7 +91,7 @@ def _todo(
             )
         there = steps_in(pathlib.Path(workdir) / "checkpoints")
         ended = ended and settings.num_steps in there
-        steps = assessment.missing(workdir, _steps(settings, there, which), protocol)
+        steps = assessment.missing(workdir, _steps(settings, there, which, follow), protocol)
         if steps:
             todo.append((workdir, settings, steps))
     return todo, ended
@@ -101,6 +105,9 @@ def run(workdirs: list[str], which: str, protocol: Protocol, follow: bool = Fals
     """
     if not workdirs:
         raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
+    waiting = [w for w in workdirs if not (pathlib.Path(w) / "config.json").exists()]
+    if follow and waiting:
+        print(f"waiting for runs that have not begun: {', '.join(waiting)}", flush=True)
     if not follow:
         for workdir in workdirs:
             if not steps_in(pathlib.Path(workdir) / "checkpoints"):
@@ -109,7 +116,7 @@ def run(workdirs: list[str], which: str, protocol: Protocol, follow: bool = Fals
     assessors: dict[tuple, Assessor] = {}
     while True:
         begun = [w for w in workdirs if (pathlib.Path(w) / "config.json").exists() or not follow]
-        todo, ended = _todo(begun, which, protocol)
+        todo, ended = _todo(begun, which, protocol, follow)
         count = sum(len(steps) for _, _, steps in todo)
         if count or not follow:
             print(f"{count} checkpoints of {len(workdirs)} runs to assess", flush=True)
@@ -131,7 +138,7 @@ def _assess(
         images = (data.name, data.path, data.held_out, settings.tokenizer.image_size)
         if images not in assessors:
             assessors[images] = Assessor(settings, protocol, lambda line: print(line, flush=True))
-            begun = time.monotonic()
+            done, count, begun = 0, count - done, time.monotonic()  # its time is not the runs'
         of_run = assessors[images].of_run(settings, workdir)
         for step in steps:
             _, saved, _ = frozen.read_run("--workdir", workdir, step)

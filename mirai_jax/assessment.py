@@ -59,7 +59,8 @@ class Protocol:
         guidance: their scale; 1 is none.
         seed: of the samples, whatever the run's own is.
         pixels: a side of what EfficientNet-Lite0 is shown.
-        held_out: the first so many of the held-out images, for cross-entropy and probes.
+        held_out: the first so many of the held-out images, for cross-entropy and probes (those of
+            mnist are sorted by class: all, or numbers of a few classes).
         weights: which of the run's.
     """
 
@@ -122,6 +123,8 @@ class Assessor:
         self.network = Network("", _CHUNK, protocol.pixels)
         say(f"features of {len(held_out.labels):,} held-out images")
         self._reference = held_out.images, self._moments(held_out.images)
+        if warning := self._reference[1].warning():
+            say(f"warning: held-out images: {warning}")
         devices = jax.local_devices()
         self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
         self._passed: dict[str, tuple[Any, dict[str, float]]] = {}

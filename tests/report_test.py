@@ -207,8 +207,8 @@ def test_times(results):
     llamagen, mirai_e = (
         rows(comparison.times(read(results)), n)[0] for n in ("LlamaGen", "Mirai-E")
     )
-    assert llamagen[1:4] == ["320 (320 to 320)", "1.00 (1.00 to 1.00)", "10.0 (10.0 to 10.0)"]
-    assert mirai_e[1:3] == ["400 (400 to 400)", "1.25 (1.25 to 1.25)"]
+    assert llamagen[1:4] == ["320 (320 to 320)", "1.00", "10.0 (10.0 to 10.0)"]
+    assert mirai_e[1:3] == ["400 (400 to 400)", "1.25"]
     assert mirai_e[4] == f"{3000 / 1750 / 1.25:.2f}"
 
 
@@ -308,8 +308,8 @@ def test_measures_may_be_missing(results):
         "not run",
         "not run",
     ]
-    found = comparison.speed_ups(read(results), "variants/mirai_i", "frechet")
-    assert found == {0: 1.2}  # as good from its first assessed step on
+    # A curve that is not whole is no curve that never gets there.
+    assert comparison.speed_ups(read(results), "variants/mirai_i", "frechet") == {}
 
 
 def test_a_later_line_adds_to_an_earlier_one(results):
@@ -320,10 +320,14 @@ def test_a_later_line_adds_to_an_earlier_one(results):
     assert found.finals("variants/mirai_e", "frechet")[0] == 5.0
     assert found.finals("variants/mirai_e", "agreement")[0] == 1.0
     text = report_text.readme(found, "", ())
-    assert "| block | variant | after 1/2 of the tokens | after all tokens |" in text
+    assert "| block | variant | after 1/2 of the tokens | after all tokens but one |" in text
     assert (
         "| 2 | Mirai-E | 50.0 | 75.0 |" in text and "| 2 | LlamaGen | not run | not run |" in text
     )
+    fewer = {"step": 3000, "protocol": {**PROTOCOL, "guidance": 3.0, "held_out": 9}}
+    with path.open("a") as file:
+        file.write(json.dumps({**fewer, "probe": {"2": [0.0, 0.0]}}) + "\n")
+    assert "| 2 | Mirai-E | 50.0 | 75.0 |" in report_text.readme(read(results), "", ())
 
 
 def test_protocols_are_not_mixed(results):
@@ -335,7 +339,7 @@ def test_protocols_are_not_mixed(results):
     assert found.finals("variants/mirai_e", "frechet")[0] == 0.0
     text = report_text.readme(found, "", ())
     assert "### With guidance 2.0, features at 112 pixels, 2,000 samples" in text
-    assert f"| Mirai-E | {SEEDS.format('mirai_e')} | 77.00 | 23.0 |" in text
+    assert f"| Mirai-E | {seed_0('variants/mirai_e-seed=0')} | 77.00 | 23.0 |" in text
     path.write_text(good + json.dumps(entry(3000, 77.0, {**PROTOCOL, "samples": 9})) + "\n")
     with pytest.raises(DataError, match=r"assessment.jsonl, line 7: protocol .*PROTOCOL in launch"):
         read(results)
@@ -532,6 +536,21 @@ def add_workdir(out, name, config, finished=True, step=3000, command=""):
 
 def collect_from(*sweeps, out):
     return list(collect.collect(sweeps, out / "runs", "a machine"))
+
+
+def test_collecting_again_leaves_nothing_of_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sweep, out = tmp_path / "variants", tmp_path / "results"
+    add_workdir(sweep, "llamagen-seed=0", config_of("llamagen", 0))
+    collect_from(sweep, out=out)
+    file = sweep / "llamagen-seed=0" / "assessment.jsonl"
+    file.write_text(json.dumps(entry(2500, 0.5)) + "\n")
+    (told,) = collect_from(sweep, out=out)
+    assert told.endswith(" (assessed up to step 2500 of 3000)")
+    file.unlink()
+    (told,) = collect_from(sweep, out=out)
+    assert told.endswith(" (not assessed)")
+    assert not (out / "runs" / "variants" / "llamagen-seed=0" / "assessment.jsonl").exists()
 
 
 def test_collecting_and_reporting(tmp_path, monkeypatch):
