@@ -126,20 +126,25 @@ def run(workdirs: list[str], which: str, protocol: Protocol, follow: bool = Fals
         time.sleep(_LOOK_EVERY)
 
 
+def _images(settings: Settings) -> tuple:
+    """What tells one set of images from another."""
+    data = settings.data
+    return data.name, data.path, data.held_out, settings.tokenizer.image_size
+
+
 def _assess(
     todo: list[tuple[str, Settings, list[int]]],
     count: int,
     protocol: Protocol,
     assessors: dict[tuple, Assessor],
 ) -> None:
-    done, begun = 0, time.monotonic()
+    for _, settings, _ in todo:
+        if _images(settings) not in assessors:
+            made = Assessor(settings, protocol, lambda line: print(line, flush=True))
+            assessors[_images(settings)] = made
+    done, begun = 0, time.monotonic()  # from here on: the time left is of the checkpoints
     for workdir, settings, steps in todo:
-        data = settings.data
-        images = (data.name, data.path, data.held_out, settings.tokenizer.image_size)
-        if images not in assessors:
-            assessors[images] = Assessor(settings, protocol, lambda line: print(line, flush=True))
-            done, count, begun = 0, count - done, time.monotonic()  # its time is not the runs'
-        of_run = assessors[images].of_run(settings, workdir)
+        of_run = assessors[_images(settings)].of_run(settings, workdir)
         for step in steps:
             _, saved, _ = frozen.read_run("--workdir", workdir, step)
             measures = of_run(saved[protocol.weights], probed=step == settings.num_steps)

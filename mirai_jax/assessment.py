@@ -73,7 +73,10 @@ class Protocol:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nll(config: GeneratorConfig, params: Any, codes: jax.Array, labels: jax.Array) -> jax.Array:
+def _nll(
+    config: GeneratorConfig, params: Any, codes_and_labels: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    codes, labels = codes_and_labels
     logits, _ = Generator(config).apply({"params": params}, codes[:, :-1], labels)
     return foresight.token_nll(logits, codes).mean(axis=-1)
 
@@ -82,17 +85,31 @@ def cross_entropy(
     config: GeneratorConfig, params: Any, codes_NxL: np.ndarray, labels_N: np.ndarray
 ) -> float:
     """Mean nats a token."""
-    found = []
-    for start in range(0, len(codes_NxL), _CHUNK):
-        codes, labels = (x[start : start + _CHUNK] for x in (codes_NxL, labels_N))
-        filled = np.resize(codes, (_CHUNK, codes.shape[1])), np.resize(labels, _CHUNK)
-        found.append(np.asarray(_nll(config, params, *filled))[: len(codes)])
-    return float(np.concatenate(found).mean(dtype=np.float64))
+    nll_N = coding.in_chunks(_nll, config, params, (codes_NxL, labels_N), _CHUNK)
+    return float(nll_N.mean(dtype=np.float64))
 
 
 def spread_evenly(count: int, wanted: int) -> np.ndarray:
     """Indices of `wanted` of `count` items (or of all), evenly: data may be sorted by class."""
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """What one tokenizer makes of the real images.
+
+    Attributes:
+        encode, decode: uint8 images to codes, and back.
+        held_out_codes: int32 (N, L), of the held-out images that likelihood and probes are of.
+        passed: moments of all held-out images that passed through it.
+        real: the measures real_...
+    """
+
+    encode: Callable[[np.ndarray], np.ndarray]
+    decode: Callable[[np.ndarray], np.ndarray]
+    held_out_codes: np.ndarray
+    passed: Any
+    real: dict[str, float]
 
 
 class Assessor:
@@ -127,11 +144,15 @@ class Assessor:
             say(f"warning: held-out images: {warning}")
         devices = jax.local_devices()
         self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
-        self._passed: dict[str, tuple[Any, dict[str, float]]] = {}
+        self._tokenized: dict[str, Tokenized] = {}
 
     def of_run(self, settings: Settings, workdir: str) -> "RunAssessor":
         """For one run on these images: its tokens."""
-        return RunAssessor(self, settings, *frozen.load_codebook(settings, workdir))
+        tokenizer, params = frozen.load_codebook(settings, workdir)
+        checksum = weights.checksum(params)
+        if checksum not in self._tokenized:
+            self._tokenized[checksum] = self._tokenize(tokenizer, params)
+        return RunAssessor(self, settings.generator, self._tokenized[checksum])
 
     def _moments(self, images: np.ndarray) -> Any:
         return self.network.features(image_streams.of_array("images", images)).moments
@@ -144,24 +165,18 @@ class Assessor:
             config, options, seed, self._mesh, params, labels, drawing.ASSESSED, chunk=_CHUNK
         )
 
-    def passed(self, tokenizer: nn.Module, params: Any) -> tuple[Any, dict[str, float]]:
-        """Of real images that passed through a tokenizer: moments of the held-out ones; measures."""
-        checksum = weights.checksum(params)
-        if checksum not in self._passed:
-            through = lambda images: coding.decode_codes(  # noqa: E731
-                tokenizer, params, coding.encode_images(tokenizer, params, images)
-            )
-            images, _ = self._reference
-            moments = self._moments(through(images))
-            count, held_out = self.protocol.samples, self.held_out
-            train = self.train.images[spread_evenly(len(self.train.labels), count)]
-            judged = through(held_out.images[:count])
-            found = {
-                **self.distances(through(train), moments),
-                "agreement": agreement(self.judge, judged, held_out.labels[:count]),
-            }
-            self._passed[checksum] = moments, {f"real_{k}": v for k, v in found.items()}
-        return self._passed[checksum]
+    def _tokenize(self, tokenizer: nn.Module, params: Any) -> "Tokenized":
+        """Real images through a tokenizer: their codes, and what comes back of them."""
+        encode = functools.partial(coding.encode_images, tokenizer, params)
+        decode = functools.partial(coding.decode_codes, tokenizer, params)
+        codes = encode(self._reference[0])
+        passed = self._moments(decode(codes))
+        codes = codes[: len(self.held_out.labels)]
+        count = self.protocol.samples
+        train = self.train.images[spread_evenly(len(self.train.labels), count)]
+        agreed = agreement(self.judge, decode(codes[:count]), self.held_out.labels[:count])
+        real = {**self.distances(decode(encode(train)), passed), "agreement": agreed}
+        return Tokenized(encode, decode, codes, passed, {f"real_{k}": v for k, v in real.items()})
 
     def distances(self, images: np.ndarray, passed: Any) -> dict[str, float]:
         """Of uint8 images, to held-out ones that `passed` through the tokenizer and as they are."""
@@ -175,30 +190,26 @@ class Assessor:
 class RunAssessor:
     """Assesses the checkpoints of one run."""
 
-    def __init__(self, assessor: Assessor, settings: Settings, tokenizer: nn.Module, params: Any):
-        self._of, self._config = assessor, settings.generator
-        self._decode = functools.partial(coding.decode_codes, tokenizer, params)
-        self._encode = functools.partial(coding.encode_images, tokenizer, params)
-        self._codes = self._encode(assessor.held_out.images)
-        self._passed, self._real = assessor.passed(tokenizer, params)
+    def __init__(self, assessor: Assessor, config: GeneratorConfig, tokens: Tokenized):
+        self._of, self._config, self._tokens = assessor, config, tokens
 
     def _probe_train(self) -> tuple[np.ndarray, np.ndarray]:
         """Codes and labels of training images."""
         train = self._of.train
         some = spread_evenly(len(train.labels), _PROBED_ON)
-        return self._encode(train.images[some]), train.labels[some]
+        return self._tokens.encode(train.images[some]), train.labels[some]
 
     def __call__(self, params: Any, probed: bool) -> dict[str, Any]:
         """The measures of the generator `params`, with probes or without."""
-        labels_N, codes_NxL = self._of.held_out.labels, self._codes
+        labels_N, codes_NxL = self._of.held_out.labels, self._tokens.held_out_codes
         protocol, config = self._of.protocol, self._config
         params = jax.device_put(params)
         measures = {"cross_entropy": cross_entropy(config, params, codes_NxL, labels_N)}
         asked = np.arange(protocol.samples, dtype=np.int32) % config.num_classes
-        images = self._decode(self._of.samples(config, params, asked))
-        measures |= self._of.distances(images, self._passed)
+        images = self._tokens.decode(self._of.samples(config, params, asked))
+        measures |= self._of.distances(images, self._tokens.passed)
         measures["agreement"] = agreement(self._of.judge, images, asked)
-        measures |= self._real
+        measures |= self._tokens.real
         if probed and config.has_null_class:
             test = codes_NxL, labels_N
             measures["probe"] = probe.by_layer(config, params, self._probe_train(), test)

@@ -1,6 +1,7 @@
 """Where a run begins: its newest checkpoint, weights of another run, or fresh ones."""
 
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,11 +10,34 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from mirai_jax import frozen, sharding
-from mirai_jax.checkpoint import Checkpoints
+from mirai_jax.checkpoint import Checkpoints, steps_in
+from mirai_jax.errors import ConfigError
 from mirai_jax.parts import Parts
 from mirai_jax.step import TrainState, init_state
+from mirai_jax.workdir import check_workdir
 
 Say = Callable[[str], None]
+
+
+def steps_done(
+    title: str, num_steps: int, workdir: pathlib.Path, config: Mapping[str, Any], say: Say
+) -> int:
+    """How far the run of this config in the workdir is; tells what it is. Nothing is written.
+
+    Raises:
+        ConfigError: the folder cannot be used, holds another run, or is beyond `num_steps`.
+    """
+    changed = check_workdir(workdir, config)
+    say(f"{title} in {workdir}")
+    for field, (old, new) in changed.items():
+        say(f"continuing with {field} {new!r} (was {old!r})")
+    done = max(steps_in(workdir / "checkpoints"), default=0)
+    if done > num_steps:
+        raise ConfigError(
+            f"num_steps is {num_steps}; workdir {workdir} is already at step {done}: it must be "
+            f"{done} or more"
+        )
+    return done
 
 
 def begin(

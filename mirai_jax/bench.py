@@ -14,6 +14,7 @@ weights are needed. Every field is set as in training: --config.batch_size=4 --c
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -318,13 +319,5 @@ def main(argv: list[str]) -> None:
             say(f"look at {_FIGURE.value}")
 
 
-def parse(argv: list[str]) -> list[str]:
-    """The flags of this program; those of the config are left over."""
-    try:
-        return flags.FLAGS(argv, known_only=True)
-    except flags.Error as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=functools.partial(cli.parse_known, flags.FLAGS))

@@ -71,6 +71,14 @@ def flag_values(module: str) -> flags.FlagValues:
     return flags.FLAGS if module == "__main__" else flags.FlagValues()
 
 
+def parse_known(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """The arguments that are no flags of the program: those of its config. An error is one line."""
+    try:
+        return values(argv, known_only=True)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
 def share(process_index: int | None, process_count: int | None) -> tuple[int, int]:
     """Which share of a work this process does: (index, count), as the flags say or as JAX knows.
 

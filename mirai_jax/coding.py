@@ -35,14 +35,20 @@ def _features(module: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     return module.apply({"params": params}, images)
 
 
-def _in_chunks(one: Callable, module: Any, params: Any, items: np.ndarray, chunk: int) -> Any:
-    """The last chunk is filled up, so that `one` compiles once."""
-    params, chunk, parts = jax.device_put(params), min(chunk, len(items)), []
-    for start in range(0, len(items), chunk):
-        some = np.asarray(items[start : start + chunk])
-        filled = np.resize(some, (chunk, *some.shape[1:]))
-        parts.append(np.asarray(one(module, params, filled))[: len(some)])
-    return np.concatenate(parts)
+def in_chunks(one: Callable, static: Any, params: Any, items: Any, chunk: int) -> Any:
+    """`one(static, params, some)` of all items, `chunk` at a time, as NumPy arrays.
+
+    `items` is an array or a tree of arrays of one length, and so is the result. The last chunk is
+    filled up, so that `one` compiles once.
+    """
+    count, params, parts = len(jax.tree.leaves(items)[0]), jax.device_put(params), []
+    chunk = min(chunk, count)
+    for start in range(0, count, chunk):
+        some = jax.tree.map(lambda x: np.asarray(x[start : start + chunk]), items)  # noqa: B023
+        filled = jax.tree.map(lambda x: np.resize(x, (chunk, *x.shape[1:])), some)
+        out = one(static, params, filled)
+        parts.append(jax.tree.map(lambda x: np.asarray(x)[: count - start], out))  # noqa: B023
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def encode_images(
@@ -50,7 +56,7 @@ def encode_images(
 ) -> np.ndarray:
     """uint8 images -> int32 codes (N, L), `chunk` images at a time (0: as memory allows)."""
     chunk = chunk or images_at_once(*images_NxHxWxC.shape[1:3])
-    return _in_chunks(_encode, module, params, images_NxHxWxC, chunk)
+    return in_chunks(_encode, module, params, images_NxHxWxC, chunk)
 
 
 def decode_codes(
@@ -59,10 +65,10 @@ def decode_codes(
     """Codes -> uint8 images (N, H, W, C), `chunk` images at a time (0: as memory allows)."""
     codes = np.asarray(codes_NxL)
     chunk = chunk or images_at_once(codes.shape[1], module.downsample**2)
-    return _in_chunks(_decode, module, params, codes, chunk)
+    return in_chunks(_decode, module, params, codes, chunk)
 
 
 def teacher_features(module: nn.Module, params: Any, images_NxHxWxC: np.ndarray) -> np.ndarray:
     """float32 (N, L, Z): what the teacher says of each image, computed once."""
     chunk = max(1, images_at_once(*images_NxHxWxC.shape[1:3]) // 8)
-    return _in_chunks(_features, module, params, images_NxHxWxC, chunk)
+    return in_chunks(_features, module, params, images_NxHxWxC, chunk)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mirai_jax import coding
 from mirai_jax.models.generator import Generator, GeneratorConfig
 
 QUARTERS = (1, 2, 3, 4)  # of the tokens, after which the states are probed
@@ -32,13 +33,7 @@ def states(
     config: GeneratorConfig, params: Any, codes_NxL: np.ndarray, chunk: int = 250
 ) -> dict[int, np.ndarray]:
     """{block: float32 (N, 4, D)}: the residual stream after each block at `positions`, eval mode."""
-    parts = []
-    for start in range(0, len(codes_NxL), chunk):
-        some = codes_NxL[start : start + chunk]
-        filled = np.resize(some, (chunk, some.shape[1]))  # one shape, one compilation
-        found = _states(config, params, filled)
-        parts.append({layer: np.asarray(x)[: len(some)] for layer, x in found.items()})
-    return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
+    return coding.in_chunks(_states, config, params, codes_NxL, chunk)
 
 
 def accuracy(

@@ -8,8 +8,8 @@ On all devices of this machine. Exit status: 0 finished; 1 an error that is your
 stop (SIGTERM), all is saved and the same command goes on.
 """
 
+import functools
 import pathlib
-import sys
 
 from absl import app, flags
 
@@ -32,12 +32,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """The flags of this program; those of the config are left over."""
-    try:
-        return _FLAGS(argv, known_only=True)
-    except flags.Error as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+parse_flags = functools.partial(cli.parse_known, _FLAGS)
 
 
 def main(argv: list[str]) -> None:

@@ -15,18 +15,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import codebook, fields, frozen, records, report, sharding, teach_config, weights
+from mirai_jax import (
+    beginning,
+    codebook,
+    fields,
+    frozen,
+    records,
+    report,
+    sharding,
+    teach_config,
+    weights,
+)
 from mirai_jax import data as data_lib
-from mirai_jax.checkpoint import Checkpoints, last_whole, steps_in
+from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.data import WorkerDied
-from mirai_jax.errors import ConfigError, Preempted, TrainingError, first_line
+from mirai_jax.errors import Preempted, TrainingError, first_line
 from mirai_jax.feed import Feed
 from mirai_jax.guards import Preemption
 from mirai_jax.image_sets import LabelledImages
 from mirai_jax.progress import Stopwatch, duration
 from mirai_jax.teach_config import Settings
 from mirai_jax.teach_step import Recipe, init_state, make_measure, make_train_step
-from mirai_jax.workdir import MetricsWriter, check_workdir, note_event, open_workdir, read_metrics
+from mirai_jax.workdir import MetricsWriter, note_event, open_workdir, read_metrics
 
 Say = Callable[[str], None]
 
@@ -56,16 +66,8 @@ def teach(
     settings = teach_config.read(config, len(devices))
     workdir = pathlib.Path(workdir)
     config = fields.plain(config)
-    changed = check_workdir(workdir, config)
-    say(f"{settings.name}-{settings.scale} in {workdir}")
-    for field, (old, new) in changed.items():
-        say(f"continuing with {field} {new!r} (was {old!r})")
-    begin, last = max(steps_in(workdir / "checkpoints"), default=0), settings.num_steps
-    if begin > last:
-        raise ConfigError(
-            f"num_steps is {last}; workdir {workdir} is already at step {begin}: it must be {begin} "
-            "or more"
-        )
+    title, last = f"{settings.name}-{settings.scale}", settings.num_steps
+    begin = beginning.steps_done(title, last, workdir, config, say)
     if (
         begin == last
         and (workdir / "summary.png").exists()

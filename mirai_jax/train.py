@@ -22,9 +22,9 @@ from mirai_jax import (
     sharding,
 )
 from mirai_jax import config as config_lib
-from mirai_jax.checkpoint import Checkpoints, last_whole, steps_in
+from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.data import WorkerDied
-from mirai_jax.errors import ConfigError, Lost, Preempted, TrainingError, first_line
+from mirai_jax.errors import Lost, Preempted, TrainingError, first_line
 from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same
@@ -32,7 +32,6 @@ from mirai_jax.progress import Stopwatch, progress_line
 from mirai_jax.step import make_train_step
 from mirai_jax.workdir import (
     MetricsWriter,
-    check_workdir,
     note_event,
     open_workdir,
     read_metrics,
@@ -70,16 +69,8 @@ def train(
     settings = config_lib.read(config, len(devices))
     workdir = pathlib.Path(workdir)
     config = fields.plain(config)
-    changed = check_workdir(workdir, config)
-    say(f"{settings.name}-{settings.scale} in {workdir}")
-    for field, (old, new) in changed.items():
-        say(f"continuing with {field} {new!r} (was {old!r})")
-    begin = max(steps_in(workdir / "checkpoints"), default=0)
-    if begin > settings.num_steps:
-        raise ConfigError(
-            f"num_steps is {settings.num_steps}; workdir {workdir} is already at step {begin}: it "
-            f"must be {begin} or more"
-        )
+    title = f"{settings.name}-{settings.scale}"
+    begin = beginning.steps_done(title, settings.num_steps, workdir, config, say)
     summary = workdir / "summary.png"
     if begin == settings.num_steps and summary.exists():
         say(f"this run is finished ({begin:,} steps); its figure: {summary}")

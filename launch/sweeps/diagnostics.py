@@ -11,22 +11,20 @@ layer.py, k.py and weight.py.
 
 from configs import base
 from launch.overrides import Entry
-from mirai_jax.models.generator import SIZES
+from launch.sweeps import k, layer
+from mirai_jax.config import two_thirds
 
 E, I = "configs/mirai_e.py", "configs/mirai_i.py"  # noqa: E741 (as they are called)
 
 
 def _change(name: str, config: str = E, **fields) -> Entry:
-    return {"name": name, "config": config, **{f"foresight[0].{k}": v for k, v in fields.items()}}
+    return {"name": name, "config": config, **{f"foresight[0].{f}": v for f, v in fields.items()}}
 
 
 def get_sweep(scale: str):
-    term = base.term(base.get_config(scale))
-    model = base.get_config(scale).model
-    depth = model.num_layers or SIZES[model.size][0]
-    tapped = max(1, round(2 * depth / 3))
-    layers = [layer for layer in range(depth // 4, depth + 1, depth // 4) if layer != tapped]
-    block = tuple((row, column) for row in range(3) for column in range(3))
+    term, blocks = base.term(base.get_config(scale)), layer.depth(scale)
+    quarters = range(blocks // 4, blocks + 1, blocks // 4)
+    layers = [n for n in quarters if n != two_thirds(blocks)]
     whole = term.weights[0] * len(term.offsets)
     runs = [
         # Controls.
@@ -42,8 +40,8 @@ def get_sweep(scale: str):
         _change("source-bidirectional", source="bidirectional"),
         # Where, how far, how strongly and from when on.
         *(_change(f"layer-{n}", student_layer=n, teacher_layer=n) for n in layers),
-        _change("k-1", offsets=((0, 0),)),
-        _change("k-9", offsets=block),
+        _change("k-1", offsets=k.OFFSETS[1]),
+        _change("k-9", offsets=k.OFFSETS[9]),
         *(_change(f"weight-{w:g}", weights=(w,)) for w in (0.5, 1.0, 4.0)),
         _change("start-0", start_epoch=0.0),
         _change(f"start-{2.5 * term.start_epoch:g}", start_epoch=2.5 * term.start_epoch),

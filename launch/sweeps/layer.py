@@ -13,11 +13,16 @@ from mirai_jax.models.generator import SIZES
 CONFIG = "configs/mirai_e.py"
 
 
-def get_sweep(scale: str):
+def depth(scale: str) -> int:
+    """Blocks of the scale's generator."""
     model = base.get_config(scale).model
-    depth = model.num_layers or SIZES[model.size][0]
-    step = -(-depth // 6)
-    layers = range(depth, 0, -step)[::-1]
+    return model.num_layers or SIZES[model.size][0]
+
+
+def get_sweep(scale: str):
+    blocks = depth(scale)
+    step = -(-blocks // 6)
+    layers = range(blocks, 0, -step)[::-1]
     same = zipped(
         over("foresight[0].student_layer", layers), over("foresight[0].teacher_layer", layers)
     )
