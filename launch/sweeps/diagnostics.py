@@ -5,6 +5,9 @@
 One seed each; the run that each is compared with, Mirai-E itself (K = 3, internal, 2-D, wrap, two
 thirds of the depth, weight 2), is seed 0 of variants.py. Controls: the EMA at the same position alone
 (no future) with the weight of all three heads, offsets into the past, and targets of another image.
+At the scale fashion_mnist the runs are shorter than those of variants.py and are compared with their
+checkpoints of the same step: nothing in a run depends on where it will end (the learning rate is
+constant).
 The paper's axes with several seeds are sweep files of their own: level.py, layout.py, source.py,
 layer.py, k.py and weight.py.
 """
@@ -13,6 +16,8 @@ from configs import base
 from launch.overrides import Entry
 from launch.sweeps import k, layer
 from mirai_jax.config import two_thirds
+
+STEPS = {"fashion_mnist": 2_000}  # of a run, where it is not the config's own number
 
 E, I = "configs/mirai_e.py", "configs/mirai_i.py"  # noqa: E741 (as they are called)
 
@@ -46,4 +51,9 @@ def get_sweep(scale: str):
         _change("start-0", start_epoch=0.0),
         _change(f"start-{2.5 * term.start_epoch:g}", start_epoch=2.5 * term.start_epoch),
     ]
-    return [{**run, "seed": 0} for run in runs]
+    return [{**run, "seed": 0, **steps(scale)} for run in runs]
+
+
+def steps(scale: str) -> dict[str, int]:
+    """The field of a run's length, where it is shorter than the scale's."""
+    return {"num_steps": STEPS[scale]} if scale in STEPS else {}

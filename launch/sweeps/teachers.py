@@ -6,11 +6,12 @@
     python -m launch.sweep --sweep=launch/sweeps/teachers.py --scale=fashion_mnist --parallel=2
 
 One seed each, to be compared with seed 0 of Mirai-I in variants.py, whose encoder is EfficientNet-Lite0
-(trained on ImageNet). The encoders of one's own are the vision transformer trained on the data set
+(trained on ImageNet), after as many steps as diagnostics.py trains. The encoders of one's own are the vision transformer trained on the data set
 itself, with its labels and without. Published for Mirai-I (ImageNet 256, B, 80 epochs, FID): DINOv2-B
 4.77, DINOv3-B 5.02, MAE-B 6.34, none 6.36.
 """
 
+from launch.sweeps import diagnostics
 from mirai_jax.errors import ConfigError
 
 CONFIG = "configs/mirai_i.py"
@@ -20,8 +21,9 @@ def get_sweep(scale: str):
     if scale.startswith("imagenet"):
         raise ConfigError("teachers of one's own are for the small scales; ImageNet has DINOv2")
     own = {"teacher.name": "dinov2", "teacher.image_size": 0}
-    return [
-        {"name": "own-labels", "seed": 0, **own, "teacher.path": f"runs/teacher-{scale}"},
-        {"name": "own-masked", "seed": 0, **own, "teacher.path": f"runs/teacher_masked-{scale}"},
-        {"name": "efficientnet-128", "seed": 0, "teacher.image_size": 128},
+    runs = [
+        {"name": "own-labels", **own, "teacher.path": f"runs/teacher-{scale}"},
+        {"name": "own-masked", **own, "teacher.path": f"runs/teacher_masked-{scale}"},
+        {"name": "efficientnet-128", "teacher.image_size": 128},
     ]
+    return [{**run, "seed": 0, **diagnostics.steps(scale)} for run in runs]
