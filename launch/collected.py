@@ -11,7 +11,7 @@ run.json          command, setting (the run's name without its seed), steps, sec
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -225,6 +225,26 @@ class Results:
     def settings(self, sweep: str) -> list[str]:
         """SWEEP/SETTING of all runs of the sweep."""
         return list(dict.fromkeys(f"{sweep}/{r.setting}" for r in self.runs if r.sweep == sweep))
+
+    def until(self, step: int | None) -> "Results":
+        """As if every run had ended at that step; None: as they are."""
+        if step is None:
+            return self
+        runs = [
+            dataclasses.replace(
+                run,
+                steps=min(run.steps, step),
+                metrics=[entry for entry in run.metrics if entry["step"] <= step],
+                assessments=[a for a in run.assessments if a.step <= step],
+            )
+            for run in self.runs
+        ]
+        return dataclasses.replace(self, runs=runs)
+
+    def shortest(self, settings: Collection[str]) -> int | None:
+        """The steps of the shortest run of the settings; None where there is no run."""
+        steps = [run.steps for setting in settings for run in self.seeds(setting).values()]
+        return min(steps, default=None)
 
     def curve(self, run: Run, measure: str) -> dict[int, float]:
         """{step: value} at the assessed steps."""

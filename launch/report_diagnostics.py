@@ -1,4 +1,7 @@
-"""What differs from the main comparison in one thing, the paper's order beside ours, explorations."""
+"""What differs from the main comparison in one thing, the paper's order beside ours, explorations.
+
+Runs are compared after as many steps as the shortest of them has.
+"""
 
 from collections.abc import Collection
 
@@ -6,7 +9,7 @@ from launch import report_cells as cells
 from launch import study
 from launch.collected import Results, Run
 from launch.results import table
-from launch.study import Claim, Exploration, Question
+from launch.study import Claim, Exploration, Measure, Question
 from mirai_jax import workdir
 
 _FRECHET = study.MEASURES[0]
@@ -43,12 +46,19 @@ def question(results: Results, asked: Question) -> str:
     seeds = {seed for setting in asked.settings for seed in results.seeds(setting)}
     if not seeds:
         return f"{text}{cells.NOT_RUN.capitalize()}: {'; '.join(asked.settings.values())}.\n"
+    results, after = _alike(results, asked.settings)
     references = (asked.reference, study.BASELINE)
     rows = []
     for setting in (study.BASELINE, asked.reference, *asked.settings):
         shown = cells.seeds(results, setting, seeds)
         rows.append([cells.label(setting), shown, *_row(results, setting, references, seeds)])
-    return text + table(["run", "seed", *_titles(references)], rows)
+    return f"{text}{after}:\n\n" + table(["run", "seed", *_titles(references)], rows)
+
+
+def _alike(results: Results, settings: Collection[str]) -> tuple[Results, str]:
+    """All runs up to the end of the shortest of the settings, and that in words."""
+    steps = results.shortest(settings)
+    return results.until(steps), "" if steps is None else f"After {steps:,} steps"
 
 
 def exploration(results: Results, explored: Exploration) -> str:
@@ -57,6 +67,7 @@ def exploration(results: Results, explored: Exploration) -> str:
     settings = results.settings(explored.sweep)
     if not settings:
         return f"{text}{cells.NOT_RUN.capitalize()}: no run of the sweep `{explored.sweep}`.\n"
+    results, after = _alike(results, settings)
     bases = {setting: _base(results, setting, explored) for setting in settings}
     seeds = {seed for setting in settings for seed in results.seeds(setting)}
     rows = []
@@ -65,7 +76,8 @@ def exploration(results: Results, explored: Exploration) -> str:
         changed = _changed(results, setting, bases[setting]) if setting in bases else ""
         shown = cells.seeds(results, setting, seeds)
         rows.append([cells.label(setting), shown, changed, *row])
-    return text + table(["run", "seed", "what differs", *_titles((study.BASELINE,))], rows)
+    titles = ["run", "seed", "what differs", *_titles((study.BASELINE,))]
+    return f"{text}{after}:\n\n" + table(titles, rows)
 
 
 def _base(results: Results, setting: str, explored: Exploration) -> str:
@@ -90,6 +102,8 @@ def _changed(results: Results, setting: str, base: str) -> str:
 def _fields(base: Run, run: Run) -> list[str]:
     found = []
     for field, (_, new) in workdir.differences(base.config, run.config).items():
+        if field == "num_steps":  # they are compared at the same step
+            continue
         text = "nothing" if new is None else str(new)
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         found.append(f"`{field}={text}`")
@@ -97,16 +111,25 @@ def _fields(base: Run, run: Run) -> list[str]:
 
 
 def order(results: Results) -> str:
-    """The paper's claims, one a line, beside our final Fréchet distances."""
+    """The paper's claims, one a line, beside our Fréchet distances."""
     rows = []
     for claim in study.CLAIMS:
         pairs = _pairs(results, claim)
-        ours = dict.fromkeys(text for pair in pairs for text in _values(results, *pair))
+        steps = results.shortest([setting for pair in pairs for setting in pair])
+        alike = results.until(steps)
+        ours = dict.fromkeys(text for pair in pairs for text in _values(alike, *pair))
         note = f" ({claim.note})" if claim.note else ""
         rows.append(
-            [claim.text + note, claim.published, ", ".join(ours), _agreement(results, pairs)]
+            [
+                claim.text + note,
+                claim.published,
+                "" if steps is None else f"{steps:,}",
+                ", ".join(ours),
+                *(_agreement(alike, pairs, measure) for measure in study.MEASURES),
+            ]
         )
-    return table(["the paper's claim", "the paper's FID", "our Fréchet", "ours"], rows)
+    by = [f"by {measure.name}" for measure in study.MEASURES]
+    return table(["the paper's claim", "the paper's FID", "steps", "our Fréchet", *by], rows)
 
 
 def _pairs(results: Results, claim: Claim) -> list[tuple[str, str]]:
@@ -126,11 +149,11 @@ def _values(results: Results, better: str, worse: str) -> list[str]:
     return [f"{cells.label(s)} {cells.mean(_FRECHET, values)}" for s, values in shown.items()]
 
 
-def _agreement(results: Results, pairs: list[tuple[str, str]]) -> str:
+def _agreement(results: Results, pairs: list[tuple[str, str]], measure: Measure) -> str:
     """Against where one pair is clearly the other way round; agreeing where all are clearly so."""
-    noise = results.noise(_FRECHET)
-    differences = [cells.against(results, *pair, _FRECHET) for pair in pairs]
-    found = [cells.verdict(_FRECHET, d, noise) for d in differences]
+    noise = results.noise(measure)
+    differences = [cells.against(results, *pair, measure) for pair in pairs]
+    found = [cells.verdict(measure, d, noise) for d in differences]
     if False in found:
         return "**does not agree**"
     if not pairs or not all(differences):

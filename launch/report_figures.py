@@ -156,10 +156,15 @@ def _rows(results: Results) -> list[tuple[str, str | None]]:
 
 
 def _diagnostics(plt: Any, results: Results) -> Any:
-    """A panel a measure: the final value of each run, beside lines of the main comparison."""
+    """A panel a measure: the last value of each run, beside lines of the main comparison.
+
+    All after as many steps as the shortest has.
+    """
     rows = _rows(results)
     if not rows:
         return None
+    steps = results.shortest([setting for _, setting in rows if setting])
+    results = results.until(steps)
     seeds = {seed for _, setting in rows if setting for seed in results.seeds(setting)}
     figure, axes = plt.subplots(
         1, len(study.MEASURES), figsize=(13, 1.6 + 0.24 * len(rows)), layout="constrained",
@@ -176,6 +181,7 @@ def _diagnostics(plt: Any, results: Results) -> Any:
             axis.plot(shown, [row] * len(shown), "o", color="#CC79A7", markeredgecolor="black")
         axis.set_title(_title(measure), fontsize=10)
         axis.grid(axis="y", visible=False)
+        axis.set_xlabel(f"after {steps:,} steps")
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(rows)), [text for text, _ in rows])
     for label, (_, setting) in zip(axes[0].get_yticklabels(), rows, strict=True):

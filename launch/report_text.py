@@ -52,10 +52,11 @@ def readme(results: Results, findings: str, drawn: Collection[str]) -> str:
         _diagnostics(results, drawn),
         "## The paper's order beside ours\n\n"
         "The paper's numbers are FID on ImageNet 256 (B, 80 epochs); ours are Fréchet distances over "
-        "another network on other images, so that only the order can be compared. A pair is decided "
-        'where it is beyond the noise (the yardstick above); "undecided" is within it. Where '
-        "EfficientNet-Lite0 is the teacher, it is the network of the distance too: see agreement and "
-        "cross-entropy beside it.\n\n" + diagnostics.order(results),
+        "another network on other images, so that only the order can be compared, at the last step that "
+        "all runs of a line have. Each measure decides alone, where the difference is beyond its noise "
+        '(the yardstick above, at that step); "undecided" is within it. Where EfficientNet-Lite0 is '
+        "the teacher, it is the network of the Fréchet distance too, not of the others.\n\n"
+        + diagnostics.order(results),
         *(diagnostics.exploration(results, explored) for explored in study.EXPLORATIONS),
         _probe(results, drawn),
         _runs(results),
@@ -186,10 +187,10 @@ def _diagnostics(results: Results, drawn: Collection[str]) -> str:
         return f"{text}{cells.NOT_RUN.capitalize()}: no run of the sweep `diagnostics`.\n"
     text += (
         "Runs that differ from a variant of the main comparison in one thing, compared with that "
-        "variant and with the baseline at the same seed. With one seed each, only large differences "
-        "mean something.\n\n"
+        "variant and with the baseline at the same seed and the same step. With one seed each, only "
+        "large differences mean something.\n\n"
     )
-    text += _figure(figures.DIAGNOSTICS, drawn, "Final measures of every diagnostic run")
+    text += _figure(figures.DIAGNOSTICS, drawn, "Measures of every diagnostic run")
     return text + "\n".join(diagnostics.question(results, asked) for asked in study.QUESTIONS)
 
 

@@ -257,15 +257,49 @@ def test_the_order_of_the_paper(results):
     text = diagnostics.order(read(results))
     ours = {claim: rows(text, claim)[0][1:] for claim in [c.text for c in study.CLAIMS[:9]]}
     assert ours["Mirai-E is better than LlamaGen"] == [
-        "5.22 < 6.36", "Mirai-E -1.33, LlamaGen 41.00", "**agrees**"
+        "5.22 < 6.36", "3,000", "Mirai-E -1.33, LlamaGen 41.00", *["**agrees**"] * 3
     ]  # fmt: skip
-    assert ours["Mirai-I is better than LlamaGen"][-1] == "not run"
+    assert ours["Mirai-I is better than LlamaGen"][-3:] == ["not run"] * 3
     assert ours["output level: 2-D is worse than no foresight"][-1] == "**does not agree**"
     assert ours["output level: 1-D is worse than no foresight"][-1] == "**agrees**"
     assert ours["two thirds of the depth is the best block"][-1] == "undecided"
     line = next(line for line in text.splitlines() if "every encoder" in line)
     assert "own-labels 10.00, LlamaGen 40.00, small 20.00 |" in line
-    assert line.endswith("| **agrees** |")
+    assert line.endswith("| **agrees** | **agrees** | **agrees** |")
+    # Each measure decides alone: at the other two, block 2 is as good as the reference.
+    shutil.rmtree(results / "runs" / "diagnostics" / "layer-2")
+    same = {"agreement": 1.0, "cross_entropy": 1.0}
+    add_run(results, "diagnostics", "layer-2", config_of("mirai_e", 0), [entry(3000, 8.0, **same)])
+    shutil.rmtree(results / "runs" / "diagnostics" / "layer-4")
+    add_one(results, "layer-4", 9.0)
+    ours = rows(diagnostics.order(read(results)), "two thirds of the depth is the best block")[0]
+    assert ours[-3:] == ["**agrees**", "undecided", "undecided"]
+
+
+def test_a_shorter_run_is_compared_at_its_own_end(results):
+    """Also in the figure, and with the noise of that step."""
+    config = config_of("mirai_e", 0, num_steps=2000)
+    for layer in (1, 2, 4):
+        add_run(results, "diagnostics", f"layer-{layer}", config, [entry(2000, 30.0 + layer)])
+    found = read(results)
+    question = next(q for q in study.QUESTIONS if "diagnostics/layer-1" in q.settings)
+    text = diagnostics.question(found, question)
+    assert "After 2,000 steps:" in text
+    # Three fifths of the way from 80 to 40 and to 0.
+    assert rows(text, "LlamaGen")[0][2] == "56.00" and rows(text, "Mirai-E")[0][2] == "32.00"
+    assert rows(text, "block 1")[0][2:5] == ["31.00", "-1.00", "**-25.00** better"]
+    noise = found.until(2000).noise(study.MEASURES[0])
+    assert noise == pytest.approx(0.6 * found.noise(study.MEASURES[0]))
+    claim = rows(diagnostics.order(found), "two thirds of the depth is the best block")[0]
+    assert claim[2:4] == ["2,000", "Mirai-E 32.00, block 1 31.00, block 2 32.00, block 4 34.00"]
+    # What came later is not looked at.
+    assert max(run.steps for run in found.until(2000).runs) == 2000
+    assert all(a.step <= 2000 for run in found.until(2000).runs for a in run.assessments)
+    # A longer run of the same question is looked at where the shortest ends.
+    shutil.rmtree(results / "runs" / "diagnostics" / "layer-4")
+    add_curve(results, "diagnostics", "layer-4", config_of("mirai_e", 0), falling(20.0))
+    text = diagnostics.question(read(results), question)
+    assert rows(text, "block 4")[0][2] == "44.00" and "After 2,000 steps:" in text
 
 
 def test_without_several_seeds_nothing_is_beyond_the_noise(tmp_path):
@@ -274,8 +308,8 @@ def test_without_several_seeds_nothing_is_beyond_the_noise(tmp_path):
     text = report_text.readme(read(tmp_path), "", ())
     assert "There is no yardstick for noise yet" in text and "**-30" not in text
     assert (
-        "| Mirai-E is better than LlamaGen | 5.22 < 6.36 | Mirai-E 10.00, LlamaGen 40.00 | undecided |"
-        in text
+        "| Mirai-E is better than LlamaGen | 5.22 < 6.36 | 3,000 | Mirai-E 10.00, LlamaGen 40.00 "
+        "| undecided | undecided | undecided |" in text
     )
 
 

@@ -6,9 +6,9 @@
     python -m launch.sweep --sweep=launch/sweeps/teachers.py --scale=fashion_mnist --parallel=2
 
 One seed each, to be compared with seed 0 of Mirai-I in variants.py, whose encoder is EfficientNet-Lite0
-(trained on ImageNet), after as many steps as diagnostics.py trains. The encoders of one's own are the vision transformer trained on the data set
-itself, with its labels and without. Published for Mirai-I (ImageNet 256, B, 80 epochs, FID): DINOv2-B
-4.77, DINOv3-B 5.02, MAE-B 6.34, none 6.36.
+(trained on ImageNet), after as many steps as diagnostics.py trains. The encoders of one's own are the
+vision transformer trained on the data set itself, with its labels and without. Published for Mirai-I
+(ImageNet 256, B, 80 epochs, FID): DINOv2-B 4.77, DINOv3-B 5.02, MAE-B 6.34, none 6.36.
 """
 
 from launch.sweeps import diagnostics
