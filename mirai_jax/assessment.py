@@ -11,6 +11,8 @@ agreement       share of the samples in which a classifier of real images sees t
 real_...        the last three of as many real images that passed through the tokenizer (of training;
                 held-out ones for agreement): what a perfect generator of its tokens would reach
 probe           accuracies of linear probes, see probe.py (the last step only)
+teacher_probe   of a run with a bidirectional teacher that can be loaded: accuracy of a linear probe of
+                its features, averaged over the grid, of real images
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ from mirai_jax import (
     sharding,
     weights,
 )
-from mirai_jax.config import Settings
+from mirai_jax.config import Settings, TeacherSettings
 from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.feature_network import Network
 from mirai_jax.image_sets import LabelledImages
@@ -144,7 +146,9 @@ class Assessor:
             say(f"warning: held-out images: {warning}")
         devices = jax.local_devices()
         self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
+        self._say = say
         self._tokenized: dict[str, Tokenized] = {}
+        self._teachers: dict[TeacherSettings, dict[str, float]] = {}
 
     def of_run(self, settings: Settings, workdir: str) -> "RunAssessor":
         """For one run on these images: its tokens."""
@@ -152,7 +156,8 @@ class Assessor:
         checksum = weights.checksum(params)
         if checksum not in self._tokenized:
             self._tokenized[checksum] = self._tokenize(tokenizer, params)
-        return RunAssessor(self, settings.generator, self._tokenized[checksum])
+        tokens, of_teacher = self._tokenized[checksum], self.of_teacher(settings)
+        return RunAssessor(self, settings.generator, tokens, of_teacher)
 
     def _moments(self, images: np.ndarray) -> Any:
         return self.network.features(image_streams.of_array("images", images)).moments
@@ -178,6 +183,31 @@ class Assessor:
         real = {**self.distances(decode(encode(train)), passed), "agreement": agreed}
         return Tokenized(encode, decode, codes, passed, {f"real_{k}": v for k, v in real.items()})
 
+    def some_of_training(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels that probes are fitted to."""
+        some = spread_evenly(len(self.train.labels), _PROBED_ON)
+        return self.train.images[some], self.train.labels[some]
+
+    def of_teacher(self, settings: Settings) -> dict[str, float]:
+        """The measure of a run's bidirectional teacher; {} where it has none that can be loaded."""
+        if settings.needs_images and settings.teacher not in self._teachers:
+            self._teachers[settings.teacher] = self._probe_teacher(settings)
+        return self._teachers[settings.teacher] if settings.needs_images else {}
+
+    def _probe_teacher(self, settings: Settings) -> dict[str, float]:
+        try:
+            teacher, params = frozen.make_teacher(settings)
+        except ConfigError as error:  # the run is whole without it
+            self._say(f"no probe of the teacher: {error}")
+            return {}
+        images, labels = self.some_of_training()
+        fitted, measured = (
+            coding.teacher_features(teacher, params, some).mean(axis=1)
+            for some in (images, self.held_out.images)
+        )
+        found = probe.accuracy(fitted, labels, measured, self.held_out.labels)
+        return {"teacher_probe": found}
+
     def distances(self, images: np.ndarray, passed: Any) -> dict[str, float]:
         """Of uint8 images, to held-out ones that `passed` through the tokenizer and as they are."""
         mine, (_, untouched) = self._moments(images), self._reference
@@ -190,14 +220,15 @@ class Assessor:
 class RunAssessor:
     """Assesses the checkpoints of one run."""
 
-    def __init__(self, assessor: Assessor, config: GeneratorConfig, tokens: Tokenized):
+    def __init__(
+        self,
+        assessor: Assessor,
+        config: GeneratorConfig,
+        tokens: Tokenized,
+        of_teacher: dict[str, float],
+    ):
         self._of, self._config, self._tokens = assessor, config, tokens
-
-    def _probe_train(self) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and labels of training images."""
-        train = self._of.train
-        some = spread_evenly(len(train.labels), _PROBED_ON)
-        return self._tokens.encode(train.images[some]), train.labels[some]
+        self._of_teacher = of_teacher
 
     def __call__(self, params: Any, probed: bool) -> dict[str, Any]:
         """The measures of the generator `params`, with probes or without."""
@@ -209,10 +240,11 @@ class RunAssessor:
         images = self._tokens.decode(self._of.samples(config, params, asked))
         measures |= self._of.distances(images, self._tokens.passed)
         measures["agreement"] = agreement(self._of.judge, images, asked)
-        measures |= self._tokens.real
+        measures |= self._tokens.real | self._of_teacher
         if probed and config.has_null_class:
-            test = codes_NxL, labels_N
-            measures["probe"] = probe.by_layer(config, params, self._probe_train(), test)
+            images, labels = self._of.some_of_training()
+            train, test = (self._tokens.encode(images), labels), (codes_NxL, labels_N)
+            measures["probe"] = probe.by_layer(config, params, train, test)
         return measures
 
 

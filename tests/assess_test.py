@@ -1,6 +1,5 @@
 """Assessment: what its numbers mean, and that a stopped one goes on."""
 
-import functools
 import json
 
 import jax
@@ -10,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import mirai_e
+from configs import mirai_e, mirai_i
 from mirai_jax import assess, assessment, frozen, probe, train
+from mirai_jax import config as config_lib
 from mirai_jax.assessment import Protocol
 from mirai_jax.errors import ConfigError, DataError
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
@@ -85,9 +85,32 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def test_a_stopped_assessment_goes_on(workdir, capsys, monkeypatch):
-    made = functools.cache(lambda *args: assessment.Assessor(*args))  # its classifier takes long
-    monkeypatch.setattr(assess, "Assessor", lambda *args: made(*args[:2], print))
+@pytest.fixture(scope="module")
+def said():
+    """What the assessor has printed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def assessor(workdir, said):
+    """One for all tests: its classifier takes long."""
+    return assessment.Assessor(frozen.read_settings("", str(workdir)), QUICK, said.append)
+
+
+def test_what_the_teacher_knows_of_the_class(workdir, assessor, said):
+    config = mirai_i.get_config("demo")
+    config.teacher.image_size = 32
+    of_teacher = lambda: assessor.of_teacher(config_lib.read(config, num_devices=1))  # noqa: E731
+    assert 0.5 < of_teacher()["teacher_probe"] <= 1
+    # An encoder that is not there any more keeps nothing else from being assessed.
+    config.teacher.update(name="dinov2", path="gone", image_size=0)
+    assert of_teacher() == {}
+    assert "no probe of the teacher: teacher.path" in said[-1]
+    assert assessor.of_teacher(frozen.read_settings("", str(workdir))) == {}  # Mirai-E has none
+
+
+def test_a_stopped_assessment_goes_on(workdir, assessor, capsys, monkeypatch):
+    monkeypatch.setattr(assess, "Assessor", lambda *args: assessor)
     assess.run([str(workdir)], "kept", QUICK)
     whole = (workdir / assessment.FILE).read_text()
     entries = assessment.read(workdir)
@@ -101,7 +124,7 @@ def test_a_stopped_assessment_goes_on(workdir, capsys, monkeypatch):
         assert 0 < entry["real_frechet"] < entry["frechet"]
         assert entry["real_frechet"] < entry["real_frechet_images"]  # the tokenizer's own error
         assert entry["frechet_images"] > 0
-    assert "probe" not in entries[0]
+    assert "probe" not in entries[0] and "teacher_probe" not in entries[1]
     assert set(entries[1]["probe"]) == {"1", "2"}
     assert all(0 <= a <= 1 for row in entries[1]["probe"].values() for a in row)
 
