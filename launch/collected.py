@@ -29,6 +29,7 @@ MEASURED = (
     ),
     "precision",
     "recall",
+    study.TEACHER.key,
 )
 
 
@@ -95,7 +96,8 @@ class Run:
         return found
 
 
-def _typed(where: str, value: Any, kind: type) -> Any:
+def typed(where: str, value: Any, kind: type) -> Any:
+    """The value of a file as this kind; raises DataError where it is another."""
     try:
         return fields.typed(where, value, kind)
     except ConfigError as error:
@@ -138,7 +140,7 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         entry = _parsed(where, line)
-        _typed(f"{where}: step", entry.get("step"), int)
+        typed(f"{where}: step", entry.get("step"), int)
         found.append((where, entry))
     return found
 
@@ -150,7 +152,7 @@ def assessment(where: str, entry: Mapping[str, Any]) -> Assessment:
         DataError: names the line and the field.
     """
     measures = {
-        name: _typed(f"{where}: {name}", entry[name], float)
+        name: typed(f"{where}: {name}", entry[name], float)
         for name in MEASURED
         if entry.get(name) is not None
     }
@@ -159,10 +161,10 @@ def assessment(where: str, entry: Mapping[str, Any]) -> Assessment:
         name = f"{where}: probe[{fields.shown(layer)}]"
         if not (layer.isascii() and layer.isdigit() and len(layer) < 5):
             raise DataError(f"{name} is no layer; its name must be a whole number")
-        values = _typed(name, accuracies, tuple)
+        values = typed(name, accuracies, tuple)
         if not values:
             raise DataError(f"{name} is empty; it must be accuracies")
-        probe[int(layer)] = tuple(_typed(name, value, float) for value in values)
+        probe[int(layer)] = tuple(typed(name, value, float) for value in values)
     protocol = _object(f"{where}: protocol", entry.get("protocol"))
     return Assessment(entry["step"], protocol, measures, probe, where)
 
@@ -170,7 +172,7 @@ def assessment(where: str, entry: Mapping[str, Any]) -> Assessment:
 def _logged(where: str, entry: dict[str, Any]) -> dict[str, Any]:
     if "images_per_second" in entry:
         name = f"{where}: images_per_second"
-        if _typed(name, entry["images_per_second"], float) <= 0:
+        if typed(name, entry["images_per_second"], float) <= 0:
             raise DataError(f"{name} is {entry['images_per_second']}; it must be more than 0")
     return entry
 
@@ -179,10 +181,10 @@ def _read_run(folder: pathlib.Path) -> Run:
     config, told = read_object(folder / "config.json"), read_object(folder / "run.json")
 
     def of_run(key: str, kind: type) -> Any:
-        return _typed(f"{folder / 'run.json'}: {key}", told.get(key), kind)
+        return typed(f"{folder / 'run.json'}: {key}", told.get(key), kind)
 
     def of_config(key: str, kind: type) -> Any:
-        return _typed(f"{folder / 'config.json'}: {key}", config.get(key), kind)
+        return typed(f"{folder / 'config.json'}: {key}", config.get(key), kind)
 
     lines = read_lines(folder / "assessment.jsonl")
     return Run(

@@ -1,22 +1,26 @@
 """Writes results/README.md and its figures out of the small files in results/runs: `python -m launch.report`.
 
-    python -m launch.report --collect=runs/sweeps/variants-fashion_mnist,... --machine="2 cores of a Xeon"
+    python -m launch.report --collect=runs/sweeps/variants-fashion_mnist,... --machine="2 cores of a Xeon" \\
+        --encoders=runs/teacher-fashion_mnist,...
     python -m launch.report
     python -m launch.report --check
 
-The first copies what the report needs of finished runs into results/runs; the second writes the
-report, the same to the byte out of the same files (pictures: with the same Matplotlib). The third
-writes nothing. `launch/study.py` says which run plays which role.
+The first copies what the report needs of finished runs into results/runs, and of the encoders that are
+their teachers into results/encoders; the second writes the report, the same to the byte out of the same
+files (pictures: with the same Matplotlib). The third writes nothing. `launch/study.py` says which run
+plays which role.
 
 Exit status: 0; with --check 1 where a file is not what the runs give, with a line for each.
 """
 
 import pathlib
 import sys
+from collections.abc import Collection
 
 from absl import app, flags
 
-from launch import collect, collected, report_figures, report_text
+from launch import collect, collected, encoders, report_figures, report_text
+from launch.collected import Results
 from mirai_jax import cli, files
 from mirai_jax.errors import ConfigError
 
@@ -24,6 +28,12 @@ _FLAGS = cli.flag_values(__name__)
 _RESULTS = flags.DEFINE_string("results", "results", "Folder of the report.", flag_values=_FLAGS)
 _COLLECT = flags.DEFINE_list(
     "collect", [], "FOLDER,... of sweeps whose finished runs are copied.", flag_values=_FLAGS
+)
+_ENCODERS = flags.DEFINE_list(
+    "encoders",
+    [],
+    "FOLDER,... of finished runs of mirai_jax.teach that are copied.",
+    flag_values=_FLAGS,
 )
 _MACHINE = flags.DEFINE_string(
     "machine", "", "What the collected runs ran on, in words.", flag_values=_FLAGS
@@ -41,6 +51,12 @@ def findings(folder: pathlib.Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+def text(folder: pathlib.Path, results: Results, drawn: Collection[str]) -> str:
+    """The README, where the figures `drawn` are there."""
+    own = encoders.read(folder / "encoders")
+    return report_text.readme(results, findings(folder), drawn, own)
+
+
 def make(folder: pathlib.Path) -> dict[str, bytes | None]:
     """{name of a file in the folder: what it must hold}; None: it must not be there.
 
@@ -49,8 +65,8 @@ def make(folder: pathlib.Path) -> dict[str, bytes | None]:
     """
     results = collected.read(folder / "runs")
     drawn = report_figures.draw(results)
-    text = report_text.readme(results, findings(folder), drawn)
-    return {"README.md": text.encode(), **{name: drawn.get(name) for name in FIGURES}}
+    readme = text(folder, results, drawn)
+    return {"README.md": readme.encode(), **{name: drawn.get(name) for name in FIGURES}}
 
 
 def wrong(folder: pathlib.Path, made: dict[str, bytes | None]) -> list[str]:
@@ -80,14 +96,17 @@ def main(argv: list[str]) -> None:
     with cli.program(OSError):
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
-        if bool(_COLLECT.value) != bool(_MACHINE.value):
-            raise ConfigError("--collect and --machine go together; one is missing")
-        if _COLLECT.value and _CHECK.value:
-            raise ConfigError("--collect writes and --check does not; give one of them")
+        sweeps, own = ([pathlib.Path(p) for p in flag.value] for flag in (_COLLECT, _ENCODERS))
+        if bool(sweeps or own) != bool(_MACHINE.value):
+            raise ConfigError("--collect or --encoders and --machine go together; one is missing")
+        if (sweeps or own) and _CHECK.value:
+            raise ConfigError("--check writes nothing; it cannot go with --collect or --encoders")
         folder = pathlib.Path(_RESULTS.value)
-        if _COLLECT.value:
-            sweeps = [pathlib.Path(path) for path in _COLLECT.value]
-            for line in collect.collect(sweeps, folder / "runs", _MACHINE.value):
+        if sweeps or own:
+            for line in (
+                *collect.collect(sweeps, folder / "runs", _MACHINE.value),
+                *encoders.collect(own, folder / "encoders", _MACHINE.value),
+            ):
                 print(line)
             return
         if not (folder / "runs").is_dir():

@@ -75,8 +75,13 @@ def exploration(results: Results, explored: Exploration) -> str:
         row = _row(results, setting, (study.BASELINE,), seeds)
         changed = _changed(results, setting, bases[setting]) if setting in bases else ""
         shown = cells.seeds(results, setting, seeds)
-        rows.append([cells.label(setting), shown, changed, *row])
-    titles = ["run", "seed", "what differs", *_titles((study.BASELINE,))]
+        more = [
+            cells.mean(m, values) if (values := results.finals(setting, m.key)) else ""
+            for m in explored.measures
+        ]
+        rows.append([cells.label(setting), shown, changed, *more, *row])
+    more = [m.title for m in explored.measures]
+    titles = ["run", "seed", "what differs", *more, *_titles((study.BASELINE,))]
     return f"{text}{after}:\n\n" + table(titles, rows)
 
 

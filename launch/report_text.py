@@ -1,6 +1,6 @@
 """The text of results/README.md, section by section."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from launch import report_cells as cells
 from launch import report_comparison as comparison
@@ -8,6 +8,7 @@ from launch import report_diagnostics as diagnostics
 from launch import report_figures as figures
 from launch import speedup, study
 from launch.collected import Results, Run
+from launch.encoders import SHOWN, Encoder
 from launch.results import table
 from mirai_jax import fields
 from mirai_jax.progress import duration
@@ -19,9 +20,10 @@ Written by `python -m launch.report` out of the files in [`runs/`](runs) and not
 [`findings.md`](findings.md).
 """
 _COMMANDS = f"""```
+python -m mirai_jax.teach ...  # the encoders, where a sweep's teachers are one's own: below
 python -m launch.sweep --sweep=launch/sweeps/SWEEP.py --scale={study.SCALE} --out=runs/sweeps/SWEEP --parallel=2
 python -m mirai_jax.assess --workdir=RUN,...
-python -m launch.report --collect=runs/sweeps/SWEEP,... --machine="what it ran on"
+python -m launch.report --collect=runs/sweeps/SWEEP,... --encoders=runs/ENCODER,... --machine="what it ran on"
 python -m launch.report
 ```
 """
@@ -36,13 +38,16 @@ _NAMES = {
 }
 
 
-def readme(results: Results, findings: str, drawn: Collection[str]) -> str:
+def readme(
+    results: Results, findings: str, drawn: Collection[str], encoders: Sequence[Encoder] = ()
+) -> str:
     """The whole text.
 
     Args:
         results: all runs.
         findings: written by hand; may be empty.
         drawn: the names of the figures that there are.
+        encoders: of one's own, which runs have as their teachers.
     """
     sections = [
         _HEAD,
@@ -58,8 +63,9 @@ def readme(results: Results, findings: str, drawn: Collection[str]) -> str:
         "the teacher, it is the network of the Fréchet distance too, not of the others.\n\n"
         + diagnostics.order(results),
         *(diagnostics.exploration(results, explored) for explored in study.EXPLORATIONS),
+        _encoders(encoders),
         _probe(results, drawn),
-        _runs(results),
+        _runs(results, encoders),
     ]
     return "\n".join(section for section in sections if section)
 
@@ -219,7 +225,33 @@ def _probe(results: Results, drawn: Collection[str]) -> str:
     )
 
 
-def _runs(results: Results) -> str:
+def _encoders(encoders: Sequence[Encoder]) -> str:
+    if not encoders:
+        return ""
+    titles = [t for t in SHOWN.values() if any(t in encoder.held_out for encoder in encoders)]
+    rows = [
+        [
+            f"[{encoder.name}](encoders/{encoder.name})",
+            encoder.objective,
+            f"{encoder.steps:,}",
+            *(_percent(encoder.held_out.get(title)) for title in titles),
+        ]
+        for encoder in encoders
+    ]
+    return (
+        "## Encoders of one's own\n\n"
+        "DINOv2's network, small, trained by `mirai_jax.teach` on the images that the generators train "
+        "on: with their labels, or without on the codes of hidden patches (masked). What it was asked "
+        "in training, asked of the held-out images:\n\n"
+        + table(["encoder", "learned from", "steps", *(f"{title}, %" for title in titles)], rows)
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else _ACCURACY.shown(share)
+
+
+def _runs(results: Results, encoders: Sequence[Encoder]) -> str:
     text = "## Every run\n\n"
     if not results.runs:
         return f"{text}{cells.NOT_RUN.capitalize()}: `runs/` is empty.\n"
@@ -228,13 +260,26 @@ def _runs(results: Results) -> str:
             f"{run.sweep}/{run.name}",
             f"`{run.command}`",
             f"{run.steps:,}",
-            "not known" if run.seconds is None else duration(run.seconds),
+            _time(run.seconds),
             run.machine,
         ]
         for run in results.runs
+    ] + [
+        [
+            f"encoders/{encoder.name}",
+            f"`{encoder.command}`",
+            f"{encoder.steps:,}",
+            _time(encoder.seconds),
+            encoder.machine,
+        ]
+        for encoder in encoders
     ]
     return (
         f"{text}The same again, where SWEEP is a file of [`launch/sweeps/`](../launch/sweeps) and a "
         f"run's folder below `runs/sweeps/`:\n\n{_COMMANDS}\n"
         + table(["run", "command", "steps", "time", "machine"], rows)
     )
+
+
+def _time(seconds: float | None) -> str:
+    return "not known" if seconds is None else duration(seconds)

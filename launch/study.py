@@ -73,6 +73,7 @@ MORE_MEASURES = (
     Measure("precision", "precision", "", False, 1, 3),
     Measure("recall", "recall", "", False, 1, 3),
 )
+TEACHER = Measure("teacher_probe", "linear probe of the encoder", "", False, 100, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,20 +166,24 @@ class Exploration:
         title: the heading.
         text: what it is about.
         reference: the variant that runs are compared with; None: the variant of their config file.
+        measures: that are shown of these runs beside MEASURES.
     """
 
     sweep: str
     title: str
     text: str
     reference: str | None
+    measures: tuple[Measure, ...] = ()
 
 
 EXPLORATIONS = (
     Exploration(
         "teachers",
         "Teachers of Mirai-I",
-        "The same Mirai-I with another frozen encoder.",
+        "The same Mirai-I with another frozen encoder. What an encoder knows of the class is what a "
+        "linear classifier of its features, averaged over the grid, says of held-out images.",
         "variants/mirai_i",
+        (TEACHER,),
     ),
     Exploration(
         "remedies",

@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from launch import collect, collected, overrides, plan, report, report_text, speedup, study
+from configs import teacher
+from launch import (
+    collect,
+    collected,
+    encoders,
+    overrides,
+    plan,
+    report,
+    report_text,
+    speedup,
+    study,
+)
 from launch import report_comparison as comparison
 from launch import report_diagnostics as diagnostics
 from mirai_jax.errors import DataError
@@ -464,7 +475,7 @@ def test_the_committed_report_is_what_the_committed_runs_give():
         pytest.skip("no results yet")
     # Pictures depend on Matplotlib's version: --check compares them too.
     drawn = [name for name in report.FIGURES if (folder / name).exists()]
-    text = report_text.readme(read(folder), report.findings(folder), drawn)
+    text = report.text(folder, read(folder), drawn)
     assert (folder / "README.md").read_text() == text
 
 
@@ -676,6 +687,75 @@ def test_what_cannot_be_collected(tmp_path):
         collect_from(tmp_path / "a", out=tmp_path / "out")
 
 
+def add_encoder(folder, steps=8, **fields):
+    """A workdir of mirai_jax.teach, stopped once."""
+    config = teacher.get_config("fashion_mnist")
+    config.update({"objective": "masked", "num_steps": steps, **fields})
+    config.network.width = 192
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.to_json())
+    metrics = [{"step": 4, "loss": 1.0}, {"step": steps, "held_out_masked_accuracy": 0.25}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in metrics))
+    events = [("started", 0), ("message", 1), ("preempted", 5), ("resumed", 8), ("finished", 9)]
+    (folder / "events.jsonl").write_text(
+        "".join(
+            json.dumps({"time": f"2026-01-02T03:04:0{second}+0000", "event": event}) + "\n"
+            for event, second in events
+        )
+    )
+    (folder / "summary.png").touch()
+    return folder
+
+
+def test_encoders_are_collected_and_shown(results, tmp_path):
+    folder, out = add_encoder(tmp_path / "runs" / "teacher_masked"), results / "encoders"
+    assert list(encoders.collect([folder], out, "a machine")) == [
+        f"collected: {out}/teacher_masked"
+    ]
+    command = (
+        "python -m mirai_jax.teach --config=configs/teacher.py:fashion_mnist "
+        "--workdir=runs/teacher_masked --config.network.width=192 --config.num_steps=8 "
+        "--config.objective=masked"
+    )
+    assert encoders.read(out) == [
+        encoders.Encoder(
+            "teacher_masked", "masked", 8, {"hidden codes right": 0.25}, command, 6.0, "a machine"
+        )
+    ]
+    for probe, run in ((0.5, "variants/mirai_e-seed=3"), (0.75, "teachers/own-masked")):
+        sweep, _, name = run.partition("/")
+        seed = 3 if "=" in name else 0
+        lines = [entry(3000, 20.0, teacher_probe=probe)]
+        add_run(results, sweep, name, config_of("mirai_e", seed), lines)
+    text = report.make(results)["README.md"].decode()
+    assert rows(text, "[teacher_masked](encoders/teacher_masked)") == [
+        ["[teacher_masked](encoders/teacher_masked)", "masked", "8", "25.0"]
+    ]
+    assert f"| encoders/teacher_masked | `{command}` | 8 | 6s | a machine |" in text
+    assert rows(text, "own-masked")[-1][3] == "75.0" and rows(text, "LlamaGen")[-1][3] != "75.0"
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda folder: (folder / "summary.png").unlink(), "is no finished run of mirai_jax.teach"),
+        (lambda folder: (folder / "metrics.jsonl").write_text(""), "is no finished run"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "is no finished run"),
+        (lambda folder: (folder / "events.jsonl").write_text("{}"), "runs/one: "),
+        (
+            lambda folder: (folder / "config.json").write_text('{"num_steps": 8, "scale": "big"}'),
+            "runs/one: no command makes its config",
+        ),
+    ],
+)
+def test_what_is_no_encoder_is_told_and_nothing_written(tmp_path, change, expected):
+    folder, good = add_encoder(tmp_path / "runs" / "one"), add_encoder(tmp_path / "runs" / "good")
+    change(folder)
+    with pytest.raises(DataError, match=expected) as error:
+        list(encoders.collect([good, folder], tmp_path / "out", "a machine"))
+    assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
 # The program --------------------------------------------------------------------------------------
 
 
@@ -711,10 +791,10 @@ def test_the_program(results, capsys):
 
 def test_wrong_flags(tmp_path, capsys):
     assert program(capsys, "--collect=x")[0] == (
-        "error: --collect and --machine go together; one is missing"
+        "error: --collect or --encoders and --machine go together; one is missing"
     )
     assert program(capsys, "--collect=x", "--machine=y", "--check")[0] == (
-        "error: --collect writes and --check does not; give one of them"
+        "error: --check writes nothing; it cannot go with --collect or --encoders"
     )
     assert program(capsys, f"--results={tmp_path}")[0].startswith(f"error: {tmp_path}/runs is no")
 
