@@ -162,6 +162,12 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             f"teacher.image_size is {wanted.image_size}, which shows {shown} pixels a side; it must "
             f"be {learned}, as {wanted.path} learned"
         )
+    data, source = settings.data, loaded.source
+    if source.get("data") == data.name and source.get("held_out") != str(data.held_out):
+        raise ConfigError(  # else what is held out of this run was not held out of its teacher
+            f"data.held_out is {data.held_out}; it must be {source.get('held_out')}, as {wanted.path} "
+            "learned"
+        )
     return module, {"network": weights.float32(loaded.params)}
 
 

@@ -302,6 +302,8 @@ class _Run:
             "file": str(self.workdir),
             "entry": f"mirai_jax.teach at step {last}",
             "image_size": str(self.settings.data.image_size),
+            "data": self.settings.data.name,
+            "held_out": str(self.settings.data.held_out),
         }
         network = jax.device_get(self.state.params["network"])
         encoder = weights.Weights("teacher", self.settings.network, network, None, source)

@@ -372,11 +372,15 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     np.testing.assert_allclose(got, want.reshape(3, 16, 64), atol=1e-5)
 
 
-def test_it_is_shown_images_of_the_size_it_learned(finished, tmp_path):
+def test_it_is_shown_images_like_those_it_learned_from(finished, tmp_path):
     settings = config.read(student(finished[0], image_size=64), 1)
     told = refusal(frozen.make_teacher, settings)
     assert "teacher.image_size is 64, which shows 64 pixels a side; it must be 32" in told
     frozen.make_teacher(config.read(student(finished[0], image_size=32), 1))
+    other = student(finished[0])
+    other.data.held_out = 100
+    told = refusal(frozen.make_teacher, config.read(other, 1))
+    assert "data.held_out is 100; it must be " in told
     (tmp_path / "config.json").write_text("{}")  # of a run that is no teacher, say
     settings = config.read(student(tmp_path), 1)
     assert "a workdir without encoder/" in refusal(frozen.make_teacher, settings)
