@@ -68,12 +68,11 @@ def exploration(results: Results, explored: Exploration) -> str:
     if not settings:
         return f"{text}{cells.NOT_RUN.capitalize()}: no run of the sweep `{explored.sweep}`.\n"
     results, after = _alike(results, settings)
-    bases = {setting: _base(results, setting, explored) for setting in settings}
     seeds = {seed for setting in settings for seed in results.seeds(setting)}
-    rows = []
-    for setting in [*dict.fromkeys([study.BASELINE, *bases.values()]), *settings]:
-        row = _row(results, setting, (study.BASELINE,), seeds)
-        changed = _changed(results, setting, bases[setting]) if setting in bases else ""
+    references, rows = (explored.reference, study.BASELINE), []
+    for setting in (study.BASELINE, explored.reference, *settings):
+        row = _row(results, setting, references, seeds)
+        changed = _changed(results, setting, explored.reference) if setting in settings else ""
         shown = cells.seeds(results, setting, seeds)
         more = [
             cells.mean(m, values) if (values := results.finals(setting, m.key)) else ""
@@ -81,17 +80,8 @@ def exploration(results: Results, explored: Exploration) -> str:
         ]
         rows.append([cells.label(setting), shown, changed, *more, *row])
     more = [m.title for m in explored.measures]
-    titles = ["run", "seed", "what differs", *more, *_titles((study.BASELINE,))]
+    titles = ["run", "seed", "what differs", *more, *_titles(references)]
     return f"{text}{after}:\n\n" + table(titles, rows)
-
-
-def _base(results: Results, setting: str, explored: Exploration) -> str:
-    """The variant that a setting changes."""
-    if explored.reference is not None:
-        return explored.reference
-    config = next(iter(results.seeds(setting).values())).config
-    named = f"{study.MAIN}/{config.get('name')}"
-    return named if named in study.VARIANTS else study.BASELINE
 
 
 def _changed(results: Results, setting: str, base: str) -> str:

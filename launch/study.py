@@ -165,14 +165,14 @@ class Exploration:
         sweep: its name.
         title: the heading.
         text: what it is about.
-        reference: the variant that runs are compared with; None: the variant of their config file.
+        reference: the variant that runs change.
         measures: that are shown of these runs beside MEASURES.
     """
 
     sweep: str
     title: str
     text: str
-    reference: str | None
+    reference: str
     measures: tuple[Measure, ...] = ()
 
 
@@ -184,12 +184,6 @@ EXPLORATIONS = (
         "linear classifier of its features, averaged over the grid, says of held-out images.",
         "variants/mirai_i",
         (TEACHER,),
-    ),
-    Exploration(
-        "remedies",
-        "Remedies",
-        "Attempts to make a variant help: each beside the variant that it changes.",
-        None,
     ),
 )
 

@@ -325,15 +325,20 @@ def test_without_several_seeds_nothing_is_beyond_the_noise(tmp_path):
 
 
 def test_what_differs_in_a_config(results):
-    config = config_of("mirai_e", 0, foresight=[{"source": "ema", "weights": [0.5]}], ema_decay=0.9)
-    add_one(results, "weaker", 3.0, "remedies", config)
-    text = diagnostics.exploration(read(results), study.EXPLORATIONS[1])
-    assert rows(text, "weaker")[0][1:5] == [
-        seed_0("remedies/weaker"),
-        "Mirai-E with `ema_decay=0.9`, `foresight[0].weights=[0.5]`", "3.00", "**-37.00** better"
-    ]  # fmt: skip
-    text = diagnostics.exploration(read(results), study.EXPLORATIONS[0])
+    explored = study.EXPLORATIONS[0]
+    text = diagnostics.exploration(read(results), explored)
     assert text.endswith("Not run: no run of the sweep `teachers`.\n")
+    teacher = {"name": "dinov2", "image_size": 0, "path": "runs/teacher"}
+    add_one(results, "own", 3.0, "teachers", config_of("mirai_i", 0, teacher=teacher))
+    differs = lambda: rows(diagnostics.exploration(read(results), explored), "own")[0][1:]  # noqa: E731
+    assert differs()[:5] == [
+        seed_0("teachers/own"), "Mirai-I (not run)", "", "3.00", "not run"
+    ]  # fmt: skip
+    add_one(results, "mirai_i-seed=0", 35.0, "variants", config_of("mirai_i", 0))
+    fields = "`teacher.image_size=0`, `teacher.name=dinov2`, `teacher.path=runs/teacher`"
+    assert differs()[1:6] == [
+        f"Mirai-I with {fields}", "", "3.00", "**-32.00** better", "**-37.00** better"
+    ]  # fmt: skip
 
 
 def test_measures_may_be_missing(results):
@@ -399,7 +404,7 @@ def whole(folder):
         for i, setting in enumerate(question.settings):
             add_one(folder, setting.partition("/")[2], 20.0 + i)
     add_one(folder, "own-labels", 10.0, "teachers")
-    add_one(folder, "stronger", 11.0, "remedies")
+    add_one(folder, "own-masked", 11.0, "teachers")
     probe = {str(layer): [0.25 + 0.125 * layer, 0.5, 0.625, 0.75] for layer in range(1, 5)}
     for seed in range(3):
         add_run(
