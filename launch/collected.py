@@ -1,4 +1,4 @@
-"""What the report reads: the small files of finished runs, results/runs/SWEEP/RUN/.
+"""What the report reads: results/bench.json and the small files of finished runs, results/runs/SWEEP/RUN/.
 
 config.json       the run's whole config
 metrics.jsonl     as the run logged it
@@ -6,6 +6,8 @@ assessment.jsonl  as `python -m mirai_jax.assess` wrote it: a JSON object a line
                   (how it was measured), measures, and at times a "probe"; later lines add to earlier
                   ones of the same step and protocol
 run.json          command, setting (the run's name without its seed), steps, seconds, machine
+
+bench.json is what `python -m mirai_jax.bench --compare --json=...` wrote, of the study's scale.
 """
 
 import dataclasses
@@ -214,10 +216,13 @@ class Results:
     Attributes:
         runs: by sweep and name.
         protocol: the one; None where nothing was assessed with it.
+        bench: {variant: seconds of steps alone on the machine}, and its command as "command"; empty
+            where it was not measured.
     """
 
     runs: Sequence[Run]
     protocol: Mapping[str, Any] | None
+    bench: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def seeds(self, setting: str) -> dict[int, Run]:
         """{seed: run} of SWEEP/SETTING."""
@@ -300,15 +305,33 @@ class Results:
         }
         if self.protocol is not None:
             found.pop(_key(self.protocol), None)
-        return [Results(self.runs, protocol) for _, protocol in sorted(found.items())]
+        return [dataclasses.replace(self, protocol=p) for _, p in sorted(found.items())]
+
+
+def _read_bench(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    told = read_object(path)
+    about = _object(f"{path}: about", told.get("about"))
+    found: dict[str, Any] = {"command": typed(f"{path}: about.command", about.get("command"), str)}
+    if about.get("scale") != study.SCALE:
+        raise DataError(f"{path} is of scale {about.get('scale')!r}; it must be {study.SCALE!r}")
+    for name, variant in _object(f"{path}: variants", told.get("variants")).items():
+        where = f"{path}: variants.{name}"
+        seconds = typed(where, _object(where, variant).get("step_seconds"), tuple)
+        found[f"{study.MAIN}/{name}"] = [typed(where, s, float) for s in seconds]
+        if not seconds or min(found[f"{study.MAIN}/{name}"]) <= 0:
+            raise DataError(f"{where}: step_seconds must be numbers above 0")
+    return found
 
 
 def read(folder: pathlib.Path) -> Results:
-    """The runs below results/runs/.
+    """What is in the folder results/.
 
     Raises:
         DataError: one line that names what is wrong in which file.
     """
+    bench, folder = _read_bench(folder / "bench.json"), folder / "runs"
     folders = sorted(folder.glob("*/*/"), key=lambda path: path.relative_to(folder).parts)
     runs = [_read_run(path) for path in folders]
     twins: dict[tuple[str, str, int], Run] = {}
@@ -328,4 +351,4 @@ def read(folder: pathlib.Path) -> Results:
                     f"{a.where}: protocol {_key(a.protocol)} is not that of {main.where}, "
                     f"{_key(main.protocol)}; PROTOCOL in launch/study.py must say which one counts"
                 )
-    return Results(runs, main.protocol if main else None)
+    return Results(runs, main.protocol if main else None, bench)

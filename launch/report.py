@@ -63,7 +63,7 @@ def make(folder: pathlib.Path) -> dict[str, bytes | None]:
     Raises:
         DataError: a file of a run is wrong.
     """
-    results = collected.read(folder / "runs")
+    results = collected.read(folder)
     drawn = report_figures.draw(results)
     readme = text(folder, results, drawn)
     return {"README.md": readme.encode(), **{name: drawn.get(name) for name in FIGURES}}

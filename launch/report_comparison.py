@@ -175,33 +175,36 @@ def _span(values: list[float], form: str) -> str:
 
 def times(results: Results) -> str:
     """What a step and a run take, beside the baseline's."""
-    base_steps = list(_step_times(results, study.BASELINE).values())
+    base_alone = results.bench.get(study.BASELINE)
     rows = []
     for variant, name in study.VARIANTS.items():
-        steps = list(_step_times(results, variant).values())
-        ratio = min(steps) / min(base_steps) if steps and base_steps else None
+        alone, ratio = results.bench.get(variant), None
+        if alone and base_alone:
+            ratio = statistics.median(alone) / statistics.median(base_alone)
         runs = results.seeds(variant).values()
         minutes = [run.seconds / 60 for run in runs if run.seconds is not None]
         rows.append(
             [
                 name,
-                _span([1000 * s for s in steps], ".0f"),
+                f"{1000 * statistics.median(alone):.0f}" if alone else cells.NOT_RUN,
                 cells.NOT_RUN if ratio is None else f"{ratio:.2f}",
-                _span(minutes, ".1f"),
                 *(_in_time(results, variant, m.key, ratio) for m in study.MEASURES),
+                _span([1000 * s for s in _step_times(results, variant).values()], ".0f"),
+                _span(minutes, ".1f"),
             ]
         )
-    measures = [m.name for m in study.MEASURES]
-    titles = ["variant", "ms a step", f"fastest over {_BASE}'s fastest", "minutes a run"]
-    titles += [f"speed-up in time, {measure}" for measure in measures]
+    titles = ["variant", "ms a step, alone", f"over {_BASE}'s"]
+    titles += [f"speed-up in time, {m.name}" for m in study.MEASURES]
+    titles += ["ms a step, in the runs", "minutes a run"]
+    command = results.bench.get("command")
     return (
-        "Time, mean (lowest to highest of the seeds). A step's is the median over the second half of "
-        "a run, in which every variant's foresight is on; a run's is all of its processes, with "
-        "compiling and drawing. Speed-up in time is the median speed-up in steps over the ratio of step "
-        "times, each variant's of its fastest run, which was disturbed least.\n\n"
-        + table(titles, rows)
-        + "\nTimes are rough: two runs shared the machine at once, with other work at times, and what "
-        "ran beside a run differed. `python -m mirai_jax.bench` measures steps alone.\n"
+        "A step alone on the machine is the median of "
+        + (f"`{command}`" if command else "`python -m mirai_jax.bench --compare`")
+        + "; speed-up in time is the median speed-up in steps over the ratio of these. In the runs (mean, "
+        "lowest to highest of the seeds) a step's time is the median of the second half, in which every "
+        "variant's foresight is on, and a run's is all of its processes, with compiling and drawing: two "
+        "runs shared the machine at once, with other work at times, so that they say little of the "
+        "variants.\n\n" + table(titles, rows)
     )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def results(tmp_path):
 
 
 def read(folder):
-    return collected.read(folder / "runs")
+    return collected.read(folder)
 
 
 def rows(text, start):
@@ -214,13 +215,40 @@ def test_speed_ups(results):
     ]  # fmt: skip
 
 
+def add_bench(folder, scale="fashion_mnist", **seconds):
+    variants = {name: {"step_seconds": value} for name, value in seconds.items()}
+    told = {"about": {"command": "bench --compare", "scale": scale}, "variants": variants}
+    (folder / "bench.json").write_text(json.dumps(told))
+
+
 def test_times(results):
-    llamagen, mirai_e = (
-        rows(comparison.times(read(results)), n)[0] for n in ("LlamaGen", "Mirai-E")
-    )
-    assert llamagen[1:4] == ["320 (320 to 320)", "1.00", "10.0 (10.0 to 10.0)"]
-    assert mirai_e[1:3] == ["400 (400 to 400)", "1.25"]
-    assert mirai_e[4] == f"{3000 / 1750 / 1.25:.2f}"
+    def found():
+        text = comparison.times(read(results))
+        return [rows(text, name)[0][1:] for name in ("LlamaGen", "Mirai-E", "Mirai-I")]
+
+    llamagen, mirai_e, _ = found()
+    assert llamagen == [*["not run"] * 5, "320 (320 to 320)", "10.0 (10.0 to 10.0)"]
+    assert mirai_e[5] == "400 (400 to 400)"
+    add_bench(results, llamagen=[0.1, 0.25, 0.2], mirai_e=[0.5, 0.25, 0.1])
+    llamagen, mirai_e, mirai_i = found()
+    assert llamagen[:3] == ["200", "1.00", "1.00"] and mirai_i[:3] == ["not run"] * 3
+    assert mirai_e[:3] == ["250", "1.25", f"{3000 / 1750 / 1.25:.2f}"]
+    assert "median of `bench --compare`" in comparison.times(read(results))
+
+
+@pytest.mark.parametrize(
+    "bench, expected",
+    [
+        ({"scale": "demo"}, "is of scale 'demo'; it must be 'fashion_mnist'"),
+        ({"llamagen": []}, "variants.llamagen: step_seconds must be numbers above 0"),
+        ({"llamagen": [1.0, 0.0]}, "variants.llamagen: step_seconds must be numbers above 0"),
+        ({"llamagen": ["1"]}, "variants.llamagen is '1'"),
+    ],
+)
+def test_a_wrong_bench_is_told(results, bench, expected):
+    add_bench(results, **bench)
+    with pytest.raises(DataError, match=re.escape(expected)):
+        read(results)
 
 
 def add_one(results, name, frechet, sweep="diagnostics", config=None):
