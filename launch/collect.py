@@ -83,6 +83,23 @@ def _command(log: pathlib.Path, workdir: str, machine: Machine) -> str:
     return shlex.join(["python", *told])
 
 
+def unfinished(folder: pathlib.Path, config: Mapping[str, Any]) -> str:
+    """'' of a workdir that is at its end; else where it is, in words."""
+    step, steps = last_step(folder / "metrics.jsonl"), config.get("num_steps")
+    done = (folder / "summary.png").exists() and step == steps
+    return "" if done else f"unfinished, at step {step} of {steps}"
+
+
+def write(folder: pathlib.Path, texts: Mapping[str, str]) -> None:
+    """The files of one run, and none of an earlier one of that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        if name not in texts:
+            (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():
+        files.write_text(folder / name, text)
+
+
 def _texts(folder: pathlib.Path, sweep: str, machine: Machine, told: str) -> dict[str, str]:
     """{name of a file: its text} of a finished run."""
     config = collected.read_object(folder / "config.json")
@@ -135,9 +152,8 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> It
         machine = Machine(sweep, name)
         for folder in paths:
             config = collected.read_object(folder / "config.json")
-            step, steps = last_step(folder / "metrics.jsonl"), config.get("num_steps")
-            if not ((folder / "summary.png").exists() and step == steps):
-                lines.append(f"left out: {folder}: unfinished, at step {step} of {steps}")
+            if left := unfinished(folder, config):
+                lines.append(f"left out: {folder}: {left}")
                 continue
             texts = _texts(folder, name, machine, told)
             if out / name / folder.name in planned:
@@ -146,10 +162,5 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> It
             assessed = _assessed(texts, config["num_steps"])
             lines.append(f"collected: {out / name / folder.name}{assessed}")
     for folder, texts in planned.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            if name not in texts:  # of an earlier run of that name
-                (folder / name).unlink(missing_ok=True)
-        for name, text in texts.items():
-            files.write_text(folder / name, text)
+        write(folder, texts)
     yield from lines

@@ -11,6 +11,7 @@ bench.json is what `python -m mirai_jax.bench --compare --json=...` wrote, of th
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
@@ -98,12 +99,35 @@ class Run:
         return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Steps alone on the machine, in rounds in which each variant had its turn.
+
+    Attributes:
+        command: that measured them.
+        step_seconds: {variant: seconds, one a round}.
+    """
+
+    command: str
+    step_seconds: Mapping[str, Sequence[float]]
+
+
 def typed(where: str, value: Any, kind: type) -> Any:
     """The value of a file as this kind; raises DataError where it is another."""
     try:
         return fields.typed(where, value, kind)
     except ConfigError as error:
         raise DataError(str(error)) from error
+
+
+def field(path: pathlib.Path, told: Mapping[str, Any], key: str, kind: type) -> Any:
+    """A field of a JSON file's object, as this kind; raises DataError."""
+    return typed(f"{path}: {key}", told.get(key), kind)
+
+
+def seconds(path: pathlib.Path, told: Mapping[str, Any]) -> float | None:
+    """Of a run.json: of its processes; None where they are not known."""
+    return None if told.get("seconds") is None else field(path, told, "seconds", float)
 
 
 def _object(where: str, value: Any) -> dict[str, Any]:
@@ -181,13 +205,8 @@ def _logged(where: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 def _read_run(folder: pathlib.Path) -> Run:
     config, told = read_object(folder / "config.json"), read_object(folder / "run.json")
-
-    def of_run(key: str, kind: type) -> Any:
-        return typed(f"{folder / 'run.json'}: {key}", told.get(key), kind)
-
-    def of_config(key: str, kind: type) -> Any:
-        return typed(f"{folder / 'config.json'}: {key}", config.get(key), kind)
-
+    of_run = functools.partial(field, folder / "run.json", told)
+    of_config = functools.partial(field, folder / "config.json", config)
     lines = read_lines(folder / "assessment.jsonl")
     return Run(
         sweep=folder.parent.name,
@@ -198,7 +217,7 @@ def _read_run(folder: pathlib.Path) -> Run:
         batch_size=of_config("batch_size", int),
         config=fields.completed(config),
         command=of_run("command", str),
-        seconds=None if told.get("seconds") is None else of_run("seconds", float),
+        seconds=seconds(folder / "run.json", told),
         machine=of_run("machine", str),
         metrics=[_logged(*line) for line in read_lines(folder / "metrics.jsonl")],
         assessments=[assessment(where, entry) for where, entry in lines],
@@ -216,13 +235,12 @@ class Results:
     Attributes:
         runs: by sweep and name.
         protocol: the one; None where nothing was assessed with it.
-        bench: {variant: seconds of steps alone on the machine}, and its command as "command"; empty
-            where it was not measured.
+        bench: steps alone; None where they were not measured.
     """
 
     runs: Sequence[Run]
     protocol: Mapping[str, Any] | None
-    bench: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bench: Bench | None = None
 
     def seeds(self, setting: str) -> dict[int, Run]:
         """{seed: run} of SWEEP/SETTING."""
@@ -308,21 +326,23 @@ class Results:
         return [dataclasses.replace(self, protocol=p) for _, p in sorted(found.items())]
 
 
-def _read_bench(path: pathlib.Path) -> dict[str, Any]:
+def _read_bench(path: pathlib.Path) -> Bench | None:
     if not path.exists():
-        return {}
+        return None
     told = read_object(path)
     about = _object(f"{path}: about", told.get("about"))
-    found: dict[str, Any] = {"command": typed(f"{path}: about.command", about.get("command"), str)}
     if about.get("scale") != study.SCALE:
         raise DataError(f"{path} is of scale {about.get('scale')!r}; it must be {study.SCALE!r}")
+    found: dict[str, list[float]] = {}
     for name, variant in _object(f"{path}: variants", told.get("variants")).items():
         where = f"{path}: variants.{name}"
-        seconds = typed(where, _object(where, variant).get("step_seconds"), tuple)
-        found[f"{study.MAIN}/{name}"] = [typed(where, s, float) for s in seconds]
-        if not seconds or min(found[f"{study.MAIN}/{name}"]) <= 0:
+        values = typed(where, _object(where, variant).get("step_seconds"), tuple)
+        taken = found[f"{study.MAIN}/{name}"] = [typed(where, value, float) for value in values]
+        if not taken or min(taken) <= 0:
             raise DataError(f"{where}: step_seconds must be numbers above 0")
-    return found
+    if len({len(taken) for taken in found.values()}) > 1:
+        raise DataError(f"{path}: step_seconds must be of equally many rounds in all variants")
+    return Bench(typed(f"{path}: about.command", about.get("command"), str), found)
 
 
 def read(folder: pathlib.Path) -> Results:

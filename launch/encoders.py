@@ -6,6 +6,7 @@ results/encoders/NAME/ holds the config.json and metrics.jsonl of the workdir ru
 
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 import shlex
@@ -14,9 +15,9 @@ from typing import Any
 
 from configs import teacher
 from launch import collected
-from launch.collect import Machine
+from launch.collect import Machine, unfinished, write
 from launch.overrides import flag_text
-from mirai_jax import files, workdir
+from mirai_jax import workdir
 from mirai_jax.errors import DataError, first_line
 
 SHOWN = {"held_out_accuracy": "accuracy", "held_out_masked_accuracy": "hidden codes right"}
@@ -81,8 +82,7 @@ def _texts(folder: pathlib.Path, told: str) -> dict[str, str]:
     """{name of a file: its text} of a finished workdir."""
     config = collected.read_object(folder / "config.json")
     entries = [entry for _, entry in collected.read_lines(folder / "metrics.jsonl")]
-    steps = config.get("num_steps")
-    if not ((folder / "summary.png").exists() and entries and entries[-1]["step"] == steps):
+    if not entries or unfinished(folder, config):
         raise DataError(f"{folder} is no finished run of mirai_jax.teach")
     try:
         run = {
@@ -115,11 +115,8 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> It
     """
     planned = {folder: _texts(folder, told) for folder in folders}
     for folder, texts in planned.items():
-        target = out / folder.name
-        target.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            files.write_text(target / name, text)
-        yield f"collected: {target}"
+        write(out / folder.name, texts)
+        yield f"collected: {out / folder.name}"
 
 
 def read(folder: pathlib.Path) -> list[Encoder]:
@@ -138,22 +135,17 @@ def _read(folder: pathlib.Path) -> Encoder:
     if not lines:
         raise DataError(f"{folder / 'metrics.jsonl'} is empty")
     where, last = lines[-1]
-
-    def of(path: pathlib.Path, entry: Mapping[str, Any], key: str, kind: type) -> Any:
-        return collected.typed(f"{path}: {key}", entry.get(key), kind)
-
+    of_run = functools.partial(collected.field, folder / "run.json", run)
     return Encoder(
         name=folder.name,
-        objective=of(folder / "config.json", config, "objective", str),
+        objective=collected.field(folder / "config.json", config, "objective", str),
         steps=last["step"],
         held_out={
             title: collected.typed(f"{where}: {key}", last[key], float)
             for key, title in SHOWN.items()
             if key in last
         },
-        command=of(folder / "run.json", run, "command", str),
-        seconds=None
-        if run.get("seconds") is None
-        else of(folder / "run.json", run, "seconds", float),
-        machine=of(folder / "run.json", run, "machine", str),
+        command=of_run("command", str),
+        seconds=collected.seconds(folder / "run.json", run),
+        machine=of_run("machine", str),
     )

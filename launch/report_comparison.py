@@ -6,6 +6,7 @@ from launch import report_cells as cells
 from launch import speedup, study
 from launch.collected import Results, Run
 from launch.results import table
+from mirai_jax.measure import median, ratio
 
 _NOT_REACHED = "not reached"
 _OTHERS = [variant for variant in study.VARIANTS if variant != study.BASELINE]
@@ -175,20 +176,20 @@ def _span(values: list[float], form: str) -> str:
 
 def times(results: Results) -> str:
     """What a step and a run take, beside the baseline's."""
-    base_alone = results.bench.get(study.BASELINE)
+    alone = results.bench.step_seconds if results.bench else {}
     rows = []
     for variant, name in study.VARIANTS.items():
-        alone, ratio = results.bench.get(variant), None
-        if alone and base_alone:
-            ratio = statistics.median(alone) / statistics.median(base_alone)
+        taken, over = alone.get(variant), None
+        if taken and study.BASELINE in alone:
+            over = ratio(taken, alone[study.BASELINE])
         runs = results.seeds(variant).values()
         minutes = [run.seconds / 60 for run in runs if run.seconds is not None]
         rows.append(
             [
                 name,
-                f"{1000 * statistics.median(alone):.0f}" if alone else cells.NOT_RUN,
-                cells.NOT_RUN if ratio is None else f"{ratio:.2f}",
-                *(_in_time(results, variant, m.key, ratio) for m in study.MEASURES),
+                f"{1000 * median(taken):.0f}" if taken else cells.NOT_RUN,
+                cells.NOT_RUN if over is None else f"{over:.2f}",
+                *(_in_time(results, variant, m.key, over) for m in study.MEASURES),
                 _span([1000 * s for s in _step_times(results, variant).values()], ".0f"),
                 _span(minutes, ".1f"),
             ]
@@ -196,11 +197,10 @@ def times(results: Results) -> str:
     titles = ["variant", "ms a step, alone", f"over {_BASE}'s"]
     titles += [f"speed-up in time, {m.name}" for m in study.MEASURES]
     titles += ["ms a step, in the runs", "minutes a run"]
-    command = results.bench.get("command")
+    command = results.bench.command if results.bench else "python -m mirai_jax.bench --compare"
     return (
-        "A step alone on the machine is the median of "
-        + (f"`{command}`" if command else "`python -m mirai_jax.bench --compare`")
-        + "; speed-up in time is the median speed-up in steps over the ratio of these. In the runs (mean, "
+        f"A step alone on the machine is the median of `{command}`, and the ratio the median over its "
+        "rounds; speed-up in time is the median speed-up in steps over this ratio. In the runs (mean, "
         "lowest to highest of the seeds) a step's time is the median of the second half, in which every "
         "variant's foresight is on, and a run's is all of its processes, with compiling and drawing: two "
         "runs shared the machine at once, with other work at times, so that they say little of the "
@@ -208,9 +208,9 @@ def times(results: Results) -> str:
     )
 
 
-def _in_time(results: Results, variant: str, measure: str, ratio: float | None) -> str:
+def _in_time(results: Results, variant: str, measure: str, over: float | None) -> str:
     found = list(speed_ups(results, variant, measure).values())
-    if not found or ratio is None:
+    if not found or over is None:
         return cells.NOT_RUN
     middle = speedup.median(found)
-    return _NOT_REACHED if middle is None else f"{middle / ratio:.2f}"
+    return _NOT_REACHED if middle is None else f"{middle / over:.2f}"

@@ -3,7 +3,7 @@
 Runs are compared after as many steps as the shortest of them has.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from launch import report_cells as cells
 from launch import study
@@ -46,19 +46,7 @@ def question(results: Results, asked: Question) -> str:
     seeds = {seed for setting in asked.settings for seed in results.seeds(setting)}
     if not seeds:
         return f"{text}{cells.NOT_RUN.capitalize()}: {'; '.join(asked.settings.values())}.\n"
-    results, after = _alike(results, asked.settings)
-    references = (asked.reference, study.BASELINE)
-    rows = []
-    for setting in (study.BASELINE, asked.reference, *asked.settings):
-        shown = cells.seeds(results, setting, seeds)
-        rows.append([cells.label(setting), shown, *_row(results, setting, references, seeds)])
-    return f"{text}{after}:\n\n" + table(["run", "seed", *_titles(references)], rows)
-
-
-def _alike(results: Results, settings: Collection[str]) -> tuple[Results, str]:
-    """All runs up to the end of the shortest of the settings, and that in words."""
-    steps = results.shortest(settings)
-    return results.until(steps), "" if steps is None else f"After {steps:,} steps"
+    return text + _compared(results, asked.reference, asked.settings, seeds)
 
 
 def exploration(results: Results, explored: Exploration) -> str:
@@ -67,21 +55,48 @@ def exploration(results: Results, explored: Exploration) -> str:
     settings = results.settings(explored.sweep)
     if not settings:
         return f"{text}{cells.NOT_RUN.capitalize()}: no run of the sweep `{explored.sweep}`.\n"
-    results, after = _alike(results, settings)
     seeds = {seed for setting in settings for seed in results.seeds(setting)}
-    references, rows = (explored.reference, study.BASELINE), []
-    for setting in (study.BASELINE, explored.reference, *settings):
-        row = _row(results, setting, references, seeds)
-        changed = _changed(results, setting, explored.reference) if setting in settings else ""
-        shown = cells.seeds(results, setting, seeds)
-        more = [
-            cells.mean(m, values) if (values := results.finals(setting, m.key)) else ""
-            for m in explored.measures
+
+    def more(alike: Results, setting: str) -> list[str]:
+        changed = _changed(alike, setting, explored.reference) if setting in settings else ""
+        finals = [(m, alike.finals(setting, m.key)) for m in explored.measures]
+        return [changed, *(cells.mean(m, values) if values else "" for m, values in finals)]
+
+    titles = ["what differs", *(m.title for m in explored.measures)]
+    return text + _compared(results, explored.reference, settings, seeds, titles, more)
+
+
+def _compared(
+    results: Results,
+    reference: str,
+    settings: Collection[str],
+    seeds: Collection[int],
+    titles: Collection[str] = (),
+    more: Callable[[Results, str], list[str]] = lambda alike, setting: [],
+) -> str:
+    """The baseline, the reference and the settings, after the steps that the shortest of these has.
+
+    Args:
+        results: all runs.
+        reference: a variant.
+        settings: at least one has a run.
+        seeds: that are looked at.
+        titles, more: of further columns, and their cells.
+    """
+    steps = results.shortest(settings)
+    alike, references = results.until(steps), (reference, study.BASELINE)
+    rows = [
+        [
+            cells.label(setting),
+            cells.seeds(alike, setting, seeds),
+            *more(alike, setting),
+            *_row(alike, setting, references, seeds),
         ]
-        rows.append([cells.label(setting), shown, changed, *more, *row])
-    more = [m.title for m in explored.measures]
-    titles = ["run", "seed", "what differs", *more, *_titles(references)]
-    return f"{text}{after}:\n\n" + table(titles, rows)
+        for setting in (study.BASELINE, reference, *settings)
+    ]
+    return f"After {steps:,} steps:\n\n" + table(
+        ["run", "seed", *titles, *_titles(references)], rows
+    )
 
 
 def _changed(results: Results, setting: str, base: str) -> str:

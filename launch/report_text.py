@@ -15,9 +15,9 @@ from mirai_jax.progress import duration
 
 _HEAD = """# Does foresight help? A controlled study on Fashion-MNIST
 
-Written by `python -m launch.report` out of the files in [`runs/`](runs) and nothing else
-(`--check` tells whether it still is what they give); what is said in words under "Findings" is in
-[`findings.md`](findings.md).
+Written by `python -m launch.report` out of the files in [`runs/`](runs) and `encoders/`, `bench.json` and
+nothing else (`--check` tells whether it still is what they give); what is said in words under "Findings"
+is in [`findings.md`](findings.md).
 """
 _COMMANDS = f"""```
 python -m mirai_jax.teach ...  # the encoders, where a sweep's teachers are one's own: below
@@ -255,31 +255,20 @@ def _runs(results: Results, encoders: Sequence[Encoder]) -> str:
     text = "## Every run\n\n"
     if not results.runs:
         return f"{text}{cells.NOT_RUN.capitalize()}: `runs/` is empty.\n"
+    named = [(f"{run.sweep}/{run.name}", run) for run in results.runs]
+    named += [(f"encoders/{encoder.name}", encoder) for encoder in encoders]
     rows = [
         [
-            f"{run.sweep}/{run.name}",
+            name,
             f"`{run.command}`",
             f"{run.steps:,}",
-            _time(run.seconds),
+            "not known" if run.seconds is None else duration(run.seconds),
             run.machine,
         ]
-        for run in results.runs
-    ] + [
-        [
-            f"encoders/{encoder.name}",
-            f"`{encoder.command}`",
-            f"{encoder.steps:,}",
-            _time(encoder.seconds),
-            encoder.machine,
-        ]
-        for encoder in encoders
+        for name, run in named
     ]
     return (
         f"{text}The same again, where SWEEP is a file of [`launch/sweeps/`](../launch/sweeps) and a "
         f"run's folder below `runs/sweeps/`:\n\n{_COMMANDS}\n"
         + table(["run", "command", "steps", "time", "machine"], rows)
     )
-
-
-def _time(seconds: float | None) -> str:
-    return "not known" if seconds is None else duration(seconds)

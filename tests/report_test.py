@@ -229,10 +229,11 @@ def test_times(results):
     llamagen, mirai_e, _ = found()
     assert llamagen == [*["not run"] * 5, "320 (320 to 320)", "10.0 (10.0 to 10.0)"]
     assert mirai_e[5] == "400 (400 to 400)"
-    add_bench(results, llamagen=[0.1, 0.25, 0.2], mirai_e=[0.5, 0.25, 0.1])
+    # Rounds differ in speed: what counts is the ratio within each.
+    add_bench(results, llamagen=[0.1, 0.2, 0.4], mirai_e=[0.125, 0.3, 0.5])
     llamagen, mirai_e, mirai_i = found()
     assert llamagen[:3] == ["200", "1.00", "1.00"] and mirai_i[:3] == ["not run"] * 3
-    assert mirai_e[:3] == ["250", "1.25", f"{3000 / 1750 / 1.25:.2f}"]
+    assert mirai_e[:3] == ["300", "1.25", f"{3000 / 1750 / 1.25:.2f}"]
     assert "median of `bench --compare`" in comparison.times(read(results))
 
 
@@ -243,6 +244,7 @@ def test_times(results):
         ({"llamagen": []}, "variants.llamagen: step_seconds must be numbers above 0"),
         ({"llamagen": [1.0, 0.0]}, "variants.llamagen: step_seconds must be numbers above 0"),
         ({"llamagen": ["1"]}, "variants.llamagen is '1'"),
+        ({"llamagen": [1.0], "mirai_e": [1.0, 2.0]}, "must be of equally many rounds"),
     ],
 )
 def test_a_wrong_bench_is_told(results, bench, expected):
@@ -357,13 +359,16 @@ def test_what_differs_in_a_config(results):
     text = diagnostics.exploration(read(results), explored)
     assert text.endswith("Not run: no run of the sweep `teachers`.\n")
     teacher = {"name": "dinov2", "image_size": 0, "path": "runs/teacher"}
-    add_one(results, "own", 3.0, "teachers", config_of("mirai_i", 0, teacher=teacher))
+    weaker = [{"source": "bidirectional", "weights": [0.5]}]
+    changed = config_of("mirai_i", 0, teacher=teacher, foresight=weaker, ema_decay=0.9)
+    add_one(results, "own", 3.0, "teachers", changed)
     differs = lambda: rows(diagnostics.exploration(read(results), explored), "own")[0][1:]  # noqa: E731
     assert differs()[:5] == [
         seed_0("teachers/own"), "Mirai-I (not run)", "", "3.00", "not run"
     ]  # fmt: skip
-    add_one(results, "mirai_i-seed=0", 35.0, "variants", config_of("mirai_i", 0))
-    fields = "`teacher.image_size=0`, `teacher.name=dinov2`, `teacher.path=runs/teacher`"
+    whole = [{"source": "bidirectional", "weights": [1.0]}]
+    add_one(results, "mirai_i-seed=0", 35.0, "variants", config_of("mirai_i", 0, foresight=whole))
+    fields = "`ema_decay=0.9`, `foresight[0].weights=[0.5]`, `teacher.image_size=0`, `teacher.name=dinov2`, `teacher.path=runs/teacher`"
     assert differs()[1:6] == [
         f"Mirai-I with {fields}", "", "3.00", "**-32.00** better", "**-37.00** better"
     ]  # fmt: skip
