@@ -1,10 +1,9 @@
-"""One change at a time to Mirai-E, and controls that should not help if foresight is what helps.
+"""One change at a time to Mirai-E: level, borders, source, block, K, weight and start.
 
     python -m launch.sweep --sweep=launch/sweeps/diagnostics.py --scale=fashion_mnist --parallel=2
 
 One seed each; the run that each is compared with, Mirai-E itself (K = 3, internal, 2-D, wrap, two
-thirds of the depth, weight 2), is seed 0 of variants.py. Controls: the EMA at the same position alone
-(no future) with the weight of all three heads, offsets into the past, and targets of another image.
+thirds of the depth, weight 2), is seed 0 of variants.py. Controls are controls.py, with more seeds.
 At the scale fashion_mnist the runs are shorter than those of variants.py and are compared with their
 checkpoints of the same step: nothing in a run depends on where it will end (the learning rate is
 constant).
@@ -19,10 +18,11 @@ from mirai_jax.config import two_thirds
 
 STEPS = {"fashion_mnist": 2_000}  # of a run, where it is not the config's own number
 
-E, I = "configs/mirai_e.py", "configs/mirai_i.py"  # noqa: E741 (as they are called)
+MIRAI_E, MIRAI_I = "configs/mirai_e.py", "configs/mirai_i.py"
 
 
-def _change(name: str, config: str = E, **fields) -> Entry:
+def change(name: str, config: str = MIRAI_E, **fields) -> Entry:
+    """An entry: the config with these fields of its first term of foresight."""
     return {"name": name, "config": config, **{f"foresight[0].{f}": v for f, v in fields.items()}}
 
 
@@ -30,26 +30,19 @@ def get_sweep(scale: str):
     term, blocks = base.term(base.get_config(scale)), layer.depth(scale)
     quarters = range(blocks // 4, blocks + 1, blocks // 4)
     layers = [n for n in quarters if n != two_thirds(blocks)]
-    whole = term.weights[0] * len(term.offsets)
     runs = [
-        # Controls.
-        _change("past-only", offsets=((0, 0), (0, -1), (-1, 0))),
-        _change("same-position", offsets=((0, 0),), weights=(whole,)),
-        _change("shuffled-e", targets="shuffled"),
-        _change("shuffled-i", I, targets="shuffled"),
         # What is aligned, and along what.
-        _change("output-2d", level="output"),
-        _change("output-1d", level="output", layout="1d", offsets=(0, 1, 2)),
-        _change("internal-1d", layout="1d", offsets=(0, 1, 2)),
-        _change("borders-mask", borders="mask"),
-        _change("source-bidirectional", source="bidirectional"),
+        change("output-2d", level="output"),
+        change("output-1d", level="output", layout="1d", offsets=(0, 1, 2)),
+        change("borders-mask", borders="mask"),
+        change("source-bidirectional", source="bidirectional"),
         # Where, how far, how strongly and from when on.
-        *(_change(f"layer-{n}", student_layer=n, teacher_layer=n) for n in layers),
-        _change("k-1", offsets=k.OFFSETS[1]),
-        _change("k-9", offsets=k.OFFSETS[9]),
-        *(_change(f"weight-{w:g}", weights=(w,)) for w in (0.5, 1.0, 4.0)),
-        _change("start-0", start_epoch=0.0),
-        _change(f"start-{2.5 * term.start_epoch:g}", start_epoch=2.5 * term.start_epoch),
+        *(change(f"layer-{n}", student_layer=n, teacher_layer=n) for n in layers),
+        change("k-1", offsets=k.OFFSETS[1]),
+        change("k-9", offsets=k.OFFSETS[9]),
+        *(change(f"weight-{w:g}", weights=(w,)) for w in (0.5, 1.0, 4.0)),
+        change("start-0", start_epoch=0.0),
+        change(f"start-{2.5 * term.start_epoch:g}", start_epoch=2.5 * term.start_epoch),
     ]
     return [{**run, "seed": 0, **steps(scale)} for run in runs]
 

@@ -1,0 +1,28 @@
+"""What is left of Mirai's gain when what should make it is taken away, three seeds each.
+
+    python -m launch.sweep --sweep=launch/sweeps/controls.py --scale=fashion_mnist --parallel=2
+
+Of Mirai-E: the future (offsets into the past alone, once as Mirai-E treats borders, which wraps the first
+row's to the last, once without those pairs; the EMA at the same position alone, with the weight of all
+three heads), the image (targets of another one) and the grid (the next positions of the raster). Of
+Mirai-I: the image. A run is compared with that of the same seed in variants.py, after as many steps
+as diagnostics.py trains.
+"""
+
+from configs import base
+from launch.overrides import product, seeds
+from launch.sweeps.diagnostics import MIRAI_I, change, steps
+
+
+def get_sweep(scale: str):
+    term = base.term(base.get_config(scale))
+    past = ((0, 0), (0, -1), (-1, 0))
+    changes = [
+        change("past-only", offsets=past),
+        change("past-only-mask", offsets=past, borders="mask"),
+        change("same-position", offsets=((0, 0),), weights=(term.weights[0] * len(term.offsets),)),
+        change("shuffled-e", targets="shuffled"),
+        change("shuffled-i", MIRAI_I, targets="shuffled"),
+        change("internal-1d", layout="1d", offsets=(0, 1, 2)),
+    ]
+    return product(seeds(scale), [{**run, **steps(scale)} for run in changes])
