@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from launch import report_cells as cells
 from launch import speedup, study
 from launch.collected import Results
@@ -156,32 +154,33 @@ def _rows(results: Results) -> list[tuple[str, str | None]]:
 
 
 def _diagnostics(plt: Any, results: Results) -> Any:
-    """A panel a measure: the last value of each run, beside lines of the main comparison.
+    """A panel a measure: the last value of each run less the baseline's of the same seed.
 
-    All after as many steps as the shortest has.
+    All after as many steps as the shortest has. Lines are the means of the main comparison.
     """
     rows = _rows(results)
     if not rows:
         return None
     steps = results.shortest([setting for _, setting in rows if setting])
     results = results.until(steps)
-    seeds = {seed for _, setting in rows if setting for seed in results.seeds(setting)}
     figure, axes = plt.subplots(
         1, len(study.MEASURES), figsize=(13, 1.6 + 0.24 * len(rows)), layout="constrained",
         sharey=True,
     )  # fmt: skip
     for axis, measure in zip(axes, study.MEASURES, strict=True):
-        _lines(axis, results, measure, seeds)
+        _lines(axis, results, measure)
         for row, (_, setting) in enumerate(rows):
             if setting is None:
                 continue
-            values = results.finals(setting, measure.key).values()
-            shown = [measure.scale * value for value in values]
+            differences = cells.against(results, setting, study.BASELINE, measure).values()
+            shown = [measure.scale * value for value in differences]
             axis.axhline(row, color="#999999", linewidth=0.6, linestyle=":", zorder=0)
-            axis.plot(shown, [row] * len(shown), "o", color="#CC79A7", markeredgecolor="black")
+            axis.plot(
+                shown, [row] * len(shown), "o", color="#CC79A7", markeredgecolor="black", alpha=0.8
+            )
         axis.set_title(_title(measure), fontsize=10)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel(f"after {steps:,} steps")
+        axis.set_xlabel(f"minus {study.VARIANTS[study.BASELINE]} of the same seed, {steps:,} steps")
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(rows)), [text for text, _ in rows])
     for label, (_, setting) in zip(axes[0].get_yticklabels(), rows, strict=True):
@@ -191,20 +190,19 @@ def _diagnostics(plt: Any, results: Results) -> Any:
     return figure
 
 
-def _lines(axis: Any, results: Results, measure: Measure, seeds: set[int]) -> None:
-    """The variants at these seeds; around the baseline what is within the noise."""
+def _lines(axis: Any, results: Results, measure: Measure) -> None:
+    """The variants less the baseline; around this what is within the noise of one run."""
     noise = results.noise(measure)
     for variant, name in study.VARIANTS.items():
-        finals = results.finals(variant, measure.key)
-        spread = speedup.spread([value for seed, value in finals.items() if seed in seeds])
+        spread = speedup.spread(cells.against(results, variant, study.BASELINE, measure).values())
         if spread is None:
             continue
         look = _LOOKS[variant]
         x = measure.scale * spread.mean
         axis.axvline(x, color=look["color"], linestyle=look["linestyle"], label=name)
         if variant == study.BASELINE and noise is not None:
-            width = measure.scale * study.YARDSTICK * noise / np.sqrt(spread.count)
-            axis.axvspan(x - width, x + width, color=look["color"], alpha=0.1, linewidth=0)
+            width = measure.scale * study.YARDSTICK * noise
+            axis.axvspan(-width, width, color=look["color"], alpha=0.1, linewidth=0)
 
 
 def share_text(share: Fraction) -> str:

@@ -190,13 +190,13 @@ def _diagnostics(results: Results, drawn: Collection[str]) -> str:
     text = "## One thing changed\n\n"
     settings = [setting for asked in study.QUESTIONS for setting in asked.settings]
     if not any(results.seeds(setting) for setting in settings):
-        return f"{text}{cells.NOT_RUN.capitalize()}: no run of the sweep `diagnostics`.\n"
+        return f"{text}{cells.NOT_RUN.capitalize()}: no run of the sweeps `controls` and `diagnostics`.\n"
     text += (
         "Runs that differ from a variant of the main comparison in one thing, compared with that "
-        "variant and with the baseline at the same seed and the same step. With one seed each, only "
-        "large differences mean something.\n\n"
+        "variant and with the baseline at the same seeds and the same step. Where there is one seed, "
+        "only large differences mean something.\n\n"
     )
-    text += _figure(figures.DIAGNOSTICS, drawn, "Measures of every diagnostic run")
+    text += _figure(figures.DIAGNOSTICS, drawn, "Every such run less the baseline of its seed")
     return text + "\n".join(diagnostics.question(results, asked) for asked in study.QUESTIONS)
 
 

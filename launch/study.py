@@ -93,40 +93,44 @@ class Question:
     reference: str = "variants/mirai_e"
 
 
-def _diagnostics(**texts: str) -> dict[str, str]:
-    return {f"diagnostics/{name.replace('_', '-')}": text for name, text in texts.items()}
+def _of(sweep: str, **texts: str) -> dict[str, str]:
+    return {f"{sweep}/{name.replace('_', '-')}": text for name, text in texts.items()}
 
 
 QUESTIONS = (
     Question(
-        "Level and layout",
-        "Mirai-E aligns internal states on the 2-D grid. Here the heads predict the tokens themselves "
-        "(output), or the positions are the next ones of the raster (1-D).",
-        _diagnostics(internal_1d="internal, 1-D", output_2d="output, 2-D", output_1d="output, 1-D"),
+        "Layout",
+        "Mirai-E looks at the next positions of the 2-D grid. Here they are the next ones of the raster.",
+        _of("controls", internal_1d="internal, 1-D"),
+    ),
+    Question(
+        "Level",
+        "Mirai-E aligns internal states. Here the heads predict the tokens themselves.",
+        _of("diagnostics", output_2d="output, 2-D", output_1d="output, 1-D"),
     ),
     Question(
         "Borders of the grid",
         "Mirai-E shifts the flattened sequence, so that pairs which leave the grid wrap around, as in "
         "the official code. Here they are left out.",
-        _diagnostics(borders_mask="pairs that wrap left out"),
+        _of("diagnostics", borders_mask="pairs that wrap left out"),
     ),
     Question(
         "Source of the targets",
         "Mirai-E's three positions, with the frozen bidirectional encoder of Mirai-I in place of the "
         "causal EMA.",
-        _diagnostics(source_bidirectional="bidirectional encoder"),
+        _of("diagnostics", source_bidirectional="bidirectional encoder"),
     ),
     Question(
         "Aligned block",
         "Mirai-E aligns the block at two thirds of the depth. Here student and teacher use another "
         "one.",
-        _diagnostics(layer_1="block 1", layer_2="block 2", layer_4="block 4"),
+        _of("diagnostics", layer_1="block 1", layer_2="block 2", layer_4="block 4"),
     ),
     Question(
         "Number of positions",
         "Mirai-E looks at three positions. Every head has the weight 2 and heads are summed, so that "
         "more of them weigh more.",
-        _diagnostics(k_1="K = 1, the same position", k_9="K = 9, a 3x3 block"),
+        _of("diagnostics", k_1="K = 1, the same position", k_9="K = 9, a 3x3 block"),
     ),
     Question(
         "Weight",
@@ -141,17 +145,21 @@ QUESTIONS = (
     Question(
         "Controls for Mirai-E",
         "The same auxiliary loss without foresight: if one of these helps as much as Mirai-E, then "
-        "what helps is not that the targets come from the future.",
-        _diagnostics(
-            same_position="same position alone, weight of three heads",
+        "what helps is not that the targets come from the future. Mirrored offsets wrap as Mirai-E's "
+        "do, so that one head's targets of the first row are the image's last row: once they are left "
+        "out.",
+        _of(
+            "controls",
             past_only="past positions: offsets mirrored",
+            past_only_mask="past positions, none that wraps",
+            same_position="same position alone, weight of three heads",
             shuffled_e="targets of another image",
         ),
     ),
     Question(
         "Control for Mirai-I",
         "The same, with the encoder's features.",
-        _diagnostics(shuffled_i="features of another image"),
+        _of("controls", shuffled_i="features of another image"),
         reference="variants/mirai_i",
     ),
 )
@@ -214,12 +222,12 @@ CLAIMS = (
     Claim(
         "internal level: 2-D is better than 1-D",
         "5.22 < 6.20",
-        ((_E, "diagnostics/internal-1d"),),
+        ((_E, "controls/internal-1d"),),
     ),
     Claim(
         "internal 1-D is better than LlamaGen",
         "6.20 < 6.36",
-        (("diagnostics/internal-1d", BASELINE),),
+        (("controls/internal-1d", BASELINE),),
     ),
     Claim(
         "output level: 2-D is worse than no foresight",

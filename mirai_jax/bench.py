@@ -43,7 +43,8 @@ _CONFIG = flags.DEFINE_string(
 _COMPARE = flags.DEFINE_bool(
     "compare",
     False,
-    "Measure llamagen.py, mirai_e.py and mirai_i.py of the config's folder, and say their ratios.",
+    "Measure llamagen.py, mirai_e.py and mirai_i.py of the config's folder, and the config itself if it "
+    "is another, and say their ratios.",
     flag_values=_FLAGS,
 )
 _MEASURE = flags.DEFINE_multi_enum(
@@ -94,11 +95,14 @@ def read_settings(overrides: list[str]) -> dict[str, config_lib.Settings]:
     path, _, scale = _CONFIG.value.partition(":")
     wanted = [path]
     if _COMPARE.value:
-        wanted = [str(pathlib.Path(path).with_name(f"{name}.py")) for name in COMPARED]
-    found = {}
+        compared = [str(pathlib.Path(path).with_name(f"{name}.py")) for name in COMPARED]
+        wanted = list(dict.fromkeys([*compared, str(pathlib.Path(path))]))
+    found: dict[str, config_lib.Settings] = {}
     for file in wanted:
         config = parse_config([f"--config={file}:{scale or 'demo'}", *overrides])
         settings = config_lib.read(bench_work.without_files(config), len(jax.devices()))
+        if settings.name in found:
+            raise ConfigError(f"{file} is named {settings.name!r} too; its name must be its own")
         found[settings.name] = settings
     return found
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from mirai_jax import bench as program
 from mirai_jax import bench_report, bench_work, measure
 from mirai_jax import config as config_lib
 from mirai_jax.config_file import parse_config
@@ -103,6 +104,28 @@ def test_three_variants_beside_a_peer(tmp_path, peer_file):
     assert results["peer_seconds"] == {"step llamagen": [0.5]}
     assert "no E here" in results["peer_refused"]["step mirai_e"]
     assert "official PyTorch, step mirai_e: the peer at 'train mirai_e': no E here" in done.stdout
+
+
+def test_what_is_compared(tmp_path, monkeypatch):
+    """The three, and the config itself where it is another."""
+
+    def compared(config):
+        program._FLAGS(["bench", f"--config={config}", "--compare"])
+        try:
+            return list(program.read_settings(TINY))
+        finally:
+            program._FLAGS.unparse_flags()
+
+    monkeypatch.chdir(ROOT)
+    three = ["llamagen", "mirai_e", "mirai_i"]
+    assert compared("configs/mirai_e.py:demo") == three
+    assert compared("./configs/mirai_i.py") == three
+    assert compared("configs/mirai_e_i.py:demo") == [*three, "mirai_e_i"]
+    for name in three:
+        (tmp_path / f"{name}.py").write_text((ROOT / "configs" / f"{name}.py").read_text())
+    (tmp_path / "twin.py").write_text((ROOT / "configs" / "mirai_e.py").read_text())
+    with pytest.raises(ConfigError, match="twin.py is named 'mirai_e' too"):
+        compared(tmp_path / "twin.py")
 
 
 @pytest.mark.parametrize(

@@ -290,9 +290,10 @@ def test_a_diagnostic_beside_its_reference_and_the_noise(results):
 def test_the_order_of_the_paper(results):
     for name, frechet in {
         "layer-1": 9.0, "layer-2": 8.0, "layer-4": 1.0,  # two clearly worse, one undecided
-        "internal-1d": 30.0, "output-2d": 20.0, "output-1d": 60.0,
+        "output-2d": 20.0, "output-1d": 60.0,
     }.items():  # fmt: skip
         add_one(results, name, frechet)
+    add_one(results, "internal-1d", 30.0, "controls")
     add_one(results, "own-labels", 10.0, "teachers")
     add_one(results, "small", 20.0, "teachers")
     text = diagnostics.order(read(results))
@@ -435,7 +436,8 @@ def whole(folder):
     """Adds what the fixture lacks, so that every section and figure is there."""
     for question in study.QUESTIONS:
         for i, setting in enumerate(question.settings):
-            add_one(folder, setting.partition("/")[2], 20.0 + i)
+            sweep, _, name = setting.partition("/")
+            add_one(folder, name, 20.0 + i, sweep)
     add_one(folder, "own-labels", 10.0, "teachers")
     add_one(folder, "own-masked", 11.0, "teachers")
     probe = {str(layer): [0.25 + 0.125 * layer, 0.5, 0.625, 0.75] for layer in range(1, 5)}
@@ -523,7 +525,7 @@ def test_every_run_of_the_sweeps_has_its_role():
         return {f"{sweep}/{setting}" for _, setting in overrides.names(entries)}
 
     roles = [setting for question in study.QUESTIONS for setting in question.settings]
-    assert sorted(roles) == sorted(settings("diagnostics"))
+    assert sorted(roles) == sorted(settings("diagnostics") | settings("controls"))
     assert set(study.VARIANTS) == settings("variants")
     named = {s for claim in study.CLAIMS for pair in claim.pairs for s in pair}
     assert {s for s in named if not s.startswith("teachers/")} <= {*roles, *study.VARIANTS}
