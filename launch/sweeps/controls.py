@@ -2,11 +2,10 @@
 
     python -m launch.sweep --sweep=launch/sweeps/controls.py --scale=fashion_mnist --parallel=2
 
-Of Mirai-E: the future (offsets into the past alone, once as Mirai-E treats borders, which wraps the first
-row's to the last, once without those pairs; the EMA at the same position alone, with the weight of all
-three heads), the image (targets of another one) and the grid (the next positions of the raster). Of
-Mirai-I: the image. A run is compared with that of the same seed in variants.py, after as many steps
-as diagnostics.py trains.
+Of Mirai-E: the future (offsets into the past; the EMA at the same position alone, with the weight of all
+three heads), the image (targets of another one) and the grid (the next positions of the raster, which is
+an axis of the paper too). Of Mirai-I: the image, and its earlier start. A run is compared with that of
+the same seed in variants.py, after as many steps as diagnostics.py trains.
 """
 
 from configs import base
@@ -16,13 +15,12 @@ from launch.sweeps.diagnostics import MIRAI_I, change, steps
 
 def get_sweep(scale: str):
     term = base.term(base.get_config(scale))
-    past = ((0, 0), (0, -1), (-1, 0))
     changes = [
-        change("past-only", offsets=past),
-        change("past-only-mask", offsets=past, borders="mask"),
+        change("past-only", offsets=((0, 0), (0, -1), (-1, 0))),
         change("same-position", offsets=((0, 0),), weights=(term.weights[0] * len(term.offsets),)),
         change("shuffled-e", targets="shuffled"),
         change("shuffled-i", MIRAI_I, targets="shuffled"),
+        change("late-i", MIRAI_I, start_epoch=term.start_epoch),
         change("internal-1d", layout="1d", offsets=(0, 1, 2)),
     ]
     return product(seeds(scale), [{**run, **steps(scale)} for run in changes])
