@@ -2,7 +2,7 @@
 
 import math
 import urllib.parse
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from launch import speedup, study
 from launch.collected import Results
@@ -80,6 +80,16 @@ def difference(
     if span and spread.count > 1:
         text += f" ({measure.signed(spread.low)} to {measure.signed(spread.high)})"
     return text
+
+
+def noises(results: Results, measures: Iterable[Measure] = study.MEASURES) -> str:
+    """The yardstick of each measure that has one."""
+    found = [
+        f"{m.name} {m.shown(noise)}{'%' if m.scale == 100 else ''}"
+        for m in measures
+        if (noise := results.noise(m)) is not None
+    ]
+    return "; ".join(found)
 
 
 def against(results: Results, setting: str, base: str, measure: Measure) -> dict[int, float]:

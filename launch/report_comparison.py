@@ -1,25 +1,30 @@
 """The main comparison: final values, differences, speed-up, and what a step costs."""
 
 import statistics
+from collections.abc import Mapping
+from typing import Any
 
 from launch import report_cells as cells
 from launch import speedup, study
 from launch.collected import Results, Run
 from launch.results import table
-from mirai_jax.measure import median, ratio
+from launch.study import Measure
+from mirai_jax.measure import median
 
 _NOT_REACHED = "not reached"
 _OTHERS = [variant for variant in study.VARIANTS if variant != study.BASELINE]
 _BASE = study.VARIANTS[study.BASELINE]
 
 
+def _measures(results: Results) -> list[Measure]:
+    """Those that are always shown, and more where they were measured."""
+    more = [m for m in study.MORE_MEASURES if any(results.finals(v, m.key) for v in study.VARIANTS)]
+    return [*study.MEASURES, *more]
+
+
 def finals(results: Results) -> str:
     """Final values, and their differences to the baseline of the same seed."""
-    measures = [
-        m
-        for m in (*study.MEASURES, *study.MORE_MEASURES)
-        if m in study.MEASURES or any(results.finals(v, m.key) for v in study.VARIANTS)
-    ]
+    measures = _measures(results)
     titles = [m.title for m in measures]
     values = [
         [study.VARIANTS[v], cells.seeds(results, v)]
@@ -47,11 +52,7 @@ def finals(results: Results) -> str:
 
 def yardstick(results: Results) -> str:
     """How large noise is, and what that means."""
-    found = [
-        f"{m.name} {m.shown(noise)}{'%' if m.scale == 100 else ''}"
-        for m in study.MEASURES
-        if (noise := results.noise(m)) is not None
-    ]
+    found = cells.noises(results, _measures(results))
     if not found:
         return (
             "There is no yardstick for noise yet: it takes assessed runs of several seeds, so that no "
@@ -59,8 +60,8 @@ def yardstick(results: Results) -> str:
         )
     passing = speedup.chance_beyond(study.YARDSTICK)
     return (
-        "**The yardstick for noise**, here and in all tables below, is the standard deviation over "
-        f"seeds of the main comparison, pooled over its variants: {'; '.join(found)}. A difference in "
+        "**The yardstick for noise** is the standard deviation over seeds of the main comparison, "
+        f"pooled over its variants, at the step that is looked at; here: {found}. A difference in "
         f"**bold**, with its direction, is larger than {study.YARDSTICK:g} of them; for a mean over n "
         "seeds, larger than that divided by the root of n. This is a yardstick and not a test: the "
         "standard deviation itself comes from few runs, and of two single runs that differ in nothing "
@@ -84,21 +85,32 @@ def _speed_ups_to_mean(results: Results, variant: str, measure: str) -> dict[int
     if not finals:
         return {}
     middle = statistics.fmean(finals.values())
-    seeds = results.curves(variant, measure)
-    return _ratios(results, variant, measure, dict.fromkeys(seeds, middle))
+    curves = results.curves(variant, measure)
+    return _ratios(results, variant, measure, dict.fromkeys(curves, middle))
 
 
 def _ratios(
     results: Results, variant: str, measure: str, targets: dict[int, float]
 ) -> dict[int, float | None]:
+    last = _last_step(results)
+    reached = _reached(results, variant, measure, targets)
+    return {seed: None if step is None else last / step for seed, step in reached.items()}
+
+
+def _last_step(results: Results) -> int:
+    return max((run.steps for run in results.seeds(study.BASELINE).values()), default=0)
+
+
+def _reached(
+    results: Results, variant: str, measure: str, targets: Mapping[int, float]
+) -> dict[int, float | None]:
+    """{seed: the step at which the variant is as good as the seed's target}."""
     lower = next(m for m in study.MEASURES if m.key == measure).lower_is_better
-    last = max((run.steps for run in results.seeds(study.BASELINE).values()), default=0)
-    found: dict[int, float | None] = {}
-    for seed, curve in results.curves(variant, measure).items():
-        if seed in targets:
-            reached = speedup.first_reach(curve, targets[seed], lower)
-            found[seed] = None if reached is None else last / reached
-    return found
+    return {
+        seed: speedup.first_reach(curve, targets[seed], lower)
+        for seed, curve in results.curves(variant, measure).items()
+        if seed in targets
+    }
 
 
 def _ratio(value: float | None) -> str:
@@ -141,9 +153,9 @@ def speed_up(results: Results) -> str:
         "at its first assessed step counts with that step. Above 1 the variant needs fewer steps; "
         f'"{_NOT_REACHED}": it never is as good, and counts as the lowest.\n\n'
         + table(titles, rows)
-        + f"\n{_BASE}'s own row is the control: 1.00 where its curve improved up to the last step, more "
-        "where it had been as good before. In the last column the goal is its mean over seeds, so that "
-        "its own row shows what the seed alone does.\n\n"
+        + f"\n{_BASE}'s own row is 1.00 where its curve improved up to the last step, more where it had "
+        "been as good before. In the last column, a median (lowest to highest) too, the goal is its mean "
+        "over seeds, so that its own row shows what the seed alone does.\n\n"
         "What is uncertain: each number rests on one crossing of a curve that was assessed at few "
         "steps, on samples of limited number. Where the baseline's curve is almost flat at its end, a "
         "small shift of it moves the crossing by hundreds of steps, and the first crossing of a noisy "
@@ -179,17 +191,15 @@ def times(results: Results) -> str:
     alone = results.bench.step_seconds if results.bench else {}
     rows = []
     for variant, name in study.VARIANTS.items():
-        taken, over = alone.get(variant), None
-        if taken and study.BASELINE in alone:
-            over = ratio(taken, alone[study.BASELINE])
+        taken, rounds = alone.get(variant), _over_baseline(results, variant)
         runs = results.seeds(variant).values()
         minutes = [run.seconds / 60 for run in runs if run.seconds is not None]
         rows.append(
             [
                 name,
                 f"{1000 * median(taken):.0f}" if taken else cells.NOT_RUN,
-                cells.NOT_RUN if over is None else f"{over:.2f}",
-                *(_in_time(results, variant, m.key, over) for m in study.MEASURES),
+                _median(dict(enumerate(rounds))),
+                *(_median(speed_ups_in_time(results, variant, m.key)) for m in study.MEASURES),
                 _span([1000 * s for s in _step_times(results, variant).values()], ".0f"),
                 _span(minutes, ".1f"),
             ]
@@ -199,18 +209,69 @@ def times(results: Results) -> str:
     titles += ["ms a step, in the runs", "minutes a run"]
     command = results.bench.command if results.bench else "python -m mirai_jax.bench --compare"
     return (
-        f"A step alone on the machine is the median of `{command}`, and the ratio the median over its "
-        "rounds; speed-up in time is the median speed-up in steps over this ratio. In the runs (mean, "
-        "lowest to highest of the seeds) a step's time is the median of the second half, in which every "
-        "variant's foresight is on, and a run's is all of its processes, with compiling and drawing: two "
-        "runs shared the machine at once, with other work at times, so that they say little of the "
-        "variants.\n\n" + table(titles, rows)
+        f"A step alone on the machine is the median over the rounds of `{command}`, and so is the ratio "
+        "(lowest to highest), which is taken within each round and is therefore no quotient of the "
+        f"medians. Speed-up in time is what {_BASE}'s last step took over what the steps took that the "
+        "variant needed to be as good (median, lowest to highest of the seeds), where a step costs the "
+        "median ratio of the variant whose foresight was on in it: before its first epoch of foresight "
+        "a variant costs no more than one without. In the runs (mean, lowest to highest of the seeds) a "
+        "step's time is the median of the second half, in which every variant's foresight is on, and a "
+        "run's is all of its processes, with compiling and drawing: two runs shared the machine at "
+        "once, with other work at times, so that they say little of the variants.\n\n"
+        + table(titles, rows)
     )
 
 
-def _in_time(results: Results, variant: str, measure: str, over: float | None) -> str:
-    found = list(speed_ups(results, variant, measure).values())
-    if not found or over is None:
-        return cells.NOT_RUN
-    middle = speedup.median(found)
-    return _NOT_REACHED if middle is None else f"{middle / over:.2f}"
+def _over_baseline(results: Results, variant: str) -> list[float]:
+    """How many times as long as the baseline's its step takes, one a round of the bench."""
+    alone = results.bench.step_seconds if results.bench else {}
+    if variant not in alone or study.BASELINE not in alone:
+        return []
+    return [a / b for a, b in zip(alone[variant], alone[study.BASELINE], strict=True)]
+
+
+def speed_ups_in_time(results: Results, variant: str, measure: str) -> dict[int, float | None]:
+    """{seed: the time of the baseline's last step over that at which the variant is as good}.
+
+    None where it never is. Empty where a step's time was not measured.
+    """
+    costs = {
+        _foresight(run.metrics[-1], every=True): median(rounds)
+        for v in study.VARIANTS
+        if (rounds := _over_baseline(results, v))
+        for run in results.seeds(v).values()
+        if run.metrics
+    }
+    targets, runs = results.finals(study.BASELINE, measure), results.seeds(variant)
+    found: dict[int, float | None] = {}
+    for seed, step in _reached(results, variant, measure, targets).items():
+        if step is None:
+            found[seed] = None
+        elif (cost := _cost(runs[seed], step, costs)) is not None:
+            found[seed] = _last_step(results) / cost
+    return found
+
+
+def _foresight(entry: Mapping[str, Any], every: bool = False) -> frozenset[str]:
+    """The foresight losses that were on in a logged step; all that the run has with `every`."""
+    return frozenset(k for k, v in entry.items() if k.startswith("foresight_") and (v or every))
+
+
+def _cost(run: Run, step: float, costs: Mapping[frozenset[str], float]) -> float | None:
+    """Of a run's steps up to this one, in steps of the baseline; None where it is not known.
+
+    Args:
+        run: whose logged steps tell which losses were on since the one before.
+        step: where to end.
+        costs: of a step, by the losses that are on.
+    """
+    cost, before = 0.0, 0
+    for entry in run.metrics:
+        if before >= step:
+            break
+        of_step = costs.get(_foresight(entry))
+        if of_step is None:
+            return None
+        cost += of_step * (min(entry["step"], step) - before)
+        before = entry["step"]
+    return cost if before >= step else None

@@ -23,11 +23,11 @@ def _row(
     row = []
     for measure in study.MEASURES:
         noise = results.noise(measure)
-        row.append(cells.mean(measure, _only(results.finals(setting, measure.key), seeds)))
+        row.append(cells.plus_minus(measure, _only(results.finals(setting, measure.key), seeds)))
         for reference in references:
             differences = _only(cells.against(results, setting, reference, measure), seeds)
             same = reference == setting
-            row.append("" if same else cells.difference(measure, differences, noise))
+            row.append("" if same else cells.difference(measure, differences, noise, span=True))
     return row
 
 
@@ -94,7 +94,8 @@ def _compared(
         ]
         for setting in (study.BASELINE, reference, *settings)
     ]
-    return f"After {steps:,} steps:\n\n" + table(
+    noise = f" (yardstick for noise: {found})" if (found := cells.noises(alike)) else ""
+    return f"After {steps:,} steps{noise}:\n\n" + table(
         ["run", "seed", *titles, *_titles(references)], rows
     )
 
@@ -134,12 +135,15 @@ def order(results: Results) -> str:
                 claim.text + note,
                 claim.published,
                 "" if steps is None else f"{steps:,}",
+                _seeds(alike, pairs),
                 ", ".join(ours),
                 *(_agreement(alike, pairs, measure) for measure in study.MEASURES),
             ]
         )
     by = [f"by {measure.name}" for measure in study.MEASURES]
-    return table(["the paper's claim", "the paper's FID", "steps", "our Fréchet", *by], rows)
+    return table(
+        ["the paper's claim", "the paper's FID", "steps", "seeds", "our Fréchet", *by], rows
+    )
 
 
 def _pairs(results: Results, claim: Claim) -> list[tuple[str, str]]:
@@ -149,6 +153,12 @@ def _pairs(results: Results, claim: Claim) -> list[tuple[str, str]]:
         settings = results.settings(sweep) if name == "*" else [better]
         found += [(setting, worse) for setting in settings]
     return found
+
+
+def _seeds(results: Results, pairs: list[tuple[str, str]]) -> str:
+    """How many seeds a comparison rests on."""
+    counts = {len(cells.against(results, *pair, _FRECHET)) for pair in pairs} - {0}
+    return " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else ""
 
 
 def _values(results: Results, better: str, worse: str) -> list[str]:

@@ -156,7 +156,8 @@ def _rows(results: Results) -> list[tuple[str, str | None]]:
 def _diagnostics(plt: Any, results: Results) -> Any:
     """A panel a measure: the last value of each run less the baseline's of the same seed.
 
-    All after as many steps as the shortest has. Lines are the means of the main comparison.
+    All after as many steps as the shortest has. In each row, strokes are the main comparison's variants:
+    their means over the seeds of that row's runs.
     """
     rows = _rows(results)
     if not rows:
@@ -168,19 +169,20 @@ def _diagnostics(plt: Any, results: Results) -> Any:
         sharey=True,
     )  # fmt: skip
     for axis, measure in zip(axes, study.MEASURES, strict=True):
-        _lines(axis, results, measure)
+        _noise(axis, results, measure)
         for row, (_, setting) in enumerate(rows):
             if setting is None:
                 continue
-            differences = cells.against(results, setting, study.BASELINE, measure).values()
-            shown = [measure.scale * value for value in differences]
+            differences = cells.against(results, setting, study.BASELINE, measure)
+            shown = [measure.scale * value for value in differences.values()]
             axis.axhline(row, color="#999999", linewidth=0.6, linestyle=":", zorder=0)
+            _strokes(axis, row, results, measure, differences.keys())
             axis.plot(
                 shown, [row] * len(shown), "o", color="#CC79A7", markeredgecolor="black", alpha=0.8
             )
         axis.set_title(_title(measure), fontsize=10)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel(f"minus {study.VARIANTS[study.BASELINE]} of the same seed, {steps:,} steps")
+        axis.set_xlabel(f"minus {study.VARIANTS[study.BASELINE]}, same seed, step {steps:,}")
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(rows)), [text for text, _ in rows])
     for label, (_, setting) in zip(axes[0].get_yticklabels(), rows, strict=True):
@@ -190,19 +192,24 @@ def _diagnostics(plt: Any, results: Results) -> Any:
     return figure
 
 
-def _lines(axis: Any, results: Results, measure: Measure) -> None:
-    """The variants less the baseline; around this what is within the noise of one run."""
+def _noise(axis: Any, results: Results, measure: Measure) -> None:
+    """Around no difference, what is within the noise of a single run."""
     noise = results.noise(measure)
+    if noise is not None:
+        width = measure.scale * study.YARDSTICK * noise
+        axis.axvspan(-width, width, color="#000000", alpha=0.08, linewidth=0)
+
+
+def _strokes(
+    axis: Any, row: int, results: Results, measure: Measure, seeds: Collection[int]
+) -> None:
+    """The variants, each less the baseline, over these seeds."""
     for variant, name in study.VARIANTS.items():
-        spread = speedup.spread(cells.against(results, variant, study.BASELINE, measure).values())
-        if spread is None:
-            continue
-        look = _LOOKS[variant]
-        x = measure.scale * spread.mean
-        axis.axvline(x, color=look["color"], linestyle=look["linestyle"], label=name)
-        if variant == study.BASELINE and noise is not None:
-            width = measure.scale * study.YARDSTICK * noise
-            axis.axvspan(-width, width, color=look["color"], alpha=0.1, linewidth=0)
+        differences = cells.against(results, variant, study.BASELINE, measure)
+        spread = speedup.spread([d for seed, d in differences.items() if seed in seeds])
+        if spread is not None:
+            x, color = measure.scale * spread.mean, _LOOKS[variant]["color"]
+            axis.plot([x, x], [row - 0.5, row + 0.5], "-", color=color, linewidth=2, label=name)
 
 
 def share_text(share: Fraction) -> str:

@@ -1,6 +1,7 @@
 """The text of results/README.md, section by section."""
 
 from collections.abc import Collection, Sequence
+from fractions import Fraction
 
 from launch import report_cells as cells
 from launch import report_comparison as comparison
@@ -15,14 +16,15 @@ from mirai_jax.progress import duration
 
 _HEAD = """# Does foresight help? A controlled study on Fashion-MNIST
 
-Written by `python -m launch.report` out of the files in [`runs/`](runs) and `encoders/`, `bench.json` and
-nothing else (`--check` tells whether it still is what they give); what is said in words under "Findings"
-is in [`findings.md`](findings.md).
+Written by `python -m launch.report` out of the files in [`runs/`](runs) and `encoders/`, `bench.json`, and
+for what is said in words under "Findings" [`findings.md`](findings.md); `--check` tells whether it still is
+what they give.
 """
 _COMMANDS = f"""```
 python -m mirai_jax.teach ...  # the encoders, where a sweep's teachers are one's own: below
 python -m launch.sweep --sweep=launch/sweeps/SWEEP.py --scale={study.SCALE} --out=runs/sweeps/SWEEP --parallel=2
 python -m mirai_jax.assess --workdir=RUN,...
+python -m mirai_jax.bench --config=configs/mirai_e_i.py:{study.SCALE} --compare --json=results/bench.json
 python -m launch.report --collect=runs/sweeps/SWEEP,... --encoders=runs/ENCODER,... --machine="what it ran on"
 python -m launch.report
 ```
@@ -31,10 +33,10 @@ _ACCURACY = study.Measure("", "", "", False, 100, 1)
 _NAMES = {
     "samples": "{} samples",
     "held_out": "{} held-out images for cross-entropy and probes",
-    "guidance": "guidance {}",
+    "guidance": "guidance {} (1 is none)",
     "weights": "{} weights",
     "pixels": "features at {} pixels",
-    "seed": "seed {}",
+    "seed": "seed {} for the samples of every run",
 }
 
 
@@ -58,8 +60,9 @@ def readme(
         "## The paper's order beside ours\n\n"
         "The paper's numbers are FID on ImageNet 256 (B, 80 epochs); ours are Fréchet distances over "
         "another network on other images, so that only the order can be compared, at the last step that "
-        "all runs of a line have. Each measure decides alone, where the difference is beyond its noise "
-        '(the yardstick above, at that step); "undecided" is within it. Where EfficientNet-Lite0 is '
+        "all runs of a line have, over the seeds that both sides have (most runs below are of one). Each "
+        "measure decides alone, where the difference is beyond its noise (the yardstick, at that step); "
+        '"undecided" is within it. Where EfficientNet-Lite0 is '
         "the teacher, it is the network of the Fréchet distance too, not of the others.\n\n"
         + diagnostics.order(results),
         *(diagnostics.exploration(results, explored) for explored in study.EXPLORATIONS),
@@ -90,7 +93,8 @@ def _setup(results: Results) -> str:
         text += f"{_recipe(baseline[min(baseline)])} "
     text += (
         "Within a seed the variants have the same initial generator and the same batches in the same "
-        "order; they differ in the foresight terms of their configs.\n\n"
+        "order; they differ in the foresight terms of their configs"
+        f"{_terms(results) or '.'}\n\n"
     )
     if results.protocol is None:
         return f"{text}No run has been assessed with {study.PROTOCOL}: the measures are not run.\n"
@@ -99,11 +103,12 @@ def _setup(results: Results) -> str:
         "* **Fréchet**: the Fréchet distance between samples and all held-out images, as the tokenizer "
         "gives these back, over the pooled features of EfficientNet-Lite0. It is not FID, whose network "
         "is another, and cannot be compared with published FIDs; it also depends on the number of "
-        f"samples, here always the same{_real(results, 'frechet', '{:.1f}', 'training images')}. To "
-        "untouched images the distance is much larger, since the codebook's own error is part of it"
-        f"{_real(results, 'frechet_images', '{:.1f}', 'training images')}.\n"
-        "* **agreement**: how often a classifier trained on real images sees the class that was asked "
-        f"for{_real(results, 'agreement', '{:.1%}', 'held-out images')}.\n"
+        f"samples, here always the same.{_real(results, 'frechet', '{:.1f}', 'training images')} To "
+        "untouched images the distance is much larger, since the codebook's own error is part of it."
+        f"{_real(results, 'frechet_images', '{:.1f}', 'training images')}\n"
+        "* **agreement**: how often a classifier of real images (a support-vector machine of their "
+        "pixels) sees the class that was asked "
+        f"for.{_real(results, 'agreement', '{:.1%}', 'held-out images')}\n"
         "* **cross-entropy**: of the next token on held-out images, in nats a token.\n"
     )
     if any(results.finals(variant, "precision") for variant in study.VARIANTS):
@@ -148,8 +153,27 @@ def _recipe(run: Run) -> str:
     )
 
 
+def _terms(results: Results) -> str:
+    """A list of the variants' foresight terms, as far as they are known."""
+    lines = []
+    for variant, name in study.VARIANTS.items():
+        run = next(iter(results.seeds(variant).values()), None)
+        terms = _field(run, "foresight") if run else None
+        for term in terms if isinstance(terms, list) else ():
+            told = [
+                f"{field}={str(term[field]).replace('[', '(').replace(']', ')')}"
+                for field in ("source", "offsets", "weights", "start_epoch", "student_layer")
+                if field in term
+            ]
+            lines.append(f"* {name}: `{', '.join(told)}`")
+    if not lines:
+        return ""
+    what = "(start_epoch: from when on; student_layer=0: the block at two thirds of the depth)"
+    return f" {what}:\n\n" + "\n".join(lines)
+
+
 def _real(results: Results, measure: str, form: str, images: str) -> str:
-    """What real images reach that passed through the tokenizer, where it was measured."""
+    """A sentence: what real images reach that passed through the tokenizer, where it was measured."""
     values = [
         value
         for variant in study.VARIANTS
@@ -160,7 +184,7 @@ def _real(results: Results, measure: str, form: str, images: str) -> str:
         return ""
     low, high = form.format(spread.low), form.format(spread.high)
     span = low if low == high else f"{low} to {high}"
-    return f" (real {images} that passed through the tokenizer: {span})"
+    return f" As many real {images} that passed through the tokenizer have {span}."
 
 
 def _comparison(results: Results, drawn: Collection[str]) -> str:
@@ -192,11 +216,18 @@ def _diagnostics(results: Results, drawn: Collection[str]) -> str:
     if not any(results.seeds(setting) for setting in settings):
         return f"{text}{cells.NOT_RUN.capitalize()}: no run of the sweeps `controls` and `diagnostics`.\n"
     text += (
-        "Runs that differ from a variant of the main comparison in one thing, compared with that "
-        "variant and with the baseline at the same seeds and the same step. Where there is one seed, "
-        "only large differences mean something.\n\n"
+        "Runs that differ from a variant of the main comparison in what the heading says, compared with "
+        "that variant and with the baseline at the same seeds and the same step: mean ± standard "
+        "deviation, differences mean (lowest to highest). Where there is one seed, only large "
+        "differences mean something, and what is special to the reference's own run of that seed is in "
+        "all of them.\n\n"
     )
     text += _figure(figures.DIAGNOSTICS, drawn, "Every such run less the baseline of its seed")
+    if figures.DIAGNOSTICS in drawn:
+        text += (
+            "A dot is a run; strokes are the variants over the same seeds; grey is within the noise of a "
+            "single run.\n\n"
+        )
     return text + "\n".join(diagnostics.question(results, asked) for asked in study.QUESTIONS)
 
 
@@ -222,6 +253,27 @@ def _probe(results: Results, drawn: Collection[str]) -> str:
             figures.PROBE, drawn, "Accuracy of linear probes by block and share of the tokens"
         )
         + table(titles, rows)
+        + _probes_of_others(results)
+    )
+
+
+def _probes_of_others(results: Results) -> str:
+    """Halfway through the image, of the runs with one thing changed."""
+    half = Fraction(1, 2)
+    probes = {s: results.probes(s) for asked in study.QUESTIONS for s in asked.settings}
+    layers = sorted({layer for probe in probes.values() for layer, share in probe if share == half})
+    if not layers:
+        return ""
+    rows = [
+        [cells.label(setting), f"{min(run.steps for run in results.seeds(setting).values()):,}"]
+        + [cells.plus_minus(_ACCURACY, probe.get((layer, half), {})) for layer in layers]
+        for setting, probe in probes.items()
+        if probe
+    ]
+    return (
+        f"\nOf runs with one thing changed, {figures.share_text(half)}, at their own last step, which is "
+        "earlier than that above where they are shorter:\n\n"
+        + table(["run", "steps", *(f"block {layer}" for layer in layers)], rows)
     )
 
 

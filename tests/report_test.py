@@ -121,9 +121,15 @@ def config_of(variant, seed, **more):
 
 
 def add_run(results, sweep, name, config, entries, seconds=600.0, speed=100.0):
+    """Foresight is on after step 1,000."""
     folder = results / "runs" / sweep / name
     folder.mkdir(parents=True)
-    metrics = [{"step": step, "loss": 1.0, "images_per_second": speed} for step in STEPS]
+    losses = {f"foresight_{term['source']}_r0c0": -0.5 for term in config["foresight"]}
+    metrics = [
+        {"step": step, "loss": 1.0, "images_per_second": speed}
+        | {loss: value * (step > 1000) for loss, value in losses.items()}
+        for step in STEPS
+    ]
     run = {
         "setting": name.removesuffix(f"-seed={config['seed']}"),
         "command": f"python -m mirai_jax.main --config=configs/{config['name']}.py",
@@ -232,9 +238,30 @@ def test_times(results):
     # Rounds differ in speed: what counts is the ratio within each.
     add_bench(results, llamagen=[0.1, 0.2, 0.4], mirai_e=[0.125, 0.3, 0.5])
     llamagen, mirai_e, mirai_i = found()
-    assert llamagen[:3] == ["200", "1.00", "1.00"] and mirai_i[:3] == ["not run"] * 3
-    assert mirai_e[:3] == ["300", "1.25", f"{3000 / 1750 / 1.25:.2f}"]
-    assert "median of `bench --compare`" in comparison.times(read(results))
+    assert llamagen[:3] == ["200", *["1.00 (1.00 to 1.00)"] * 2]
+    assert mirai_i[:3] == ["not run"] * 3
+    assert mirai_e[:2] == ["300", "1.25 (1.25 to 1.50)"]
+    assert "the rounds of `bench --compare`" in comparison.times(read(results))
+    # As good at step 1,750: 1,000 steps without foresight, 750 with it.
+    found = comparison.speed_ups_in_time(read(results), "variants/mirai_e", "frechet")
+    assert [found[0], found[1]] == pytest.approx([3000 / (1000 + 750 * 1.25)] * 2)
+    assert mirai_e[2].startswith(f"{found[0]:.2f} (")
+    # Both together cost what either does alone while it is on alone.
+    both = [{"source": "ema", "weights": [2.0]}, {"source": "bidirectional", "weights": [2.0]}]
+    config = config_of("mirai_e_i", 0, foresight=both)
+    folder = add_curve(results, "variants", "mirai_e_i-seed=0", config, falling(0.0))
+    path = folder / "metrics.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    entries = [{**e, "foresight_bidirectional_r0c0": -0.5} for e in entries]
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    together = lambda: comparison.speed_ups_in_time(read(results), "variants/mirai_e_i", "frechet")  # noqa: E731
+    add_bench(results, llamagen=[1.0], mirai_e=[1.25], mirai_e_i=[1.75])
+    assert together() == {}  # what a step costs with the second alone was not measured
+    alone = [{"source": "bidirectional", "weights": [2.0]}]
+    config = config_of("mirai_i", 0, foresight=alone)
+    add_curve(results, "variants", "mirai_i-seed=0", config, falling(60.0))
+    add_bench(results, llamagen=[1.0], mirai_e=[1.25], mirai_i=[1.5], mirai_e_i=[1.75])
+    assert together() == {0: pytest.approx(3000 / (1000 * 1.5 + 750 * 1.75))}
 
 
 @pytest.mark.parametrize(
@@ -287,6 +314,18 @@ def test_a_diagnostic_beside_its_reference_and_the_noise(results):
     assert rows(text, "block 2")[0][2:5] == ["0.50", "+0.50", "**-39.50** better"]
 
 
+def test_several_seeds_are_compared_seed_by_seed(results):
+    for seed, frechet in enumerate([3.0, 5.0, 7.0]):
+        config = config_of("mirai_e", seed)
+        add_one(results, f"past-only-seed={seed}", frechet, "controls", config)
+    question = next(q for q in study.QUESTIONS if "controls/past-only" in q.settings)
+    found = rows(diagnostics.question(read(results), question), "past positions: offsets mirrored")
+    # 3, 5 and 7 less 0, 2 and -6, and less 40, 41 and 42.
+    assert found[0][2:5] == [
+        "5.00 ± 2.00", "**+6.33** worse (+3.00 to +13.00)", "**-36.00** better (-37.00 to -35.00)"
+    ]  # fmt: skip
+
+
 def test_the_order_of_the_paper(results):
     for name, frechet in {
         "layer-1": 9.0, "layer-2": 8.0, "layer-4": 1.0,  # two clearly worse, one undecided
@@ -299,7 +338,7 @@ def test_the_order_of_the_paper(results):
     text = diagnostics.order(read(results))
     ours = {claim: rows(text, claim)[0][1:] for claim in [c.text for c in study.CLAIMS[:9]]}
     assert ours["Mirai-E is better than LlamaGen"] == [
-        "5.22 < 6.36", "3,000", "Mirai-E -1.33, LlamaGen 41.00", *["**agrees**"] * 3
+        "5.22 < 6.36", "3,000", "3", "Mirai-E -1.33, LlamaGen 41.00", *["**agrees**"] * 3
     ]  # fmt: skip
     assert ours["Mirai-I is better than LlamaGen"][-3:] == ["not run"] * 3
     assert ours["output level: 2-D is worse than no foresight"][-1] == "**does not agree**"
@@ -326,14 +365,18 @@ def test_a_shorter_run_is_compared_at_its_own_end(results):
     found = read(results)
     question = next(q for q in study.QUESTIONS if "diagnostics/layer-1" in q.settings)
     text = diagnostics.question(found, question)
-    assert "After 2,000 steps:" in text
+    noise = found.until(2000).noise(study.MEASURES[0])
+    assert f"After 2,000 steps (yardstick for noise: Fréchet {noise:.2f}; agreement " in text
     # Three fifths of the way from 80 to 40 and to 0.
     assert rows(text, "LlamaGen")[0][2] == "56.00" and rows(text, "Mirai-E")[0][2] == "32.00"
     assert rows(text, "block 1")[0][2:5] == ["31.00", "-1.00", "**-25.00** better"]
-    noise = found.until(2000).noise(study.MEASURES[0])
     assert noise == pytest.approx(0.6 * found.noise(study.MEASURES[0]))
     claim = rows(diagnostics.order(found), "two thirds of the depth is the best block")[0]
-    assert claim[2:4] == ["2,000", "Mirai-E 32.00, block 1 31.00, block 2 32.00, block 4 34.00"]
+    assert claim[2:5] == [
+        "2,000",
+        "1",
+        "Mirai-E 32.00, block 1 31.00, block 2 32.00, block 4 34.00",
+    ]
     # What came later is not looked at.
     assert max(run.steps for run in found.until(2000).runs) == 2000
     assert all(a.step <= 2000 for run in found.until(2000).runs for a in run.assessments)
@@ -341,7 +384,7 @@ def test_a_shorter_run_is_compared_at_its_own_end(results):
     shutil.rmtree(results / "runs" / "diagnostics" / "layer-4")
     add_curve(results, "diagnostics", "layer-4", config_of("mirai_e", 0), falling(20.0))
     text = diagnostics.question(read(results), question)
-    assert rows(text, "block 4")[0][2] == "44.00" and "After 2,000 steps:" in text
+    assert rows(text, "block 4")[0][2] == "44.00" and "After 2,000 steps (" in text
 
 
 def test_without_several_seeds_nothing_is_beyond_the_noise(tmp_path):
@@ -350,7 +393,7 @@ def test_without_several_seeds_nothing_is_beyond_the_noise(tmp_path):
     text = report_text.readme(read(tmp_path), "", ())
     assert "There is no yardstick for noise yet" in text and "**-30" not in text
     assert (
-        "| Mirai-E is better than LlamaGen | 5.22 < 6.36 | 3,000 | Mirai-E 10.00, LlamaGen 40.00 "
+        "| Mirai-E is better than LlamaGen | 5.22 < 6.36 | 3,000 | 1 | Mirai-E 10.00, LlamaGen 40.00 "
         "| undecided | undecided | undecided |" in text
     )
 
@@ -422,7 +465,7 @@ def test_protocols_are_not_mixed(results):
     found = read(results)
     assert found.finals("variants/mirai_e", "frechet")[0] == 0.0
     text = report_text.readme(found, "", ())
-    assert "### With guidance 2.0, features at 112 pixels, 2,000 samples" in text
+    assert "### With guidance 2.0 (1 is none), features at 112 pixels, 2,000 samples" in text
     assert f"| Mirai-E | {seed_0('variants/mirai_e-seed=0')} | 77.00 | 23.0 |" in text
     path.write_text(good + json.dumps(entry(3000, 77.0, {**PROTOCOL, "samples": 9})) + "\n")
     with pytest.raises(DataError, match=r"assessment.jsonl, line 7: protocol .*PROTOCOL in launch"):
@@ -529,6 +572,10 @@ def test_every_run_of_the_sweeps_has_its_role():
     assert set(study.VARIANTS) == settings("variants")
     named = {s for claim in study.CLAIMS for pair in claim.pairs for s in pair}
     assert {s for s in named if not s.startswith("teachers/")} <= {*roles, *study.VARIANTS}
+    explored = {explored.sweep for explored in study.EXPLORATIONS}
+    for run in read(ROOT / "results").runs:  # a renamed setting leaves runs without a role
+        setting = f"{run.sweep}/{run.setting}"
+        assert run.sweep in explored or setting in {*roles, *study.VARIANTS}, setting
 
 
 # What cannot be read ------------------------------------------------------------------------------
