@@ -130,7 +130,8 @@ def _texts(folder: pathlib.Path, sweep: str, machine: Machine, told: str) -> dic
 
 
 def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> Iterator[str]:
-    """Copies the finished runs of sweep folders; yields a line for each run.
+    """Copies the finished runs of sweep folders; yields a line for each run, also for those that `out`
+    holds of these sweeps from before: they may have another name now.
 
     Nothing is written before every run was read.
 
@@ -163,4 +164,7 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> It
             lines.append(f"collected: {out / name / folder.name}{assessed}")
     for folder, texts in planned.items():
         write(folder, texts)
+    for sweep in sorted({folder.parent for folder in planned}):
+        others = sorted(folder for folder in sweep.iterdir() if folder not in planned)
+        lines += [f"stays from before: {folder}" for folder in others if folder.is_dir()]
     yield from lines

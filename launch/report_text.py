@@ -314,6 +314,7 @@ def _runs(results: Results, encoders: Sequence[Encoder]) -> str:
             name,
             f"`{run.command}`",
             f"{run.steps:,}",
+            _clipped(run) if isinstance(run, Run) else "",
             "not known" if run.seconds is None else duration(run.seconds),
             run.machine,
         ]
@@ -322,5 +323,16 @@ def _runs(results: Results, encoders: Sequence[Encoder]) -> str:
     return (
         f"{text}The same again, where SWEEP is a file of [`launch/sweeps/`](../launch/sweeps) and a "
         f"run's folder below `runs/sweeps/`:\n\n{_COMMANDS}\n"
-        + table(["run", "command", "steps", "time", "machine"], rows)
+        'Under "clipped" is the share of the logged steps of a run\'s second half whose gradient was longer '
+        "than the limit, and was scaled down to it.\n\n"
+        + table(["run", "command", "steps", "clipped", "time", "machine"], rows)
     )
+
+
+def _clipped(run: Run) -> str:
+    limit = _field(run, "optimizer.clip_norm")
+    norms = [e.get("grad_norm") for e in run.metrics if e["step"] > run.steps / 2]
+    norms = [norm for norm in norms if isinstance(norm, (int, float))]
+    if not norms or not isinstance(limit, (int, float)) or limit <= 0:
+        return ""
+    return f"{sum(norm > limit for norm in norms) / len(norms):.0%}"

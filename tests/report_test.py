@@ -457,6 +457,18 @@ def test_a_later_line_adds_to_an_earlier_one(results):
     assert "| 2 | Mirai-E | 50.0 | 75.0 |" in report_text.readme(read(results), "", ())
 
 
+def test_how_many_gradients_were_clipped(results):
+    config = config_of("mirai_i", 0, optimizer={"clip_norm": 1.0})
+    path = add_curve(results, "variants", "mirai_i-seed=0", config, falling(0.0)) / "metrics.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    norms = [9.0, 9.0, 9.0, 2.0, 1.0, 1.5]  # of the second half, the last three
+    entries = [{**e, "grad_norm": norm} for e, norm in zip(entries, norms, strict=True)]
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    text = report_text.readme(read(results), "", ())
+    assert rows(text, "variants/mirai_i-seed=0")[0][2:4] == ["3,000", "67%"]
+    assert rows(text, "variants/mirai_e-seed=0")[0][2:4] == ["3,000", ""]
+
+
 def test_protocols_are_not_mixed(results):
     run = results / "runs" / "variants" / "mirai_e-seed=0"
     path, good = run / "assessment.jsonl", (run / "assessment.jsonl").read_text()
@@ -625,6 +637,9 @@ lines = st.one_of(
             | json_values,
             **dict.fromkeys(collected.MEASURED, json_values),
             "images_per_second": json_values,
+            "grad_norm": json_values,
+            "foresight_ema_r0c0": json_values,
+            "optimizer": st.fixed_dictionaries({"clip_norm": json_values}),
         },
     ).map(lambda v: json.dumps(v).encode()),
 )
@@ -683,6 +698,11 @@ def test_collecting_again_leaves_nothing_of_before(tmp_path, monkeypatch):
     (told,) = collect_from(sweep, out=out)
     assert told.endswith(" (not assessed)")
     assert not (out / "runs" / "variants" / "llamagen-seed=0" / "assessment.jsonl").exists()
+    # Under a new name it is there twice, which is told.
+    for suffix in ("", ".log"):
+        (sweep / f"llamagen-seed=0{suffix}").rename(sweep / f"baseline-seed=0{suffix}")
+    _, told = collect_from(sweep, out=out)
+    assert told == f"stays from before: {out}/runs/variants/llamagen-seed=0"
 
 
 def test_collecting_and_reporting(tmp_path, monkeypatch):
