@@ -838,7 +838,7 @@ def test_encoders_are_collected_and_shown(results, tmp_path):
     assert rows(text, "[teacher_masked](encoders/teacher_masked)") == [
         ["[teacher_masked](encoders/teacher_masked)", "masked", "8", "25.0"]
     ]
-    assert f"| encoders/teacher_masked | `{command}` | 8 | 6s | a machine |" in text
+    assert f"| encoders/teacher_masked | `{command}` | 8 |  | 6s | a machine |" in text
     assert rows(text, "own-masked")[-1][3] == "75.0" and rows(text, "LlamaGen")[-1][3] != "75.0"
 
 
