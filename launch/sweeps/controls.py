@@ -4,7 +4,8 @@
 
 Of Mirai-E: the future (offsets into the past; the EMA at the same position alone, with the weight of all
 three heads), the image (targets of another one) and the grid (the next positions of the raster, which is
-an axis of the paper too). Of Mirai-I: the image, and its earlier start. A run is compared with that of
+an axis of the paper too). Of Mirai-I: the image. And what parts the two beside their targets, the start:
+Mirai-E from the first step on as Mirai-I is, Mirai-I as late as Mirai-E. A run is compared with that of
 the same seed in variants.py, after as many steps as diagnostics.py trains.
 """
 
@@ -20,6 +21,7 @@ def get_sweep(scale: str):
         change("same-position", offsets=((0, 0),), weights=(term.weights[0] * len(term.offsets),)),
         change("shuffled-e", targets="shuffled"),
         change("shuffled-i", MIRAI_I, targets="shuffled"),
+        change("early-e", start_epoch=0.0),
         change("late-i", MIRAI_I, start_epoch=term.start_epoch),
         change("internal-1d", layout="1d", offsets=(0, 1, 2)),
     ]

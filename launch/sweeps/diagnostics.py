@@ -41,7 +41,6 @@ def get_sweep(scale: str):
         change("k-1", offsets=k.OFFSETS[1]),
         change("k-9", offsets=k.OFFSETS[9]),
         *(change(f"weight-{w:g}", weights=(w,)) for w in (0.5, 1.0, 4.0)),
-        change("start-0", start_epoch=0.0),
         change(f"start-{2.5 * term.start_epoch:g}", start_epoch=2.5 * term.start_epoch),
     ]
     return [{**run, "seed": 0, **steps(scale)} for run in runs]
