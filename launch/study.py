@@ -142,13 +142,13 @@ QUESTIONS = (
     ),
     Question(
         "Start of Mirai-E",
-        "Mirai-E aligns from epoch 0.3 on, as the paper has it from epoch 15 of 80 on.",
-        _settings("controls", early_e="from the first step on"),
+        "Mirai-E aligns from epoch 0.3 on, as the published run does from epoch 15 of 80 on.",
+        _settings("controls", early_e="Mirai-E from the first step on"),
     ),
     Question(
         "Later start of Mirai-E",
         "The same, later.",
-        {"diagnostics/start-0.75": "from epoch 0.75 on"},
+        {"diagnostics/start-0.75": "Mirai-E from epoch 0.75 on"},
     ),
     Question(
         "Controls for Mirai-E",
@@ -165,7 +165,9 @@ QUESTIONS = (
         "Controls for Mirai-I",
         "The same with the encoder's features; and the image's own from as late on as Mirai-E's, for "
         "Mirai-I aligns from the first step on.",
-        _settings("controls", shuffled_i="features of another image", late_i="from epoch 0.3 on"),
+        _settings(
+            "controls", shuffled_i="features of another image", late_i="Mirai-I from epoch 0.3 on"
+        ),
         reference="variants/mirai_i",
     ),
 )
