@@ -1,7 +1,7 @@
 """The main comparison: final values, differences, speed-up, and what a step costs."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from launch import report_cells as cells
@@ -117,10 +117,11 @@ def _ratio(value: float | None) -> str:
     return _NOT_REACHED if value is None else f"{value:.2f}"
 
 
-def _median(values: dict[int, float | None]) -> str:
+def _median(values: Collection[float | None]) -> str:
+    """The median (lowest to highest)."""
     if not values:
         return cells.NOT_RUN
-    ordered = speedup.ordered(values.values())
+    ordered = speedup.ordered(values)
     if ordered[-1] is None:
         return _NOT_REACHED
     text = _ratio(speedup.median(ordered))
@@ -139,8 +140,8 @@ def speed_up(results: Results) -> str:
                     measure.name,
                     name,
                     *(_ratio(own[s]) if s in own else cells.NOT_RUN for s in seeds),
-                    _median(own),
-                    _median(_speed_ups_to_mean(results, variant, measure.key)),
+                    _median(own.values()),
+                    _median(_speed_ups_to_mean(results, variant, measure.key).values()),
                 ]
             )
     titles = [
@@ -198,8 +199,11 @@ def times(results: Results) -> str:
             [
                 name,
                 f"{1000 * median(taken):.0f}" if taken else cells.NOT_RUN,
-                _median(dict(enumerate(rounds))),
-                *(_median(speed_ups_in_time(results, variant, m.key)) for m in study.MEASURES),
+                _median(rounds),
+                *(
+                    _median(speed_ups_in_time(results, variant, m.key).values())
+                    for m in study.MEASURES
+                ),
                 _span([1000 * s for s in _step_times(results, variant).values()], ".0f"),
                 _span(minutes, ".1f"),
             ]
@@ -213,8 +217,8 @@ def times(results: Results) -> str:
         "(lowest to highest), which is taken within each round and is therefore no quotient of the "
         f"medians. Speed-up in time is what {_BASE}'s last step took over what the steps took that the "
         "variant needed to be as good (median, lowest to highest of the seeds), where a step costs the "
-        "median ratio of the variant whose foresight was on in it: before its first epoch of foresight "
-        "a variant costs no more than one without. In the runs (mean, lowest to highest of the seeds) a "
+        "median ratio of the variant whose foresight was on in it: before it starts, foresight costs "
+        "nothing. In the runs (mean, lowest to highest of the seeds) a "
         "step's time is the median of the second half, in which every variant's foresight is on, and a "
         "run's is all of its processes, with compiling and drawing: two runs shared the machine at "
         "once, with other work at times, so that they say little of the variants.\n\n"
@@ -233,7 +237,7 @@ def _over_baseline(results: Results, variant: str) -> list[float]:
 def speed_ups_in_time(results: Results, variant: str, measure: str) -> dict[int, float | None]:
     """{seed: the time of the baseline's last step over that at which the variant is as good}.
 
-    None where it never is. Empty where a step's time was not measured.
+    None where it never is. Empty where what the variant's steps take was not measured.
     """
     costs = {
         _foresight(run.metrics[-1], every=True): median(rounds)
@@ -245,10 +249,10 @@ def speed_ups_in_time(results: Results, variant: str, measure: str) -> dict[int,
     targets, runs = results.finals(study.BASELINE, measure), results.seeds(variant)
     found: dict[int, float | None] = {}
     for seed, step in _reached(results, variant, measure, targets).items():
-        if step is None:
-            found[seed] = None
-        elif (cost := _cost(runs[seed], step, costs)) is not None:
-            found[seed] = _last_step(results) / cost
+        cost = _cost(runs[seed], runs[seed].steps if step is None else step, costs)
+        if cost is None:
+            return {}
+        found[seed] = None if step is None else _last_step(results) / cost
     return found
 
 
@@ -261,7 +265,7 @@ def _cost(run: Run, step: float, costs: Mapping[frozenset[str], float]) -> float
     """Of a run's steps up to this one, in steps of the baseline; None where it is not known.
 
     Args:
-        run: whose logged steps tell which losses were on since the one before.
+        run: whose logged steps tell which losses were on; one counts for all steps since the one before.
         step: where to end.
         costs: of a step, by the losses that are on.
     """

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 
+from launch import overrides, speedup, study
 from launch import report_cells as cells
 from launch import report_comparison as comparison
 from launch import report_diagnostics as diagnostics
 from launch import report_figures as figures
-from launch import speedup, study
 from launch.collected import Results, Run
 from launch.encoders import SHOWN, Encoder
 from launch.results import table
@@ -60,7 +60,7 @@ def readme(
         "## The paper's order beside ours\n\n"
         "The paper's numbers are FID on ImageNet 256 (B, 80 epochs); ours are Fréchet distances over "
         "another network on other images, so that only the order can be compared, at the last step that "
-        "all runs of a line have, over the seeds that both sides have (most runs below are of one). Each "
+        "all runs of a line have, over the seeds that both sides have. Each "
         "measure decides alone, where the difference is beyond its noise (the yardstick, at that step); "
         '"undecided" is within it. Where EfficientNet-Lite0 is '
         "the teacher, it is the network of the Fréchet distance too, not of the others.\n\n"
@@ -161,7 +161,7 @@ def _terms(results: Results) -> str:
         terms = _field(run, "foresight") if run else None
         for term in terms if isinstance(terms, list) else ():
             told = [
-                f"{field}={str(term[field]).replace('[', '(').replace(']', ')')}"
+                f"{field}={overrides.plain(term[field])}"
                 for field in ("source", "offsets", "weights", "start_epoch", "student_layer")
                 if field in term
             ]

@@ -147,7 +147,7 @@ QUESTIONS = (
     ),
     Question(
         "Later start of Mirai-E",
-        "The same, later.",
+        "Mirai-E aligns from epoch 0.3 on. Here it begins later.",
         {"diagnostics/start-0.75": "Mirai-E from epoch 0.75 on"},
     ),
     Question(

@@ -257,6 +257,9 @@ def test_times(results):
     together = lambda: comparison.speed_ups_in_time(read(results), "variants/mirai_e_i", "frechet")  # noqa: E731
     add_bench(results, llamagen=[1.0], mirai_e=[1.25], mirai_e_i=[1.75])
     assert together() == {}  # what a step costs with the second alone was not measured
+    add_curve(results, "variants", "mirai_e_i-seed=1", {**config, "seed": 1}, falling(79.0))
+    assert together() == {}  # nor does a seed that never is as good tell anything then
+    shutil.rmtree(results / "runs" / "variants" / "mirai_e_i-seed=1")
     alone = [{"source": "bidirectional", "weights": [2.0]}]
     config = config_of("mirai_i", 0, foresight=alone)
     add_curve(results, "variants", "mirai_i-seed=0", config, falling(60.0))

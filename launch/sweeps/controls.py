@@ -4,8 +4,9 @@
 
 Of Mirai-E: the future (offsets into the past; the EMA at the same position alone, with the weight of all
 three heads), the image (targets of another one) and the grid (the next positions of the raster, which is
-an axis of the paper too). Of Mirai-I: the image. And what parts the two beside their targets, the start:
-Mirai-E from the first step on as Mirai-I is, Mirai-I as late as Mirai-E. A run is compared with that of
+an axis of the paper too). Of Mirai-I: the image. And of what parts the two beside their targets, the
+start: Mirai-E from the first step on as Mirai-I, Mirai-I as late as Mirai-E (three heads of weight 2 against
+one remain). A run is compared with that of
 the same seed in variants.py, after as many steps as diagnostics.py trains.
 """
 
