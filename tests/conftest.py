@@ -29,3 +29,15 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+# Files that take longest, in this order: handed out first, they leave no process waiting at the end.
+_LONG = (
+    "train", "step", "teach", "distributed", "pipeline", "assess", "sweep", "bench", "checkpoint",
+    "sample", "extract", "golden", "notebook",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"{name}_test.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
