@@ -15,8 +15,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402 (reads the environment)
 import pytest  # noqa: E402
+
+# On a busy machine the first example of a test can take more than a second.
+hypothesis.settings.register_profile(
+    "busy", suppress_health_check=[hypothesis.HealthCheck.too_slow], deadline=None
+)
+hypothesis.settings.load_profile("busy")
 
 # MIRAI_TEST_PLATFORM=cuda is for the tests that are skipped without a GPU.
 jax.config.update("jax_platforms", os.environ.get("MIRAI_TEST_PLATFORM", "cpu"))
@@ -29,15 +36,3 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-# Files that take longest, in this order: handed out first, they leave no process waiting at the end.
-_LONG = (
-    "train", "step", "teach", "distributed", "pipeline", "assess", "sweep", "bench", "checkpoint",
-    "sample", "extract", "golden", "notebook",
-)  # fmt: skip
-
-
-def pytest_collection_modifyitems(items):
-    places = {f"{name}_test.py": place for place, name in enumerate(_LONG)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
