@@ -59,16 +59,13 @@ def verdict(measure: Measure, differences: Mapping[int, float], noise: float | N
     return measure.better(spread.mean)
 
 
-def difference(
-    measure: Measure, differences: Mapping[int, float], noise: float | None, span: bool = False
-) -> str:
-    """The mean difference; bold, with "better" or "worse", where it is beyond the noise.
+def difference(measure: Measure, differences: Mapping[int, float], noise: float | None) -> str:
+    """The mean difference (lowest to highest); bold, with "better" or "worse", beyond the noise.
 
     Args:
         measure: of what.
         differences: one a seed.
         noise: the standard deviation over seeds.
-        span: whether to add the lowest and the highest.
     """
     spread = speedup.spread(differences.values())
     if spread is None:
@@ -77,7 +74,7 @@ def difference(
     good = verdict(measure, differences, noise)
     if good is not None:
         text = f"**{text}** {'better' if good else 'worse'}"
-    if span and spread.count > 1:
+    if spread.count > 1:
         text += f" ({measure.signed(spread.low)} to {measure.signed(spread.high)})"
     return text
 

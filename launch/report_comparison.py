@@ -35,9 +35,7 @@ def finals(results: Results) -> str:
     differences = [
         [study.VARIANTS[v]]
         + [
-            cells.difference(
-                m, cells.against(results, v, study.BASELINE, m), noise[m.key], span=True
-            )
+            cells.difference(m, cells.against(results, v, study.BASELINE, m), noise[m.key])
             for m in measures
         ]
         for v in _OTHERS

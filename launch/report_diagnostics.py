@@ -27,7 +27,7 @@ def _row(
         for reference in references:
             differences = _only(cells.against(results, setting, reference, measure), seeds)
             same = reference == setting
-            row.append("" if same else cells.difference(measure, differences, noise, span=True))
+            row.append("" if same else cells.difference(measure, differences, noise))
     return row
 
 
