@@ -108,32 +108,44 @@ def entries_so_far(workdir):
     return (workdir / "metrics.jsonl").read_text().splitlines()
 
 
+def kill_second(workdir):
+    """Begins a pair and kills its second process after step 25: what the first did of it."""
+    pair = start_pair(workdir)
+    wait_for_step(pair[0], workdir, 25)
+    pair[1].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    first, second = end(*pair)
+    assert second == -signal.SIGKILL
+    # By our own hand when a collective fails, by JAX's when the heartbeat is missed.
+    assert first in (76, -signal.SIGABRT), said(pair[0])
+    assert time.monotonic() - begun < 3 * HEARTBEAT
+
+
 def test_two_processes_train_as_one_and_survive_the_death_of_either(tmp_path):
     alone = start(tmp_path / "alone")
     assert end(alone) == [0], said(alone)
+    kill_second(tmp_path / "pair")
     pair = start_pair(tmp_path / "pair")
     assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
-    assert_same_losses(tmp_path / "pair", tmp_path / "alone")
+    assert "resumed at step" in said(pair[0])
+    assert_same_losses(tmp_path / "pair", tmp_path / "alone")  # before the death and after it
     # One log, one set of samples, one set of checkpoints: the first process speaks for both.
     assert "step 50/50" in said(pair[0]) and "step" not in said(pair[1]).replace("steps", "")
-    assert len(list((tmp_path / "pair").glob("events.out.tfevents*"))) == 1
+    assert len(list((tmp_path / "pair").glob("events.out.tfevents*"))) == 2  # one a start
     samples = [(tmp_path / name / "samples" / "step_0000050.png") for name in ("pair", "alone")]
     assert samples[0].read_bytes() == samples[1].read_bytes()
 
-    killed = start_pair(tmp_path / "killed")
-    wait_for_step(killed[0], tmp_path / "killed", 25)
-    killed[1].send_signal(signal.SIGKILL)
-    begun = time.monotonic()
-    first, second = end(*killed)
-    assert second == -signal.SIGKILL
-    # By our own hand when a collective fails, by JAX's when the heartbeat is missed.
-    assert first in (76, -signal.SIGABRT), said(killed[0])
-    assert time.monotonic() - begun < 3 * HEARTBEAT
-    again = start_pair(tmp_path / "killed")
-    assert end(*again) == [0, 0], said(again[0]) + said(again[1])
-    assert "resumed at step" in said(again[0])
+
+@pytest.mark.slow
+def test_after_a_death_they_end_with_the_weights_of_an_undisturbed_pair(tmp_path):
+    for name in ("whole", "killed"):
+        if name == "killed":
+            kill_second(tmp_path / name)
+        pair = start_pair(tmp_path / name)
+        assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
+    assert len(list((tmp_path / "whole").glob("events.out.tfevents*"))) == 1
     jax.tree.map(
-        np.testing.assert_array_equal, weights(tmp_path / "killed"), weights(tmp_path / "pair")
+        np.testing.assert_array_equal, weights(tmp_path / "killed"), weights(tmp_path / "whole")
     )
 
 

@@ -169,7 +169,8 @@ def test_a_run_does_not_go_on_with_other_frozen_networks(world, stored):
 
 def test_another_tokenizer_or_other_images_are_refused(world, stored):
     raw = (world / "vq.pt").read_bytes()
-    params = vq.VQModel(VQ).init(jax.random.key(5), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    init = jax.jit(vq.VQModel(VQ).init)
+    params = init(jax.random.key(5), np.zeros((1, 8, 8, 3), np.float32))["params"]
     state = torch_names.vq_to_torch(VQ, jax.device_get(params))
     torch_writer.write(world / "vq2.pt", {"model": state})
     with pytest.raises(ConfigError, match="not the tokenizer that made the codes"):

@@ -212,7 +212,7 @@ def test_hidden_pixels_do_not_reach_the_predictions():
 def test_hiding_nothing_is_the_network_as_it_is():
     network = dinov2.DinoV2(recipe().network)
     images = jax.random.normal(jax.random.key(1), (2, 12, 12, 3))
-    params = network.init(jax.random.key(0), images)
+    params = jax.jit(network.init)(jax.random.key(0), images)
     shown = network.apply(params, images, masked_Bxhxw=jnp.zeros((2, 3, 3), bool))
     jax.tree.map(np.testing.assert_array_equal, shown, network.apply(params, images))
 
