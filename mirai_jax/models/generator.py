@@ -253,6 +253,10 @@ class FeedForward(nn.Module):
         x_MxD = x_BxTxD.reshape(-1, config.width)
         hidden = (config.ffn_width,)
         gate = spread(Linear(hidden, config.dtype, name="w1")(x_MxD), "batch", "features")
+        if x_BxTxD.shape[1] == 1:
+            # In decoding XLA for GPUs makes one product of two that share an operand, and at each token
+            # writes both weights side by side for it.
+            x_MxD = jax.lax.optimization_barrier(x_MxD)
         value = spread(Linear(hidden, config.dtype, name="w3")(x_MxD), "batch", "features")
         out = Linear((config.width,), config.dtype, name="w2")(nn.silu(gate) * value)
         return Dropout(config.ffn_dropout)(out).reshape(x_BxTxD.shape)
