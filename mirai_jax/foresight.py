@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mirai_jax.models.linear import Linear
+
 SOURCES = ("ema", "bidirectional", "checkpoint")
 LEVELS = ("internal", "output")
 LAYOUTS = ("2d", "1d")
@@ -32,8 +34,6 @@ BORDERS = ("wrap", "mask")
 ANCHORS = ("consumed", "predicted")
 REDUCTIONS = ("sum", "mean")
 TARGETS = ("own", "shuffled")
-
-_DENSE = dict(param_dtype=jnp.float32, kernel_init=nn.initializers.normal(0.02))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +150,9 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x_MxD):
         for i in range(2):
-            x_MxD = nn.Dense(self.width, dtype=self.dtype, name=f"linear_{i}", **_DENSE)(x_MxD)
-            x_MxD = nn.silu(x_MxD)
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2", **_DENSE)(x_MxD)
+            hidden = (self.width,)
+            x_MxD = nn.silu(Linear(hidden, self.dtype, use_bias=True, name=f"linear_{i}")(x_MxD))
+        return Linear((self.features,), self.dtype, use_bias=True, name="linear_2")(x_MxD)
 
 
 class TokenHead(nn.Module):
@@ -164,13 +164,8 @@ class TokenHead(nn.Module):
     @nn.compact
     def __call__(self, x_MxD):
         x_MxD = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x_MxD)
-        return nn.Dense(
-            self.features,
-            use_bias=False,
-            kernel_init=nn.initializers.zeros,
-            dtype=self.dtype,
-            name="output",
-        )(x_MxD)
+        zeros = nn.initializers.zeros
+        return Linear((self.features,), self.dtype, kernel_init=zeros, name="output")(x_MxD)
 
 
 def _head(term: Term, features: int, dtype: str) -> nn.Module:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mirai_jax.models.attention import attend
+from mirai_jax.models.linear import Linear
 from mirai_jax.models.placement import spread
 
 # name -> (layers, heads, width), the sizes LlamaGen publishes.
@@ -125,51 +126,6 @@ def apply_rope(x_BxTxHxd: jax.Array, table_Txdx2: jax.Array) -> jax.Array:
     cos, sin = table_Txdx2[:, None, :, 0], table_Txdx2[:, None, :, 1]
     turned = jnp.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
     return turned.reshape(x_BxTxHxd.shape).astype(x_BxTxHxd.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _contract(x, w, count):
-    """x (M, *C) with w (*C, *N) over the `count` dimensions C: (M, *N)."""
-    return _dot(x, w, range(1, 1 + count), range(count))
-
-
-def _dot(x, y, of_x, of_y):
-    return jax.lax.dot_general(x, y, ((tuple(of_x), tuple(of_y)), ((), ())))
-
-
-def _contract_forward(x, w, count):
-    return _contract(x, w, count), (x, w)
-
-
-def _contract_backward(count, saved, g):
-    # As JAX derives it, but each in its own order of dimensions: JAX would transpose results, and
-    # XLA on CPU then copies operands and results as large as the weights.
-    x, w = saved
-    of_x = _dot(g, w, range(1, g.ndim), range(count, w.ndim))
-    return of_x, _dot(x, g, (0,), (0,))
-
-
-_contract.defvjp(_contract_forward, _contract_backward)
-
-
-class Linear(nn.Module):
-    """A product with a weight, without bias: (M, *inputs) -> (M, *features).
-
-    `inputs` counts the trailing dimensions of x that are summed over. Products see one flat axis of
-    tokens, M: XLA lays them out far better on CPU.
-    """
-
-    features: tuple[int, ...]
-    dtype: str
-    inputs: int = 1
-    kernel_init: Any = _INIT
-
-    @nn.compact
-    def __call__(self, x):
-        shape = (*x.shape[-self.inputs :], *self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        out = _contract(x.astype(self.dtype), kernel.astype(self.dtype), self.inputs)
-        return checkpoint_name(out, "linear")
 
 
 class Dropout(nn.Module):
