@@ -14,7 +14,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from mirai_jax import cli, distributed, memory, sharding, train
+from mirai_jax import cli, distributed, memory, sharding, targets, train
 from mirai_jax import config as config_lib
 from mirai_jax.errors import ConfigError, Lost, TrainingError
 
@@ -40,6 +40,12 @@ _PLAN = flags.DEFINE_integer(
     0,
     "Train nothing: say how much memory each of so many (simulated) devices would need.",
     0,
+)
+_PLAN_FOR = flags.DEFINE_string(
+    "plan_for",
+    "",
+    "With --plan: compile for this chip, which need not be here: h100, h200, a100 (by jax[cuda12]) or a "
+    "TPU slice such as v5e:2x4 (by jax[tpu]).",
 )
 
 
@@ -91,16 +97,24 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {' '.join(text.splitlines())}")
 
 
-def _print_plan(config: ml_collections.ConfigDict) -> None:
-    devices = jax.devices()
+def _print_plan(config: ml_collections.ConfigDict, count: int, chip: str) -> None:
+    if chip:
+        devices = targets.devices(chip, count)
+    else:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+        devices = jax.devices()
     settings = config_lib.read(config, len(devices))
     mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
     print(
-        f"memory of each of {len(devices)} devices, mesh {mesh}, batch {settings.batch_size} in "
+        f"memory of each of {count} x {devices[0].device_kind}, mesh {mesh}, batch {settings.batch_size} in "
         f"{settings.accumulate} part(s), model.remat {settings.generator.remat}; compiling"
     )
     print(*memory.plan(settings, devices).lines(), sep="\n")
-    print("by XLA's compiler for CPUs; see mirai_jax/memory.py for how far that holds elsewhere")
+    if not chip:
+        print(
+            "by XLA's compiler for CPUs; see mirai_jax/memory.py for how far that holds elsewhere"
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -109,13 +123,12 @@ def main(argv: list[str]) -> None:
     name, scale = config.get("name"), config.get("scale")  # one that is missing is told by train
     workdir = _WORKDIR.value or pathlib.Path("runs") / f"{name}-{scale}"
     interrupted = f"interrupted; the same command goes on from the last checkpoint of {workdir}"
-    if _PLAN.value:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", _PLAN.value)
     with cli.program(TrainingError, Lost, interrupted=interrupted):
         if _PLAN.value:
-            _print_plan(config)
+            _print_plan(config, _PLAN.value, _PLAN_FOR.value)
             return
+        if _PLAN_FOR.value:
+            raise ConfigError("--plan_for goes with --plan=N, the number of devices")
         distributed.start(
             _DISTRIBUTED.value,
             _COORDINATOR.value,

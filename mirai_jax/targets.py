@@ -1,0 +1,102 @@
+"""Devices that are not here, to compile for: XLA's compilers need no chip, only their plugin.
+
+What they make can be looked at (`memory.compile_step`), and cannot be run. On a GPU's own machine XLA
+also tries which kernel is fastest; here it takes its first choice.
+"""
+
+import dataclasses
+import os
+
+import jax
+from jax.experimental import topologies
+
+from mirai_jax.errors import ConfigError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What XLA's compiler asks about a GPU (its datasheet, and the limits of its compute capability)."""
+
+    name: str
+    capability: tuple[int, int]
+    cores: int  # streaming multiprocessors
+    lanes: int  # float32 units of each
+    clock: float  # GHz
+    memory: int  # GiB that programs find
+    bandwidth: float  # GB/s
+    cache: int  # MiB, level 2
+    shared: int  # KiB of shared memory a core, 1 more than a block may have
+
+    def text(self) -> str:
+        """As a GpuTargetConfigProto of XLA in text form."""
+        major, minor = self.capability
+        return f"""
+            platform_name: "CUDA"
+            device_description_str: "{self.name}"
+            dnn_version_info {{ major: 9 minor: 10 }}
+            runtime_version {{ major: 12 minor: 8 }}
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              core_count: {self.cores}
+              fpus_per_core: {self.lanes}
+              clock_rate_ghz: {self.clock}
+              device_memory_size: {self.memory << 30}
+              memory_bandwidth: {int(self.bandwidth * 1e9)}
+              l2_cache_size: {self.cache << 20}
+              shared_memory_per_core: {self.shared << 10}
+              shared_memory_per_block_optin: {self.shared - 1 << 10}
+              shared_memory_per_block: {48 << 10}
+              threads_per_core_limit: 2048
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+            }}"""
+
+
+GPUS = {
+    "a100": Gpu("NVIDIA A100 80GB", (8, 0), 108, 64, 1.41, 79, 2039, 40, 164),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 79, 3350, 50, 228),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 140, 4800, 50, 228),
+}
+
+
+def devices(name: str, count: int) -> list[jax.Device]:
+    """`count` devices to compile for. To be called before JAX has looked for its own.
+
+    Args:
+        name: of GPUS, all of one host; or a TPU slice as XLA names it, 'v5e:2x4'.
+        count: how many; of a slice, as many as it has.
+
+    Raises:
+        ConfigError: there is no such chip, the slice has another number of devices, or the compiler is
+            not installed.
+    """
+    if name in GPUS:
+        # Only whoever runs its programs need have a driver, or GPUs to try kernels on.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+        given = {"platform": "cuda", "topology": f"1x1x{count}", "target_config": GPUS[name].text()}
+        extra = "cuda"
+    elif ":" in name:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks its host's metadata server
+        given, extra = {"platform": "tpu", "topology_name": name}, "tpu"
+    else:
+        known = ", ".join(GPUS)
+        raise ConfigError(
+            f"--plan_for is {name!r}, must be {known}, or a TPU slice such as v5e:2x4"
+        )
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        found = list(topologies.get_topology_desc(**given).devices)
+    except Exception as error:  # each plugin has its own
+        raise ConfigError(
+            f"--plan_for={name}: its compiler did not start ({first_line(error)[:200]}); it comes with "
+            f"pip install '.[{extra}]'"
+        ) from error
+    if len(found) != count:
+        raise ConfigError(f"--plan_for={name} has {len(found)} devices: --plan={len(found)}")
+    return found

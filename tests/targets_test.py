@@ -1,0 +1,80 @@
+"""Planning for chips that are not here. What compiles is tested where the chip's compiler is installed."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mirai_jax import targets
+from mirai_jax.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = ["size=", "num_layers=2", "num_heads=2", "width=128", "vocab_size=64", "unroll=1"]
+HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
+HAS_TPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch):
+    """Afterwards: other tests start programs."""
+    for name in ("XLA_FLAGS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+
+def refusal(*arguments):
+    with pytest.raises(ConfigError) as error:
+        targets.devices(*arguments)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def test_an_unknown_chip_is_one_line():
+    assert "'h10', must be a100, h100, h200, or a TPU slice such as v5e:2x4" in refusal("h10", 1)
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="the compiler for GPUs is installed")
+def test_without_the_compiler_for_gpus_it_says_how_to_get_it():
+    assert "--plan_for=h100: its compiler did not start" in refusal("h100", 8)
+    assert "'.[cuda]'" in refusal("a100", 1)
+
+
+@pytest.mark.skipif(HAS_TPU, reason="the compiler for TPUs is installed")
+def test_without_the_compiler_for_tpus_it_says_how_to_get_it():
+    assert "'.[tpu]'" in refusal("v5e:2x4", 8)
+
+
+def plan(chip, count, *more):
+    """MiB by name, of a small bfloat16 generator."""
+    fields = [f"--config.model.{field}" for field in (*SMALL, "grid=(16,16)")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mirai_jax.main", "--config=configs/mirai_e.py:imagenet_b", *fields,
+         f"--plan={count}", f"--plan_for={chip}", "--config.batch_size=32", *more],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {
+        name: float(size.replace(",", ""))
+        for name, size in re.findall(r"^  ([a-z ]+?) +([\d,.]+) MiB$", done.stdout, re.MULTILINE)
+    }
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="the compiler for GPUs is not installed")
+@pytest.mark.parametrize("chip", targets.GPUS)
+def test_the_step_compiles_for_gpus(chip):
+    fused, plain = plan(chip, 1), plan(chip, 1, "--config.model.attention=xla")
+    assert fused["in all"] == pytest.approx(
+        sum(v for k, v in fused.items() if k != "in all"), abs=1
+    )
+    assert fused["temporary"] < plain["temporary"]  # cuDNN's attention stores no scores
+    assert plan(chip, 8)["temporary"] < fused["temporary"] / 4
+
+
+@pytest.mark.skipif(not HAS_TPU, reason="the compiler for TPUs is not installed")
+def test_the_step_compiles_for_a_tpu_slice():
+    assert 0 < plan("v5e:2x2", 4)["temporary"] < 1000
+    with pytest.raises(AssertionError, match="has 4 devices: --plan=4"):
+        plan("v5e:2x2", 8)
