@@ -109,6 +109,7 @@ def test_what_the_teacher_knows_of_the_class(workdir, assessor, said):
     assert assessor.of_teacher(frozen.read_settings("", str(workdir))) == {}  # Mirai-E has none
 
 
+@pytest.mark.slow
 def test_a_stopped_assessment_goes_on(workdir, assessor, capsys, monkeypatch):
     monkeypatch.setattr(assess, "Assessor", lambda *args: assessor)
     assess.run([str(workdir)], "kept", QUICK)

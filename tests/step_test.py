@@ -277,7 +277,7 @@ def test_before_its_start_a_term_costs_nothing_and_changes_nothing():
 # Less memory, and steps that are left out ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["e_and_i", "output"])
+@pytest.mark.parametrize("variant", [pytest.param("e_and_i", marks=pytest.mark.slow), "output"])
 def test_parts_of_a_batch_make_the_update_of_the_whole(variant):
     no_dropout = dict(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0, class_dropout=0.0)
     config = dataclasses.replace(CONFIG, **no_dropout)
@@ -309,7 +309,7 @@ def test_parts_of_a_batch_over_a_mesh():
     assert float(metrics["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["dots", "full"])
+@pytest.mark.parametrize("policy", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_computing_again_changes_nothing_but_memory(policy):
     config = dataclasses.replace(CONFIG, remat=policy)
     state = initialiser(VARIANTS["e"])()

@@ -562,6 +562,7 @@ def test_slurm_gets_what_was_asked_for_and_keeps_its_jobs(tmp_path, monkeypatch)
     assert json.loads((out / "jobs.json").read_text())["c"]["job"] == "41"
 
 
+@pytest.mark.slow
 def test_a_job_that_is_warned_saves_and_goes_back_into_the_queue(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))  # where FakeRun is
     run = fake(tmp_path, "a", "sleep", "0")

@@ -329,6 +329,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished
     )
 
 
+@pytest.mark.slow
 def test_the_batch_is_split_over_devices(tmp_path, finished):
     run(tiny(objective="both"), tmp_path, devices=4)
     for one, four in zip(entries(finished[0]), entries(tmp_path), strict=True):

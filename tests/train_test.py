@@ -70,7 +70,13 @@ def stop_at(step):
     return say
 
 
-@pytest.mark.parametrize("module", [mirai_e, mirai_i], ids=["mirai_e", "mirai_i"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(mirai_e, id="mirai_e"),
+        pytest.param(mirai_i, id="mirai_i", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module):
     config = tiny(module)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -332,6 +338,7 @@ def parsed_flags():
     flags.FLAGS.unparse_flags()
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_dies_is_named_and_started_again(tmp_path, capfd, parsed_flags):
     codes = tmp_path / "codes"
     codes.mkdir()
