@@ -64,7 +64,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     model.ffn_dropout = 0.1  # probability, on the FFN's output
     model.class_dropout = 0.1  # probability of the null class; 0: no null class, no guidance
     model.dtype = "bfloat16"  # of matrix products: float32 or bfloat16; parameters are float32
-    model.unroll = 1  # blocks an iteration of the layer loop: more compiles longer
+    model.unroll = 1  # blocks an iteration of the layer loop: more compiles longer; all: no loop
     model.remat = "none"  # what the backward pass computes again, for less memory: none, dots (all
     #                       but products with weights) or full (all but a block's input)
     model.attention = "auto"  # fused kernels where the platform has them: auto or xla
@@ -227,11 +227,14 @@ def _imagenet(size, pixels=256):
         config.sample.guidance = 2.0 if size in ("B", "L") else 1.75
         config.model.remat = "dots"  # half the memory
         if size in ("B", "L"):
-            # No loop over the blocks: what the backward pass needs is not copied into stacks. Compiled for
-            # an H100, B's step moves 30 % fewer bytes than as a loop with "dots"; it compiles longer, and
-            # on a CPU it is slower. Deeper ones stay loops.
+            # No loop over the blocks, whose backward pass would find all that it needs copied into stacks:
+            # for accelerators, where deeper generators, which would compile too long, stay loops. On a
+            # CPU, or at another size or dtype, unroll=1 and remat="dots" are faster or need less memory.
             config.model.unroll = 12 if size == "B" else 24
-            if (size, pixels) == ("B", 256):  # 256 images in 31 GiB
+            if (size, pixels) == (
+                "B",
+                256,
+            ):  # bfloat16 and a fused kernel: Mirai-E's 256 images in 29 GiB
                 config.model.remat = "none"
         if size in ("XXL", "3B"):  # 23 and 50 GB of parameters, EMA and optimizer state
             config.mesh.update(data=1, fsdp=-1)

@@ -1,11 +1,14 @@
 """Devices that are not here, to compile for: XLA's compilers need no chip, only their plugin.
 
 What they make can be looked at (`memory.compile_step`), and cannot be run. On a GPU's own machine XLA
-also tries which kernel is fastest; here it takes its first choice.
+also tries which kernel is fastest; here it takes its first choice. Attention is planned in the fused
+kernel of the one kind of chip whose plugin is installed (models/attention.py): not both kinds in one
+environment.
 """
 
 import dataclasses
 import os
+import re
 
 import jax
 from jax.experimental import topologies
@@ -81,7 +84,7 @@ def devices(name: str, count: int) -> list[jax.Device]:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
         given = {"platform": "cuda", "topology": f"1x1x{count}", "target_config": GPUS[name].text()}
         extra = "cuda"
-    elif ":" in name:
+    elif re.fullmatch(r"v\d\w*:\d+(x\d+)+", name):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks its host's metadata server
         given, extra = {"platform": "tpu", "topology_name": name}, "tpu"
     else:
@@ -94,8 +97,8 @@ def devices(name: str, count: int) -> list[jax.Device]:
         found = list(topologies.get_topology_desc(**given).devices)
     except Exception as error:  # each plugin has its own
         raise ConfigError(
-            f"--plan_for={name}: its compiler did not start ({first_line(error)[:200]}); it comes with "
-            f"pip install '.[{extra}]'"
+            f"--plan_for={name}: its compiler knows no such chip, or is not installed (pip install "
+            f"'.[{extra}]'): {first_line(error)[:200]}"
         ) from error
     if len(found) != count:
         raise ConfigError(f"--plan_for={name} has {len(found)} devices: --plan={len(found)}")

@@ -85,11 +85,10 @@ def test_every_config_reads_at_every_scale(name, scale):
     assert result.mesh == ((1, 8, 1) if large else (8, 1, 1))
     published = "dots" if scale.startswith("imagenet") and scale != "imagenet_b" else "none"
     assert result.generator.remat == ("full" if large else published)
-    if scale.startswith("imagenet"):  # B and L without a loop, deeper ones with one
-        small = scale.removeprefix("imagenet_").split("_")[0] in ("b", "l")
-        assert result.generator.unroll == (result.generator.num_layers if small else 1)
     if scale.startswith("imagenet"):  # 8 of 12, 16 of 24, 24 of 36
         layers = result.generator.num_layers
+        small = scale.removeprefix("imagenet_").split("_")[0] in ("b", "l")
+        assert result.generator.unroll == (layers if small else 1)  # no loop, a loop
         for term in result.terms:
             assert 3 * term.student_layer == 3 * term.teacher_layer == 2 * layers
     # One device is enough for any of them, and config.json says the same.

@@ -109,7 +109,7 @@ def entries_so_far(workdir):
 
 
 def kill_second(workdir):
-    """Begins a pair and kills its second process after step 25: what the first did of it."""
+    """Begins a pair, kills its second process after step 25 and checks how the first ends."""
     pair = start_pair(workdir)
     wait_for_step(pair[0], workdir, 25)
     pair[1].send_signal(signal.SIGKILL)

@@ -45,12 +45,13 @@ def main(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-# Each starts the program; what other mistakes say is held in config_test.py and fuzz_config_test.py.
+# Each starts the program. What most other mistakes say is held in config_test.py, without it.
 WRONG = [
     (["--config=configs/mirai_e.py:imagenet_huge"], ["imagenet_huge", "imagenet_xxl", "demo"]),
     ([], ["--config is missing"]),
     (["--config=configs/llamagen.py", "--config.batchsize=3"], ["batchsize", "'3'", "batch_size"]),
     (["--config=configs/llamagen.py", "extra"], ["'extra'"]),
+    (["--config=configs/llamagen.py", "--plan_for=h100"], ["--plan_for goes with --plan=N"]),
     (
         ["--config=configs/llamagen.py", "--config.batch_size=9", "--config.mesh.data=2"],
         ["mesh.data=2", "number of devices"],

@@ -320,13 +320,16 @@ def test_computing_again_changes_nothing_but_memory(policy):
         assert float(metrics[name]) == pytest.approx(value, rel=1e-5), name
     large = dataclasses.replace(config, num_layers=8, residual_dropout=0.0)
 
-    def stored(remat):
-        recipe = make_recipe("baseline", generator=dataclasses.replace(large, remat=remat))
+    def stored(remat, unroll):
+        generator = dataclasses.replace(large, remat=remat, unroll=unroll)
+        recipe = make_recipe("baseline", generator=generator)
         shapes = jax.eval_shape(lambda: step.init_state(recipe, jax.random.key(0)))
         lowered = step.jit_train_step(recipe).lower(shapes, {}, make_batch(), ())
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert stored(policy) < 0.8 * stored("none")
+    assert stored(policy, unroll=1) < 0.8 * stored("none", unroll=1)
+    for unroll in (6, 8):  # a loop and a rest outside of it, no loop
+        assert stored(policy, unroll) < 0.95 * stored("none", unroll), unroll
 
 
 def test_an_update_that_is_not_finite_is_left_out_and_counted():

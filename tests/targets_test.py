@@ -22,7 +22,8 @@ HAS_TPU = importlib.util.find_spec("libtpu") is not None
 def same_environment(monkeypatch):
     """Afterwards: other tests start programs."""
     for name in ("XLA_FLAGS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "TPU_SKIP_MDS_QUERY"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.setenv(name, "")  # so that what a test sets is taken back
+        monkeypatch.delenv(name)
 
 
 def refusal(*arguments):
@@ -33,12 +34,16 @@ def refusal(*arguments):
 
 
 def test_an_unknown_chip_is_one_line():
-    assert "'h10', must be a100, h100, h200, or a TPU slice such as v5e:2x4" in refusal("h10", 1)
+    for name in ("h10", "h100:8", "v5e", "v5e:8"):
+        told = f"{name!r}, must be a100, h100, h200, or a TPU slice such as v5e:2x4"
+        assert told in refusal(name, 1)
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="the compiler for GPUs is installed")
 def test_without_the_compiler_for_gpus_it_says_how_to_get_it():
-    assert "--plan_for=h100: its compiler did not start" in refusal("h100", 8)
+    assert "--plan_for=h100: its compiler knows no such chip, or is not installed" in refusal(
+        "h100", 8
+    )
     assert "'.[cuda]'" in refusal("a100", 1)
 
 
@@ -62,6 +67,12 @@ def plan(chip, count, *more):
     }
 
 
+def test_a_plan_by_simulated_devices():
+    one, two = plan("", 1), plan("", 2)
+    assert two["in all"] < one["in all"] and two["parameters"] == one["parameters"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_CUDA, reason="the compiler for GPUs is not installed")
 @pytest.mark.parametrize("chip", targets.GPUS)
 def test_the_step_compiles_for_gpus(chip):

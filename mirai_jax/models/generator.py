@@ -4,8 +4,8 @@ The sequence is `[class, x_0 .. x_{L-2}]`; the output at position j predicts x_j
 fused QKV, 2-D rotary embedding, SwiGLU, no biases (official file: autoregressive/models/gpt.py).
 
 The blocks are one `nn.scan`: their parameters are stacked on a leading axis of length N, so the
-time to compile hardly grows with depth, and a teacher that needs only the first blocks runs only
-those (`hidden_states`). Dropout is on exactly when the caller passes a "dropout" rng.
+time to compile hardly grows with depth (unless unrolled), and a teacher that needs only the first
+blocks runs only those (`hidden_states`). Dropout is on exactly when the caller passes a "dropout" rng.
 
 Shape letters: B batch, L positions (grid height x width), D width, H heads, V vocabulary, N layers.
 """
@@ -53,9 +53,10 @@ class GeneratorConfig:
 
     The rates are probabilities in [0, 1). `class_dropout` > 0 adds the null class (the row
     `num_classes` of the label table), without which there is no guidance. `dtype` is that of the
-    matrix products; parameters, the residual stream, norms and softmax stay float32, as under the
-    official code's autocast. `unroll` is the number of blocks per iteration of the layer loop,
-    `remat` (of REMAT) what gradients are computed from, `attention` the kernel (attention.KERNELS).
+    matrix products; parameters and their gradients, the residual stream, norms and softmax stay
+    float32, as under the official code's autocast. `unroll` is the number of blocks per iteration of
+    the layer loop (all or more: no loop), `remat` (of REMAT) what gradients are computed from,
+    `attention` the kernel (attention.KERNELS).
     """
 
     num_layers: int
@@ -268,9 +269,9 @@ class Generator(nn.Module):
         self.tok_embeddings = embed(config.vocab_size)
         self.token_dropout = Dropout(config.token_dropout)
         block = Block
-        if config.remat != "none":  # outside of a loop the compiler would undo it
-            alone = config.unroll >= config.num_layers
-            block = nn.remat(Block, prevent_cse=alone, policy=REMAT[config.remat])
+        if config.remat != "none":
+            # What is unrolled may stand outside of any loop, where the compiler would undo it.
+            block = nn.remat(Block, prevent_cse=config.unroll > 1, policy=REMAT[config.remat])
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},

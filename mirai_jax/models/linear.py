@@ -4,7 +4,7 @@ gradients of parameters in the parameters' own.
 JAX gives a weight that was rounded to bfloat16 for a product a bfloat16 gradient, and the devices of a
 mesh then sum their shares of it in bfloat16: the more devices, the less of a small share arrives. Here
 the sum over tokens and that over devices are float32 (the official code rounds each device's own
-gradient, and sums in float32).
+gradient, and sums in float32). That costs twice the bytes between devices.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Linear(nn.Module):
     """A product with a weight, and a bias if asked for: (M, *inputs) -> (M, *features) in `dtype`.
 
     `inputs` counts the trailing dimensions of x that are summed over. Products see one flat axis of
-    tokens, M: XLA lays them out far better on CPU. Parameters are float32: `kernel` (*inputs,
+    tokens, M: XLA lays them out far better on CPU. Parameters are made in float32: `kernel` (*inputs,
     *features), and `bias` (*features), zero at first.
     """
 
