@@ -31,6 +31,10 @@ class Lost(RuntimeError):
     status = 76
 
 
+# What to do where memory does not suffice.
+LESS_MEMORY = "larger mesh.fsdp or accumulate, model.remat or a smaller batch_size need less"
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from mirai_jax import cli, distributed, memory, sharding, targets, train
 from mirai_jax import config as config_lib
-from mirai_jax.errors import ConfigError, Lost, TrainingError, first_line
+from mirai_jax.errors import LESS_MEMORY, ConfigError, Lost, TrainingError, first_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:scale] of configs/.")
 _WORKDIR = flags.DEFINE_string(
@@ -114,15 +114,15 @@ def _print_plan(config: ml_collections.ConfigDict, count: int, chip: str) -> Non
         found = memory.plan(settings, devices)
     except jax.errors.JaxRuntimeError as error:  # compilers for TPUs refuse what does not fit
         raise TrainingError(
-            f"the compiler refuses the step ({first_line(error)[:300]}); where it is for memory, larger "
-            "mesh.fsdp or accumulate, model.remat or a smaller batch_size need less"
+            f"the compiler refuses the step ({first_line(error)[:300]}); where it is for "
+            f"memory, {LESS_MEMORY}"
         ) from error
     print(*found.lines(), sep="\n")
     if chip in targets.GPUS:
         has = targets.GPUS[chip].memory
         verdict = "" if found.total < has << 30 else ": it does not fit"
         print(f"of {has:,} GiB{verdict}")
-    if not chip:
+    elif not chip:
         print(
             "by XLA's compiler for CPUs; see mirai_jax/memory.py for how far that holds elsewhere"
         )

@@ -24,7 +24,7 @@ from mirai_jax import (
 from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.data import WorkerDied
-from mirai_jax.errors import Lost, Preempted, TrainingError, first_line
+from mirai_jax.errors import LESS_MEMORY, Lost, Preempted, TrainingError, first_line
 from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same
@@ -260,10 +260,7 @@ class _Run:
         if isinstance(error, Lost):
             return error
         if "RESOURCE_EXHAUSTED" in str(error):
-            return TrainingError(
-                f"out of memory ({first_line(error)[:200]}): larger mesh.fsdp or accumulate, "
-                "model.remat or a smaller batch_size need less"
-            )
+            return TrainingError(f"out of memory ({first_line(error)[:200]}): {LESS_MEMORY}")
         if distributed.means_lost(error):
             return Lost(
                 f"another process is gone or cannot be reached ({first_line(error)[:200]}); the "
