@@ -158,6 +158,41 @@ def test_rope_turns_interleaved_pairs_as_complex_numbers():
     assert not turned[:, 0].any()  # the class position's q and k are zero
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rope_by_a_product_as_on_tpus_is_the_same(dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 3, 8)).astype(dtype)
+    table = jnp.asarray(generator_lib.rope_table((2, 3), 8))
+    by_product = lambda x, table: generator_lib._rope_by_product(  # noqa: E731
+        x, table[:, None, :, 0], table[:, None, :, 1]
+    )
+    (ours, to_x), (other, other_to_x) = (
+        jax.vjp(lambda x, form=form: form(x, table), x)
+        for form in (generator_lib.apply_rope, by_product)
+    )
+    assert ours.dtype == other.dtype == x.dtype
+    # Each is rounded to bfloat16 once, after the same two products and their sum.
+    np.testing.assert_allclose(*np.float32((ours, other)), rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(*np.float32((*to_x(ours), *other_to_x(ours))), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("platform, by_product", [("tpu", True), ("cuda", False), ("cpu", False)])
+def test_rope_is_a_product_on_tpus_alone(platform, by_product):
+    x = jax.ShapeDtypeStruct((2, 7, 3, 8), jnp.bfloat16)
+    table = generator_lib.rope_table((2, 3), 8)
+    traced = jax.jit(lambda x: generator_lib.apply_rope(x, table)).trace(x)
+    assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) == by_product
+
+
+@pytest.mark.parametrize("length, kept", [(1, True), (7, False)])
+def test_decoding_keeps_the_ffns_first_two_products_apart(length, kept):
+    # Else XLA for GPUs joins them, and copies both weights side by side at every token.
+    block = generator_lib.FeedForward(CONFIG)
+    x = jnp.zeros((2, length, CONFIG.width))
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x)
+    text = jax.jit(block.apply).lower(shapes, x).as_text()
+    assert ("optimization_barrier" in text) == kept
+
+
 # Layers ------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The linear layer: what it computes, and that its gradients are not rounded on the way."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -69,3 +71,35 @@ def test_the_sum_over_devices_is_float32_too():
     text = run.lower(*given).compile().as_text()
     summed = [line for line in text.splitlines() if " all-reduce(" in line]
     assert summed and not any("bf16" in line.split(" all-reduce(")[0] for line in summed)
+
+
+def test_apart_it_is_the_same_layer_slice_by_slice():
+    layer, params, x, g = setting(features=(3, 2, 4), dtype="float32")
+    whole, to_whole = jax.vjp(lambda p, x: layer.apply({"params": p}, x), params, x)
+    apart = layer.clone(apart=True)
+    parts, to_parts = jax.vjp(lambda p, x: apart.apply({"params": p}, x), params, x)
+    assert jax.tree.map(jnp.shape, apart.init(jax.random.key(2), x)["params"]) == jax.tree.map(
+        jnp.shape, params
+    )
+    np.testing.assert_allclose(jnp.stack(parts, axis=1), whole, rtol=1e-5, atol=1e-5)
+    for one, other in zip(
+        jax.tree.leaves(to_parts(tuple(jnp.unstack(g, axis=1)))),
+        jax.tree.leaves(to_whole(g)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("platform, operands", [("cuda", "bf16"), ("tpu", "bf16"), ("cpu", "f32")])
+def test_gradients_of_weights_are_products_of_bfloat16_where_there_are_such(platform, operands):
+    layer, params, x, g = setting(inputs=(24,), features=(20,))
+    text = (
+        jax.jit(lambda *args: gradients(layer, *args)[0]["kernel"])
+        .trace(params, x, g)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+    )
+    kind = (
+        rf"\(tensor<{TOKENS}x24x{operands}>, tensor<{TOKENS}x20x{operands}>\) -> tensor<24x20xf32>"
+    )
+    assert len(re.findall(rf"dot_general .*{kind}", text)) == 1

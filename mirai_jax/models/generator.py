@@ -22,6 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mirai_jax.models.attention import attend
+from mirai_jax.models.dropout import Dropout
 from mirai_jax.models.linear import Linear
 from mirai_jax.models.placement import spread
 
@@ -122,24 +123,29 @@ def rope_table(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> n
 
 def apply_rope(x_BxTxHxd: jax.Array, table_Txdx2: jax.Array) -> jax.Array:
     """Turns interleaved pairs of the last axis; float32 inside, the input's dtype outside."""
+    cos, sin = table_Txdx2[:, None, :, 0], table_Txdx2[:, None, :, 1]
+    return jax.lax.platform_dependent(
+        x_BxTxHxd, cos, sin, tpu=_rope_by_product, default=_rope_by_pairs
+    )
+
+
+def _rope_by_pairs(x_BxTxHxd, cos, sin):
     real, imaginary = x_BxTxHxd[..., 0::2], x_BxTxHxd[..., 1::2]
     real, imaginary = real.astype(jnp.float32), imaginary.astype(jnp.float32)
-    cos, sin = table_Txdx2[:, None, :, 0], table_Txdx2[:, None, :, 1]
     turned = jnp.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
     return turned.reshape(x_BxTxHxd.shape).astype(x_BxTxHxd.dtype)
 
 
-class Dropout(nn.Module):
-    """As nn.Dropout, on exactly where there is a "dropout" rng; its mask may be kept (REMAT)."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x):
-        if not self.rate or not self.has_rng("dropout"):
-            return x
-        mask = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
-        return jnp.where(checkpoint_name(mask, "mask"), x / (1 - self.rate), 0)
+def _rope_by_product(x_BxTxHxd, cos, sin):
+    # The other of each pair by a product with a permutation, which is exact: neighbours on a TPU's
+    # lanes are far apart, while its matrix unit does this on the way to attention's layout.
+    dtype, pairs = x_BxTxHxd.dtype, cos.shape[-1]
+    swap = jnp.asarray(np.kron(np.eye(pairs), [[0, 1], [-1, 0]]), dtype)
+    other = jnp.einsum(
+        "bthd,de->bthe", x_BxTxHxd, swap, precision="highest", preferred_element_type=jnp.float32
+    )
+    cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(sin, 2, axis=-1)
+    return (x_BxTxHxd.astype(jnp.float32) * cos + other * sin).astype(dtype)
 
 
 def _attend_cached(q_Bx1xHxd, k_Bx1xHxd, v_Bx1xHxd, cache, position):
@@ -177,11 +183,14 @@ class Attention(nn.Module):
         config = self.config
         heads, head_dim = config.num_heads, config.head_dim
         batch, length, width = x_BxTxD.shape
-        qkv = Linear((3, heads, head_dim), config.dtype, name="wqkv")(x_BxTxD.reshape(-1, width))
-        qkv = spread(
-            qkv.reshape(batch, length, 3, heads, head_dim), "batch", None, None, "heads", None
+        # In decoding one product: three would read no less, and start three times.
+        project = Linear((3, heads, head_dim), config.dtype, apart=cache is None, name="wqkv")
+        qkv = project(x_BxTxD.reshape(-1, width))
+        parts = qkv if cache is None else jnp.unstack(qkv, axis=1)
+        q, k, v = (
+            spread(part.reshape(batch, length, heads, head_dim), "batch", None, "heads", None)
+            for part in parts
         )
-        q, k, v = (qkv[:, :, i] for i in range(3))
         table = jnp.asarray(rope_table(config.grid, head_dim))
         if cache is None:
             table = table[: x_BxTxD.shape[1]]
@@ -196,7 +205,7 @@ class Attention(nn.Module):
         out = spread(out, "batch", None, "heads", None)
         out = out.reshape(-1, heads, head_dim)
         out = Linear((width,), config.dtype, inputs=2, name="wo")(out)
-        return Dropout(config.residual_dropout)(out).reshape(x_BxTxD.shape), cache
+        return Dropout(config.residual_dropout)(out.reshape(x_BxTxD.shape)), cache
 
 
 class FeedForward(nn.Module):
@@ -216,7 +225,7 @@ class FeedForward(nn.Module):
             x_MxD = jax.lax.optimization_barrier(x_MxD)
         value = spread(Linear(hidden, config.dtype, name="w3")(x_MxD), "batch", "features")
         out = Linear((config.width,), config.dtype, name="w2")(nn.silu(gate) * value)
-        return Dropout(config.ffn_dropout)(out).reshape(x_BxTxD.shape)
+        return Dropout(config.ffn_dropout)(out.reshape(x_BxTxD.shape))
 
 
 def _norm(config: GeneratorConfig, name: str | None = None) -> nn.RMSNorm:

@@ -51,20 +51,32 @@ class Linear(nn.Module):
     `inputs` counts the trailing dimensions of x that are summed over. Products see one flat axis of
     tokens, M: XLA lays them out far better on CPU. Parameters are made in float32: `kernel` (*inputs,
     *features), and `bias` (*features), zero at first.
+
+    `apart` makes each slice of the first of `features` a product of its own, and returns a tuple of
+    (M, *features[1:]): no slice of the whole is then copied, nor put together in the backward pass,
+    which on a TPU costs more than the products.
     """
 
     features: tuple[int, ...]
     dtype: str
     inputs: int = 1
     use_bias: bool = False
+    apart: bool = False
     kernel_init: Any = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x):
         shape = (*x.shape[-self.inputs :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        out = checkpoint_name(_contract(x.astype(self.dtype), kernel, self.inputs), "linear")
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
-            out = (out.astype(jnp.float32) + bias).astype(self.dtype)
-        return out
+        bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
+        x = x.astype(self.dtype)
+        if not self.apart:
+            return self._product(x, kernel, bias)
+        kernels = jnp.unstack(kernel, axis=self.inputs)
+        biases = [None] * len(kernels) if bias is None else jnp.unstack(bias)
+        return tuple(self._product(x, *part) for part in zip(kernels, biases, strict=True))
+
+    @nn.nowrap
+    def _product(self, x, kernel, bias):
+        out = checkpoint_name(_contract(x, kernel, self.inputs), "linear")
+        return out if bias is None else (out.astype(jnp.float32) + bias).astype(self.dtype)
