@@ -183,6 +183,33 @@ def test_rope_is_a_product_on_tpus_alone(platform, by_product):
     assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) == by_product
 
 
+def test_reading_the_cache_by_eight_rows_as_on_tpus_is_the_same():
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 7, 8)) for i in range(3))
+    for position in (0, 4, 6):
+        one, eight = (
+            generator_lib._read_cache(q[:, :, 0], k, v, position, rows=rows)
+            for rows in (1, generator_lib._TPU_ROWS)
+        )
+        np.testing.assert_allclose(one, eight, rtol=1e-6, atol=1e-6)
+        seen = slice(0, position + 1)
+        scores = np.einsum("bhd,bhtd->bht", q[:, :, 0], k[:, :, seen]) / math.sqrt(8)
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        np.testing.assert_allclose(
+            one, np.einsum("bht,bhtd->bhd", weights, v[:, :, seen]), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("platform, rows", [("tpu", 8), ("cuda", 1), ("cpu", 1)])
+def test_decoding_reads_the_cache_by_eight_rows_on_tpus_alone(platform, rows):
+    attention = generator_lib.Attention(CONFIG)
+    x = jnp.zeros((2, 1, CONFIG.width))
+    cache = (jnp.zeros((2, CONFIG.num_heads, 5, CONFIG.head_dim)),) * 2
+    shapes = jax.eval_shape(attention.init, jax.random.key(0), x, cache, 0)
+    text = jax.jit(attention.apply).trace(shapes, x, cache, 0).lower(lowering_platforms=(platform,))
+    scores = f"tensor<2x{CONFIG.num_heads}x{rows}x5xf32>"
+    assert scores in text.as_text()
+
+
 @pytest.mark.parametrize("length, kept", [(1, True), (7, False)])
 def test_decoding_keeps_the_ffns_first_two_products_apart(length, kept):
     # Else XLA for GPUs joins them, and copies both weights side by side at every token.
