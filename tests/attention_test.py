@@ -191,6 +191,12 @@ def test_bfloat16_takes_the_kernel_of_the_platform(platform, fused, request):
         assert calls(program(platform, shape=(2, 256, 1, 136))) == {}
 
 
+@pytest.mark.parametrize("length, fused", [(576, True), (577, True), (205, True), (257, False)])
+def test_a_tpu_takes_its_kernel_where_little_is_padded(length, fused):
+    with on_mesh():
+        assert bool(calls(program("tpu", (2, length, 2, 64)))) == fused
+
+
 def test_a_gpu_is_told_of_part_of_a_tile_and_gets_heads_of_whole_eights(cudnn):
     with on_mesh():
         causal, other = (program("cuda", (2, 200, 2, 100), causal=c) for c in (True, False))
@@ -292,9 +298,9 @@ def test_what_is_computed_again_changes_no_gradient():
 
 @pytest.mark.parametrize(("kernel", "fused"), [("auto", {"tpu_custom_call": 1}), ("xla", {})])
 def test_dinov2_takes_it(kernel, fused):
-    config = dinov2.DinoConfig(width=32, num_layers=2, num_heads=2, pos_grid=(12, 12))
+    config = dinov2.DinoConfig(width=32, num_layers=2, num_heads=2, pos_grid=(15, 15))
     network = dinov2.DinoV2(config, "bfloat16", kernel)
-    images = jax.ShapeDtypeStruct((1, 168, 168, 3), np.float32)
+    images = jax.ShapeDtypeStruct((1, 210, 210, 3), np.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
     with on_mesh(), jax.default_matmul_precision("tensorfloat32"):  # as the teacher runs it
         assert calls(lowered("tpu", network.apply, variables, images)) == fused

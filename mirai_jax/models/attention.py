@@ -3,8 +3,9 @@
 Fused kernels never write the (T, T) scores to memory, forward or backward. Which one runs is
 settled when the program is lowered: cuDNN's on NVIDIA GPUs (from compute capability 8.0), JAX's
 splash attention on TPUs (from v4), for bfloat16 and at least 128 positions. All else is XLA's:
-float32, which is to agree with the official code, short sequences, CPUs, and several devices
-without the training mesh or with one that does not divide the batch and the heads.
+float32, which is to agree with the official code, short sequences, CPUs, lengths that a TPU would
+pad by more than a quarter (DINOv2's 257), and several devices without the training mesh or with one
+that does not divide the batch and the heads.
 
 Shape letters: B batch, T positions, H heads, d channels of a head.
 """
@@ -68,7 +69,7 @@ def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
         return {}
     if _has_cudnn(q_BxTxHxd):
         platform, kernel = "cuda", _cudnn
-    elif _has_splash():
+    elif _has_splash() and -length % _TILE <= length / 4:
         platform, kernel = "tpu", _splash
     else:
         return {}

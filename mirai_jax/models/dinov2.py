@@ -164,8 +164,10 @@ class Attention(nn.Module):
         batch, length, width = x_BxTxD.shape
         # As in the generator, for speed on CPU: matrix products see one flat axis of tokens.
         qkv = _dense(3 * width, self.dtype, "qkv")(x_BxTxD.reshape(-1, width))
-        qkv = qkv.reshape(batch, length, 3, heads, width // heads)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k, v = (
+            part.reshape(batch, length, heads, width // heads)
+            for part in jnp.split(qkv, 3, axis=-1)
+        )
         out = attend(q, k, v, causal=False, kernel=self.attention)
         return _dense(width, self.dtype, "proj")(out.reshape(-1, width)).reshape(x_BxTxD.shape)
 
