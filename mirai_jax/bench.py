@@ -28,7 +28,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from mirai_jax import bench_report, bench_work, cli, files, measure
+from mirai_jax import bench_report, bench_work, cli, files, measure, memory
 from mirai_jax import config as config_lib
 from mirai_jax.config_file import parse_config
 from mirai_jax.errors import ConfigError, first_line
@@ -100,7 +100,7 @@ def read_settings(overrides: list[str]) -> dict[str, config_lib.Settings]:
     found: dict[str, config_lib.Settings] = {}
     for file in wanted:
         config = parse_config([f"--config={file}:{scale or 'demo'}", *overrides])
-        settings = config_lib.read(bench_work.without_files(config), len(jax.devices()))
+        settings = config_lib.read(memory.without_files(config), len(jax.devices()))
         if settings.name in found:
             raise ConfigError(f"{file} is named {settings.name!r} too; its name must be its own")
         found[settings.name] = settings

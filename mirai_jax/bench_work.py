@@ -22,27 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax import data, fields, flops, measure, memory, records, sampler, sharding, step
+from mirai_jax import data, flops, measure, memory, records, sampler, sharding, step
 from mirai_jax.config import Settings
 from mirai_jax.models import generator as generator_lib
 
 _WARM_UP = 2  # steps before any is timed
-
-
-def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as a plain dictionary that leaves no file's name open: they are not opened here."""
-    config = fields.plain(config)
-
-    def name(section: str, field: str) -> None:
-        found = config.get(section)
-        if isinstance(found, dict) and found.get(field) == "":
-            config[section] = {**found, field: "not read"}
-
-    if config.get("data", {}).get("name") == "images":
-        name("data", "images")
-    if config.get("teacher", {}).get("name") != "efficientnet_lite0":
-        name("teacher", "path")
-    return config
 
 
 def _random(shapes: Any, highest: Mapping[str, int], seed: int = 0) -> Any:

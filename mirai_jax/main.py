@@ -104,7 +104,7 @@ def _print_plan(config: ml_collections.ConfigDict, count: int, chip: str) -> Non
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
         devices = jax.devices()
-    settings = config_lib.read(config, len(devices))
+    settings = config_lib.read(memory.without_files(config), len(devices))
     mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
     print(
         f"memory of each of {count} x {devices[0].device_kind}, mesh {mesh}, batch {settings.batch_size} in "

@@ -7,14 +7,16 @@ that an accelerator should need no more. With `--plan_for` it is the accelerator
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import frozen, parts, sharding, step
+from mirai_jax import fields, frozen, parts, sharding, step
 from mirai_jax.config import Settings
+from mirai_jax.models import dinov2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,25 @@ class CompiledStep:
             batch=_share(self.batch),
             temporary=analysis.temp_size_in_bytes + max(0, beyond),
         )
+
+
+def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as a plain dictionary that leaves no file's name open: none of them is opened here.
+
+    A name that shapes depend on (weights of a teacher of any size) is left as it is.
+    """
+    config = fields.plain(config)
+
+    def name(section: str, field: str) -> None:
+        found = config.get(section)
+        if isinstance(found, dict) and found.get(field) == "":
+            config[section] = {**found, field: "not read"}
+
+    if config.get("data", {}).get("name") == "images":
+        name("data", "images")
+    if config.get("teacher", {}).get("name") in dinov2.NAMES:
+        name("teacher", "path")
+    return config
 
 
 def compile_step(settings: Settings, devices: list[jax.Device]) -> CompiledStep:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mirai_jax import bench as program
-from mirai_jax import bench_report, bench_work, measure
+from mirai_jax import bench_report, bench_work, measure, memory
 from mirai_jax import config as config_lib
 from mirai_jax.config_file import parse_config
 from mirai_jax.errors import ConfigError
@@ -32,7 +32,7 @@ TINY = [
 
 def settings_of(variant, *more):
     config = parse_config([f"--config={ROOT}/configs/{variant}.py:demo", *TINY, *more])
-    return config_lib.read(bench_work.without_files(config), 1)
+    return config_lib.read(memory.without_files(config), 1)
 
 
 def bench(*arguments):
@@ -213,7 +213,10 @@ def test_no_file_of_a_large_run_is_needed():
     config = parse_config([f"--config={ROOT}/configs/mirai_i.py:imagenet_b"])
     with pytest.raises(ConfigError):
         config_lib.read(config, 1)
-    assert config_lib.read(bench_work.without_files(config), 1).needs_images
+    assert config_lib.read(memory.without_files(config), 1).needs_images
+    config.teacher.name = "dinov2"  # of any size: its file says which
+    with pytest.raises(ConfigError, match="teacher.path is ''"):
+        config_lib.read(memory.without_files(config), 1)
 
 
 def test_the_input_alone():

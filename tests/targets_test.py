@@ -52,11 +52,11 @@ def test_without_the_compiler_for_tpus_it_says_how_to_get_it():
     assert "'.[tpu]'" in refusal("v5e:2x4", 8)
 
 
-def plan(chip, count, *more):
+def plan(chip, count, *more, variant="mirai_e"):
     """MiB by name, of a small bfloat16 generator."""
     fields = [f"--config.model.{field}" for field in (*SMALL, "grid=(16,16)")]
     done = subprocess.run(
-        [sys.executable, "-m", "mirai_jax.main", "--config=configs/mirai_e.py:imagenet_b", *fields,
+        [sys.executable, "-m", "mirai_jax.main", f"--config=configs/{variant}.py:imagenet_b", *fields,
          f"--plan={count}", f"--plan_for={chip}", "--config.batch_size=32", *more],
         cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
@@ -70,6 +70,11 @@ def plan(chip, count, *more):
 def test_a_plan_by_simulated_devices():
     one, two = plan("", 1), plan("", 2)
     assert two["in all"] < one["in all"] and two["parameters"] == one["parameters"]
+    assert one["frozen"] == 0
+
+
+def test_a_plan_with_a_published_teacher_needs_neither_its_weights_nor_images():
+    assert plan("", 1, variant="mirai_i")["frozen"] > 300  # DINOv2 ViT-B
 
 
 @pytest.mark.slow
