@@ -233,5 +233,6 @@ class Peer:
         return taken
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(OSError):  # it ended before it read all that it was asked
+            self._process.stdin.close()
         self._process.wait()

@@ -165,6 +165,15 @@ def test_a_peer_is_asked_and_its_failures_are_told(peer_file, capfd):
         measure.Peer("no-such-program-at-all")
 
 
+def test_a_peer_that_ends_at_its_start_is_told_and_takes_nothing_along():
+    peer = measure.Peer(f"{sys.executable} -c 'import no_such_module'")
+    peer._process.wait()
+    for task in ("train llamagen", "sample"):
+        with pytest.raises(measure.PeerError, match="the peer ended \\(status 1\\) at"):
+            peer(task)
+    peer.close()
+
+
 def test_tasks_take_turns_and_their_first_run_is_not_timed():
     order, rounds = [], []
 
