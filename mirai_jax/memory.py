@@ -7,7 +7,7 @@ that an accelerator should need no more. With `--plan_for` it is the accelerator
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -83,21 +83,16 @@ class CompiledStep:
 
 
 def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as a plain dictionary that leaves no file's name open: none of them is opened here.
-
-    A name that shapes depend on (weights of a teacher of any size) is left as it is.
-    """
+    """The config as a plain dictionary, names of files that compiling a step does not open filled in."""
     config = fields.plain(config)
 
-    def name(section: str, field: str) -> None:
+    def fill(section: str, field: str, names: Container[str]) -> None:
         found = config.get(section)
-        if isinstance(found, dict) and found.get(field) == "":
+        if isinstance(found, dict) and found.get("name") in names and found.get(field) == "":
             config[section] = {**found, field: "not read"}
 
-    if config.get("data", {}).get("name") == "images":
-        name("data", "images")
-    if config.get("teacher", {}).get("name") in dinov2.NAMES:
-        name("teacher", "path")
+    fill("data", "images", ("images",))
+    fill("teacher", "path", dinov2.NAMES)  # of the others their weights tell the shape
     return config
 
 

@@ -223,6 +223,7 @@ def test_no_file_of_a_large_run_is_needed():
     with pytest.raises(ConfigError):
         config_lib.read(config, 1)
     assert config_lib.read(memory.without_files(config), 1).needs_images
+    assert memory.without_files({"data": "", "teacher": None}) == {"data": "", "teacher": None}
     config.teacher.name = "dinov2"  # of any size: its file says which
     with pytest.raises(ConfigError, match="teacher.path is ''"):
         config_lib.read(memory.without_files(config), 1)

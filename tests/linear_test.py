@@ -73,21 +73,34 @@ def test_the_sum_over_devices_is_float32_too():
     assert summed and not any("bf16" in line.split(" all-reduce(")[0] for line in summed)
 
 
-def test_apart_it_is_the_same_layer_slice_by_slice():
-    layer, params, x, g = setting(features=(3, 2, 4), dtype="float32")
-    whole, to_whole = jax.vjp(lambda p, x: layer.apply({"params": p}, x), params, x)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_apart_it_is_the_same_layer_slice_by_slice(dtype):
+    layer, params, x, g = setting(features=(3, 2, 4), dtype=dtype)
+    layer, params = layer.clone(use_bias=False), {"kernel": params["kernel"]}
     apart = layer.clone(apart=True)
-    parts, to_parts = jax.vjp(lambda p, x: apart.apply({"params": p}, x), params, x)
     assert jax.tree.map(jnp.shape, apart.init(jax.random.key(2), x)["params"]) == jax.tree.map(
         jnp.shape, params
     )
-    np.testing.assert_allclose(jnp.stack(parts, axis=1), whole, rtol=1e-5, atol=1e-5)
-    for one, other in zip(
-        jax.tree.leaves(to_parts(tuple(jnp.unstack(g, axis=1)))),
-        jax.tree.leaves(to_whole(g)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+    x = x.astype(dtype)
+    whole, to_whole = jax.vjp(lambda p, x: layer.apply({"params": p}, x), params, x)
+    parts, to_parts = jax.vjp(lambda p, x: apart.apply({"params": p}, x), params, x)
+    np.testing.assert_allclose(*np.float32((jnp.stack(parts, axis=1), whole)), rtol=1e-5, atol=1e-5)
+    (of_params, of_x), (params_too, x_too) = to_parts(tuple(jnp.unstack(g, axis=1))), to_whole(g)
+    assert of_x.dtype == x.dtype
+    np.testing.assert_allclose(of_params["kernel"], params_too["kernel"], rtol=1e-4, atol=1e-3)
+    # Rounded once, after the sum over the slices.
+    wanted = np.einsum("mabc,kabc->mk", exact(g, dtype), exact(params["kernel"], dtype))
+    error = lambda x: np.sqrt(np.mean((np.asarray(x, np.float64) - wanted) ** 2))  # noqa: E731
+    assert error(of_x) <= 1.01 * error(x_too) + 1e-6
+
+
+def test_slices_are_products_of_their_own_but_on_nvidia_gpus():
+    layer, params, x, _ = setting(features=(3, 2, 4))
+    apart = layer.clone(apart=True, use_bias=False)
+    for platform, products in (("cuda", 1), ("tpu", 3), ("cpu", 3)):
+        traced = jax.jit(lambda p, x: apart.apply({"params": p}, x)).trace(params, x)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("dot_general") == products
 
 
 @pytest.mark.parametrize("platform, operands", [("cuda", "bf16"), ("tpu", "bf16"), ("cpu", "f32")])

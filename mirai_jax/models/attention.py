@@ -69,7 +69,7 @@ def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
         return {}
     if _has_cudnn(q_BxTxHxd):
         platform, kernel = "cuda", _cudnn
-    elif _has_splash() and -length % _TILE <= length / 4:
+    elif _has_splash() and -length % _TILE <= length / 4:  # more padding costs more than scores
         platform, kernel = "tpu", _splash
     else:
         return {}

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
 
-_BITS = 16  # that decide an element
-
 
 class Dropout(nn.Module):
     """As nn.Dropout, on exactly where there is a "dropout" rng; its mask may be kept (REMAT)."""
@@ -46,10 +44,10 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
         row = row * size + jax.lax.broadcasted_iota(jnp.uint32, calls, axis)
     column = jax.lax.broadcasted_iota(jnp.uint32, calls, len(calls) - 1)
     words = threefry2x32_p.bind(*jax.random.key_data(key), row, column)
-    halves = [half for word in words for half in (word & (2**_BITS - 1), word >> _BITS)]
-    masks = [half < round((1 - rate) * 2**_BITS) for half in halves]
-    # Else XLA for GPUs calls the generator for each of the four, and, joining them where the mask is
-    # applied, no longer does the norm's sums in the same pass.
-    masks = jax.lax.optimization_barrier(masks)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    # The barriers are for GPUs. Without the first XLA calls the generator for each of the four ...
+    masks = jax.lax.optimization_barrier([half < round((1 - rate) * 2**16) for half in halves])
     mask = jnp.concatenate(masks, axis=-2)[..., :length, :]
+    # ... and without the second it joins them where they are applied, no longer in one pass with the
+    # sums of the norm that follows.
     return jax.lax.optimization_barrier(mask)

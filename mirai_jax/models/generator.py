@@ -137,9 +137,10 @@ def _rope_by_pairs(x_BxTxHxd, cos, sin):
     return turned.reshape(x_BxTxHxd.shape).astype(x_BxTxHxd.dtype)
 
 
+@jax.custom_vjp
 def _rope_by_product(x_BxTxHxd, cos, sin):
-    # The other of each pair by a product with a permutation, which is exact: neighbours on a TPU's
-    # lanes are far apart, while its matrix unit does this on the way to attention's layout.
+    # The other of each pair by a product with a signed permutation, which is exact: neighbours on a
+    # TPU's lanes are far apart, while its matrix unit does this on the way to attention's layout.
     dtype, pairs = x_BxTxHxd.dtype, cos.shape[-1]
     swap = jnp.asarray(np.kron(np.eye(pairs), [[0, 1], [-1, 0]]), dtype)
     other = jnp.einsum(
@@ -147,6 +148,17 @@ def _rope_by_product(x_BxTxHxd, cos, sin):
     )
     cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(sin, 2, axis=-1)
     return (x_BxTxHxd.astype(jnp.float32) * cos + other * sin).astype(dtype)
+
+
+def _rope_by_product_backward(table, g_BxTxHxd):
+    # The turn back: as JAX derives it, its two terms would be rounded before their sum.
+    cos, sin = table
+    return _rope_by_product(g_BxTxHxd, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+_rope_by_product.defvjp(
+    lambda x, cos, sin: (_rope_by_product(x, cos, sin), (cos, sin)), _rope_by_product_backward
+)
 
 
 def _attend_cached(q_Bx1xHxd, k_Bx1xHxd, v_Bx1xHxd, cache, position):
@@ -182,6 +194,7 @@ def _read_cache(q_BxHxd, k_BxHxTxd, v_BxHxTxd, position, *, rows):
     weights = jax.nn.softmax(scores, axis=-1)
     weights = jnp.where(jnp.arange(rows)[:, None] == 0, weights, 0).astype(v_BxHxTxd.dtype)
     out = jnp.einsum("bhrt,bhtd->bhrd", weights, v_BxHxTxd, **f32)
+    # The sum joins the product; to take the first row would be a pass of its own.
     return out.sum(axis=2).astype(v_BxHxTxd.dtype)
 
 

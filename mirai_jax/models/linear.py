@@ -22,9 +22,19 @@ def _contract(x, w, count):
     return _dot(x, w.astype(x.dtype), range(1, 1 + count), range(count))
 
 
-def _dot(x, y, of_x, of_y, dtype=None):
+def _dot(x, y, of_x, of_y):
+    return jax.lax.dot_general(x, y, ((tuple(of_x), tuple(of_y)), ((), ())))
+
+
+def _dot_to(dtype, x, y, of_x, of_y):
+    """The product with sums, and a result, in `dtype`."""
     dimensions = ((tuple(of_x), tuple(of_y)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=dtype)
+    accelerated = lambda x, y: jax.lax.dot_general(  # noqa: E731
+        x, y, dimensions, preferred_element_type=dtype
+    )
+    # XLA on CPU has no such product of bfloat16.
+    on_cpu = lambda x, y: _dot(x.astype(dtype), y.astype(dtype), of_x, of_y)  # noqa: E731
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=accelerated)
 
 
 def _contract_forward(x, w, count):
@@ -36,13 +46,48 @@ def _contract_backward(count, saved, g):
     # XLA on CPU then copies operands and results as large as the weights.
     x, w = saved
     of_x = _dot(g, w.astype(g.dtype), range(1, g.ndim), range(count, w.ndim))
-    of_w = lambda x, g: _dot(x, g, (0,), (0,), w.dtype)  # noqa: E731
-    # XLA on CPU has no such product of bfloat16.
-    on_cpu = lambda x, g: of_w(x.astype(w.dtype), g.astype(w.dtype))  # noqa: E731
-    return of_x, jax.lax.platform_dependent(x, g, cpu=on_cpu, default=of_w)
+    return of_x, _dot_to(w.dtype, x, g, (0,), (0,))
 
 
 _contract.defvjp(_contract_forward, _contract_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _contract_apart(x, w, count):
+    """`_contract` of each slice of w along its first dimension of N: a tuple of (M, *N[1:])."""
+
+    def apart(x, w):
+        return tuple(_contract(x, part, count) for part in jnp.unstack(w, axis=count))
+
+    def whole(x, w):
+        return tuple(jnp.unstack(_contract(x, w, count), axis=1))
+
+    return jax.lax.platform_dependent(x, w, cuda=whole, default=apart)
+
+
+def _apart_forward(x, w, count):
+    return _contract_apart(x, w, count), (x, w)
+
+
+def _apart_backward(count, saved, parts):
+    x, w = saved
+
+    def apart(x, w, *parts):
+        # The gradient of x is rounded once, after the sum over the slices.
+        of_x, of_w = 0, []
+        for part, g in zip(jnp.unstack(w, axis=count), parts, strict=True):
+            dimensions = range(1, g.ndim), range(count, part.ndim)
+            of_x += _dot_to(jnp.float32, g, part.astype(g.dtype), *dimensions)
+            of_w.append(_dot_to(w.dtype, x, g, (0,), (0,)))
+        return of_x.astype(x.dtype), jnp.stack(of_w, axis=count)
+
+    def whole(x, w, *parts):
+        return _contract_backward(count, (x, w), jnp.stack(parts, axis=1))
+
+    return jax.lax.platform_dependent(x, w, *parts, cuda=whole, default=apart)
+
+
+_contract_apart.defvjp(_apart_forward, _apart_backward)
 
 
 class Linear(nn.Module):
@@ -52,9 +97,9 @@ class Linear(nn.Module):
     tokens, M: XLA lays them out far better on CPU. Parameters are made in float32: `kernel` (*inputs,
     *features), and `bias` (*features), zero at first.
 
-    `apart` makes each slice of the first of `features` a product of its own, and returns a tuple of
-    (M, *features[1:]): no slice of the whole is then copied, nor put together in the backward pass,
-    which on a TPU costs more than the products.
+    `apart` returns a tuple of (M, *features[1:]), the slices of the first of `features`, and has no
+    bias. They are products of their own but on NVIDIA GPUs, which prefer one: a TPU spends more on
+    cutting the whole up, and on putting it together in the backward pass, than on the product.
     """
 
     features: tuple[int, ...]
@@ -68,15 +113,12 @@ class Linear(nn.Module):
     def __call__(self, x):
         shape = (*x.shape[-self.inputs :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
         x = x.astype(self.dtype)
-        if not self.apart:
-            return self._product(x, kernel, bias)
-        kernels = jnp.unstack(kernel, axis=self.inputs)
-        biases = [None] * len(kernels) if bias is None else jnp.unstack(bias)
-        return tuple(self._product(x, *part) for part in zip(kernels, biases, strict=True))
-
-    @nn.nowrap
-    def _product(self, x, kernel, bias):
+        if self.apart:
+            parts = _contract_apart(x, kernel, self.inputs)
+            return tuple(checkpoint_name(part, "linear") for part in parts)
         out = checkpoint_name(_contract(x, kernel, self.inputs), "linear")
-        return out if bias is None else (out.astype(jnp.float32) + bias).astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+            out = (out.astype(jnp.float32) + bias).astype(self.dtype)
+        return out
