@@ -134,8 +134,8 @@ def run(recipe, steps, frozen, batch):
 
 @functools.cache
 def on_one_device(variant):
-    """Ten steps."""
-    return run(make_recipe(variant), 10, teachers(), make_batch())
+    """Twenty steps."""
+    return run(make_recipe(variant), 20, teachers(), make_batch())
 
 
 # Teachers ----------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_every_variant_learns_and_adds_up(variant):
         total = m["cross_entropy"] + sum(w * m[h] for w, h in zip(weights, heads, strict=True))
         assert m["loss"] == pytest.approx(total, rel=1e-5, abs=1e-5)
     for name in ("loss", "cross_entropy", *heads):
-        assert metrics[-1][name] < metrics[0][name] - 0.02, name  # heads: 0.03 to 0.12 by the draws
+        assert metrics[-1][name] < metrics[0][name] - 0.05, name
     for term in recipe.terms:
         for name in term.metric_names if term.level == "internal" else ():
             assert -1 <= metrics[-1][name] <= 1
