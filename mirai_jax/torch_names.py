@@ -6,7 +6,9 @@ their own; blocks and projectors are stacked on a leading axis. Arrays may be vi
 ones: nothing is copied that need not be.
 """
 
+import functools
 import re
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -192,10 +194,11 @@ def projectors_to_torch(params: Any) -> dict[str, np.ndarray]:
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight"}
 
 
-def _named(module: Any, *arguments: jax.ShapeDtypeStruct) -> dict[tuple[str, ...], tuple]:
-    """{path in the Flax tree: shape} of a module, without allocating."""
+def _named(module: Any, *arguments: jax.ShapeDtypeStruct) -> Mapping[tuple[str, ...], tuple]:
+    """{path in the Flax tree: shape} of a module, without allocating. Tracing it takes a second."""
     tree = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x), *arguments)["params"]
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+    shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+    return types.MappingProxyType(shapes)
 
 
 def _torch_leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -260,7 +263,8 @@ def _to_torch(shapes: Mapping[tuple, tuple], params: Any) -> dict[str, np.ndarra
 _CODEBOOK_USED = "quantize.codebook_used"
 
 
-def _vq_shapes(config: VQConfig) -> dict[tuple[str, ...], tuple]:
+@functools.cache
+def _vq_shapes(config: VQConfig) -> Mapping[tuple[str, ...], tuple]:
     side = config.downsample
     return _named(
         VQModel(config), jax.ShapeDtypeStruct((1, side, side, config.channels), np.float32)
@@ -283,7 +287,8 @@ def vq_to_torch(config: VQConfig, params: Any) -> dict[str, np.ndarray]:
     return state | {_CODEBOOK_USED: np.zeros(65536, np.float32)}
 
 
-def _dinov2_shapes(config: DinoConfig) -> dict[tuple[str, ...], tuple]:
+@functools.cache
+def _dinov2_shapes(config: DinoConfig) -> Mapping[tuple[str, ...], tuple]:
     return _named(
         DinoV2(config), jax.ShapeDtypeStruct((1, config.patch, config.patch, 3), np.float32)
     )

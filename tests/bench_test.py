@@ -18,6 +18,7 @@ from mirai_jax.config_file import parse_config
 from mirai_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of the time
 TINY = [
     "--config.batch_size=8",
     "--config.model.num_layers=2",
@@ -39,7 +40,7 @@ def bench(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "mirai_jax.bench", *arguments],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **QUICK},
         capture_output=True,
         text=True,
         timeout=300,

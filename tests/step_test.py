@@ -328,7 +328,8 @@ def test_computing_again_changes_nothing_but_memory(policy):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert stored(policy, unroll=1) < 0.8 * stored("none", unroll=1)
-    for unroll in (6, 8):  # a loop and a rest outside of it, no loop
+    # No loop; a loop and a rest outside of it.
+    for unroll in (8,) if policy == "dots" else (8, 6):
         assert stored(policy, unroll) < 0.95 * stored("none", unroll), unroll
 
 

@@ -249,10 +249,10 @@ def test_eight_devices_train_as_one(tmp_path):
 
 
 def test_a_pretrained_generator_teaches(tmp_path):
-    teacher = tiny(llamagen)
+    teacher = tiny(llamagen, sample_every=0)
     teacher.mesh.update(data=2, fsdp=4)  # its checkpoint is read on one device
     run(teacher, tmp_path / "teacher", devices=8)
-    config = tiny(mirai_e, num_steps=4)
+    config = tiny(mirai_e, num_steps=4, sample_every=0)
     config.foresight[0].update(
         source="checkpoint", checkpoint=str(tmp_path / "teacher"), start_epoch=0.0
     )
