@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import fields, frozen, parts, sharding, step
+from mirai_jax import frozen, parts, sharding, step
 from mirai_jax.config import Settings
 from mirai_jax.models import dinov2
 
@@ -83,13 +83,13 @@ class CompiledStep:
 
 
 def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as a plain dictionary, names of files that compiling a step does not open filled in."""
-    config = fields.plain(config)
+    """The config as a dictionary, names of files that compiling a step does not open filled in."""
+    config = dict(config.items())
 
     def fill(section: str, field: str, names: Container[str]) -> None:
         found = config.get(section)
-        if isinstance(found, dict) and found.get("name") in names and found.get(field) == "":
-            config[section] = {**found, field: "not read"}
+        if hasattr(found, "items") and found.get("name") in names and found.get(field) == "":
+            config[section] = {**dict(found.items()), field: "not read"}
 
     fill("data", "images", ("images",))
     fill("teacher", "path", dinov2.NAMES)  # of the others their weights tell the shape

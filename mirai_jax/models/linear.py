@@ -22,18 +22,20 @@ def _contract(x, w, count):
     return _dot(x, w.astype(x.dtype), range(1, 1 + count), range(count))
 
 
-def _dot(x, y, of_x, of_y):
-    return jax.lax.dot_general(x, y, ((tuple(of_x), tuple(of_y)), ((), ())))
+def _dot(x, y, of_x, of_y, dtype=None):
+    dimensions = ((tuple(of_x), tuple(of_y)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=dtype)
 
 
 def _dot_to(dtype, x, y, of_x, of_y):
     """The product with sums, and a result, in `dtype`."""
-    dimensions = ((tuple(of_x), tuple(of_y)), ((), ()))
-    accelerated = lambda x, y: jax.lax.dot_general(  # noqa: E731
-        x, y, dimensions, preferred_element_type=dtype
-    )
-    # XLA on CPU has no such product of bfloat16.
-    on_cpu = lambda x, y: _dot(x.astype(dtype), y.astype(dtype), of_x, of_y)  # noqa: E731
+
+    def accelerated(x, y):
+        return _dot(x, y, of_x, of_y, dtype)
+
+    def on_cpu(x, y):  # XLA on CPU has no such product of bfloat16
+        return _dot(x.astype(dtype), y.astype(dtype), of_x, of_y)
+
     return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=accelerated)
 
 
