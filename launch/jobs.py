@@ -164,10 +164,13 @@ def last_line(log: pathlib.Path) -> str:
 
 
 def seconds(log: pathlib.Path) -> float | None:
-    """How long a run's processes have run, those that were seen to end; None where none was."""
-    pattern = re.compile(rb"^launch: exit status \d+ after ([\d.]+) s$", re.MULTILINE)
-    spans = pattern.findall(log.read_bytes()) if log.exists() else []
-    return sum(map(float, spans)) if spans else None
+    """How long all of a run's processes have run; None where one was not seen to end, or none began."""
+    pattern = rb"^launch: (?:exit status \d+ after ([\d.]+) s$|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d )"
+    marks = re.findall(pattern, log.read_bytes(), re.MULTILINE) if log.exists() else []
+    begun, spans = marks[::2], marks[1::2]  # a start has no span
+    if not marks or any(begun) or not all(spans) or len(begun) != len(spans):
+        return None
+    return sum(map(float, spans))
 
 
 class StopSignals:

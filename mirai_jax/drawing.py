@@ -47,7 +47,7 @@ def draw(
     rows = sharding.batch_sharding(mesh)
     codes = []
     for start in range(0, len(labels), chunk):
-        doing(f"samples {start} to {start + chunk} of {len(labels)}")
+        doing(f"samples {start} to {min(start + chunk, len(labels))} of {len(labels)}")
         indices = np.arange(start, start + chunk, dtype=np.int32)
         some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
         with jax.set_mesh(mesh):  # so that each device holds the cache of its own images alone

@@ -12,14 +12,15 @@ ADM's evaluator, whose definitions these are (evaluations/evaluator.py).
 Without Inception's weights the distance, precision and recall are over EfficientNet-Lite0's pooled
 features: good for comparing runs here, another number than FID, and never called that.
 
-Writes results.json, with how the samples were drawn beside each number; of samples at several
-guidance scales also sweep.png.
+Writes results.json, with how the samples were drawn beside each number, anew after each of several
+samples; of samples at several guidance scales also sweep.png.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -194,14 +195,28 @@ def _checksum(spec: str) -> str:
     return weights.sha256_of_file(path) if os.path.isfile(path) else ""
 
 
-def run(samples: list[str], reference: str, inception: str, batch_size: int) -> dict[str, Any]:
-    """Evaluates each of `samples`; what results.json holds, and the reference's features.
+def run(
+    samples: list[str],
+    reference: str,
+    inception: str,
+    batch_size: int,
+    out: pathlib.Path,
+    statistics: str = "",
+) -> dict[str, Any]:
+    """Evaluates each of `samples`; what results.json in `out` holds at the end.
+
+    Args:
+        samples: as `open_images` takes them.
+        reference: as `open_images` takes it, or a .npz with statistics.
+        inception: the file of its weights; "": EfficientNet-Lite0 looks.
+        batch_size: images at once on each device.
+        out: a folder, made if it is not there.
+        statistics: a file for the reference's moments, or "".
 
     Raises:
         DataError, ConfigError: one line, before any work where it can be told then.
+        OSError: `out` or `statistics` cannot be written.
     """
-    if not samples or not reference:
-        raise ConfigError("--samples and --reference are needed; --help says what they may be")
     if batch_size < 1:
         raise ConfigError(f"--batch_size is {batch_size}; it must be 1 or more")
     streams = [open_images(spec) for spec in samples]
@@ -224,17 +239,27 @@ def run(samples: list[str], reference: str, inception: str, batch_size: int) -> 
                 f"{stream.name} holds {stream.count} image{'s' if stream.count > 1 else ''}; "
                 f"precision and recall need {_FEWEST} or more"
             )
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass  # it can be written to
     network = Network(inception, batch_size)
     print(f"reference: {reference}", flush=True)
     real = reference_features(network, images, stored)
-    rows = []
+    if statistics:
+        _save_statistics(statistics, real)
+    results = {
+        "features": "inception-v3 2015-12-05" if inception else "efficientnet-lite0",
+        "reference": reference,
+        "reference_sha256": _checksum(reference),
+        "rows": [],
+    }
     for spec, stream in zip(samples, streams, strict=True):
         print(f"samples: {spec}, {stream.count:,} images", flush=True)
         mine = network.features(stream)
         for which, features in (("samples", mine), ("reference", real)):
             if warning := features.moments.warning():
                 print(f"warning: {which}: {warning}", flush=True)
-        rows.append(
+        results["rows"].append(
             {
                 "samples": spec,
                 "num_images": stream.count,
@@ -243,13 +268,8 @@ def run(samples: list[str], reference: str, inception: str, batch_size: int) -> 
                 "protocol": _protocol(spec),
             }
         )
-    return {
-        "features": "inception-v3 2015-12-05" if inception else "efficientnet-lite0",
-        "reference": reference,
-        "reference_sha256": _checksum(reference),
-        "rows": rows,
-        "_reference": real,
-    }
+        files.write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
 
 
 def _save_statistics(path: str, real: Features) -> None:
@@ -280,14 +300,14 @@ def main(argv: list[str]) -> None:
             raise ConfigError(
                 f"--save_statistics is {_SAVE.value!r}, in a folder that is not there"
             )
+        samples, reference = _SAMPLES.value, _REFERENCE.value
+        if not samples or not reference:
+            raise ConfigError("--samples and --reference are needed; --help says what they may be")
+        out = _out(samples)
         try:
-            results = run(_SAMPLES.value, _REFERENCE.value, _INCEPTION.value, _BATCH.value)
-            real = results.pop("_reference")
-            if _SAVE.value:
-                _save_statistics(_SAVE.value, real)
-            out = _out(_SAMPLES.value)
-            out.mkdir(parents=True, exist_ok=True)
-            files.write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+            results = run(
+                samples, reference, _INCEPTION.value, _BATCH.value, out, _SAVE.value or ""
+            )
         except OSError as error:
             raise DataError(f"cannot be written ({first_line(error)})") from error
         print(table(results["rows"]))

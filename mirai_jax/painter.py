@@ -141,9 +141,11 @@ def _codes(
 
 
 def _pixels(module: Any, resize: int, params: Any, codes_BxL: jax.Array) -> jax.Array:
-    images = module.apply({"params": params}, codes_BxL, method="decode")
+    # As the official sampling script brings 384 to 256: torch's bicubic, of what the decoder gives
+    # before it is clipped.
+    method = "decode_unclipped" if hasattr(module, "decode_unclipped") else "decode"
+    images = module.apply({"params": params}, codes_BxL, method=method)
     if resize:
-        # As the official sampling script brings 384 to 256: torch's bicubic.
         images = resize_bicubic(images, (resize, resize))
     images = tokenizer_lib.to_uint8(images)
     return jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images

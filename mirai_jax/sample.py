@@ -6,8 +6,10 @@
 
 A folder holds samples.npz (`arr_0`, uint8 N x H x W x 3, and `labels`: what the ADM evaluator reads),
 grid.png, and protocol.json: which weights, labels, seed and options. Image i depends on these and on
-i alone. A part of 500 images is kept when it is whole: the same command goes on after any stop, and
-ends with the same bytes. Several hosts share the work with `--process_index` of `--process_count`.
+i alone; `--batch_size` is among them, since a batch of another size is rounded otherwise in bfloat16.
+A part of 500 images is kept when it is whole: the same command goes on after any stop, and ends with
+the same bytes on the same kind of device. Several hosts share the work with `--process_index` of
+`--process_count`.
 """
 
 import dataclasses
@@ -210,8 +212,8 @@ def begin(out: pathlib.Path, labels: np.ndarray, protocol: dict[str, Any]) -> Jo
                 f"{k} was {before.get(k)!r}, is {protocol.get(k)!r}" for k in changed
             )
             raise ConfigError(f"{out} holds samples of another protocol: {listed}")
-    elif (out / "samples.npz").exists():
-        raise ConfigError(f"{out} holds a samples.npz without its protocol.json")
+    elif found := [*out.glob("samples.npz"), *out.glob("parts/*.npy")]:
+        raise ConfigError(f"{out} holds a {found[0].name} without its protocol.json")
     else:
         (out / "parts").mkdir(parents=True, exist_ok=True)
         files.write_text(file, text)
@@ -320,6 +322,8 @@ def run() -> None:
             raise ConfigError(f"--{flag.name} is {flag.value}; it must be 1 or more")
     if _SIZE.value < 0:
         raise ConfigError(f"--resize is {_SIZE.value}; it must be 0 (as decoded) or more")
+    if not 0 <= _SEED.value < 2**32:
+        raise ConfigError(f"--seed is {_SEED.value}; it must be 0 to {2**32 - 1}")
     if not _GUIDANCE.value:
         raise ConfigError("--guidance is empty; it must be one scale or several: 1.0,2.0")
     index, count = cli.share(_INDEX.value, _COUNT.value)
@@ -342,6 +346,7 @@ def run() -> None:
             "seed": _SEED.value,
             **dataclasses.asdict(option),
             "resize": _SIZE.value,
+            "batch_size": _BATCH.value,
         }
         job = begin(out, labels, protocol)
         if job.samples.exists():
@@ -362,7 +367,8 @@ def run() -> None:
         finally:
             progress.close()
         if finish(job):
-            print(f"written: {job.samples}; look at {out / 'grid.png'}", flush=True)
+            grid = out / "grid.png"  # of 8 images or more
+            print(f"written: {job.samples}" + f"; look at {grid}" * grid.exists(), flush=True)
         else:
             print("this share is done, others are not; the last to end writes samples.npz")
 

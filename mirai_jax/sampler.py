@@ -1,6 +1,6 @@
 """Sampling: KV-cached, the whole sequence in one jit, with classifier-free guidance.
 
-Image i is drawn from its own key, `fold_in(key, i)`, so it does not depend on the batch it is in.
+Image i is drawn from its own key, `fold_in(key, i)`, whatever batch it is in.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ class SampleOptions:
             -1 guides every token.
         temperature: logits are divided by it, before the filters.
         top_k: keep the k largest logits; 0 keeps all.
-        top_p: keep the smallest set of likeliest tokens whose probability exceeds p; 1 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability exceeds p, of equally
+            likely ones those of the lowest codes; 1 keeps all.
         greedy: take the likeliest token.
     """
 
@@ -59,8 +60,13 @@ def filter_logits(logits_BxV: jax.Array, options: SampleOptions) -> jax.Array:
         cumulative = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
         # The first token past the threshold is kept: a token goes if those before it exceed p.
         before = jnp.pad(cumulative[..., :-1], ((0, 0), (1, 0)))
-        kept = jnp.where(before > options.top_p, jnp.inf, descending)
-        logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
+        kept = before <= options.top_p
+        last = jnp.where(kept, descending, jnp.inf).min(axis=-1, keepdims=True)
+        # In bfloat16 many are as likely as the last one: no more of them than belong to the set.
+        ties = logits == last
+        room = kept.sum(axis=-1, keepdims=True) - (logits > last).sum(axis=-1, keepdims=True)
+        dropped = (logits < last) | (ties & (jnp.cumsum(ties, axis=-1) > room))
+        logits = jnp.where(dropped, -jnp.inf, logits)
     return logits
 
 

@@ -25,6 +25,7 @@ from mirai_jax import (
     image_sets,
     image_streams,
     inception_weights,
+    report,
     workdir,
 )
 from mirai_jax.errors import ConfigError, DataError
@@ -166,8 +167,8 @@ def no_network(monkeypatch):
 
 def refused(samples, reference, inception=""):
     with pytest.raises((ConfigError, DataError)) as caught:
-        evaluate.run([str(samples)], str(reference), inception, 4)
-    assert "\n" not in str(caught.value)
+        evaluate.run([str(samples)], str(reference), inception, 4, pathlib.Path("nowhere"))
+    assert "\n" not in str(caught.value) and not pathlib.Path("nowhere").exists()
     return str(caught.value)
 
 
@@ -230,7 +231,6 @@ def test_what_holds_no_images_is_refused(no_network, tmp_path):
     assert "holds no image (.jpg" in refused(good, tmp_path / "empty")
     (tmp_path / "empty" / "protocol.json").write_text("{}")
     assert "samples that are not finished" in refused(tmp_path / "empty", good)
-    assert "--samples and --reference are needed" in refused(good, "")
 
 
 def test_folders_of_mixed_sizes_or_damaged_images_are_refused(no_network, tmp_path):
@@ -327,6 +327,7 @@ def test_wrong_arguments_are_told_in_one_line(no_network, tmp_path):
     good = save_npz(tmp_path / "good.npz", pictures(5))
     both = [f"--samples={good}", f"--reference={good}"]
     assert "--samples and --reference are needed" in error()
+    assert "--samples and --reference are needed" in error("--samples=a.npz")
     assert "--batch_size is 0; it must be 1 or more" in error(*both, "--batch_size=0")
     assert "'extra' is not understood" in error(*both, "extra")
     statistics = f"--save_statistics={tmp_path / 'no' / 'such.npz'}"
@@ -382,6 +383,38 @@ def test_efficientnet_judges_samples_at_two_scales(tmp_path, capsys):
     assert f"{apart:.4g}" in table[3]
     with Image.open(tmp_path / "sweep.png") as figure:
         assert figure.width > 1000 and len(np.unique(np.asarray(figure).reshape(-1, 4), axis=0)) > 9
+
+
+def test_what_was_evaluated_before_a_damage_is_kept(tmp_path):
+    good = samples_folder(tmp_path / "good", pictures(8), 1.0)
+    bad = samples_folder(tmp_path / "bad", pictures(8), 2.0)
+    file = tmp_path / "bad" / "samples.npz"
+    raw = bytearray(file.read_bytes())
+    raw[300] ^= 1  # inside the pixels
+    file.write_bytes(raw)
+    assert "bad" in error(f"--samples={good},{bad}", f"--reference={good}", "--batch_size=1")
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["samples"] == good
+
+
+def test_an_unwritable_folder_is_told_before_any_work(no_network, tmp_path):
+    good = save_npz(tmp_path / "good.npz", pictures(8))
+    for out in (good, f"{good}/below"):
+        message = error(f"--samples={good}", f"--reference={good}", f"--out={out}")
+        assert "cannot be written" in message and "good.npz" in message
+
+
+def test_samples_that_differ_in_more_than_guidance_have_curves_of_their_own():
+    def row(**fields):
+        return {"protocol": fields, "metrics": {}}
+
+    one = [row(guidance=g, workdir="e", seed=0, weights_sha256="1") for g in (1.0, 2.0)]
+    other = [row(guidance=g, workdir="i", seed=0, weights_sha256="2") for g in (1.0, 2.0)]
+    assert report._curves(one) == {"(1)": one}
+    mixed = [one[0], other[0], one[1], other[1]]
+    assert report._curves(mixed) == {"workdir e": one, "workdir i": other}
+    third = [row(guidance=1.0, workdir="i", seed=0, weights_sha256="3")]  # trained again
+    assert list(report._curves([*mixed, *third])) == ["workdir e", "workdir i (2)", "workdir i (3)"]
 
 
 def test_a_protocol_is_of_its_own_samples_alone(tmp_path):

@@ -681,7 +681,7 @@ def add_workdir(out, name, config, finished=True, step=3000, command=""):
     (out / f"{name}.log").write_text(
         "launch: 2026-01-02 03:04:05 /opt/venv/bin/python -m mirai_jax.main "
         f"--config=configs/llamagen.py:fashion_mnist --workdir={folder} {command}\n"
-        "step 1\nlaunch: exit status 75 after 10.5 s\n"
+        "step 1\nlaunch: exit status 75 after 10.5 s\nlaunch: 2026-01-02 03:04:16 again\n"
         "launch: exit status 0 after 20.0 s\n"
     )
 

@@ -11,14 +11,17 @@ import time
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import llamagen
 from mirai_jax import frozen, sample, torch_names, torch_writer, train, weights
+from mirai_jax import painter as painter_lib
 from mirai_jax.errors import ConfigError
 from mirai_jax.models import generator, vq
+from mirai_jax.models.dinov2 import resize_bicubic
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.progress import Progress
@@ -142,7 +145,7 @@ def test_a_folder_of_samples(workdir, tmp_path, capsys):
     assert told["weights_sha256"] == weights.checksum(ema)
     assert told["workdir"] == workdir.name and (told["step"], told["state"]) == (2, "ema")
     expected = {"num_images": 19, "labels": "balanced", "seed": 0, "guidance": 1.5, "top_k": 9,
-                "top_p": 1.0, "temperature": 1.0, "interval": -1, "resize": 0}  # fmt: skip
+                "top_p": 1.0, "temperature": 1.0, "interval": -1, "resize": 0, "batch_size": 3}  # fmt: skip
     assert expected.items() <= told.items()
 
 
@@ -185,6 +188,24 @@ def test_from_a_converted_checkpoint_also_resized(converted, tmp_path):
     assert np.abs(means[0] - means[1]).max() < 16  # the same pictures
     told = protocol(tmp_path / "small")
     assert told["checkpoint"] == "generator" and told["resize"] == 5
+
+
+def test_images_are_resized_before_they_are_clipped():
+    """As the official sampling script does; where the decoder leaves [-1, 1] it makes a difference."""
+    module, codes = vq.VQModel(VQ), np.random.RandomState(3).randint(0, 24, (2, 16))
+    params = module.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    raw = module.apply({"params": params}, codes, method="decode_unclipped")
+    last = params["decoder"]["conv_out"]
+    last["kernel"] = last["kernel"] * (2 / np.abs(raw).max())
+    raw = module.apply({"params": params}, codes, method="decode_unclipped")
+    assert 0.01 < np.mean(np.abs(raw) > 1) < 0.6
+    expected, clipped_first = (
+        np.clip(127.5 * np.asarray(resize_bicubic(x, (5, 5))) + 128, 0, 255).astype(np.uint8)
+        for x in (raw, jnp.clip(raw, -1, 1))
+    )
+    got = np.asarray(painter_lib._pixels(module, 5, params, codes))
+    assert np.abs(got.astype(int) - expected).max() <= 1  # of halves one rounds up, one to even
+    assert np.abs(got.astype(int) - clipped_first).max() > 1
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -393,6 +414,7 @@ def test_a_folder_of_another_protocol_is_refused(workdir, converted, tmp_path):
     assert "num_images was 5, is 6" in error(*arguments[:2], "--num_images=6")
     assert "guidance was 2.0, is 3.0" in error(*arguments, "--guidance=3")
     assert "step was 2, is 1" in error(*arguments, "--step=1")
+    assert "batch_size was 3, is 4" in error(*arguments, "--batch_size=4")
     assert "weights_sha256 was" in error(*arguments, "--state=model")
     # The same names, other numbers: a checkpoint that was trained again.
     told = protocol(tmp_path) | {"weights_sha256": "0" * 64}
@@ -401,6 +423,9 @@ def test_a_folder_of_another_protocol_is_refused(workdir, converted, tmp_path):
     assert digest(tmp_path) == before
     (tmp_path / "protocol.json").unlink()
     assert "a samples.npz without its protocol.json" in error(*arguments)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "samples.npz").rename(tmp_path / "parts" / "00000.npy")
+    assert "a 00000.npy without its protocol.json" in error(*arguments)
 
 
 def test_wrong_arguments_are_told_in_one_line(workdir, converted, tmp_path):
@@ -420,6 +445,8 @@ def test_wrong_arguments_are_told_in_one_line(workdir, converted, tmp_path):
     assert "--num_images is 0; it must be 1" in error(run, out, "--num_images=0")
     assert "--batch_size is -1" in error(run, out, "--batch_size=-1")
     assert "--resize is -8" in error(run, out, "--resize=-8")
+    for seed in ("-1", "4294967296", "99999999999999999999"):
+        assert f"--seed is {seed}; it must be 0 to" in error(run, out, f"--seed={seed}")
     assert "'extra' is not understood" in error(run, out, "extra")
     assert "--tokenizer is missing" in error(checkpoint, out)
     assert "--out is missing" in error(checkpoint, tokenizer)

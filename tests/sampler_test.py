@@ -152,7 +152,7 @@ def test_drawn_tokens_have_the_models_probabilities(params):
 
 
 def brute_force_filter(logits, options):
-    """The kept tokens of one row of distinct logits, one by one."""
+    """The kept tokens of one row of logits, one by one; distinct ones where there is a top-k."""
     logits = logits / options.temperature
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     if options.top_k:
@@ -185,12 +185,19 @@ def test_without_filters_logits_stay_as_they_are():
     np.testing.assert_array_equal(sampler.filter_logits(logits, SampleOptions()), logits)
 
 
-def test_ties_at_the_edge_are_kept_together():
+def test_ties_at_the_edge_stay_as_in_the_official_filter():
+    """By value with top-k: all of them; by rank with top-p: as many as the probability needs."""
     logits = jnp.asarray([[1.0, 3.0, 1.0, 0.0, 1.0]])
     kept = np.isfinite(sampler.filter_logits(logits, SampleOptions(top_k=2)))
     np.testing.assert_array_equal(kept, [[True, True, True, False, True]])
-    flat = sampler.filter_logits(jnp.zeros((1, 8)), SampleOptions(top_p=0.1))
-    assert np.isfinite(flat).all()
+    flat = sampler.filter_logits(jnp.zeros((1, 8)), SampleOptions(top_p=0.3))
+    np.testing.assert_array_equal(np.isfinite(flat), [[True] * 3 + [False] * 5])
+    rounded = np.random.RandomState(0).normal(0, 2, size=(16, 40)).round().astype(np.float32)
+    for top_p in (0.95, 0.5, 1e-6):
+        options = SampleOptions(top_p=top_p)
+        expected = [brute_force_filter(row.astype(np.float64), options) for row in rounded]
+        got = sampler.filter_logits(jnp.asarray(rounded), options)
+        np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
 
 
 # Refusals ----------------------------------------------------------------------------------------

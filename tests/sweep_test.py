@@ -618,7 +618,7 @@ def test_tables(tmp_path):
     runs = finished_sweep(tmp_path)
     (tmp_path / "llamagen-seed=0.log").write_text(
         "launch: 2030-01-01 00:00:00 python\nx\nlaunch: exit status 75 after 10.5 s\n"
-        "launch: exit status 0 after 2.0 s\n"
+        "launch: 2030-01-01 00:00:11 python\nlaunch: exit status 0 after 2.0 s\n"
     )
     paths = results.write_tables(tmp_path, "some-demo", [results.read(run) for run in runs])
     table, rows, timing = (path.read_text() for path in paths)
@@ -632,6 +632,22 @@ def test_tables(tmp_path):
     assert f"| llamagen | 2 | {0.5 + tail / 2:.4f}" in table and mean in table
     assert "50.0" not in table  # nothing that depends on the machine
     assert timing.splitlines()[:2] == ["run,images_per_second,seconds", "llamagen-seed=0,50.0,12.5"]
+
+
+def test_a_runs_time_is_told_if_all_of_it_was_seen(tmp_path):
+    """A launcher that was killed did not see its run end."""
+    log = tmp_path / "run.log"
+    start, end = (
+        "launch: 2030-01-01 00:00:00 python -m x\nsaid\n",
+        "launch: exit status 0 after 3.5 s\n",
+    )
+    assert jobs.seconds(log) is None
+    for lines, expected in (
+        ("", None), (start, None), (start + end, 3.5), (start + end + start, None),
+        (start + start + end, None), (start + end + start + end, 7.0), (end, None),
+    ):  # fmt: skip
+        log.write_text(lines)
+        assert jobs.seconds(log) == expected, lines
 
 
 @pytest.mark.parametrize("begun", [True, False])
