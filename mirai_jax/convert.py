@@ -9,10 +9,12 @@
 A source that is a file goes to a converted folder (see `weights`); a converted folder or a run's
 workdir goes to a .pt, .pth or .safetensors file. What a file is of is told by its names. Neither
 torch nor anything inside a file is ever run. Of a tokenizer's file all is kept but the buffer
-`quantize.codebook_used`, a statistic of its training, which is written as zeros.
+`quantize.codebook_used`, a statistic of its training, which is written as zeros. What a generator's
+weights do not tell (its grid, whether it has a null class) is written beside them, under 'args'.
 """
 
 import collections
+import json
 import os
 import pathlib
 import time
@@ -28,7 +30,7 @@ _ENTRY = flags.DEFINE_string(
     "entry", "", f"Key of a training checkpoint to take; default: {', '.join(weights.WRAPPERS)}."
 )
 _GRID = flags.DEFINE_integer(
-    "grid", 0, "Tokens a side of a generator; default: what the file says, else 16."
+    "grid", 0, "Tokens a side of a generator; default: what the file says, else 16 is assumed."
 )
 _HEADS = flags.DEFINE_integer("num_heads", 0, "Attention heads where the size is not a known one.")
 _STATE = flags.DEFINE_enum("state", "ema", ("ema", "model"), "Which weights of a workdir to take.")
@@ -70,7 +72,7 @@ def from_torch(
         if given and kind and kind not in kinds:
             raise ConfigError(f"--{flag} has no meaning here: {source} is a {kind}")
     sides = weights.token_grid(grid, arguments)
-    made = weights.from_state(state, about, grid=sides, num_heads=num_heads)
+    made = weights.from_state(state, about, grid=sides, num_heads=num_heads, arguments=arguments)
     del state  # what is stacked has been copied
     weights.save(target, made)
     return made
@@ -122,13 +124,15 @@ def to_torch(
     else:
         made = _of_workdir(source, state, projectors)
     named = weights.to_state(made)
+    told = {"args": weights.arguments_of(made.config)} if made.kind == "generator" else {}
     pathlib.Path(target).parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".safetensors":
-        safetensors_file.write(target, named, {"format": "pt"})
+        texts = {name: json.dumps(value) for name, value in told.items()}
+        safetensors_file.write(target, named, {"format": "pt", **texts})
     else:
         named = collections.OrderedDict(named)
         # The official scripts read a teacher bare and everything else under 'model'.
-        torch_writer.write(target, named if made.kind == "teacher" else {"model": named})
+        torch_writer.write(target, named if made.kind == "teacher" else {"model": named, **told})
     return made
 
 
@@ -138,6 +142,8 @@ def _describe(made: weights.Weights) -> str:
     if made.projectors is not None:
         heads = len(made.projectors["linear_0"]["bias"])
         text += f", {_count(made.projectors):,} more in {heads} projectors"
+    if made.source.get("grid") == "assumed":
+        text += "\nthe file does not tell the grid: 16 x 16 is assumed (--grid=N tells another)"
     return f"{text}\n{made.config}"
 
 

@@ -5,10 +5,11 @@ follow, little-endian, without gaps. What every file of weights needs is here to
 names what was downloaded instead of one.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -48,15 +49,27 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Returns:
         {name: array}, in the order of the file; BF16 is `ml_dtypes.bfloat16`, the F8 types are
-        `ml_dtypes.float8_e4m3fn` and `float8_e5m2`. The metadata is checked and left out.
+        `ml_dtypes.float8_e4m3fn` and `float8_e5m2`. The metadata is checked: see `read_metadata`.
 
     Raises:
         SafetensorsError: the file is damaged, is something else, or breaks a rule of the format.
         OSError: the file cannot be opened.
     """
+    with _opened(path) as file:
+        return _read(file)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What is kept beside the arrays. Raises as `read` does, but looks at the header alone."""
+    with _opened(path) as file:
+        return _read_header(file)[1]
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with open(path, "rb") as file:
         try:
-            return _read(file)
+            yield file
         except SafetensorsError as error:
             raise SafetensorsError(f"{os.fspath(path)}: {error}") from error
         except (ValueError, RecursionError) as error:  # from JSON, UTF-8, and NumPy on a shape
@@ -129,7 +142,8 @@ def raw_bytes(array: np.ndarray) -> np.ndarray:
     return array.astype(little_endian(array), order="C", copy=False).reshape(-1).view(np.uint8)
 
 
-def _read(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:
+    """The entries by name, the metadata, and how many bytes are left for tensors."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(64)
     if told := not_weights(start):
@@ -145,7 +159,13 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray]:
     _require(text.startswith(b"{"), f"not a safetensors file (its header starts with {text[:8]!r})")
     header = json.loads(text.decode(), object_pairs_hook=_unique)
     "".join(header).encode()  # raises if a name holds half a character, which JSON can spell
-    _check_metadata(header.pop("__metadata__", {}))
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(metadata)
+    return header, metadata, size - 8 - length
+
+
+def _read(file: BinaryIO) -> dict[str, np.ndarray]:
+    header, _, size = _read_header(file)
     end, entries = 0, sorted(_entry(name, entry) for name, entry in header.items())
     for begin, stop, name, *_ in entries:
         _require(
@@ -154,8 +174,8 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray]:
         )
         end = stop
     _require(
-        end == size - 8 - length,
-        f"truncated or too long: {end} bytes of tensors declared, {size - 8 - length} found",
+        end == size,
+        f"truncated or too long: {end} bytes of tensors declared, {size} found",
     )
     return {name: _array(file, name, _DTYPES[dtype], shape) for _, _, name, dtype, shape in entries}
 

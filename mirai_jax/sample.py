@@ -54,7 +54,7 @@ _TOKENIZER = flags.DEFINE_string(
 _SIDE = flags.DEFINE_integer(
     "grid",
     0,
-    "Tokens a side of --checkpoint; default: as its file says, else 16.",
+    "Tokens a side of --checkpoint; default: as its file says, else 16 is assumed.",
     flag_values=_FLAGS,
 )
 _OUT = flags.DEFINE_string(
@@ -144,6 +144,13 @@ def of_checkpoint(path: str, tokenizer_path: str | None, grid: int = 0) -> Sourc
         )
     about = {"checkpoint": os.path.basename(path), "entry": loaded.source.get("entry", "")}
     about["grid"] = list(loaded.config.grid)
+    if loaded.source.get("grid") == "assumed":
+        pixels = vq_module.config.downsample * loaded.config.grid[0]
+        print(
+            f"{path} does not tell its grid: 16 x 16 tokens are assumed, which are images of "
+            f"{pixels} x {pixels} (--grid=N tells another)",
+            flush=True,
+        )
     params = weights.float32(loaded.params)
     return Source(loaded.config, params, vq_module, vq_params, about)
 

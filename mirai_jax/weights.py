@@ -51,7 +51,8 @@ class Weights:
         config: its shapes: GeneratorConfig, VQConfig or DinoConfig.
         params: the tree that its module takes; NumPy arrays of the file's own dtypes.
         projectors: of a generator: the stacked projectors trained with it, or None.
-        source: where it came from: {'file', 'entry', 'sha256'}.
+        source: where it came from: {'file', 'entry', 'sha256'}; and 'grid': 'assumed' where nothing
+            told a generator's.
     """
 
     kind: str
@@ -112,14 +113,15 @@ def read_state(
     try:
         if pathlib.Path(path).suffix == ".safetensors":
             tree = safetensors_file.read(path)
+            arguments = _json_object(safetensors_file.read_metadata(path).get("args", ""))
         else:
             tree = torch_file.read(path)
+            arguments = tree.get("args") if isinstance(tree, dict) else None
     except (torch_file.TorchFileError, safetensors_file.SafetensorsError) as error:
         raise ConfigError(first_line(error)) from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error
     state, found = _find_state(tree, entry, path)
-    arguments = tree.get("args") if isinstance(tree, dict) else None
     stripped = True
     while stripped:
         stripped = False
@@ -130,27 +132,61 @@ def read_state(
     return state, found, arguments if isinstance(arguments, dict) else {}
 
 
-def token_grid(side: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
+def _json_object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def token_grid(side: int, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     """A generator's grid, which its weights do not tell.
 
     Args:
-        side: tokens a side, as the user says; 0: as the file's training arguments say, else 16.
-        arguments: as `read_state` gives them.
+        side: tokens a side, as the user says; 0: as the file's training arguments say.
+        arguments: as `read_state` gives them: the official script's, or `arguments_of`.
+
+    Returns:
+        (height, width), or None if nothing tells.
 
     Raises:
         ConfigError: it is negative.
     """
-    if not side:
-        try:
-            side = int(arguments["image_size"]) // int(arguments["downsample_size"])
-        except (KeyError, TypeError, ValueError, ArithmeticError):
-            side = 16
-    if side < 1:
+    if side < 0:
         raise ConfigError(f"--grid is {side}; it must be 1 or more")
-    return side, side
+    if side:
+        return side, side
+    try:
+        if "grid" in arguments:
+            height, width = map(int, arguments["grid"])
+        else:
+            height = width = int(arguments["image_size"]) // int(arguments["downsample_size"])
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return None
+    return (height, width) if min(height, width) > 0 else None
 
 
-def _generator_config(state: Arrays, grid: tuple[int, int], num_heads: int):
+def arguments_of(config: generator.GeneratorConfig) -> dict[str, Any]:
+    """What a generator's weights do not tell, to be kept in a file beside them."""
+    return {
+        "grid": list(config.grid),
+        "num_classes": config.num_classes,
+        "num_heads": config.num_heads,
+        "class_dropout_prob": config.class_dropout,
+    }
+
+
+def _told(arguments: Mapping[str, Any], name: str) -> int:
+    """A number of the arguments; 0 if they have none."""
+    try:
+        return int(arguments.get(name, 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _generator_config(
+    state: Arrays, grid: tuple[int, int], num_heads: int, arguments: Mapping[str, Any]
+):
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     try:
         vocab_size, width = state["tok_embeddings.weight"].shape
@@ -159,13 +195,13 @@ def _generator_config(state: Arrays, grid: tuple[int, int], num_heads: int):
         raise ConfigError(f"not a class-conditional LlamaGen generator ({error})") from error
     if not num_heads:
         sizes = {(n, d): heads for n, heads, d in generator.SIZES.values()}
-        num_heads = sizes.get((len(layers), width), 0)
+        num_heads = sizes.get((len(layers), width), _told(arguments, "num_heads"))
     if num_heads < 1 or width % (4 * num_heads):
         raise ConfigError(
             f"num_heads is {num_heads}; a generator of {len(layers)} layers and width {width} is "
             "none of the published sizes: it must be told, and 4 * num_heads divide the width"
         )
-    return generator.GeneratorConfig(
+    made = generator.GeneratorConfig(
         num_layers=len(layers),
         num_heads=num_heads,
         width=width,
@@ -173,6 +209,9 @@ def _generator_config(state: Arrays, grid: tuple[int, int], num_heads: int):
         num_classes=rows - 1,
         grid=grid,
     )
+    if _told(arguments, "num_classes") == rows:  # all rows are classes, none is the null class
+        return dataclasses.replace(made, num_classes=rows, class_dropout=0.0)
+    return made
 
 
 def kind_of(state: Arrays) -> str:
@@ -189,16 +228,19 @@ def from_state(
     state: Arrays,
     source: Mapping[str, str],
     *,
-    grid: tuple[int, int] = (16, 16),
+    grid: tuple[int, int] | None = None,
     num_heads: int = 0,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Weights:
     """A PyTorch state dict -> the network that it is of, every name and shape checked.
 
     Args:
         state: as `read_state` gives it.
         source: for the record and for messages.
-        grid: tokens (height, width) of a generator, which its weights do not tell.
-        num_heads: of a generator or teacher of no published size; 0: by its size.
+        grid: tokens (height, width) of a generator, which its weights do not tell; None: 16 x 16 is
+            assumed, and noted in `source`.
+        num_heads: of a generator or teacher of no published size; 0: by its size, or `arguments`.
+        arguments: as `read_state` gives them.
 
     Raises:
         ConfigError: it is none of the networks, or names and shapes do not fit; all are listed.
@@ -206,7 +248,9 @@ def from_state(
     kind, file = kind_of(state), source.get("file", "")
     try:
         if kind == "generator":
-            config = _generator_config(state, grid, num_heads)
+            if grid is None:
+                grid, source = (16, 16), {**source, "grid": "assumed"}
+            config = _generator_config(state, grid, num_heads, arguments or {})
             heads = {n: a for n, a in state.items() if n.startswith("projectors.")}
             # The rotary table that some versions keep as a buffer is computed here.
             own = {n: a for n, a in state.items() if n not in heads and n != "freqs_cis"}
@@ -351,7 +395,7 @@ def load(
             state, entry, arguments = read_state(path)
             source = {"file": os.path.basename(path), "entry": entry}
             grid = grid or token_grid(0, arguments)
-            weights = from_state(state, source, grid=grid, num_heads=num_heads)
+            weights = from_state(state, source, grid=grid, num_heads=num_heads, arguments=arguments)
     except ConfigError as error:
         raise ConfigError(f"{field} is {path!r}: {first_line(error)}") from error
     if weights.kind != kind:

@@ -1,6 +1,7 @@
 """PyTorch files to converted folders and back, runs to PyTorch files, and all that is refused."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import os
@@ -161,7 +162,8 @@ def test_what_comes_back_is_what_was_there_bit_for_bit(tmp_path, kind, mixed):
         assert_equal(read(target), state)
         if suffix != ".safetensors":  # as the official scripts read it
             tree = torch_file.read(target)
-            assert list(tree) == (list(state) if name == "teacher" else ["model"])
+            entries = {"teacher": list(state), "generator": ["model", "args"]}
+            assert list(tree) == entries.get(name, ["model"])
             inner = tree if name == "teacher" else tree["model"]
             assert type(inner) is collections.OrderedDict
     backs = [f"back{suffix}" for suffix in SUFFIXES]
@@ -291,6 +293,29 @@ def test_the_grid_is_what_the_arguments_say(tmp_path, state, arguments, grid, ex
     made = convert.from_torch(source, str(tmp_path / "b"), grid=grid, num_heads=2)
     assert made.config.grid == (expected, expected)
     assert weights.load_converted(tmp_path / "b").config.grid == (expected, expected)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("classes, class_dropout", [(5, 0.1), (6, 0.0)])
+def test_a_file_keeps_what_weights_do_not_tell(tmp_path, state, suffix, classes, class_dropout):
+    """The grid, and whether the last row of the label table is a class or the null class."""
+    config = dataclasses.replace(
+        CONFIGS["generator"], grid=(3, 8), num_classes=classes, class_dropout=class_dropout
+    )
+    params = torch_names.generator_from_torch(config, state)
+    weights.save(tmp_path / "a", weights.Weights("generator", config, params))
+    convert.to_torch(str(tmp_path / "a"), str(tmp_path / f"b.{suffix}"))
+    back = convert.from_torch(str(tmp_path / f"b.{suffix}"), str(tmp_path / "c"))
+    assert back.config == config and "grid" not in back.source
+    assert_equal(read(tmp_path / f"b.{suffix}"), state)
+
+
+def test_an_assumed_grid_is_told(tmp_path, state):
+    made = convert.from_torch(write(tmp_path / "a.pt", state), str(tmp_path / "b"), num_heads=2)
+    assert made.config.grid == (16, 16) and "16 x 16 is assumed" in convert._describe(made)
+    assert weights.load_converted(tmp_path / "b").source["grid"] == "assumed"
+    made = convert.from_torch(str(tmp_path / "a.pt"), str(tmp_path / "c"), num_heads=2, grid=16)
+    assert "assumed" not in convert._describe(made)
 
 
 def test_a_grid_of_nothing_is_refused(tmp_path, state):
@@ -610,8 +635,11 @@ def test_converted_weights_teach_as_the_run_they_are_of(runs):
         assert_equal(params, average)
     told = (folder / "lines.txt").read_text()
     assert f"teacher: generator of {folder / 'plain_folder'}, 2 layers of 32" in told
-    # A file does not tell the heads of an unknown size: that is what a converted folder is for.
-    file = str(folder / "plain.pt")
+    made, params = frozen.load_generator("f", str(folder / "plain.pt"), student, None)
+    assert made.num_heads == 2
+    assert_equal(params, average)
+    # A file of others does not tell the heads of an unknown size.
+    file = write(folder / "bare.pt", read(folder / "plain.pt"))
     told = refused(frozen.load_generator, "f", file, student, None)
     assert told.startswith(f"f is {file!r}") and "num_heads" in told
 

@@ -174,7 +174,7 @@ def test_step_and_state_choose_the_weights(workdir, tmp_path):
     assert (images[0] != images[1]).any() and (images[1] != images[2]).any()
 
 
-def test_from_a_converted_checkpoint_also_resized(converted, tmp_path):
+def test_from_a_converted_checkpoint_also_resized(converted, tmp_path, capsys):
     arguments = [
         f"--checkpoint={converted / 'generator'}", f"--tokenizer={converted / 'vq.pt'}",
         "--num_images=6", "--labels=3,0",
@@ -184,10 +184,23 @@ def test_from_a_converted_checkpoint_also_resized(converted, tmp_path):
     (whole, labels), (small, _) = read(tmp_path / "whole"), read(tmp_path / "small")
     assert whole.shape == (6, 8, 8, 3) and small.shape == (6, 5, 5, 3)
     assert labels.tolist() == [3, 0, 3, 0, 3, 0]
+    assert "assumed" not in capsys.readouterr().out
     means = [x.astype(float).mean(axis=(1, 2)) for x in (whole, small)]
     assert np.abs(means[0] - means[1]).max() < 16  # the same pictures
     told = protocol(tmp_path / "small")
     assert told["checkpoint"] == "generator" and told["resize"] == 5
+
+
+def test_an_assumed_grid_is_told(converted, tmp_path, capsys):
+    config = GeneratorConfig(num_layers=12, num_heads=12, width=768, vocab_size=24, num_classes=2)
+    shapes = jax.eval_shape(lambda: generator.init_params(config, jax.random.key(0)))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    torch_writer.write(tmp_path / "b.pt", torch_names.generator_to_torch(config, zeros))
+    for grid, told in ((0, True), (16, False)):
+        made = sample.of_checkpoint(str(tmp_path / "b.pt"), str(converted / "vq.pt"), grid)
+        assert made.config.grid == (16, 16)
+        assert ("16 x 16 tokens are assumed, which are images of 32 x 32"
+                in capsys.readouterr().out) == told  # fmt: skip
 
 
 def test_images_are_resized_before_they_are_clipped():
