@@ -67,7 +67,7 @@ class OnlineImages:
         return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int | str]:
-        key, label = self._images.key(index), self._images.label(index)
+        label, key = self._images.about(index)
         if not 0 <= label < self._num_classes:
             raise DataError(
                 f"image {key!r} has label {label}: model.num_classes allows 0 to "

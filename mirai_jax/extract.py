@@ -195,7 +195,8 @@ class Encoder:
 class _Image:
     """One image on its way: its crops, or why there are none."""
 
-    index: int
+    key: str
+    label: int
     crops: np.ndarray | None
     notes: tuple[str, ...]
     problem: str
@@ -204,12 +205,12 @@ class _Image:
 def _load(job: Job, index: int) -> _Image:
     # What cannot be read ends the work, since a lost disk is no property of an image; what cannot
     # be decoded is listed.
-    raw = job.images.read(index)
+    raw, label, key = job.images.example(index)
     try:
         crops, notes = load_all_crops(raw, job.manifest.crops)
-        return _Image(index, crops, notes, "")
+        return _Image(key, label, crops, notes, "")
     except DataError as error:
-        return _Image(index, None, (), first_line(error))
+        return _Image(key, label, None, (), first_line(error))
 
 
 def _loaded(job: Job, indices: Iterator[int]) -> Iterator[_Image]:
@@ -290,13 +291,12 @@ def extract(job: Job, shards: list[int], progress: Progress, shown: int = 0) -> 
     done = 0
     for k, batch, codes in _encoded(job, todo):
         for image, codes_CxL in zip(batch, codes, strict=False):
-            key = job.images.key(image.index)
             if image.crops is None:
-                part["failed"].append({"key": key, "reason": image.problem})
+                part["failed"].append({"key": image.key, "reason": image.problem})
                 continue
-            packed.append(records.pack_record(codes_CxL, job.images.label(image.index), key))
+            packed.append(records.pack_record(codes_CxL, image.label, image.key))
             for note in image.notes:
-                part["notes"].setdefault(note, []).append(key)
+                part["notes"].setdefault(note, []).append(image.key)
         done += len(batch)
         progress.advance(len(batch))
         if done == len(job.indices(k)):

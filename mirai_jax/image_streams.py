@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mirai_jax import crops, images
+from mirai_jax import crops, image_folders
 from mirai_jax.errors import DataError, first_line
 
 
@@ -47,7 +47,7 @@ def of_array(name: str, pixels_NxHxWxC: np.ndarray) -> ImageStream:
 
 
 def open_stream(path: str) -> ImageStream:
-    """A .npz with `arr_0`, or a folder of image files (those of `images.SUFFIXES`, at any depth).
+    """A .npz with `arr_0`, or a folder of image files (those of `image_folders.SUFFIXES`, at any depth).
 
     A folder with a samples.npz, as `mirai_jax.sample` writes them, stands for that file.
 
@@ -159,10 +159,14 @@ def _of_npz(path: str) -> ImageStream:
 
 
 def _of_folder(path: str) -> ImageStream:
-    root = pathlib.Path(path)
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in images.SUFFIXES)
+    files = [
+        pathlib.Path(path, folder, name)
+        for folder, names in image_folders.walk(path, path)
+        for name in names
+        if image_folders.is_image(name)
+    ]
     if not files:
-        raise DataError(f"{path} holds no image ({' '.join(images.SUFFIXES)})")
+        raise DataError(f"{path} holds no image ({' '.join(image_folders.SUFFIXES)})")
     sizes: dict[tuple[int, int], pathlib.Path] = {}
     for file in files:
         try:

@@ -12,15 +12,13 @@ import itertools
 import operator
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from mirai_jax import image_sets
+from mirai_jax import image_folders, image_sets
 from mirai_jax.errors import DataError, first_line
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 FORMS = (
     "FOLDER (with a folder of images for each class), tfds:NAME[:SPLIT], "
     "grain:package.module:attribute, mnist and fashion_mnist[:FOLDER]"
@@ -60,6 +58,14 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def read(self, index: int) -> bytes | np.ndarray:
         """Image `index`."""
+
+    def about(self, index: int) -> tuple[int, str]:
+        """Label and key of image `index`, fetched once."""
+        return self.label(index), self.key(index)
+
+    def example(self, index: int) -> tuple[bytes | np.ndarray, int, str]:
+        """Image, label and key of image `index`, fetched once."""
+        return self.read(index), *self.about(index)
 
     @abc.abstractmethod
     def find(self, key: str) -> bytes | np.ndarray:
@@ -148,12 +154,12 @@ class _Folder(ImageSource):
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        classes, files = self._scan(self._root)
+        classes, files = image_folders.scan(self._spec, self._root)
         if not classes:
-            loose = any(map(_is_image, files))
+            loose = any(map(image_folders.is_image, files))
             raise DataError(
                 f"images {self._spec!r} holds {'images but no class folders' if loose else 'none'}: "
-                f"expected are FOLDER/CLASS/IMAGE, with images of {' '.join(SUFFIXES)}"
+                f"expected are FOLDER/CLASS/IMAGE, with images of {' '.join(image_folders.SUFFIXES)}"
             )
         return tuple(classes)
 
@@ -164,17 +170,17 @@ class _Folder(ImageSource):
     @functools.cached_property
     def _listing(self) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
         """Keys and labels of the images, and the keys of the other files."""
-        keys, labels, skipped = [], [], list(self._scan(self._root)[1])
+        keys, labels, skipped = [], [], image_folders.scan(self._spec, self._root)[1]
         for label, class_name in enumerate(self.class_names):
             before = len(keys)
             # By folder, then by file: the order of torchvision's ImageFolder.
-            for folder, files in sorted(self._walk(class_name, frozenset())):
+            for folder, files in sorted(image_folders.walk(self._spec, self._root, class_name)):
                 for name in files:
-                    (keys if _is_image(name) else skipped).append(f"{folder}/{name}")
+                    (keys if image_folders.is_image(name) else skipped).append(f"{folder}/{name}")
             if len(keys) == before:
                 raise DataError(
                     f"images {self._spec!r}: class folder {class_name!r} holds no image: "
-                    f"expected are files of {' '.join(SUFFIXES)}"
+                    f"expected are files of {' '.join(image_folders.SUFFIXES)}"
                 )
             labels += [label] * (len(keys) - before)
         for key in itertools.chain(keys, skipped):
@@ -186,36 +192,6 @@ class _Folder(ImageSource):
                     "rename it"
                 ) from error
         return keys, np.array(labels, np.int32), tuple(sorted(skipped))
-
-    def _walk(self, folder: str, above: frozenset[str]) -> Iterator[tuple[str, list[str]]]:
-        """(folder, its files) of a folder below the root and of all folders inside it."""
-        here = os.path.join(self._root, folder)
-        real = os.path.realpath(here)
-        if real in above:
-            raise DataError(f"images {self._spec!r}: {folder!r} links to a folder that it is in")
-        folders, files = self._scan(here)
-        yield folder, files
-        for name in folders:
-            yield from self._walk(f"{folder}/{name}", above | {real})
-
-    def _scan(self, folder: str) -> tuple[list[str], list[str]]:
-        """Names of the folders and of the files in a folder, each sorted; no hidden ones."""
-        folders, files = [], []
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if not entry.name.startswith("."):
-                        (folders if entry.is_dir() else files).append(entry.name)
-        except OSError as error:
-            inside = os.path.relpath(folder, self._root)
-            raise DataError(
-                f"images {self._spec!r}: folder {inside!r} cannot be listed ({error.strerror})"
-            ) from error
-        return sorted(folders), sorted(files)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
 
 
 # Numbered records --------------------------------------------------------------------------------
@@ -235,26 +211,21 @@ class _Numbered(ImageSource):
         """Image, label and name of record `index`; may raise anything."""
 
     def label(self, index: int) -> int:
-        label = self._get(index)[1]
-        try:
-            label = operator.index(label)
-        except TypeError as error:
-            raise DataError(
-                f"images {self._spec!r}: label {label!r} of image {index} is no integer"
-            ) from error
-        last = len(self.class_names) - 1 if self.class_names else 2**31 - 1
-        if not 0 <= label <= last:
-            raise DataError(
-                f"images {self._spec!r}: label {label} of image {index} is out of range: allowed "
-                f"are 0 to {last}"
-            )
-        return label
+        return self._label(index, self._get(index)[1])
 
     def key(self, index: int) -> str:
         return self._key(index, self._get(index)[2])
 
     def read(self, index: int) -> bytes | np.ndarray:
         return self._image(index, self._get(index)[0])
+
+    def about(self, index: int) -> tuple[int, str]:
+        _, label, name = self._get(index)
+        return self._label(index, label), self._key(index, name)
+
+    def example(self, index: int) -> tuple[bytes | np.ndarray, int, str]:
+        image, label, name = self._get(index)
+        return self._image(index, image), self._label(index, label), self._key(index, name)
 
     def find(self, key: str) -> bytes | np.ndarray:
         found = _NUMBERED.fullmatch(key) if isinstance(key, str) else None
@@ -272,6 +243,21 @@ class _Numbered(ImageSource):
                 "other images"
             )
         return self._image(index, image)
+
+    def _label(self, index: int, label: Any) -> int:
+        try:
+            label = operator.index(label)
+        except TypeError as error:
+            raise DataError(
+                f"images {self._spec!r}: label {label!r} of image {index} is no integer"
+            ) from error
+        last = len(self.class_names) - 1 if self.class_names else 2**31 - 1
+        if not 0 <= label <= last:
+            raise DataError(
+                f"images {self._spec!r}: label {label} of image {index} is out of range: allowed "
+                f"are 0 to {last}"
+            )
+        return label
 
     def _key(self, index: int, name: str | None) -> str:
         return str(index) if name is None else f"{index}:{name}"

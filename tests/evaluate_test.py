@@ -104,6 +104,11 @@ def test_a_folder_of_images(tmp_path):
     save_folder(folder / "a", images[:3])
     Image.fromarray(images[3][..., 0]).save(folder / "a" / "grey.PNG")
     (folder / "a" / "readme.txt").write_text("no image")
+    # As extraction counts: links lead somewhere, what is hidden is not there.
+    (folder / "b").rename(folder.with_name("elsewhere"))
+    (folder / "b").symlink_to(folder.with_name("elsewhere"))
+    save_folder(folder / ".ipynb_checkpoints", images[:1])
+    Image.fromarray(images[0]).save(folder / "a" / "._000.png")
     stream = image_streams.open_stream(str(folder))
     assert (stream.count, stream.size) == (7, (6, 9))
     expected = np.concatenate([images[:3], images[3:4, ..., :1].repeat(3, -1), images[4:]])

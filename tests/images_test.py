@@ -53,6 +53,11 @@ def same(a, b):
 
 def contents(source):
     numbers = range(len(source))
+    for i in numbers:
+        key, label, image = source.key(i), source.label(i), source.read(i)
+        assert source.about(i) == (label, key)
+        seen, *about = source.example(i)
+        assert about == [label, key] and np.array_equal(seen, image)
     return [(source.key(i), source.label(i), source.read(i)) for i in numbers]
 
 
@@ -423,6 +428,16 @@ def test_python_objects_and_what_makes_them(module):
     assert arrays.label(3) == 3 and type(arrays.label(3)) is int
     named = images.open_images("grain:my.photos:named")
     assert named.key(2) == "2:photo/2:é" and named.find("2:photo/2:é") == named.read(2)
+
+
+def test_an_image_with_all_that_belongs_to_it_is_fetched_once(module):
+    """A source may decode whenever it is asked."""
+    asked = []
+    module.counted = Random(key=lambda k: asked.append(k) or str(k))
+    source = images.open_images("grain:my.photos:counted")
+    source.example(3)
+    source.about(4)
+    assert asked == [3, 4]
 
 
 def test_a_grain_data_set_is_a_source(module):

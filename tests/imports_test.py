@@ -132,10 +132,11 @@ def test_the_step_of_a_teacher_imports_models_and_optimizer_alone():
 # From files to batches: what runs in the data pipeline's own processes, which have no accelerator.
 DATA = {
     "data": {"crops", "images", "records", "errors"},
-    "image_streams": {"crops", "images", "errors"},
+    "image_streams": {"crops", "image_folders", "errors"},
     "records": {"manifest", "files", "errors"},
     "manifest": {"crops", "files", "errors"},
-    "images": {"image_sets", "errors"},
+    "images": {"image_folders", "image_sets", "errors"},
+    "image_folders": {"errors"},
     "image_sets": {"errors"},
     "crops": {"errors"},
     "files": set(),

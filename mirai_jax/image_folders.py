@@ -1,0 +1,58 @@
+"""Folders of image files: what is in them, in the order of torchvision's ImageFolder."""
+
+import os
+from collections.abc import Iterator
+
+from mirai_jax.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is taken for an image, by its name."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def scan(spec: str, root: str, folder: str = "") -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in root/folder, each sorted; no hidden ones.
+
+    Args:
+        spec: what the user calls the root, for messages.
+        root: a folder.
+        folder: one inside it, with slashes; "": the root itself.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(entry.name)
+    except OSError as error:
+        raise DataError(
+            f"images {spec!r}: folder {folder or '.'!r} cannot be listed ({error.strerror})"
+        ) from error
+    return sorted(folders), sorted(files)
+
+
+def walk(
+    spec: str, root: str, folder: str = "", above: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files) of `folder` and of all folders inside it, also where links lead.
+
+    Args:
+        spec, root, folder: see `scan`.
+        above: the real paths of the folders that this one is in.
+
+    Raises:
+        DataError: a folder cannot be listed, or links to one that it is in.
+    """
+    real = os.path.realpath(os.path.join(root, folder))
+    if real in above:
+        raise DataError(f"images {spec!r}: {folder!r} links to a folder that it is in")
+    folders, files = scan(spec, root, folder)
+    yield folder, files
+    for name in folders:
+        yield from walk(spec, root, f"{folder}/{name}".lstrip("/"), above | {real})
