@@ -223,9 +223,9 @@ def gpu_share(all_gpus: list[str], slot: int, parallel: int) -> dict[str, str]:
     if parallel <= len(all_gpus):
         return {"CUDA_VISIBLE_DEVICES": ",".join(all_gpus[slot::parallel])}
     share = {"CUDA_VISIBLE_DEVICES": all_gpus[slot % len(all_gpus)]}
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         together = -(-parallel // len(all_gpus))
-        share["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / together:.3f}"
+        share["XLA_CLIENT_MEM_FRACTION"] = f"{0.9 / together:.3f}"
     return share
 
 

@@ -58,7 +58,7 @@ def read(run: Run) -> Result:
     agreement = run.workdir / "agreement.json"
     if agreement.exists():
         values["agreement"] = json.loads(agreement.read_text())["samples"]
-    speeds = [entry["images_per_second"] for entry in entries]
+    speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
     return Result(
         run=run,
         step=step,

@@ -178,23 +178,23 @@ class Checkpoints:
     def restore_newest(
         self, like: TrainState, shardings: TrainState, say: Callable[[str], None]
     ) -> tuple[TrainState, int] | None:
-        """The newest checkpoint that is whole.
+        """The newest checkpoint that is whole, of those that process 0 sees.
 
         Newer ones that are damaged are told and set aside, so that their steps can be saved again.
 
         Args:
             like: the state's shapes (arrays or what `jax.eval_shape` gives).
             shardings: where they go.
-            say: takes a line for each damaged one.
+            say: takes a line for each damaged one, and where processes see others.
 
         Returns:
             The state and its step; None if there is no checkpoint, or none that is whole.
 
         Raises:
-            ConfigError: they are of another program.
+            ConfigError: they are of another program, or a process does not see what process 0 sees.
             TrainingError: one may not be read, or does not fit in memory.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self._agreed_steps(say)
         damaged, others, result = {}, 0, None
         for step in steps:
             state, why, worst = self._restore(step, like, shardings)
@@ -209,9 +209,39 @@ class Checkpoints:
             )
         for step, why in damaged.items():
             say(f"checkpoint of step {step:,} is damaged ({why}): set aside as {self._aside(step)}")
-        if damaged:
-            self._manager.reload()
+        self._keep_in_mind([step for step in steps if step not in damaged])
         return result
+
+    def _agreed_steps(self, say: Callable[[str], None]) -> list[int]:
+        """The steps of the checkpoints that process 0 sees, newest first; all must ask."""
+        newest = distributed.worst(max(self._manager.all_steps(), default=0))
+        if distributed.is_first() and newest not in (0, *self._manager.all_steps()):
+            if distributed.sees(self._path(newest)):
+                self._manager.reload()
+            else:
+                say(
+                    f"another process sees a checkpoint of step {newest:,}, which process 0 does not: "
+                    "it is left out"
+                )
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        count = int(distributed.from_first(np.asarray(len(steps))))
+        # As long as those of process 0 whatever is seen here: what is sent has one shape.
+        same = np.asarray((steps + [0] * count)[:count], np.int64)
+        return [int(step) for step in distributed.from_first(same)]
+
+    def _keep_in_mind(self, steps: list[int]) -> None:
+        """Makes these the steps that Orbax believes to be there: it asks the folder only once.
+
+        Where it believes another set than in another process, one would save and the other not.
+        """
+        if sorted(self._manager.all_steps()) == sorted(steps):
+            return
+        self._manager.reload()
+        if not set(self._manager.all_steps()) <= set(steps):  # there is no public way to forget one
+            self._manager._checkpoints.delete_if(lambda info: info.step not in steps)
+
+    def _path(self, step: int) -> pathlib.Path:
+        return (self._folder / f"step_{step}").absolute()
 
     def _restore(
         self, step: int, like: TrainState, shardings: TrainState
@@ -220,13 +250,22 @@ class Checkpoints:
 
         No process is left waiting: each reads by itself, and then they agree, before anything that
         they do together.
+
+        A checkpoint that a process does not see at all ends the run, and is not taken for damaged:
+        process 0 sees it, so it is likely whole, and what is wrong is the storage. Going back to the
+        one before would set a good one aside and do its steps again, for want of a mount.
         """
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             jax.eval_shape(_storable, like),
             _fields(shardings),
         )
-        path = (self._folder / f"step_{step}").absolute()
+        path = self._path(step)
+        process = distributed.blind(path)
+        if process:
+            raise ConfigError(
+                f"process {process} does not see {path}, which process 0 sees: {distributed.NOT_SHARED}"
+            )
         tree, why, here = None, "", _WHOLE
         try:
             tree, marks = _read(path, abstract)
@@ -263,6 +302,17 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
+        """Closes; what is wrong with a checkpoint in the making never replaces the first error."""
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
 
 
 def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any, int]:

@@ -5,17 +5,20 @@ import functools
 import sys
 import types
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 from absl import flags, logging
 
 from mirai_jax import distributed
-from mirai_jax.errors import ConfigError, DataError, Preempted, first_line
+from mirai_jax.errors import ConfigError, DataError, Lost, Preempted, first_line
 
 
 @contextlib.contextmanager
 def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
     """Ends with "error: ..." in one line, and the error's `status`, where a traceback says no more.
+
+    So do errors of the devices, whose memory may not suffice.
 
     Args:
         more: kinds of errors that are told so, besides ConfigError and DataError.
@@ -26,16 +29,26 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
     try:
         yield
     except (ConfigError, DataError, *more) as error:
-        if jax.distributed.is_initialized():
-            told = f"error: process {jax.process_index()}: {first_line(error)}"
-            print(told, file=sys.stderr)
-            distributed.leave(error.status)
-        sys.exit(f"error: {first_line(error)}")  # status 1
+        _fail(first_line(error), error.status)
+    except jax.errors.JaxRuntimeError as error:
+        lost = distributed.means_lost(error)
+        memory = "RESOURCE_EXHAUSTED" in str(error)
+        what = (
+            "another process is gone" if lost else "out of memory" if memory else "a device failed"
+        )
+        _fail(f"{what} ({first_line(error)[:200]})", Lost.status if lost else 1)
     except Preempted as stop:
         print(first_line(stop), file=sys.stderr)
         sys.exit(stop.status)  # all processes are here: they part in good order
     except KeyboardInterrupt:
         sys.exit(interrupted)
+
+
+def _fail(told: str, status: int) -> NoReturn:
+    if jax.distributed.is_initialized():
+        print(f"error: process {jax.process_index()}: {told}", file=sys.stderr)
+        distributed.leave(status)
+    sys.exit(f"error: {told}")  # status 1
 
 
 @functools.cache
@@ -45,16 +58,23 @@ def _quieten() -> None:
     It reads and writes all arrays at once: where one fails, the others end with pages of tracebacks.
     """
     logging.set_verbosity(logging.WARNING)  # it tells every file it writes
-    logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
+    unheard = "exception was never retrieved"  # asyncio's, of arrays after the first
+    logging.get_absl_handler().addFilter(
+        lambda record: "/orbax/" not in record.pathname and unheard not in record.getMessage()
+    )
     tell, tell_unraisable = sys.excepthook, sys.unraisablehook
 
+    def too_late(error: BaseException | None) -> bool:  # TensorStore's threads, in either way
+        return str(error) == "Event loop is closed"
+
     def excepthook(kind: type, error: BaseException, where: types.TracebackType | None) -> None:
-        if str(error) != "Event loop is closed":
+        if not too_late(error):
             tell(kind, error, where)
 
     def unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
         code = getattr(unraisable.object, "cr_code", None)
-        if code is None or "/orbax/" not in code.co_filename:
+        of_orbax = code is not None and "/orbax/" in code.co_filename
+        if not of_orbax and not too_late(unraisable.exc_value):
             tell_unraisable(unraisable)
 
     sys.excepthook, sys.unraisablehook = excepthook, unraisablehook

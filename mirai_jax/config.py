@@ -221,6 +221,12 @@ def _term(term: fields.Section, student: GeneratorConfig, ema_decay: float, take
     )
     fields.require(name not in taken, term.name("name"), name, "used by one term only")
     fields.require(
+        name not in ("tokenizer", "data", "image_set"),
+        term.name("name"),
+        name,
+        "another name: parts.json has this one for something else",
+    )
+    fields.require(
         name != "bidirectional" or source == "bidirectional",
         term.name("name"),
         name,

@@ -8,6 +8,8 @@ process's to write. Files that all read (data, workdir) lie on storage that all 
 import contextlib
 import multiprocessing
 import os
+import pathlib
+import secrets
 import socket
 import sys
 import time
@@ -21,6 +23,11 @@ from jax.experimental import multihost_utils
 from mirai_jax.errors import ConfigError, Lost, first_line
 
 MODES = ("auto", "on", "off")
+
+# Seconds that storage is given to show what another host wrote: NFS shows it after a while.
+PATIENCE = 10.0
+
+NOT_SHARED = "the workdir must be on storage that all processes share"
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -197,10 +204,60 @@ def barrier(name: str) -> None:
             multihost_utils.sync_global_devices(name)
 
 
+def sees(path: pathlib.Path) -> bool:
+    """Whether this process sees it, now or before PATIENCE ends."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        # The folder is listed, not the path looked up: opening a folder makes NFS ask its server,
+        # where that a name is not there may be cached for half a minute.
+        with contextlib.suppress(OSError):
+            if path.name in os.listdir(path.parent):
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.25)
+
+
+def blind(path: pathlib.Path) -> int:
+    """A process that does not see a path which process 0 sees; 0 if all do. All must ask."""
+    return worst(0 if is_first() or sees(path) else jax.process_index())
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Ends all processes alike where one does not see what the first writes; all must ask.
+
+    Raises:
+        ConfigError: the folder is not shared, or cannot be written.
+    """
+    if jax.process_count() == 1:
+        return
+    # A name that nobody has asked for: no cache and no copy of the folder can know it.
+    token = from_first(np.frombuffer(secrets.token_bytes(8), np.uint8))
+    path = folder.absolute() / f"shared_{token.tobytes().hex()}.tmp"
+    try:
+        if is_first():
+            path.touch()
+        process = blind(path)
+    except OSError as error:
+        raise ConfigError(f"workdir {folder} cannot be written: {error.strerror}") from error
+    finally:
+        if is_first():
+            with contextlib.suppress(OSError):
+                path.unlink()
+    if process:
+        raise ConfigError(
+            f"process {process} does not see what process 0 writes in {folder.absolute()}: {NOT_SHARED}"
+        )
+
+
 def leave(status: int) -> None:
     """Ends this process at once, and those that it started: nobody is waited for."""
     for child in multiprocessing.active_children():  # data workers would live on
         child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
+    if jax.process_count() > 1 and is_first():
+        # JAX's runtime ends the others as soon as its coordinator, which is here, is gone: where
+        # all of them end for the same reason, they tell it first.
+        time.sleep(1)
     os._exit(status)

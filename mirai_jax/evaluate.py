@@ -282,7 +282,7 @@ def _save_statistics(path: str, real: Features) -> None:
 
 def _out(samples: list[str]) -> pathlib.Path:
     if _OUT.value:
-        return pathlib.Path(_OUT.value)
+        return pathlib.Path(_OUT.value).expanduser()
     first = pathlib.Path(samples[0])
     if samples[0].startswith("data:"):
         first = pathlib.Path(samples[0].removeprefix("data:").rpartition(":")[0])

@@ -48,7 +48,7 @@ class Term:
             from the token that the position predicts, with K further heads.
         layout: `2d` offsets are (rows, columns) on the grid, `1d` ones are raster steps.
         offsets: K offsets. (0, 0) is the same position.
-        targets: `own`, or as a control `shuffled`: those of the next image of the batch, which tell
+        targets: `own`, or as a control `shuffled`: those of the previous image of the batch, which tell
             nothing of this one.
         borders: of the 2-D layout: `wrap` shifts the flattened sequence, so that a pair may run
             from a row's end into the next row (the official code); `mask` drops such pairs.

@@ -64,7 +64,7 @@ def load_codebook(settings: Settings, workdir: str) -> tuple[tokenizer.PatchCode
     Raises:
         ConfigError: it is not there, or damaged.
     """
-    path = pathlib.Path(workdir) / "tokenizer.npz"
+    path = pathlib.Path(workdir).expanduser() / "tokenizer.npz"
     try:
         params = codebook.load_params(path)
         rows = params["codebook"]
@@ -206,7 +206,9 @@ def read_settings(field: str, workdir: str) -> Settings:
         ConfigError: it is not the workdir of a run.
     """
     try:
-        raw = completed(json.loads((pathlib.Path(workdir) / "config.json").read_text()))
+        raw = completed(
+            json.loads((pathlib.Path(workdir).expanduser() / "config.json").read_text())
+        )
         # Its mesh is of no interest here: one device satisfies any other check.
         raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
         return config_lib.read(raw, num_devices=1)
@@ -226,7 +228,7 @@ def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Setting
         ConfigError: no such run, or no checkpoint.
     """
     settings = read_settings(field, workdir)
-    folder = pathlib.Path(workdir) / "checkpoints"
+    folder = pathlib.Path(workdir).expanduser() / "checkpoints"
     if not folder.is_dir():
         raise ConfigError(f"{field} is {workdir!r}, a run without a checkpoint yet")
     return settings, *restore_weights(folder, step)
@@ -275,7 +277,7 @@ def _read_generator(
     field: str, path: str, settings: Settings, tokenizer_params: Any
 ) -> tuple[GeneratorConfig, dict[str, Any]]:
     """The generator's shapes and {'params', 'ema'}, of a workdir, a converted folder or a file."""
-    if not (pathlib.Path(path) / "config.json").exists():
+    if not (pathlib.Path(path).expanduser() / "config.json").exists():
         if tokenizer_params is not None:
             raise ConfigError(
                 f"{field} is {path!r}; with data.name {settings.data.name!r} it must be a workdir, "
@@ -288,7 +290,7 @@ def _read_generator(
         other, saved, _ = read_run(field, path)
         config = other.generator
         if tokenizer_params is not None:
-            _check_same_codebook(field, pathlib.Path(path), tokenizer_params)
+            _check_same_codebook(field, pathlib.Path(path).expanduser(), tokenizer_params)
     for name in ("grid", "vocab_size", "num_classes"):
         mine, theirs = getattr(settings.generator, name), getattr(config, name)
         if mine != theirs:

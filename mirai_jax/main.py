@@ -119,9 +119,7 @@ def _print_plan(config: ml_collections.ConfigDict, count: int, chip: str) -> Non
         ) from error
     print(*found.lines(), sep="\n")
     if chip in targets.GPUS:
-        has = targets.GPUS[chip].memory
-        verdict = "" if found.total < has << 30 else ": it does not fit"
-        print(f"of {has:,} GiB{verdict}")
+        print(targets.verdict(chip, found.total))
     elif not chip:
         print(
             "by XLA's compiler for CPUs; see mirai_jax/memory.py for how far that holds elsewhere"

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -70,9 +70,13 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
     elif settings.tokenizer.path:
         tokenizer, tokenizer_params = frozen.load_vq(settings)
         say(f"tokenizer: {settings.tokenizer.name} of {settings.tokenizer.path}")
-    teacher, frozen_params = None, {}
+    teacher, frozen_params, identity = None, {}, {}
+    if images is not None:
+        identity["image_set"] = image_sets.checksum(images)
     if settings.needs_images:
         teacher, frozen_params["bidirectional"] = frozen.make_teacher(settings)
+        # Here, for where its features are cached it is not kept.
+        identity["bidirectional"] = weights.checksum(frozen_params["bidirectional"])
         say(f"teacher: {settings.teacher.name}, {teacher.features} features a position")
     if settings.data.in_memory:
         load_crop, class_names = None, images.class_names
@@ -107,10 +111,10 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         tokenizer if settings.data.online else None,
         data.steps_per_epoch(len(source), settings.batch_size),
     )
-    identity = {
+    identity |= {
         name: weights.checksum(params)
         for name, params in {"tokenizer": tokenizer_params, **frozen_params}.items()
-        if params is not None
+        if params is not None and name not in identity
     }
     identity["data"] = _data_identity(source, load_crop)
     names = class_names or tuple(str(i) for i in range(settings.generator.num_classes))
@@ -151,11 +155,11 @@ def make_recipe(
     )
 
 
-def check_same(parts: Parts, workdir: pathlib.Path, *, write: bool) -> None:
+def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: bool) -> None:
     """Refuses to continue a run on other data or with other frozen networks than it began with.
 
-    Paths may change, since files move; parts.json says what they held. A tokenizer that only draws
-    samples may also come later. `write` it where it is new.
+    Paths may change, since files move; parts.json says what they held: the `identity` of `Parts`. A
+    tokenizer that only draws samples may also come later. `write` it where it is new.
 
     Raises:
         ConfigError: names what differs.
@@ -169,14 +173,14 @@ def check_same(parts: Parts, workdir: pathlib.Path, *, write: bool) -> None:
         before = {}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged; remove it to go on without its check") from error
-    for name, now in parts.identity.items():
+    for name, now in identity.items():
         if before.get(name, now) != now:
             raise ConfigError(
-                f"workdir {workdir} holds a run that began with another {name}: its checksum was "
+                f"workdir {workdir} holds a run that began with another {name}: the checksum was "
                 f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir"
             )
-    if write and before != before | parts.identity:
-        files.write_text(file, json.dumps(before | parts.identity, indent=2) + "\n")
+    if write and before != {**before, **identity}:
+        files.write_text(file, json.dumps({**before, **identity}, indent=2) + "\n")
 
 
 def _data_identity(source: Any, load_crop: data.CropLoader | None) -> str:

@@ -310,11 +310,11 @@ def _source() -> Source:
 def _folders(source: Source, options: list[sampler.SampleOptions]) -> list[pathlib.Path]:
     names = [f"guidance_{o.guidance:g}" for o in options]
     if _OUT.value:
-        out = pathlib.Path(_OUT.value)
+        out = pathlib.Path(_OUT.value).expanduser()
         return [out] if len(options) == 1 else [out / name for name in names]
     if _WORKDIR.value is None:
         raise ConfigError("--out is missing; with --checkpoint it must be a folder")
-    base = pathlib.Path(_WORKDIR.value) / "sampled"
+    base = pathlib.Path(_WORKDIR.value).expanduser() / "sampled"
     return [base / f"step_{source.about['step']:07d}-{name}" for name in names]
 
 

@@ -140,9 +140,11 @@ def teacher_targets(
         else:
             config, params = recipe.generator, ema
         config = dataclasses.replace(config, dtype=recipe.teacher_dtype)
-        return generator_lib.hidden_states(
-            config, params, batch["codes"][:, :-1], batch["label"], term.teacher_layer
-        )
+        # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
+        with jax.default_matmul_precision("tensorfloat32"):
+            return generator_lib.hidden_states(
+                config, params, batch["codes"][:, :-1], batch["label"], term.teacher_layer
+            )
 
     targets, made = {}, {}
     for term in terms:

@@ -7,6 +7,7 @@ environment.
 """
 
 import dataclasses
+import math
 import os
 import re
 
@@ -65,6 +66,26 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 79, 3350, 50, 228),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 140, 4800, 50, 228),
 }
+
+
+_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+
+
+def verdict(gpu: str, needed: int) -> str:
+    """Whether `needed` bytes fit into what JAX takes of a GPU's memory: by default three quarters."""
+    has = GPUS[gpu].memory
+    try:
+        fraction = float(os.environ.get(_FRACTION, 0.75))
+    except ValueError:
+        fraction = 0.75
+    takes = fraction * has
+    told = f"of {has:,} GiB, {takes:.1f} of which JAX takes ({_FRACTION}={fraction:g})"
+    if needed < takes * 2**30:
+        return told
+    if needed < 0.95 * has * 2**30:
+        more = math.ceil(100 * needed / (has << 30)) / 100
+        return f"{told}: it does not fit; {_FRACTION}={min(0.95, more + 0.01):.2f} would do"
+    return f"{told}: it does not fit"
 
 
 def devices(name: str, count: int) -> list[jax.Device]:

@@ -20,6 +20,8 @@ from mirai_jax import (
     codebook,
     fields,
     frozen,
+    image_sets,
+    parts,
     records,
     report,
     sharding,
@@ -64,7 +66,7 @@ def teach(
     say = say or (lambda line: print(line, flush=True))
     devices = jax.local_devices() if devices is None else devices
     settings = teach_config.read(config, len(devices))
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title, last = f"{settings.name}-{settings.scale}", settings.num_steps
     begin = beginning.steps_done(title, last, workdir, config, say)
@@ -94,9 +96,17 @@ def teach(
         flip=settings.flip,
     )
     batches = make_batches(settings, train)
+    identity = {"image_set": image_sets.checksum(train)}
+    if tokenizer:
+        identity["tokenizer"] = weights.checksum(tokenizer_params)
+    if begin:
+        parts.check_same(identity, workdir, write=False)
     open_workdir(workdir, config)
     if tokenizer and not tokenizer_path.exists():
         codebook.save_params(tokenizer_path, tokenizer_params)
+    if not begin:
+        (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
+    parts.check_same(identity, workdir, write=True)
     say(
         f"data: {settings.data.name}, {len(train.labels):,} images, {len(held_out.labels):,} more are "
         "held out"
@@ -156,7 +166,7 @@ class _Run:
         """Begins or goes on, trains what is left, finishes."""
         with contextlib.ExitStack() as closing:
             closing.callback(self.feed.close)
-            closing.callback(self.checkpoints.close)
+            closing.enter_context(self.checkpoints)
             self.preemption = Preemption()
             closing.callback(self.preemption.close)
             try:
@@ -164,8 +174,7 @@ class _Run:
                 (self.workdir / "summary.png").unlink(missing_ok=True)
                 shutil.rmtree(self.workdir / weights.ENCODER, ignore_errors=True)
                 begin = self._begin()
-                self.writer = MetricsWriter(self.workdir, begin)
-                closing.callback(self.writer.close)
+                self.writer = closing.enter_context(MetricsWriter(self.workdir, begin))
                 self._loop(begin)
                 self._finish()
             except jax.errors.JaxRuntimeError as error:
@@ -298,6 +307,7 @@ class _Run:
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
         self.checkpoints.save(self.state, last)
         self.checkpoints.wait()
+        self.writer.close()  # what the disk tells only now, it tells before this is finished
         source = {
             "file": str(self.workdir),
             "entry": f"mirai_jax.teach at step {last}",

@@ -67,12 +67,15 @@ def train(
         say = (lambda line: print(line, flush=True)) if first else lambda _: None
     devices = jax.devices() if devices is None else devices
     settings = config_lib.read(config, len(devices))
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title = f"{settings.name}-{settings.scale}"
     begin = beginning.steps_done(title, settings.num_steps, workdir, config, say)
     summary = workdir / "summary.png"
-    if begin == settings.num_steps and summary.exists():
+    finished = begin == settings.num_steps and summary.exists()
+    # As process 0 sees it: where another sees less, or nothing, none may end or wait alone.
+    begin, finished = map(int, distributed.from_first((np.asarray(begin), np.asarray(finished))))
+    if finished:
         say(f"this run is finished ({begin:,} steps); its figure: {summary}")
         return
     tokenizer_path = workdir / "tokenizer.npz"
@@ -81,7 +84,7 @@ def train(
         mesh = sharding.make_mesh(settings.mesh, devices)
         parts, initial = build(settings, mesh, tokenizer_path, say), None
         if begin:
-            check_same(parts, workdir, write=False)
+            check_same(parts.identity, workdir, write=False)
         elif settings.init_from:
             initial = beginning.read_initial(parts)
         # Only now, when all that the config names was found: a mistake leaves nothing behind. And
@@ -93,8 +96,9 @@ def train(
                 codebook.save_params(tokenizer_path, parts.tokenizer_params)
             if not begin:
                 (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
-            check_same(parts, workdir, write=True)
+            check_same(parts.identity, workdir, write=True)
         distributed.barrier("workdir")
+        distributed.check_shared(workdir)
         _Run(parts, workdir, mesh, guard, say).run(initial)
 
 
@@ -132,7 +136,7 @@ class _Run:
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
         with contextlib.ExitStack() as closing:
             closing.callback(self.feed.close)
-            closing.callback(self.checkpoints.close)
+            closing.enter_context(self.checkpoints)
             self.preemption = Preemption()
             closing.callback(self.preemption.close)
             try:
@@ -141,8 +145,7 @@ class _Run:
                 begin = self._begin(initial)
                 del initial
                 if self.first:
-                    self.writer = MetricsWriter(self.workdir, begin)
-                    closing.callback(self.writer.close)
+                    self.writer = closing.enter_context(MetricsWriter(self.workdir, begin))
                 if begin < last:
                     self._loop(begin)
                 self._finish(summary)
@@ -198,7 +201,7 @@ class _Run:
             self.waiting = (i + 1, metrics)
             if compiles:  # its seconds are its own: speed is told without them
                 jax.block_until_ready(metrics)
-                self._lap(1)
+                self.watch.lap()
                 self.lap_steps = -1
             stop = self.preemption.reached()
             samples = settings.sample_every and (i + 1) % settings.sample_every == 0
@@ -301,19 +304,14 @@ class _Run:
         first = {name: values.pop(name) for name in ("loss", "cross_entropy")}
         values = first | values
         left = None
-        if self.lap_steps > 0:
-            self._lap(self.lap_steps)
-            left = self.step_seconds * (settings.num_steps - step)
-        values["images_per_second"] = settings.batch_size / self.step_seconds
-        values["wait_share"] = self.wait_share
+        if self.lap_steps > 0:  # else the step was compiled, and nothing is known of its speed
+            seconds, waited = self.watch.lap()
+            seconds, self.lap_steps = seconds / self.lap_steps, 0
+            values |= {"images_per_second": settings.batch_size / seconds, "wait_share": waited}
+            left = seconds * (settings.num_steps - step)
         if self.writer:
             self.writer.step(step, values)
         self.say(progress_line(step, settings.num_steps, values, left))
-
-    def _lap(self, steps: int) -> None:
-        """Ends a lap of so many steps."""
-        seconds, self.wait_share = self.watch.lap()
-        self.step_seconds, self.lap_steps = seconds / steps, 0
 
     def _not_finite(self, step: int, values: Mapping[str, float]) -> None:
         """Writes down the batch of such a step; ends the run unless updates may be skipped."""
@@ -369,6 +367,7 @@ class _Run:
         self.guard.doing("the last checkpoint")
         self.checkpoints.wait()
         if self.first:
+            self.writer.close()  # what the disk tells only now, it tells before this is finished
             title = f"{settings.name}-{settings.scale}"
             report.summary_figure(summary, title, read_metrics(self.workdir), grid)
             self._note("finished", step=settings.num_steps)

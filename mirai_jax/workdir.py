@@ -12,14 +12,21 @@ samples/         a grid of samples every so often
 summary.png      loss curves and the last grid, when the run is finished
 """
 
+import contextlib
 import json
+import os
 import pathlib
+import re
+import socket
+import struct
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from mirai_jax import files
 from mirai_jax.errors import ConfigError, first_line
@@ -45,6 +52,7 @@ RESUMABLE = (
     "data.images",
     "tokenizer.path",
     "teacher.path",
+    "foresight[].checkpoint",
     "model.unroll",
     "model.remat",
     "model.attention",  # but for rounding
@@ -60,6 +68,11 @@ RESUMABLE = (
     "sample.classes",
     "sample.per_class",
 )
+
+
+def may_change(field: str) -> bool:
+    """Whether a run may go on with another value of the field; 'foresight[0].name' is one."""
+    return re.sub(r"\[\d+]", "[]", field) in RESUMABLE
 
 
 def to_json(config: Mapping[str, Any]) -> str:
@@ -95,7 +108,7 @@ def check_same_run(old: Any, new: Any, workdir: str) -> dict[str, tuple[Any, Any
         ConfigError: names every field that is not.
     """
     changed = differences(old, new)
-    refused = [f for f in changed if f not in RESUMABLE]
+    refused = [f for f in changed if not may_change(f)]
     if "num_steps" in changed and new["optimizer"]["schedule"] != "constant":
         refused.append("num_steps")  # the learning rate depends on it
     if refused:
@@ -173,37 +186,85 @@ def note_event(workdir: pathlib.Path, event: str, **fields: Any) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+class _Appended:
+    """A file to add to; whatever does not fit on the disk is told by `write`, at once.
+
+    Nothing is kept in a buffer: closing would write it again, and its error replace the first.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        """All of it is with the file system when this returns."""
+        while data:
+            data = data[self._file.write(data) :]  # a disk that gets full takes a part
+
+    def close(self) -> None:
+        if not self._file.closed:
+            with self._file:
+                os.fsync(self._file.fileno())  # some file systems tell of a full disk only now
+
+
+def _record(event: Event) -> bytes:
+    """An event as TensorBoard's files hold it (a TFRecord)."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+    return b"".join((length, next(checks), data, next(checks)))
+
+
 class MetricsWriter:
     """metrics.jsonl and TensorBoard event files, continued at a step.
 
     Entries after `step` (of a run that went on past its last checkpoint) are dropped: they will be
-    written again.
+    written again. All that was written is with the file system when a method returns, or it raises
+    OSError. At the end of a `with` it is closed; an error on its way goes before those of closing.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
-        self._path = workdir / "metrics.jsonl"
-        files.write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._file = self._path.open("a")
-        # purge_step tells TensorBoard to forget what older event files hold from there on.
-        self._board = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+        path = workdir / "metrics.jsonl"
+        files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._lines = _Appended(path)
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then it blocks.
+        now = time.time()
+        self._events = _Appended(workdir / f"events.out.tfevents.{int(now)}.{socket.gethostname()}")
+        begun = [Event(wall_time=now, file_version="brain.Event:2")]
+        if step:  # TensorBoard is to forget what older event files hold from there on
+            start = SessionLog(status=SessionLog.START)
+            begun.append(Event(wall_time=now, step=step + 1, session_log=start))
+        self._events.write(b"".join(map(_record, begun)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """One logged step, to both; its line is on the disk when this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """One logged step, to both."""
+        self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
         self.board(step, values)
 
     def board(self, step: int, values: Mapping[str, float]) -> None:
         """To TensorBoard alone."""
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._add(step, *(summary.scalar(name, value) for name, value in values.items()))
 
     def image(self, step: int, name: str, image_HxWxC: np.ndarray) -> None:
         """A uint8 picture, to TensorBoard alone."""
-        self._board.add_image(name, image_HxWxC, step, dataformats="HWC")
-        self._board.flush()
+        self._add(step, summary.image(name, image_HxWxC, dataformats="HWC"))
+
+    def _add(self, step: int, *summaries: summary.Summary) -> None:
+        now = time.time()
+        events = (Event(wall_time=now, step=step, summary=entry) for entry in summaries)
+        self._events.write(b"".join(map(_record, events)))
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Raises OSError where the file system tells only now of what it could not write."""
+        with contextlib.closing(self._lines), contextlib.closing(self._events):
+            pass

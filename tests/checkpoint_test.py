@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mirai_jax import checkpoint, foresight, sharding, step
+from mirai_jax import checkpoint, distributed, foresight, sharding, step
 from mirai_jax.checkpoint import Checkpoints, fingerprints, restore_weights, steps_in
 from mirai_jax.errors import ConfigError, TrainingError
 from mirai_jax.models.generator import GeneratorConfig
@@ -82,6 +82,22 @@ def save(folder, *steps, shape=ONE, **options):
     for i in steps:
         checkpoints.save(state(shape, change=i), i)
     checkpoints.close()
+
+
+def test_an_error_of_closing_replaces_no_other(tmp_path, monkeypatch):
+    """A checkpoint that failed in the background is told again when Orbax closes."""
+
+    def full():
+        raise OSError("disk full")
+
+    for first, seen in ((TrainingError("first"), "first"), (None, "disk full")):
+        checkpoints = Checkpoints(tmp_path)
+        close = checkpoints._manager.close
+        monkeypatch.setattr(checkpoints._manager, "close", full)
+        with pytest.raises((TrainingError, OSError), match=seen), checkpoints:
+            if first:
+                raise first
+        close()
 
 
 # Fingerprints ------------------------------------------------------------------------------------
@@ -286,6 +302,77 @@ def test_checkpoints_of_another_program_are_not_taken_for_damaged(tmp_path, two)
     checkpoints.close()
     assert len(str(error.value).splitlines()) == 1
     assert steps_in(two) == [2, 4]  # nothing was set aside
+
+
+# Several views of one folder (two real processes: distributed_test.py) ---------------------------
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """This is process 1; a list for the steps that process 0 sees, newest first."""
+    steps = []
+    answers = {(): lambda: len(steps), (2,): lambda: steps, (1,): lambda: steps}
+    monkeypatch.setattr(
+        distributed, "from_first", lambda x: np.asarray(answers[x.shape](), x.dtype)
+    )
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    return steps
+
+
+def test_what_process_0_does_not_see_is_no_checkpoint(tmp_path, two, second):
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    second[:] = [2]
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.latest_step() == 4
+    restored, at = checkpoints.restore_newest(
+        jax.eval_shape(make), placement(ONE), lambda line: None
+    )
+    assert at == 2
+    assert_same(restored, state(ONE, change=2))
+    assert checkpoints.latest_step() == 2 and (folder / "step_4").is_dir()
+    checkpoints.save(state(ONE, change=40), 4)  # as process 0 does
+    checkpoints.close()
+    second[:] = [4, 2]
+    assert_same(restore(folder, ONE)[0], state(ONE, change=40))
+
+
+def test_a_checkpoint_that_one_process_does_not_see_is_not_damage(
+    tmp_path, two, second, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    second[:] = [6, 4]
+    monkeypatch.setattr(distributed, "blind", lambda path: int(path.name == "step_6"))
+    with pytest.raises(ConfigError) as error:
+        restore(folder, ONE)
+    assert str(error.value) == (
+        f"process 1 does not see {folder}/step_6, which process 0 sees: the workdir must be on "
+        "storage that all processes share"
+    )
+    assert steps_in(folder) == [2, 4] and not list(folder.glob("damaged*"))
+
+
+def test_process_0_looks_again_for_what_another_sees(tmp_path, two, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    (folder / "step_4").rename(tmp_path / "late")
+    newest = distributed.worst
+    monkeypatch.setattr(distributed, "worst", lambda here: max(newest(here), 4 * (here == 2)))
+
+    def appears(path):
+        (tmp_path / "late").rename(path)
+        return True
+
+    monkeypatch.setattr(distributed, "sees", appears)
+    said = []
+    assert restore(folder, ONE, said)[1] == 4 and not said
+    (folder / "step_4").rename(tmp_path / "late")
+    monkeypatch.setattr(distributed, "sees", lambda path: False)
+    assert restore(folder, ONE, said)[1] == 2
+    assert said == [
+        "another process sees a checkpoint of step 4, which process 0 does not: it is left out"
+    ]
 
 
 # Disks -------------------------------------------------------------------------------------------

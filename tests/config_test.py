@@ -1,20 +1,29 @@
 """Configs: every file reads, every wrong field is told in one line; workdirs and their files."""
 
+import contextlib
 import copy
 import importlib
+import io
 import json
+import os
 import pathlib
+import struct
+import time
 
 import ml_collections
+import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from configs import base, teacher
 from mirai_jax import config as config_lib
 from mirai_jax import fields as fields_lib
 from mirai_jax import foresight, optimizer, workdir
-from mirai_jax.errors import ConfigError
+from mirai_jax.errors import ConfigError, TrainingError
 
 TERM = "foresight[0]."
 FILES = sorted(
@@ -253,6 +262,9 @@ def test_terms_have_names_of_their_own():
     ema, other = {**term, "name": "mine"}, {**term, "source": "bidirectional"}
     message = refusal(with_fields(get(), {"foresight": (ema, other, ema)}))
     assert message == "foresight[2].name is 'mine'; it must be used by one term only"
+    for taken in ("bidirectional", "tokenizer", "data", "image_set"):
+        message = refusal(with_fields(get(), {"foresight": ({**term, "name": taken},)}))
+        assert message.startswith(f"foresight[0].name is {taken!r}; it must be another name: ")
     output = {**term, "level": "output"}
     result = read(with_fields(get(), {"foresight": (term, term, other, output)}))
     assert [t.name for t in result.terms] == ["ema", "ema2", "bidirectional", "output"]
@@ -488,7 +500,7 @@ def test_fields_that_change_nothing_computed_may_differ():
         "log_every": 7, "sample_every": 0, "checkpoint_every": 9, "keep_checkpoints": 5,
         "judged_samples": 3, "data.num_workers": 2, "data.path": "moved", "model.unroll": 1,
         "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "sample.guidance": 1.0,
-        "sample.top_k": 9, "sample.per_class": 1,
+        "sample.top_k": 9, "sample.per_class": 1, TERM + "checkpoint": "moved",
     }  # fmt: skip
     old, new = get(), with_fields(get(), fields)
     changed = workdir.check_same_run(json.loads(workdir.to_json(old)), new, "x")
@@ -497,7 +509,7 @@ def test_fields_that_change_nothing_computed_may_differ():
     assert workdir.check_same_run(old, old, "x") == {}
     # Every name in the table is one of a field.
     known = workdir._flat(get()) | workdir._flat(fields_lib.plain(teacher.get_config()))
-    assert set(workdir.RESUMABLE) <= set(known)
+    assert set(workdir.RESUMABLE) <= {field.replace("[0]", "[]") for field in known}
 
 
 def test_only_a_constant_schedule_lets_a_run_go_on_longer():
@@ -564,6 +576,96 @@ def test_metrics_go_on_from_the_step_that_was_restored(tmp_path):
     assert workdir.read_metrics(tmp_path) == [*lines[:2], {"step": 40, "loss": -1.0}]
     writer.close()
     assert any(file.name.startswith("events.out.tfevents") for file in tmp_path.iterdir())
+
+
+def board_events(folder):
+    """The events of a folder's only TensorBoard file, whose checksums are checked."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    data, events = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        content = data[12 : 12 + size]
+        for part, start in ((data[:8], 8), (content, 12 + size)):
+            assert struct.unpack("<I", data[start : start + 4]) == (masked_crc32c(part),)
+        events.append(Event.FromString(content))
+        data = data[16 + size :]
+    return events
+
+
+@pytest.mark.parametrize("begin", [0, 20])
+def test_tensorboard_can_read_all_that_was_written(tmp_path, begin):
+    values = {"loss": 1.5, "cross_entropy": float("inf"), "foresight/near": -2.0}
+    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    with workdir.MetricsWriter(tmp_path, begin) as writer:
+        writer.step(40, values)
+        writer.board(60, {"agreement/samples": 0.25})
+        writer.image(60, "samples", picture)
+        version, *events = board_events(tmp_path)  # nothing waits for the end
+    assert [version, *events] == board_events(tmp_path)
+    assert version.file_version == "brain.Event:2"
+    if begin:  # what older files hold from there on is forgotten
+        start = events.pop(0)
+        assert (start.step, start.session_log.status) == (begin + 1, SessionLog.START)
+    found = [(event.step, value) for event in events for value in event.summary.value]
+    step, shown = found.pop()
+    assert (step, shown.tag) == (60, "samples")
+    image = PIL.Image.open(io.BytesIO(shown.image.encoded_image_string))
+    np.testing.assert_array_equal(np.asarray(image), picture)
+    scalars = [(step, value.tag, value.simple_value) for step, value in found]
+    assert scalars == [
+        *((40, name, value) for name, value in values.items()),
+        (60, "agreement/samples", 0.25),
+    ]
+    assert all(abs(event.wall_time - time.time()) < 60 for event in (version, *events))
+
+
+def fill_up(folder, pattern):
+    """Whatever is written to the open files of these names meets a full disk."""
+    if not (os.path.exists("/dev/full") and os.path.exists("/proc/self/fd")):
+        pytest.skip("no /dev/full here")
+    paths, full = {str(path) for path in folder.glob(pattern)}, os.open("/dev/full", os.O_WRONLY)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{name}") in paths:
+                os.dup2(full, int(name))
+    os.close(full)
+
+
+@pytest.mark.parametrize("pattern", ["metrics.jsonl", "events.out.tfevents.*", "*"])
+def test_a_full_disk_is_told_at_once_and_not_again_by_closing(tmp_path, pattern):
+    with pytest.raises(TrainingError), workdir.MetricsWriter(tmp_path, 0) as writer:
+        writer.step(1, {"loss": 1.0})
+        fill_up(tmp_path, pattern)
+        with pytest.raises(OSError, match="No space left"):
+            writer.step(2, {"loss": 1.0})
+        raise TrainingError("the run cannot go on")
+    writer.close()
+    assert workdir.read_metrics(tmp_path)[0] == {"step": 1, "loss": 1.0}
+
+
+def test_closing_tells_of_a_full_disk_unless_there_is_an_error_already(tmp_path):
+    with pytest.raises(TrainingError), workdir.MetricsWriter(tmp_path, 0):
+        fill_up(tmp_path, "*")  # a device that cannot be synchronised
+        raise TrainingError("a checkpoint could not be written")
+    with pytest.raises(OSError), workdir.MetricsWriter(tmp_path, 0):
+        fill_up(tmp_path, "*")
+
+
+@pytest.mark.parametrize("room", range(2000, 2200, 19))
+def test_a_disk_that_gets_full_keeps_every_whole_line(tmp_path, room):
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.suppress(OSError), workdir.MetricsWriter(tmp_path, 0) as writer:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
+            for step in range(1, 1000):
+                writer.step(step, {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    (board,) = tmp_path.glob("events.out.tfevents.*")
+    assert max(board.stat().st_size, (tmp_path / "metrics.jsonl").stat().st_size) == room
+    whole = [{"step": k, "loss": 1.0} for k in range(1, step + 1)]
+    assert workdir.read_metrics(tmp_path) in (whole, whole[:-1])
 
 
 def test_config_dicts_inside_tuples_become_plain():

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from mirai_jax import distributed
-from mirai_jax.checkpoint import restore_weights
+from mirai_jax.checkpoint import restore_weights, steps_in
 from mirai_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,11 +46,14 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(workdir, *more):
+MAIN = ["-m", "mirai_jax.main"]
+
+
+def start(workdir, *more, program=MAIN):
     """One process; its output goes to a file beside the workdir."""
     log = open(f"{workdir}.{time.monotonic_ns()}.log", "w+")  # noqa: SIM115 (read until the end)
     process = subprocess.Popen(
-        [sys.executable, "-m", "mirai_jax.main", *DEMO, f"--workdir={workdir}", *more],
+        [sys.executable, *program, *DEMO, f"--workdir={workdir}", *more],
         cwd=ROOT,
         env={**os.environ, **QUICK, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         stdout=log,
@@ -59,10 +63,32 @@ def start(workdir, *more):
     return process
 
 
-def start_pair(workdir, *more):
+def start_pair(workdir, *more, others=None, program=MAIN):
+    """Two of them; the second may have another workdir, or be another program."""
     together = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     together.append(f"--heartbeat={HEARTBEAT}")
-    return [start(workdir, *together, f"--process_id={i}", *more) for i in range(2)]
+    first = start(workdir, *together, "--process_id=0", *more)
+    others = workdir if others is None else others
+    return [first, start(others, *together, "--process_id=1", *more, program=program)]
+
+
+# The second process, with other eyes for the checkpoints, as an NFS client may have.
+SEES_OTHERS = """
+import pathlib, sys
+from absl import app
+from mirai_jax import main, train
+class Others(train.Checkpoints):
+    def __init__(self, folder, **options):
+        super().__init__({folder}, **options)
+        {more}
+train.Checkpoints = Others
+app.run(main.main, flags_parser=main.parse_flags)
+"""
+
+
+def sees_others(folder="folder", more="pass"):
+    """A program; `folder` and `more` are Python."""
+    return ["-c", SEES_OTHERS.format(folder=folder, more=more)]
 
 
 def said(process):
@@ -88,8 +114,10 @@ def assert_same_losses(workdir, other):
     """Within 1e-5, at every step; gradient norms are as many times larger."""
     assert [e["step"] for e in entries(workdir)] == list(range(1, 31))
     for a, b in zip(entries(workdir), entries(other), strict=True):
-        assert a.keys() == b.keys()
-        for name in a.keys() - {"images_per_second", "wait_share", "grad_norm"}:
+        # Speeds are another's, and those of a step that was compiled are not told.
+        same = a.keys() - {"images_per_second", "wait_share"}
+        assert same == b.keys() - {"images_per_second", "wait_share"}
+        for name in same - {"grad_norm"}:
             assert abs(a[name] - b[name]) <= 1e-5, (a["step"], name)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
@@ -193,6 +221,46 @@ def test_damage_that_one_process_sees_is_damage_for_both(tmp_path):
 
 
 @pytest.mark.slow
+def test_workdirs_that_are_not_shared_end_both_before_the_first_step(tmp_path):
+    pair = start_pair(tmp_path / "one", others=tmp_path / "other")
+    assert end(*pair) == [1, 1], said(pair[0]) + said(pair[1])
+    for process, name in zip(pair, ("one", "other"), strict=True):
+        (line,) = [line for line in said(process).splitlines() if "error" in line]
+        assert line.endswith(
+            f"process 1 does not see what process 0 writes in {tmp_path / name}: the workdir must "
+            "be on storage that all processes share"
+        )
+        assert not (tmp_path / name / "metrics.jsonl").exists()
+    assert not list((tmp_path / "one").glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_both_resume_at_the_step_that_process_0_sees_or_not_at_all(tmp_path):
+    run, stale = tmp_path / "pair", tmp_path / "stale"
+    alone = start(run, "--config.num_steps=20")
+    assert end(alone) == [0], said(alone)
+    folder = run / "checkpoints"
+    shutil.copytree(folder, stale)
+    shutil.rmtree(stale / "step_20")
+    pair = start_pair(run, program=sees_others(f"pathlib.Path({str(stale)!r})"))
+    assert end(*pair) == [1, 1], said(pair[0]) + said(pair[1])
+    for process, seen in zip(pair, (folder, stale), strict=True):
+        assert f"process 1 does not see {seen}/step_20, which process 0 sees" in said(process)
+        assert "Traceback" not in said(process)
+    assert steps_in(folder) == [10, 20] and len(entries(run)) == 20
+    # It believes in a step that process 0 does not see, and is to save that one.
+    pair = start_pair(run, program=sees_others(more="self._manager._add_checkpoint_info(30, None)"))
+    assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
+    assert "another process sees a checkpoint of step 30" in said(pair[0])
+    assert "resumed at step 20 of 30" in said(pair[0])
+    assert [e["step"] for e in entries(run)] == list(range(1, 31)) and steps_in(folder) == [20, 30]
+    # All is done for process 0, nothing for a process that sees nothing: both end.
+    pair = start_pair(run, others=tmp_path / "nothing")
+    assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
+    assert "this run is finished" in said(pair[0])
+
+
+@pytest.mark.slow
 def test_a_notice_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path):
     pair = start_pair(tmp_path / "pair", "--config.num_steps=20")
     assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
@@ -251,3 +319,21 @@ def test_alone_everything_is_agreed():
     assert distributed.from_first(tree) is tree
     distributed.barrier("here")
     np.testing.assert_array_equal(distributed.whole(jax.numpy.arange(3)), np.arange(3))
+
+
+def test_alone_the_workdir_is_shared(tmp_path):
+    distributed.check_shared(tmp_path / "nothing")  # not even looked at
+    assert distributed.blind(tmp_path / "nothing") == 0
+
+
+def test_a_process_is_blind_when_it_has_looked_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    monkeypatch.setattr(distributed, "PATIENCE", 0.3)
+    path = tmp_path / "folder" / "file"
+    begun = time.monotonic()
+    assert distributed.blind(path) == 3 and time.monotonic() - begun > 0.3
+    path.parent.mkdir()
+    looks = []
+    monkeypatch.setattr(distributed.time, "sleep", lambda s: looks.append(s) or path.touch())
+    assert distributed.blind(path) == 0 and len(looks) == 1

@@ -100,6 +100,23 @@ def test_a_lap_begins_with_no_wait_and_a_share_is_at_most_one():
     assert watch.lap() == (1, 0)
 
 
+def test_what_happens_while_the_watch_is_paused_is_in_no_lap():
+    clock = Clock()
+    watch = Stopwatch(clock)
+    clock.now += 2
+    watch.pause()
+    clock.now += 100
+    watch.pause()  # again
+    assert watch.lap() == (2, 0)
+    clock.now += 100
+    assert watch.lap() == (0, 0)  # a lap does not set it going
+    watch.resume()
+    clock.now += 3
+    watch.resume()
+    clock.now += 1
+    assert watch.lap() == (4, 0)
+
+
 def test_an_error_is_raised_when_its_batch_is_taken():
     def reading(index):
         if index == 2:

@@ -163,7 +163,7 @@ def test_a_run_does_not_go_on_with_other_frozen_networks(world, stored):
     params = init(jax.random.key(7), np.zeros((1, 14, 14, 3), np.float32))["params"]
     torch_writer.write(moved, torch_names.dinov2_to_torch(DINO, jax.device_get(params)))
     more["num_steps"] = 5
-    with pytest.raises(ConfigError, match="began with another bidirectional: its checksum was"):
+    with pytest.raises(ConfigError, match="began with another bidirectional: the checksum was"):
         losses(settings(world, **more), world / "stored")
 
 

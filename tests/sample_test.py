@@ -497,6 +497,11 @@ def test_a_run_without_a_checkpoint_or_a_null_class_or_its_tokenizer(workdir, tm
     assert "--guidance is above 1" in error(f"--workdir={started}", "--guidance=1,2")
 
 
+def test_memory_that_does_not_suffice_is_one_line(monkeypatch):
+    monkeypatch.setattr(sample, "run", lambda: jnp.zeros(2**46).block_until_ready())
+    assert "error: out of memory (RESOURCE_EXHAUSTED" in error()
+
+
 def test_an_unwritable_folder(workdir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "out"):

@@ -6,6 +6,7 @@ import itertools
 
 import flax.linen as nn
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -153,6 +154,26 @@ def test_no_gradient_reaches_any_teacher():
     to_student, *to_teachers = jax.tree.map(lambda g: bool(np.any(g)), gradients)
     assert not any(jax.tree.leaves(to_teachers))
     assert all(jax.tree.leaves(to_student)), to_student
+
+
+def test_teachers_products_are_not_left_to_the_devices_default():
+    """A TPU's for float32 is one pass of bfloat16."""
+    recipe, state = make_recipe((E, STATIC)), initialiser((E, STATIC))()
+
+    def targets(ema, frozen):
+        return step.teacher_targets(recipe, ema, frozen, make_batch(), recipe.terms)
+
+    found = []
+
+    def look(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append(equation.params["precision"])
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                look(inner)
+
+    look(jax.make_jaxpr(targets)(state.ema, teachers()).jaxpr)
+    assert len(found) > 10 and None not in found
 
 
 def test_the_teacher_is_the_ema_before_the_step():

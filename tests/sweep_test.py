@@ -472,7 +472,8 @@ def test_no_run_outlives_its_launcher(tmp_path, number):
 
 
 def test_gpus_are_shared_out(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     assert jobs.gpus() == ["4", "5", "6"]
@@ -480,7 +481,7 @@ def test_gpus_are_shared_out(monkeypatch):
     assert share(0, 1) == {}
     assert [share(i, 2)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["4,6", "5"]
     assert [share(i, 4)["CUDA_VISIBLE_DEVICES"] for i in range(4)] == ["4", "5", "6", "4"]
-    assert share(0, 4)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.450"
+    assert share(0, 4)["XLA_CLIENT_MEM_FRACTION"] == "0.450"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert jobs.gpus() == []
 

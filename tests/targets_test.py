@@ -52,6 +52,19 @@ def test_without_the_compiler_for_tpus_it_says_how_to_get_it():
     assert "'.[tpu]'" in refusal("v5e:2x4", 8)
 
 
+def test_a_gpus_plan_is_compared_with_what_jax_takes_of_it(monkeypatch):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    gib = 2**30
+    assert targets.verdict("h100", 53 * gib) == (
+        "of 79 GiB, 59.2 of which JAX takes (XLA_CLIENT_MEM_FRACTION=0.75)"
+    )
+    told = targets.verdict("h100", 65 * gib)
+    assert told.endswith("it does not fit; XLA_CLIENT_MEM_FRACTION=0.84 would do")
+    assert targets.verdict("h100", 78 * gib).endswith("it does not fit")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.84")
+    assert "fit" not in targets.verdict("h100", 65 * gib)
+
+
 def plan(chip, count, *more, variant="mirai_e"):
     """MiB by name, of a small bfloat16 generator."""
     fields = [f"--config.model.{field}" for field in (*SMALL, "grid=(16,16)")]

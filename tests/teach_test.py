@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import shutil
 import signal
 
 import jax
@@ -327,6 +328,19 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished
     jax.tree.map(
         np.testing.assert_array_equal, encoder(tmp_path).params, encoder(finished[0]).params
     )
+
+
+def test_it_does_not_go_on_with_other_images_of_the_same_names(tmp_path, finished, monkeypatch):
+    folder, load = tmp_path / "run", image_sets.load_images
+    shutil.copytree(finished[0], folder)
+    (folder / "summary.png").unlink()
+
+    def other(*arguments):
+        images = load(*arguments)
+        return dataclasses.replace(images, images=images.images[::-1].copy())
+
+    monkeypatch.setattr(image_sets, "load_images", other)
+    assert "began with another image_set" in refusal(run, tiny(objective="both"), folder)
 
 
 @pytest.mark.slow

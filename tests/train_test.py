@@ -1,5 +1,6 @@
 """The loop: resume bit for bit, what a run leaves behind, and what it refuses."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
 from mirai_jax import config as config_lib
-from mirai_jax import data, memory, progress, records, train, workdir
+from mirai_jax import data, image_sets, memory, progress, records, train, workdir
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.errors import ConfigError, DataError, Preempted, TrainingError
 
@@ -100,11 +101,15 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
     assert "left" in text and "img/s" in text and str(tmp_path / "summary.png") in text
     entries = workdir.read_metrics(tmp_path)
     heads = ["foresight_ema_r0c0", "foresight_ema_r0c1", "foresight_ema_r1c0"]
-    expected = ["step", "loss", "cross_entropy", *heads, "grad_norm", "images_per_second"]
+    expected = ["step", "loss", "cross_entropy", *heads, "grad_norm"]
     assert all(set(expected) <= set(entry) for entry in entries)
-    shown = [line.split("  wait ")[1].split("%")[0] for line in lines if line.startswith("step ")]
-    assert shown == [f"{100 * entry['wait_share']:.0f}" for entry in entries]
-    assert all(0 <= entry["wait_share"] <= 1 for entry in entries)
+    # Of a step that was compiled, the first or the first with foresight, no speed is told.
+    timed = [entry for entry in entries if entry["step"] not in (1, 3)]
+    assert timed == [entry for entry in entries if "images_per_second" in entry]
+    steps = [line for line in lines if line.startswith("step ")]
+    shown = [line.split("  wait ")[1].split("%")[0] for line in steps if "wait" in line]
+    assert shown == [f"{100 * entry['wait_share']:.0f}" for entry in timed]
+    assert all(0 <= entry["wait_share"] <= 1 for entry in timed)
     for entry in entries:
         started = entry["step"] > 2
         assert all((entry[head] != 0) == started for head in heads)
@@ -287,6 +292,32 @@ def test_cached_features_train_as_those_of_every_step(tmp_path):
         run(config, tmp_path / name)
         metrics.append([list(entry.values()) for entry in without_speed(tmp_path / name)])
     np.testing.assert_allclose(metrics[1], metrics[0], rtol=1e-5)
+    plain, cached = (
+        json.loads((tmp_path / n / "parts.json").read_text()) for n in ("plain", "cached")
+    )
+    assert plain == cached and "bidirectional" in plain
+
+
+def test_a_run_does_not_go_on_with_other_images_of_the_same_names(tmp_path, monkeypatch):
+    config, load = tiny(llamagen, num_steps=1, sample_every=0), image_sets.load_images
+    run(config, tmp_path)
+
+    def other(*arguments):
+        images = load(*arguments)
+        return dataclasses.replace(images, labels=images.labels[::-1].copy())
+
+    monkeypatch.setattr(image_sets, "load_images", other)
+    config.num_steps = 2
+    with pytest.raises(ConfigError, match="began with another image_set: the checksum was"):
+        run(config, tmp_path)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(tiny(llamagen, num_steps=1, sample_every=0), "~/first")
+    lines = run(tiny(llamagen, num_steps=1, sample_every=0, init_from="~/first"), "~/second")
+    assert any("began with the weights of ~/first" in line for line in lines)
+    assert {"first", "second"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_codes_without_a_path_say_how_to_make_them(tmp_path):
