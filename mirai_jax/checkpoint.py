@@ -303,17 +303,6 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        """Closes; what is wrong with a checkpoint in the making never replaces the first error."""
-        try:
-            self.close()
-        except Exception:
-            if error is None:
-                raise
-
 
 def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any, int]:
     """{'params', 'ema'} of a checkpoint (default: the newest) as host arrays, and its step.

@@ -277,7 +277,8 @@ def _read_generator(
     field: str, path: str, settings: Settings, tokenizer_params: Any
 ) -> tuple[GeneratorConfig, dict[str, Any]]:
     """The generator's shapes and {'params', 'ema'}, of a workdir, a converted folder or a file."""
-    if not (pathlib.Path(path).expanduser() / "config.json").exists():
+    folder = pathlib.Path(path).expanduser()
+    if not (folder / "config.json").exists():
         if tokenizer_params is not None:
             raise ConfigError(
                 f"{field} is {path!r}; with data.name {settings.data.name!r} it must be a workdir, "
@@ -290,7 +291,7 @@ def _read_generator(
         other, saved, _ = read_run(field, path)
         config = other.generator
         if tokenizer_params is not None:
-            _check_same_codebook(field, pathlib.Path(path).expanduser(), tokenizer_params)
+            _check_same_codebook(field, folder, tokenizer_params)
     for name in ("grid", "vocab_size", "num_classes"):
         mine, theirs = getattr(settings.generator, name), getattr(config, name)
         if mine != theirs:

@@ -31,7 +31,7 @@ from mirai_jax import (
 from mirai_jax import data as data_lib
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.data import WorkerDied
-from mirai_jax.errors import Preempted, TrainingError, first_line
+from mirai_jax.errors import Preempted, TrainingError, closing, first_line
 from mirai_jax.feed import Feed
 from mirai_jax.guards import Preemption
 from mirai_jax.image_sets import LabelledImages
@@ -164,17 +164,17 @@ class _Run:
 
     def run(self) -> None:
         """Begins or goes on, trains what is left, finishes."""
-        with contextlib.ExitStack() as closing:
-            closing.callback(self.feed.close)
-            closing.enter_context(self.checkpoints)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.feed.close)
+            stack.enter_context(closing(self.checkpoints))
             self.preemption = Preemption()
-            closing.callback(self.preemption.close)
+            stack.callback(self.preemption.close)
             try:
                 # Of a shorter run: they mark what is finished.
                 (self.workdir / "summary.png").unlink(missing_ok=True)
                 shutil.rmtree(self.workdir / weights.ENCODER, ignore_errors=True)
                 begin = self._begin()
-                self.writer = closing.enter_context(MetricsWriter(self.workdir, begin))
+                self.writer = stack.enter_context(closing(MetricsWriter(self.workdir, begin)))
                 self._loop(begin)
                 self._finish()
             except jax.errors.JaxRuntimeError as error:

@@ -24,7 +24,7 @@ from mirai_jax import (
 from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.data import WorkerDied
-from mirai_jax.errors import LESS_MEMORY, Lost, Preempted, TrainingError, first_line
+from mirai_jax.errors import LESS_MEMORY, Lost, Preempted, TrainingError, closing, first_line
 from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same
@@ -134,25 +134,25 @@ class _Run:
     def run(self, initial: Any) -> None:
         """Begins (with the weights `initial`, or None) or goes on, trains what is left, finishes."""
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
-        with contextlib.ExitStack() as closing:
-            closing.callback(self.feed.close)
-            closing.enter_context(self.checkpoints)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.feed.close)
+            stack.enter_context(closing(self.checkpoints))
             self.preemption = Preemption()
-            closing.callback(self.preemption.close)
+            stack.callback(self.preemption.close)
             try:
                 if self.first:
                     summary.unlink(missing_ok=True)  # of a shorter run: it marks what is finished
                 begin = self._begin(initial)
                 del initial
                 if self.first:
-                    self.writer = closing.enter_context(MetricsWriter(self.workdir, begin))
+                    self.writer = stack.enter_context(closing(MetricsWriter(self.workdir, begin)))
                 if begin < last:
                     self._loop(begin)
                 self._finish(summary)
             except (jax.errors.JaxRuntimeError, Lost) as error:
                 told = self._explain(error)
                 if isinstance(told, Lost):
-                    closing.pop_all()  # nobody is left to close things together with
+                    stack.pop_all()  # nobody is left to close things together with
                 raise told from error
             except OSError as error:
                 raise TrainingError(

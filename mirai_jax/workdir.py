@@ -21,7 +21,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from tensorboardX import summary
@@ -219,7 +219,7 @@ class MetricsWriter:
 
     Entries after `step` (of a run that went on past its last checkpoint) are dropped: they will be
     written again. All that was written is with the file system when a method returns, or it raises
-    OSError. At the end of a `with` it is closed; an error on its way goes before those of closing.
+    OSError.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
@@ -235,16 +235,6 @@ class MetricsWriter:
             start = SessionLog(status=SessionLog.START)
             begun.append(Event(wall_time=now, step=step + 1, session_log=start))
         self._events.write(b"".join(map(_record, begun)))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        try:
-            self.close()
-        except OSError:
-            if error is None:
-                raise
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """One logged step, to both."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mirai_jax import checkpoint, distributed, foresight, sharding, step
 from mirai_jax.checkpoint import Checkpoints, fingerprints, restore_weights, steps_in
-from mirai_jax.errors import ConfigError, TrainingError
+from mirai_jax.errors import ConfigError, TrainingError, closing
 from mirai_jax.models.generator import GeneratorConfig
 
 pytestmark = [
@@ -94,7 +94,7 @@ def test_an_error_of_closing_replaces_no_other(tmp_path, monkeypatch):
         checkpoints = Checkpoints(tmp_path)
         close = checkpoints._manager.close
         monkeypatch.setattr(checkpoints._manager, "close", full)
-        with pytest.raises((TrainingError, OSError), match=seen), checkpoints:
+        with pytest.raises((TrainingError, OSError), match=seen), closing(checkpoints):
             if first:
                 raise first
         close()

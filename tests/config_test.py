@@ -23,7 +23,7 @@ from configs import base, teacher
 from mirai_jax import config as config_lib
 from mirai_jax import fields as fields_lib
 from mirai_jax import foresight, optimizer, workdir
-from mirai_jax.errors import ConfigError, TrainingError
+from mirai_jax.errors import ConfigError, TrainingError, closing
 
 TERM = "foresight[0]."
 FILES = sorted(
@@ -596,7 +596,7 @@ def board_events(folder):
 def test_tensorboard_can_read_all_that_was_written(tmp_path, begin):
     values = {"loss": 1.5, "cross_entropy": float("inf"), "foresight/near": -2.0}
     picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    with workdir.MetricsWriter(tmp_path, begin) as writer:
+    with closing(workdir.MetricsWriter(tmp_path, begin)) as writer:
         writer.step(40, values)
         writer.board(60, {"agreement/samples": 0.25})
         writer.image(60, "samples", picture)
@@ -633,7 +633,7 @@ def fill_up(folder, pattern):
 
 @pytest.mark.parametrize("pattern", ["metrics.jsonl", "events.out.tfevents.*", "*"])
 def test_a_full_disk_is_told_at_once_and_not_again_by_closing(tmp_path, pattern):
-    with pytest.raises(TrainingError), workdir.MetricsWriter(tmp_path, 0) as writer:
+    with pytest.raises(TrainingError), closing(workdir.MetricsWriter(tmp_path, 0)) as writer:
         writer.step(1, {"loss": 1.0})
         fill_up(tmp_path, pattern)
         with pytest.raises(OSError, match="No space left"):
@@ -644,10 +644,10 @@ def test_a_full_disk_is_told_at_once_and_not_again_by_closing(tmp_path, pattern)
 
 
 def test_closing_tells_of_a_full_disk_unless_there_is_an_error_already(tmp_path):
-    with pytest.raises(TrainingError), workdir.MetricsWriter(tmp_path, 0):
+    with pytest.raises(TrainingError), closing(workdir.MetricsWriter(tmp_path, 0)):
         fill_up(tmp_path, "*")  # a device that cannot be synchronised
         raise TrainingError("a checkpoint could not be written")
-    with pytest.raises(OSError), workdir.MetricsWriter(tmp_path, 0):
+    with pytest.raises(OSError), closing(workdir.MetricsWriter(tmp_path, 0)):
         fill_up(tmp_path, "*")
 
 
@@ -655,7 +655,7 @@ def test_closing_tells_of_a_full_disk_unless_there_is_an_error_already(tmp_path)
 def test_a_disk_that_gets_full_keeps_every_whole_line(tmp_path, room):
     resource = pytest.importorskip("resource")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with contextlib.suppress(OSError), workdir.MetricsWriter(tmp_path, 0) as writer:
+    with contextlib.suppress(OSError), closing(workdir.MetricsWriter(tmp_path, 0)) as writer:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
             for step in range(1, 1000):
