@@ -16,7 +16,7 @@ import dataclasses
 import pathlib
 import time
 
-from absl import app, flags
+from absl import flags
 
 from mirai_jax import assessment, cli, frozen
 from mirai_jax.assessment import Assessor, Protocol
@@ -168,4 +168,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -26,7 +26,7 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from mirai_jax import bench_report, bench_work, cli, files, measure, memory
 from mirai_jax import config as config_lib
@@ -324,4 +324,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=functools.partial(cli.parse_known, flags.FLAGS))
+    cli.run(main, flags_parser=functools.partial(cli.parse_known, flags.FLAGS))

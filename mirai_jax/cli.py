@@ -1,17 +1,23 @@
-"""What the programs share: errors of one line, and a quiet screen."""
+"""What the programs share: how they start, errors of one line, and a quiet screen."""
 
 import contextlib
 import functools
 import sys
 import types
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 
-from mirai_jax import distributed
+from mirai_jax import distributed, host_memory
 from mirai_jax.errors import ConfigError, DataError, Lost, Preempted, first_line
+
+
+def run(main: Callable[[list[str]], None], **options: Any) -> None:
+    """Starts a program: `app.run`, before which a process on a CPU is told to keep its memory."""
+    host_memory.keep_freed()
+    app.run(main, **options)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import pathlib
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from flax import traverse_util
 
 from mirai_jax import cli, frozen, safetensors_file, torch_file, torch_writer, weights
@@ -178,4 +178,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

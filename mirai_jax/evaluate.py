@@ -24,7 +24,7 @@ import tempfile
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from mirai_jax import (
     cli,
@@ -319,4 +319,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

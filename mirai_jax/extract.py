@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from array_record.python import array_record_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -446,4 +446,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

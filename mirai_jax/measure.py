@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -16,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mirai_jax import host_memory
 
 # Dense bfloat16 operations a second, as the makers' datasheets say, by what a device's kind contains:
 # the first that fits.
@@ -143,14 +144,14 @@ class PeakMemory:
         if self._counted:
             self._before, self._peak_before = stats["bytes_in_use"], stats["peak_bytes_in_use"]
         else:
-            _give_back_freed_memory()
+            host_memory.give_back_freed()
             self._before, self._peak_before = _resident("VmRSS"), 0
 
     def ready(self) -> None:
         """What the work needs is there; on a CPU what making it needed is forgotten."""
         gc.collect()
         if not self._counted:
-            _give_back_freed_memory()
+            host_memory.give_back_freed()
             _forget_peak()
 
     def __call__(self) -> int | None:
@@ -162,12 +163,6 @@ class PeakMemory:
         if self._before is None or peak is None or peak == self._peak_before:
             return None
         return peak - self._before
-
-
-def _give_back_freed_memory() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
 
 
 def _forget_peak() -> None:

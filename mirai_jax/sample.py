@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from mirai_jax import cli, files, frozen, report, sampler, weights
 from mirai_jax.errors import ConfigError, DataError, first_line
@@ -392,4 +392,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -11,7 +11,7 @@ stop (SIGTERM), all is saved and the same command goes on.
 import functools
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
 from mirai_jax import cli, teach_run
 from mirai_jax.config_file import parse_config
@@ -50,4 +50,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    cli.run(main, flags_parser=parse_flags)

@@ -1,0 +1,63 @@
+"""On a CPU, what a program frees is there for its next run."""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+# Some 150 MiB of temporaries, and the pages that are new to the process at each of twenty runs.
+RUNS = """
+import resource
+import jax, jax.numpy as jnp
+from mirai_jax import host_memory
+
+print(host_memory.keep_freed())
+program = jax.jit(lambda x: jax.lax.sort(jnp.sin(x * jnp.arange(2**23))).sum())
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(2.0).block_until_ready()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+ASKED = "from mirai_jax import host_memory; print(host_memory.keep_freed())"
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+
+
+def run(program, **environ):
+    """What it prints, where the environment says nothing of the C library but what is given."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "GLIBC_TUNABLES" and not name.startswith("MALLOC_")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=inherited | environ, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@GLIBC
+def test_a_program_meets_its_pages_once():
+    kept, first, *later = run(RUNS, JAX_PLATFORMS="cpu")
+    assert kept == "True"
+    assert int(first) > 100  # of 4 KiB; they may be larger
+    # One of the first runs may find its blocks in another order, and the heap grow once more.
+    assert statistics.median(map(int, later)) < int(first) / 20
+
+
+@GLIBC
+@pytest.mark.parametrize(
+    "environ, kept",
+    [
+        ({}, "True"),
+        ({"MALLOC_ARENA_MAX": "4"}, "False"),  # someone knows better
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, "False"),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, "False"),  # its host's memory is not where XLA computes
+    ],
+)
+def test_nothing_is_changed_where_it_is_not_wanted(environ, kept):
+    assert run(ASKED, **{"JAX_PLATFORMS": "cpu", **environ}) == [kept]
