@@ -229,7 +229,7 @@ def _imagenet(size, pixels=256):
         if size in ("B", "L"):
             # No loop over the blocks, whose backward pass would find all that it needs copied into stacks:
             # for accelerators, where deeper generators, which would compile too long, stay loops. On a
-            # CPU, or at another size or dtype, unroll=1 and remat="dots" are faster or need less memory.
+            # CPU, or at another size or dtype, remat="dots" is as fast or needs less memory.
             config.model.unroll = 12 if size == "B" else 24
             if size == "B" and pixels == 256:
                 config.model.remat = "none"  # in bfloat16 Mirai-E's 256 images need 29 GiB

@@ -2,9 +2,9 @@
 
 XLA takes the memory of a program's temporaries anew at each run, as one block or a few, and frees it
 at the end. glibc asks the kernel for every large block and gives it back, so that each train step
-meets all of its pages for the first time: 34,000 page faults at each step of the demo and a fifth of
-its time, 410,000 and a tenth for GPT-B with four images; more where a virtual machine has to ask its
-host for each page.
+meets all of its pages for the first time: 34,000 page faults at each step of the demo and a sixth of
+its time, 410,000 and a tenth of the CPU's for GPT-B with four images; more where a virtual machine
+has to ask its host for each page.
 """
 
 import ctypes

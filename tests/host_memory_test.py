@@ -8,14 +8,19 @@ import sys
 
 import pytest
 
-# Some 150 MiB of temporaries, and the pages that are new to the process at each of twenty runs.
+# 64 MiB of temporaries or more, and the pages that are new to the process at each of twenty runs.
 RUNS = """
 import resource
 import jax, jax.numpy as jnp
 from mirai_jax import host_memory
 
 print(host_memory.keep_freed())
-program = jax.jit(lambda x: jax.lax.sort(jnp.sin(x * jnp.arange(2**23))).sum())
+
+def program(x):
+    stored = jax.lax.optimization_barrier(x * jnp.arange(2**24, dtype=jnp.float32))
+    return jax.lax.optimization_barrier(stored[::-1] + 1).sum()
+
+program = jax.jit(program)
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     program(2.0).block_until_ready()
