@@ -24,9 +24,9 @@ def keep_freed(environ: Mapping[str, str] = os.environ) -> bool:
     """Lets this process keep what it frees, for its next use, if it is going to compute on a CPU.
 
     It is to be called before JAX starts its threads: one that has a heap of its own stays with it.
-    The process then holds the most memory that it ever needed. Where the environment says how glibc
-    shall behave (GLIBC_TUNABLES, MALLOC_ARENA_MAX and the like) that holds; other C libraries are left
-    alone.
+    The process then holds the most memory that it ever needed, and more where blocks of other sizes
+    come in between: 2.1 GB in place of 1.6 in the demo. Where the environment says how glibc shall
+    behave (GLIBC_TUNABLES, MALLOC_ARENA_MAX and the like) that holds; other C libraries are left alone.
 
     Returns:
         Whether it does.
