@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import TextIO
 
 from launch.plan import Run
-from mirai_jax.progress import duration
+from mirai_jax.utils.progress import duration
 
 
 class Board:

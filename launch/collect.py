@@ -9,8 +9,8 @@ from typing import Any
 
 from launch import collected, jobs, study
 from launch.plan import last_step
-from mirai_jax import files
-from mirai_jax.errors import DataError, first_line
+from mirai_jax.utils import files
+from mirai_jax.utils.errors import DataError, first_line
 
 PUBLIC = ("/usr/share/datasets/",)  # of packages: the same on other machines
 _FILES = ("config.json", "metrics.jsonl", "assessment.jsonl", "run.json")

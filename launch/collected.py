@@ -21,7 +21,7 @@ from typing import Any
 from launch import speedup, study
 from launch.study import Measure
 from mirai_jax import fields
-from mirai_jax.errors import ConfigError, DataError, first_line
+from mirai_jax.utils.errors import ConfigError, DataError, first_line
 
 MEASURED = (
     "cross_entropy",

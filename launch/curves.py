@@ -9,7 +9,7 @@ import numpy as np
 
 from launch import results as results_lib
 from launch.results import Result
-from mirai_jax import files
+from mirai_jax.utils import files
 
 # Twelve colours that stay apart; after them the lines change.
 _COLOURS = (

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from launch.board import Board
 from launch.plan import Run
-from mirai_jax.errors import Lost, Preempted
+from mirai_jax.utils.errors import Lost, Preempted
 
 # Exit statuses after which the same command goes on from the last checkpoint: told to stop, another
 # process lost, and ends that a crowded machine brings (SIGABRT of JAX's runtime, SIGKILL of a full

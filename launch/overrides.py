@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils.errors import ConfigError
 
 Entry = dict[str, Any]
 

@@ -15,7 +15,7 @@ from launch.overrides import Entry, columns, flag_text, names, plain
 from mirai_jax import config as config_lib
 from mirai_jax import fields, workdir
 from mirai_jax.config_file import parse_config
-from mirai_jax.errors import ConfigError, first_line
+from mirai_jax.utils.errors import ConfigError, first_line
 
 
 class WrongRuns(Exception):

@@ -21,8 +21,8 @@ from absl import app, flags
 
 from launch import collect, collected, encoders, report_figures, report_text
 from launch.collected import Results
-from mirai_jax import cli, files
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils import cli, files
+from mirai_jax.utils.errors import ConfigError
 
 _FLAGS = cli.flag_values(__name__)
 _RESULTS = flags.DEFINE_string("results", "results", "Folder of the report.", flag_values=_FLAGS)

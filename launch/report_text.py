@@ -12,7 +12,7 @@ from launch.collected import Results, Run
 from launch.encoders import SHOWN, Encoder
 from launch.results import table
 from mirai_jax import fields
-from mirai_jax.progress import duration
+from mirai_jax.utils.progress import duration
 
 _HEAD = """# Does foresight help? A controlled study on Fashion-MNIST
 

@@ -18,8 +18,8 @@ from typing import Any
 from launch import jobs
 from launch.board import Board
 from launch.plan import Run
-from mirai_jax import files
-from mirai_jax.errors import ConfigError, Preempted, first_line
+from mirai_jax.utils import files
+from mirai_jax.utils.errors import ConfigError, Preempted, first_line
 
 CLUSTERS = ("slurm", "local", "debug")
 _WARNING = 300  # seconds between SIGUSR2 and the end of a job's time

@@ -20,9 +20,9 @@ from absl import app, flags
 
 from launch import curves, jobs, plan, results, slurm
 from launch.board import Board
-from mirai_jax import cli
 from mirai_jax.config_file import FIELD
-from mirai_jax.errors import ConfigError, Preempted
+from mirai_jax.utils import cli
+from mirai_jax.utils.errors import ConfigError, Preempted
 
 _FLAGS = cli.flag_values(__name__)
 _SWEEP = flags.DEFINE_string(

@@ -26,19 +26,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mirai_jax import (
-    coding,
-    drawing,
-    files,
-    foresight,
-    frozen,
-    image_streams,
-    probe,
-    sharding,
-    weights,
-)
+from mirai_jax import coding, drawing, foresight, frozen, image_streams, probe, sharding, weights
 from mirai_jax.config import Settings, TeacherSettings
-from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.feature_network import Network
 from mirai_jax.image_sets import LabelledImages
 from mirai_jax.judge import agreement, fit_judge
@@ -46,6 +35,8 @@ from mirai_jax.metrics import frechet_distance
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.parts import labelled_images
 from mirai_jax.sampler import SampleOptions
+from mirai_jax.utils import files
+from mirai_jax.utils.errors import ConfigError, DataError, first_line
 
 FILE = "assessment.jsonl"
 _CHUNK = 250  # images at once

@@ -28,13 +28,14 @@ from typing import Any
 import jax
 from absl import flags
 
-from mirai_jax import bench_report, bench_work, cli, files, measure, memory
+from mirai_jax import bench_report, bench_work, measure, memory
 from mirai_jax import config as config_lib
 from mirai_jax.config_file import parse_config
-from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.measure import Peer, PeerError
 from mirai_jax.models.generator import SIZES, GeneratorConfig
-from mirai_jax.progress import Progress
+from mirai_jax.utils import cli, files
+from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.utils.progress import Progress
 
 _FLAGS = cli.flag_values(__name__)
 _CONFIG = flags.DEFINE_string(

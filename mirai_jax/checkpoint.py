@@ -20,9 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mirai_jax import distributed
-from mirai_jax.errors import ConfigError, Lost, TrainingError, first_line
 from mirai_jax.step import TrainState
+from mirai_jax.utils import distributed
+from mirai_jax.utils.errors import ConfigError, Lost, TrainingError, first_line
 
 _STEP = re.compile(r"step_(\d+)")
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from mirai_jax import files
 from mirai_jax.models import tokenizer
+from mirai_jax.utils import files
 
 # K-means over more patches than this changes the codebook's error by under a percent.
 _PATCHES_FITTED = 200_000

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mirai_jax import fields, foresight, sharding
-from mirai_jax.errors import ConfigError
 from mirai_jax.models import attention
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
@@ -18,6 +17,7 @@ from mirai_jax.models.teacher import TEACHERS
 from mirai_jax.models.vq import MULTIPLIERS, VQConfig
 from mirai_jax.optimizer import SCHEDULES, OptimizerConfig
 from mirai_jax.sampler import SampleOptions
+from mirai_jax.utils.errors import ConfigError
 
 SMALL_SETS = ("mnist", "fashion_mnist")
 PATCH = 14  # pixels a side of a patch of every published DINOv2

@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils.errors import ConfigError
 
 # A field by its path: seed, foresight[0].offsets.
 FIELD = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")

@@ -23,8 +23,9 @@ from typing import Any
 from absl import flags
 from flax import traverse_util
 
-from mirai_jax import cli, frozen, safetensors_file, torch_file, torch_writer, weights
-from mirai_jax.errors import ConfigError, first_line
+from mirai_jax import frozen, safetensors_file, torch_file, torch_writer, weights
+from mirai_jax.utils import cli
+from mirai_jax.utils.errors import ConfigError, first_line
 
 _ENTRY = flags.DEFINE_string(
     "entry", "", f"Key of a training checkpoint to take; default: {', '.join(weights.WRAPPERS)}."

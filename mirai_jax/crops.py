@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mirai_jax.errors import DataError, first_line
+from mirai_jax.utils.errors import DataError, first_line
 
 EXIF = ("ignore", "apply")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")  # as Pillow calls them

@@ -20,9 +20,9 @@ import grain
 import numpy as np
 
 from mirai_jax import crops
-from mirai_jax.errors import DataError, first_line
 from mirai_jax.images import ImageSource
 from mirai_jax.records import CodedImages, CodeRecords
+from mirai_jax.utils.errors import DataError, first_line
 
 
 class WorkerDied(DataError):

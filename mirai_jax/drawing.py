@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import coding, distributed, report, sampler, sharding
+from mirai_jax import coding, report, sampler, sharding
 from mirai_jax.judge import agreement, fit_judge
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.parts import Parts, labelled_images
 from mirai_jax.sampler import SampleOptions
+from mirai_jax.utils import distributed
 
 Doing = Callable[[str], None]  # takes what the run is at
 

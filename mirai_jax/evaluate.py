@@ -27,9 +27,7 @@ import numpy as np
 from absl import flags
 
 from mirai_jax import (
-    cli,
     config,
-    files,
     frozen,
     image_sets,
     image_streams,
@@ -38,9 +36,10 @@ from mirai_jax import (
     report,
     weights,
 )
-from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.feature_network import Features, Network
 from mirai_jax.image_streams import ImageStream
+from mirai_jax.utils import cli, files
+from mirai_jax.utils.errors import ConfigError, DataError, first_line
 
 _FLAGS = cli.flag_values(__name__)
 _SAMPLES = flags.DEFINE_list(

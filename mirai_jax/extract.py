@@ -29,13 +29,14 @@ from array_record.python import array_record_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import cli, coding, files, manifest, records, report, weights
+from mirai_jax import coding, manifest, records, report, weights
 from mirai_jax.crops import CropSpec, load_all_crops, load_crop
-from mirai_jax.errors import ConfigError, DataError, first_line
 from mirai_jax.images import open_images
 from mirai_jax.manifest import Manifest, Shard
 from mirai_jax.models import tokenizer, vq
-from mirai_jax.progress import Progress
+from mirai_jax.utils import cli, files
+from mirai_jax.utils.errors import ConfigError, DataError, first_line
+from mirai_jax.utils.progress import Progress
 
 _IMAGES = flags.DEFINE_string(
     "images", None, "Folder with a folder a class, tfds:NAME[:SPLIT], grain:MODULE:SOURCE, ..."

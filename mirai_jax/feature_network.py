@@ -14,7 +14,7 @@ from mirai_jax import inception_weights, metrics, pretrained
 from mirai_jax.image_streams import ImageStream
 from mirai_jax.models.features import EfficientNetLite0
 from mirai_jax.models.inception import InceptionV3
-from mirai_jax.progress import Progress
+from mirai_jax.utils.progress import Progress
 
 
 @dataclasses.dataclass

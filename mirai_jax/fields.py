@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils.errors import ConfigError
 
 
 def shown(value: Any) -> str:

@@ -12,10 +12,10 @@ from mirai_jax import codebook, pretrained, torch_file, weights
 from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config import Settings
-from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.fields import completed
 from mirai_jax.models import dinov2, teacher, tokenizer, vq
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.utils.errors import ConfigError, first_line
 
 # Not the run's: runs of several seeds speak of the same tokens, and their losses can be compared.
 _CODEBOOK_SEED = 0

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 from jax.experimental import multihost_utils
 
-from mirai_jax import distributed
-from mirai_jax.errors import Lost
+from mirai_jax.utils import distributed
+from mirai_jax.utils.errors import Lost
 
 
 class Preemption:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-from mirai_jax.errors import DataError
+from mirai_jax.utils.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from mirai_jax.errors import DataError, first_line
+from mirai_jax.utils.errors import DataError, first_line
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mirai_jax import crops, image_folders
-from mirai_jax.errors import DataError, first_line
+from mirai_jax.utils.errors import DataError, first_line
 
 
 @dataclasses.dataclass(frozen=True)

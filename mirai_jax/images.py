@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mirai_jax import image_folders, image_sets
-from mirai_jax.errors import DataError, first_line
+from mirai_jax.utils.errors import DataError, first_line
 
 FORMS = (
     "FOLDER (with a folder of images for each class), tfds:NAME[:SPLIT], "

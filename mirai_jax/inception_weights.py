@@ -9,8 +9,8 @@ import numpy as np
 from flax import traverse_util
 
 from mirai_jax import torch_names, weights
-from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.models.inception import BATCH_NORM_EPSILON, NUM_CLASSES, InceptionV3
+from mirai_jax.utils.errors import ConfigError, first_line
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"

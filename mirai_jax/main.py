@@ -14,9 +14,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mirai_jax import cli, distributed, memory, sharding, targets, train
 from mirai_jax import config as config_lib
-from mirai_jax.errors import LESS_MEMORY, ConfigError, Lost, TrainingError, first_line
+from mirai_jax import memory, sharding, targets, train
+from mirai_jax.utils import cli, distributed
+from mirai_jax.utils.errors import LESS_MEMORY, ConfigError, Lost, TrainingError, first_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:scale] of configs/.")
 _WORKDIR = flags.DEFINE_string(

@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax import files
 from mirai_jax.crops import CropSpec
-from mirai_jax.errors import DataError, first_line
+from mirai_jax.utils import files
+from mirai_jax.utils.errors import DataError, first_line
 
 FILE = "manifest.json"
 

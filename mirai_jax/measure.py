@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax import host_memory
+from mirai_jax.utils import host_memory
 
 # Dense bfloat16 operations a second, as the makers' datasheets say, by what a device's kind contains:
 # the first that fits.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mirai_jax.errors import DataError
+from mirai_jax.utils.errors import DataError
 
 _ROWS = 2048  # images at a time; a square of distances between as many is 32 MiB
 _LARGEST = 1e100  # in magnitude; squares of features, and their sums, must not overflow

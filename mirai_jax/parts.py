@@ -11,24 +11,15 @@ import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import (
-    coding,
-    data,
-    distributed,
-    files,
-    frozen,
-    image_sets,
-    records,
-    sharding,
-    weights,
-)
+from mirai_jax import coding, data, frozen, image_sets, records, sharding, weights
 from mirai_jax import config as config_lib
 from mirai_jax.config import Settings
 from mirai_jax.crops import CropSpec
-from mirai_jax.errors import ConfigError, DataError
 from mirai_jax.image_sets import LabelledImages
 from mirai_jax.images import open_images
 from mirai_jax.step import Recipe
+from mirai_jax.utils import distributed, files
+from mirai_jax.utils.errors import ConfigError, DataError
 
 Say = Callable[[str], None]
 

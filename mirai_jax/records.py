@@ -17,9 +17,9 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
-from mirai_jax import files
 from mirai_jax import manifest as manifest_lib
-from mirai_jax.errors import DataError, first_line
+from mirai_jax.utils import files
+from mirai_jax.utils.errors import DataError, first_line
 
 SHARD_SUFFIXES = (".array_record", ".arrayrecord")
 

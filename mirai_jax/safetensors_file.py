@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from mirai_jax.files import replacing
+from mirai_jax.utils.files import replacing
 
 _MAX_HEADER = 100_000_000
 # In the order in which the reference writer puts the tensors of a file.

@@ -27,10 +27,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from mirai_jax import cli, files, frozen, report, sampler, weights
-from mirai_jax.errors import ConfigError, DataError, first_line
+from mirai_jax import frozen, report, sampler, weights
 from mirai_jax.painter import Painter, Source
-from mirai_jax.progress import Progress
+from mirai_jax.utils import cli, files
+from mirai_jax.utils.errors import ConfigError, DataError, first_line
+from mirai_jax.utils.progress import Progress
 
 _FLAGS = cli.flag_values(__name__)
 _WORKDIR = flags.DEFINE_string(

@@ -14,7 +14,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from mirai_jax.errors import ConfigError, first_line
+from mirai_jax.utils.errors import ConfigError, first_line
 
 
 @dataclasses.dataclass(frozen=True)

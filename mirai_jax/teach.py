@@ -13,9 +13,10 @@ import pathlib
 
 from absl import flags
 
-from mirai_jax import cli, teach_run
+from mirai_jax import teach_run
 from mirai_jax.config_file import parse_config
-from mirai_jax.errors import ConfigError, TrainingError
+from mirai_jax.utils import cli
+from mirai_jax.utils.errors import ConfigError, TrainingError
 
 _FLAGS = cli.flag_values(__name__)
 _CONFIG = flags.DEFINE_string(

@@ -31,13 +31,13 @@ from mirai_jax import (
 from mirai_jax import data as data_lib
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.data import WorkerDied
-from mirai_jax.errors import Preempted, TrainingError, closing, first_line
 from mirai_jax.feed import Feed
 from mirai_jax.guards import Preemption
 from mirai_jax.image_sets import LabelledImages
-from mirai_jax.progress import Stopwatch, duration
 from mirai_jax.teach_config import Settings
 from mirai_jax.teach_step import Recipe, init_state, make_measure, make_train_step
+from mirai_jax.utils.errors import Preempted, TrainingError, closing, first_line
+from mirai_jax.utils.progress import Stopwatch, duration
 from mirai_jax.workdir import MetricsWriter, note_event, open_workdir, read_metrics
 
 Say = Callable[[str], None]

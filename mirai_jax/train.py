@@ -10,26 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import (
-    beginning,
-    codebook,
-    distributed,
-    drawing,
-    fields,
-    files,
-    foresight,
-    report,
-    sharding,
-)
+from mirai_jax import beginning, codebook, drawing, fields, foresight, report, sharding
 from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.data import WorkerDied
-from mirai_jax.errors import LESS_MEMORY, Lost, Preempted, TrainingError, closing, first_line
 from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same
-from mirai_jax.progress import Stopwatch, progress_line
 from mirai_jax.step import make_train_step
+from mirai_jax.utils import distributed, files
+from mirai_jax.utils.errors import LESS_MEMORY, Lost, Preempted, TrainingError, closing, first_line
+from mirai_jax.utils.progress import Stopwatch, progress_line
 from mirai_jax.workdir import (
     MetricsWriter,
     note_event,

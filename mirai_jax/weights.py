@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from mirai_jax import safetensors_file, torch_file, torch_names
-from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.models import dinov2, generator, vq
+from mirai_jax.utils.errors import ConfigError, first_line
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -28,9 +28,9 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from mirai_jax import files
-from mirai_jax.errors import ConfigError, first_line
 from mirai_jax.fields import completed, plain, shown
+from mirai_jax.utils import files
+from mirai_jax.utils.errors import ConfigError, first_line
 
 # Fields that may differ between a workdir's config and the one it is continued with: they do not
 # change what is computed, or, for num_steps, only how far (see `check_same_run`). Files may move:

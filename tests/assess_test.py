@@ -13,8 +13,8 @@ from configs import mirai_e, mirai_i
 from mirai_jax import assess, assessment, frozen, probe, train
 from mirai_jax import config as config_lib
 from mirai_jax.assessment import Protocol
-from mirai_jax.errors import ConfigError, DataError
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
+from mirai_jax.utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

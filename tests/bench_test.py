@@ -15,7 +15,7 @@ from mirai_jax import bench as program
 from mirai_jax import bench_report, bench_work, measure, memory
 from mirai_jax import config as config_lib
 from mirai_jax.config_file import parse_config
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of the time

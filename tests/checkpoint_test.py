@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mirai_jax import checkpoint, distributed, foresight, sharding, step
+from mirai_jax import checkpoint, foresight, sharding, step
 from mirai_jax.checkpoint import Checkpoints, fingerprints, restore_weights, steps_in
-from mirai_jax.errors import ConfigError, TrainingError, closing
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.utils import distributed
+from mirai_jax.utils.errors import ConfigError, TrainingError, closing
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),

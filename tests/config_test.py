@@ -23,7 +23,7 @@ from configs import base, teacher
 from mirai_jax import config as config_lib
 from mirai_jax import fields as fields_lib
 from mirai_jax import foresight, optimizer, workdir
-from mirai_jax.errors import ConfigError, TrainingError, closing
+from mirai_jax.utils.errors import ConfigError, TrainingError, closing
 
 TERM = "foresight[0]."
 FILES = sorted(

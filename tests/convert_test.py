@@ -33,9 +33,9 @@ from mirai_jax import (
     weights,
 )
 from mirai_jax.checkpoint import restore_weights
-from mirai_jax.errors import ConfigError
 from mirai_jax.models import dinov2, generator, vq
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.utils.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from mirai_jax import crops
-from mirai_jax.errors import DataError
+from mirai_jax.utils.errors import DataError
 
 examples = settings(deadline=None, derandomize=True)
 SMALL = crops.CropSpec(image_size=8, crop_range=1.4)  # cut from 11 x 11

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax import data, errors, image_sets
+from mirai_jax import data, image_sets
 from mirai_jax import records as records_lib
+from mirai_jax.utils import errors
 
 GRID = (2, 3)
 examples = settings(deadline=None, derandomize=True)  # the same on every machine, slow or fast

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from mirai_jax import distributed
 from mirai_jax.checkpoint import restore_weights, steps_in
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils import distributed
+from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEMO = [

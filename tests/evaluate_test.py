@@ -28,8 +28,8 @@ from mirai_jax import (
     report,
     workdir,
 )
-from mirai_jax.errors import ConfigError, DataError
 from mirai_jax.models.inception import InceptionV3
+from mirai_jax.utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

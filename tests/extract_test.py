@@ -13,10 +13,10 @@ from PIL import Image
 from mirai_jax import extract, manifest, records, torch_names, torch_writer
 from mirai_jax.crops import CropSpec, load_all_crops
 from mirai_jax.data import CropLoader, OnlineImages, make_dataset
-from mirai_jax.errors import ConfigError, DataError
 from mirai_jax.images import open_images
 from mirai_jax.models import tokenizer, vq
-from mirai_jax.progress import Progress
+from mirai_jax.utils.errors import ConfigError, DataError
+from mirai_jax.utils.progress import Progress
 
 CONFIG = vq.VQConfig(multipliers=(1, 1, 2), width=32, z_channels=32, vocab_size=64)
 SPEC = CropSpec(image_size=24, crop_range=1.25)

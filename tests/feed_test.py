@@ -6,7 +6,7 @@ import pytest
 
 from mirai_jax import feed as feed_lib
 from mirai_jax.data import WorkerDied
-from mirai_jax.progress import Stopwatch
+from mirai_jax.utils.progress import Stopwatch
 
 
 class Source:

@@ -32,8 +32,8 @@ from hypothesis import strategies as st
 
 from mirai_jax import config as config_lib
 from mirai_jax import fields, frozen, memory, step, workdir
-from mirai_jax.errors import ConfigError
 from mirai_jax.models import dinov2, teacher
+from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem[0] != "_")

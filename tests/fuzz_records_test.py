@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from configs import llamagen
 from mirai_jax import data, frozen, image_sets, images, manifest, records, train, weights, workdir
 from mirai_jax.crops import CropSpec
-from mirai_jax.errors import ConfigError, DataError
+from mirai_jax.utils.errors import ConfigError, DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
 

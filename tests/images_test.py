@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mirai_jax import crops, images
-from mirai_jax.errors import DataError
+from mirai_jax.utils.errors import DataError
 
 examples = settings(deadline=None, derandomize=True)
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mirai_jax import inception_weights, torch_names, torch_writer, weights
-from mirai_jax.errors import ConfigError
 from mirai_jax.models import inception
+from mirai_jax.utils.errors import ConfigError
 
 DATA = np.load(pathlib.Path(__file__).parent / "data" / "inception_a.npz")
 SIZES = sorted(key.removesuffix("/pool") for key in DATA if key.endswith("/pool"))

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax import files, manifest, progress
+from mirai_jax import manifest
 from mirai_jax.crops import CropSpec
-from mirai_jax.errors import DataError
 from mirai_jax.manifest import Manifest, Shard
+from mirai_jax.utils import files, progress
+from mirai_jax.utils.errors import DataError
 
 WHOLE = Manifest(
     images={"kind": "folder", "path": "images", "count": 17},

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mirai_jax import metrics
-from mirai_jax.errors import DataError
 from mirai_jax.metrics import Moments, frechet_distance, inception_score, precision_recall
+from mirai_jax.utils.errors import DataError
 
 
 def moments(*batches):

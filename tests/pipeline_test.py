@@ -18,8 +18,8 @@ from PIL import Image
 from configs import mirai_i
 from mirai_jax import extract, images, torch_names, torch_writer, train, workdir
 from mirai_jax.crops import CropSpec
-from mirai_jax.errors import ConfigError, DataError
 from mirai_jax.models import dinov2, vq
+from mirai_jax.utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]

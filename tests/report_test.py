@@ -28,7 +28,7 @@ from launch import (
 )
 from launch import report_comparison as comparison
 from launch import report_diagnostics as diagnostics
-from mirai_jax.errors import DataError
+from mirai_jax.utils.errors import DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = range(500, 3001, 500)

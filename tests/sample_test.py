@@ -19,13 +19,13 @@ from PIL import Image
 from configs import llamagen
 from mirai_jax import frozen, sample, torch_names, torch_writer, train, weights
 from mirai_jax import painter as painter_lib
-from mirai_jax.errors import ConfigError
 from mirai_jax.models import generator, vq
 from mirai_jax.models.dinov2 import resize_bicubic
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.tokenizer import PatchCodebook
-from mirai_jax.progress import Progress
 from mirai_jax.sampler import SampleOptions
+from mirai_jax.utils.errors import ConfigError
+from mirai_jax.utils.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]

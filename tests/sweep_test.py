@@ -30,7 +30,7 @@ from launch import curves, jobs, overrides, plan, results, slurm
 from launch import sweep as sweep_program
 from launch.board import Board
 from launch.overrides import chain, over, product, zipped
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 SWEEPS = sorted(p for p in (ROOT / "launch" / "sweeps").glob("*.py") if p.stem != "__init__")

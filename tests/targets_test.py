@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from mirai_jax import targets
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ["size=", "num_layers=2", "num_heads=2", "width=128", "vocab_size=64", "unroll=1"]

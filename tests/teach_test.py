@@ -26,11 +26,11 @@ from mirai_jax import (
     weights,
     workdir,
 )
-from mirai_jax.errors import ConfigError, Preempted
 from mirai_jax.models import dinov2
 from mirai_jax.models.teacher import show
 from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.optimizer import OptimizerConfig
+from mirai_jax.utils.errors import ConfigError, Preempted
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

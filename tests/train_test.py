@@ -15,9 +15,10 @@ from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
 from mirai_jax import config as config_lib
-from mirai_jax import data, image_sets, memory, progress, records, train, workdir
+from mirai_jax import data, image_sets, memory, records, train, workdir
 from mirai_jax.checkpoint import restore_weights
-from mirai_jax.errors import ConfigError, DataError, Preempted, TrainingError
+from mirai_jax.utils import progress
+from mirai_jax.utils.errors import ConfigError, DataError, Preempted, TrainingError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,7 +12,7 @@ vision transformer trained on the data set itself, with its labels and without. 
 """
 
 from launch.sweeps import diagnostics
-from mirai_jax.errors import ConfigError
+from mirai_jax.utils.errors import ConfigError
 
 CONFIG = "configs/mirai_i.py"
 

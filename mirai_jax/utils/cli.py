@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from mirai_jax import distributed, host_memory
-from mirai_jax.errors import ConfigError, DataError, Lost, Preempted, first_line
+from mirai_jax.utils import distributed, host_memory
+from mirai_jax.utils.errors import ConfigError, DataError, Lost, Preempted, first_line
 
 
 def run(main: Callable[[list[str]], None], **options: Any) -> None:

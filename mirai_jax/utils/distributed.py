@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mirai_jax.errors import ConfigError, Lost, first_line
+from mirai_jax.utils.errors import ConfigError, Lost, first_line
 
 MODES = ("auto", "on", "off")
 
