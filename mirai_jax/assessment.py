@@ -26,12 +26,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mirai_jax import coding, drawing, foresight, frozen, image_streams, probe, sharding, weights
+from mirai_jax import drawing, foresight, frozen, image_streams, probe, sharding, weights
 from mirai_jax.config import Settings, TeacherSettings
 from mirai_jax.feature_network import Network
 from mirai_jax.image_sets import LabelledImages
 from mirai_jax.judge import agreement, fit_judge
 from mirai_jax.metrics import frechet_distance
+from mirai_jax.models import batched
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.parts import labelled_images
 from mirai_jax.sampler import SampleOptions
@@ -78,7 +79,7 @@ def cross_entropy(
     config: GeneratorConfig, params: Any, codes_NxL: np.ndarray, labels_N: np.ndarray
 ) -> float:
     """Mean nats a token."""
-    nll_N = coding.in_chunks(_nll, config, params, (codes_NxL, labels_N), _CHUNK)
+    nll_N = batched.in_chunks(_nll, config, params, (codes_NxL, labels_N), _CHUNK)
     return float(nll_N.mean(dtype=np.float64))
 
 
@@ -163,8 +164,8 @@ class Assessor:
 
     def _tokenize(self, tokenizer: nn.Module, params: Any) -> "Tokenized":
         """Real images through a tokenizer: their codes, and what comes back of them."""
-        encode = functools.partial(coding.encode_images, tokenizer, params)
-        decode = functools.partial(coding.decode_codes, tokenizer, params)
+        encode = functools.partial(batched.encode_images, tokenizer, params)
+        decode = functools.partial(batched.decode_codes, tokenizer, params)
         codes = encode(self._reference[0])
         passed = self._moments(decode(codes))
         codes = codes[: len(self.held_out.labels)]
@@ -193,7 +194,7 @@ class Assessor:
             return {}
         images, labels = self.some_of_training()
         fitted, measured = (
-            coding.teacher_features(teacher, params, some).mean(axis=1)
+            batched.teacher_features(teacher, params, some).mean(axis=1)
             for some in (images, self.held_out.images)
         )
         found = probe.accuracy(fitted, labels, measured, self.held_out.labels)

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import coding, report, sampler, sharding
+from mirai_jax import report, sampler, sharding
 from mirai_jax.judge import agreement, fit_judge
+from mirai_jax.models import batched
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.parts import Parts, labelled_images
 from mirai_jax.sampler import SampleOptions
@@ -75,7 +76,7 @@ def _draw(
 
 def decode(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
     """uint8 images (N, H, W, C)."""
-    return coding.decode_codes(parts.tokenizer, parts.tokenizer_params, codes_NxL)
+    return batched.decode_codes(parts.tokenizer, parts.tokenizer_params, codes_NxL)
 
 
 def grid_codes(parts: Parts, mesh: Mesh, ema: Any, doing: Doing) -> np.ndarray:
@@ -105,7 +106,7 @@ def judge_samples(parts: Parts, codes_NxL: np.ndarray) -> dict[str, float]:
     result = {"samples": agreement(judge, decode(parts, codes_NxL), _judged_labels(parts))}
     held_out = labelled_images(settings, "held_out")
     if len(held_out.labels):
-        codes = coding.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
+        codes = batched.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
         result["real"] = agreement(judge, held_out.images, held_out.labels)
         result["real_through_tokenizer"] = agreement(judge, decode(parts, codes), held_out.labels)
     return result

@@ -29,11 +29,11 @@ from array_record.python import array_record_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import coding, manifest, records, report, weights
+from mirai_jax import manifest, records, report, weights
 from mirai_jax.crops import CropSpec, load_all_crops, load_crop
 from mirai_jax.images import open_images
 from mirai_jax.manifest import Manifest, Shard
-from mirai_jax.models import tokenizer, vq
+from mirai_jax.models import batched, tokenizer, vq
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.utils.progress import Progress
@@ -353,7 +353,7 @@ def draw_reconstructions(job: Job, shards: list[int], count: int) -> pathlib.Pat
     centre = spec.count // 2 - 1  # the last of the upright half
     originals = np.stack([load_crop(job.images.find(r["key"]), centre, spec) for r in found])
     codes = np.stack([r["codes"][centre] for r in found])
-    decoded = coding.decode_codes(job.module, job.params, codes.astype(np.int32))
+    decoded = batched.decode_codes(job.module, job.params, codes.astype(np.int32))
     path = job.out / "reconstructions.png"
     both = np.concatenate([originals, decoded])
     report.save_picture(path, report.sample_grid(both, ("image", "from its codes"), side=128))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mirai_jax import inception_weights, metrics, pretrained
 from mirai_jax.image_streams import ImageStream
-from mirai_jax.models.features import EfficientNetLite0
+from mirai_jax.models.efficientnet import EfficientNetLite0
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.utils.progress import Progress
 

@@ -16,7 +16,7 @@ Shape letters: B batch, L positions, D width, N layers, as in the modules counte
 import dataclasses
 
 from mirai_jax import foresight, step
-from mirai_jax.models.features import EFFICIENTNET_LITE0_STAGES, STEM_CHANNELS
+from mirai_jax.models.efficientnet import EFFICIENTNET_LITE0_STAGES, STEM_CHANNELS
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import DinoTeacher, EfficientNetTeacher
 

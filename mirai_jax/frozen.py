@@ -13,7 +13,7 @@ from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config import Settings
 from mirai_jax.fields import completed
-from mirai_jax.models import dinov2, teacher, tokenizer, vq
+from mirai_jax.models import teacher, tokenizer, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.utils.errors import ConfigError, first_line
 
@@ -140,10 +140,10 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             raise ConfigError(f"teacher.name {wanted.name!r}: {error}") from error
     loaded = weights.load("teacher.path", wanted.path, "teacher")
     config = loaded.config
-    if wanted.name != "dinov2" and config != dinov2.named(wanted.name):
+    if wanted.name != "dinov2" and config != vit.named(wanted.name):
         raise ConfigError(
             f"teacher.path is {wanted.path!r}, a {config}; teacher.name {wanted.name!r} is "
-            f"{dinov2.named(wanted.name)}"
+            f"{vit.named(wanted.name)}"
         )
     if wanted.image_size % config.patch:
         raise ConfigError(
@@ -177,15 +177,15 @@ def teacher_shapes(settings: Settings) -> tuple[nn.Module, Any]:
     Raises:
         ConfigError: it does not, and the weights cannot be read.
     """
-    if settings.teacher.name not in dinov2.NAMES:
+    if settings.teacher.name not in vit.NAMES:
         return make_teacher(settings)
-    module = _dino_teacher(settings, dinov2.named(settings.teacher.name))
+    module = _dino_teacher(settings, vit.named(settings.teacher.name))
     side = settings.tokenizer.image_size
     image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
     return module, jax.eval_shape(module.init, jax.random.key(0), image)["params"]
 
 
-def _dino_teacher(settings: Settings, config: dinov2.DinoConfig) -> teacher.DinoTeacher:
+def _dino_teacher(settings: Settings, config: vit.DinoConfig) -> teacher.DinoTeacher:
     return teacher.DinoTeacher(
         grid=settings.generator.grid,
         config=config,

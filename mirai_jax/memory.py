@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mirai_jax import frozen, parts, sharding, step
 from mirai_jax.config import Settings
-from mirai_jax.models import dinov2
+from mirai_jax.models import vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
             config[section] = {**dict(found.items()), field: "not read"}
 
     fill("data", "images", ("images",))
-    fill("teacher", "path", dinov2.NAMES)  # of the others their weights tell the shape
+    fill("teacher", "path", vit.NAMES)  # of the others their weights tell the shape
     return config
 
 

@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import coding, sampler
+from mirai_jax import sampler
+from mirai_jax.models import batched
 from mirai_jax.models import tokenizer as tokenizer_lib
-from mirai_jax.models.dinov2 import resize_bicubic
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.models.vit import resize_bicubic
 
 _T = TypeVar("_T")
 
@@ -65,7 +66,7 @@ class Painter:
         # Decoded at once on each device; the same for every batch size, since another one rounds
         # otherwise.
         side = source.config.grid[0] * source.tokenizer.downsample
-        chunk = min(16, coding.images_at_once(side, side))
+        chunk = min(16, batched.images_at_once(side, side))
         split = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("batch"), check_vma=False)
         draw = functools.partial(_codes, source.config, options, seed, chunk)
         self._draw = jax.jit(split(draw, in_specs=(P(), P("batch"), P("batch"))))

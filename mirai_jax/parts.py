@@ -11,12 +11,13 @@ import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import coding, data, frozen, image_sets, records, sharding, weights
 from mirai_jax import config as config_lib
+from mirai_jax import data, frozen, image_sets, records, sharding, weights
 from mirai_jax.config import Settings
 from mirai_jax.crops import CropSpec
 from mirai_jax.image_sets import LabelledImages
 from mirai_jax.images import open_images
+from mirai_jax.models import batched
 from mirai_jax.step import Recipe
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, DataError
@@ -207,11 +208,11 @@ def _in_memory(
 ) -> records.CodedImages:
     codes = features = None
     if not settings.data.online:
-        codes = coding.encode_images(tokenizer, tokenizer_params, images.images)
+        codes = batched.encode_images(tokenizer, tokenizer_params, images.images)
     if settings.needs_images and settings.teacher.cached:
         # No longer needed in the step, so not on the devices either.
         params = frozen_params.pop("bidirectional")
-        features = coding.teacher_features(teacher, params, images.images)
+        features = batched.teacher_features(teacher, params, images.images)
     pixels = images.images if settings.step_sees_images else None
     return records.CodedImages(codes, images.labels, pixels, features)
 
@@ -292,7 +293,7 @@ def _check_crops(
     if tokenizer is None:
         say(f"images: {len(some)} crops rebuilt; not compared, since tokenizer.path is unset")
         return
-    codes = coding.encode_images(tokenizer, tokenizer_params, np.stack(pixels))
+    codes = batched.encode_images(tokenizer, tokenizer_params, np.stack(pixels))
     stored = np.stack([r["codes"][crop] for r, crop in zip(found, picked, strict=True)])
     share = float((codes == stored).mean())
     # Another chip or precision moves a few codes that were almost a tie; other images move all.

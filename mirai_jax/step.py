@@ -27,8 +27,8 @@ import optax
 from mirai_jax import foresight
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models import tokenizer as tokenizer_lib
+from mirai_jax.models.activation_sharding import spread
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.models.placement import spread
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 # label (B,) int; codes (B, L) int unless the step makes them; where a teacher needs them, image

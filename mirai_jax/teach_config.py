@@ -7,7 +7,7 @@ from typing import Any
 from mirai_jax import config as config_lib
 from mirai_jax import fields, image_sets
 from mirai_jax.image_sets import LabelledImages
-from mirai_jax.models.dinov2 import DinoConfig
+from mirai_jax.models.vit import DinoConfig
 from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.teach_step import OBJECTIVES
 

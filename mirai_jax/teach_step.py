@@ -23,8 +23,8 @@ import optax
 from jax.sharding import Sharding
 
 from mirai_jax.models import tokenizer as tokenizer_lib
-from mirai_jax.models.dinov2 import DEVIATION, DinoConfig, DinoV2
 from mirai_jax.models.teacher import show
+from mirai_jax.models.vit import DEVIATION, DinoConfig, DinoV2
 from mirai_jax.optimizer import OptimizerConfig, make_optimizer
 
 OBJECTIVES = ("labels", "masked", "both")

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from mirai_jax.models.dinov2 import DinoConfig, DinoV2
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.models.vit import DinoConfig, DinoV2
 from mirai_jax.models.vq import VQConfig, VQModel
 
 Arrays = Mapping[str, np.ndarray]

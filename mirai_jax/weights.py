@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from mirai_jax import safetensors_file, torch_file, torch_names
-from mirai_jax.models import dinov2, generator, vq
+from mirai_jax.models import generator, vit, vq
 from mirai_jax.utils.errors import ConfigError, first_line
 
 Arrays = Mapping[str, np.ndarray]
@@ -37,7 +37,7 @@ ENCODER = "encoder"  # where a finished run of `mirai_jax.teach` has its convert
 _CONFIGS = {
     "generator": generator.GeneratorConfig,
     "tokenizer": vq.VQConfig,
-    "teacher": dinov2.DinoConfig,
+    "teacher": vit.DinoConfig,
 }
 KINDS = tuple(_CONFIGS)
 
@@ -261,7 +261,7 @@ def from_state(
             config = vq.config_of(state)
             return Weights(kind, config, torch_names.vq_from_torch(config, state), None, source)
         if kind == "teacher":
-            config = dinov2.config_of(state, num_heads or None)
+            config = vit.config_of(state, num_heads or None)
             params = torch_names.dinov2_from_torch(config, state)
             return Weights(kind, config, params, None, source)
     except ValueError as error:

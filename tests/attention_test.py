@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mirai_jax import sharding
-from mirai_jax.models import attention, dinov2, generator, placement
+from mirai_jax.models import activation_sharding, attention, generator, vit
 
 BFLOAT16 = jnp.bfloat16
 CUDNN = {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}
@@ -128,7 +128,9 @@ def test_every_device_attends_for_its_own_images_and_heads(interpreted):
     inputs = arrays(4, 128, 2, 16, BFLOAT16)
     with on_mesh((2, 2, 2)):
         kernel = functools.partial(attention._splash, causal=True)
-        kernel = placement.per_device(kernel, inputs[0].shape, "batch", None, "heads", None)
+        kernel = activation_sharding.per_device(
+            kernel, inputs[0].shape, "batch", None, "heads", None
+        )
         got = run(kernel, *inputs)
     assert got[0].sharding.spec == P(("data", "fsdp"), None, "tensor")
     check(got, *inputs, True, 0.01)
@@ -298,8 +300,8 @@ def test_what_is_computed_again_changes_no_gradient():
 
 @pytest.mark.parametrize(("kernel", "fused"), [("auto", {"tpu_custom_call": 1}), ("xla", {})])
 def test_dinov2_takes_it(kernel, fused):
-    config = dinov2.DinoConfig(width=32, num_layers=2, num_heads=2, pos_grid=(15, 15))
-    network = dinov2.DinoV2(config, "bfloat16", kernel)
+    config = vit.DinoConfig(width=32, num_layers=2, num_heads=2, pos_grid=(15, 15))
+    network = vit.DinoV2(config, "bfloat16", kernel)
     images = jax.ShapeDtypeStruct((1, 210, 210, 3), np.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
     with on_mesh(), jax.default_matmul_precision("tensorfloat32"):  # as the teacher runs it

@@ -33,7 +33,7 @@ from mirai_jax import (
     weights,
 )
 from mirai_jax.checkpoint import restore_weights
-from mirai_jax.models import dinov2, generator, vq
+from mirai_jax.models import generator, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.utils.errors import ConfigError
 
@@ -44,7 +44,7 @@ CONFIGS = {
         num_layers=2, num_heads=2, width=32, vocab_size=24, num_classes=5, grid=(4, 4)
     ),
     "tokenizer": vq.VQConfig(multipliers=(1, 2), width=32, z_channels=16, vocab_size=50),
-    "teacher": dinov2.DinoConfig(width=64, num_layers=2, num_heads=1, registers=1, pos_grid=(2, 2)),
+    "teacher": vit.DinoConfig(width=64, num_layers=2, num_heads=1, registers=1, pos_grid=(2, 2)),
 }
 OPTIONS = {"generator": {"grid": 4, "num_heads": 2}, "tokenizer": {}, "teacher": {}}
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -81,7 +81,7 @@ def shapes_of(kind):
         tree = abstract(vq.VQModel(CONFIGS[kind]), 1, 2, 2, 3)
         state = torch_names.vq_to_torch(CONFIGS[kind], tree)
     else:
-        tree = abstract(dinov2.DinoV2(CONFIGS[kind]), 1, 14, 14, 3)
+        tree = abstract(vit.DinoV2(CONFIGS[kind]), 1, 14, 14, 3)
         state = torch_names.dinov2_to_torch(CONFIGS[kind], tree)
     return {name: array.shape for name, array in state.items()}
 

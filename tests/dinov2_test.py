@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirai_jax import torch_names
-from mirai_jax.models import dinov2, teacher
+from mirai_jax.models import teacher, vit
 
 with np.load(pathlib.Path(__file__).parent / "data" / "dinov2_b.npz") as file:
     DATA = dict(file)
@@ -31,23 +31,23 @@ GELU_MLP = {
 }
 GELU_STATE = {n: a for n, a in STATE.items() if ".mlp." not in n} | GELU_MLP
 SHOWN = DATA["preprocessed_bchw"].transpose(0, 2, 3, 1)
-SMALL = dinov2.DinoConfig(width=16, num_layers=2, num_heads=2, pos_grid=(4, 4))
+SMALL = vit.DinoConfig(width=16, num_layers=2, num_heads=2, pos_grid=(4, 4))
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def network(state, dtype="float32", layer=0):
     """The network of a state dict as a jitted function of images."""
-    config = dinov2.config_of(state, num_heads=2)
+    config = vit.config_of(state, num_heads=2)
     params = torch_names.dinov2_from_torch(config, state)
     return jax.jit(
-        lambda images: dinov2.DinoV2(config, dtype).apply({"params": params}, images, layer)
+        lambda images: vit.DinoV2(config, dtype).apply({"params": params}, images, layer)
     )
 
 
 def random_params(config, seed=0):
     """Larger than a fresh network's, so that attention and every path matter."""
-    init = dinov2.DinoV2(config).init
+    init = vit.DinoV2(config).init
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 14, 14, 3)))["params"]
     rng = np.random.RandomState(seed)
     return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
@@ -77,14 +77,14 @@ def test_matches_the_official_network(prefix, state, columns, layer):
 @pytest.mark.parametrize("grid", ["3x2", "8x2", "7x6"])
 def test_positions_match_torch(grid):
     positions, want = STATE["pos_embed"], DATA[f"positions/{grid}"]
-    got = dinov2.resample_positions(positions, (5, 5), tuple(map(int, grid.split("x"))))
+    got = vit.resample_positions(positions, (5, 5), tuple(map(int, grid.split("x"))))
     np.testing.assert_allclose(got, want, atol=2e-6)
     np.testing.assert_array_equal(got[:, 0], positions[:, 0])
 
 
 def test_positions_of_the_same_grid_are_untouched():
     positions = STATE["pos_embed"]
-    np.testing.assert_array_equal(dinov2.resample_positions(positions, (5, 5), (5, 5)), positions)
+    np.testing.assert_array_equal(vit.resample_positions(positions, (5, 5), (5, 5)), positions)
 
 
 @pytest.mark.parametrize("size", ["84x14", "13x57"])
@@ -93,7 +93,7 @@ def test_preprocessing_matches_torch(size):
     want, size = DATA[f"shown/{size}"], tuple(map(int, size.split("x")))
     pixels = jnp.asarray(DATA["pixels"])
     for images in (pixels, pixels.astype(jnp.float32) / 255):
-        got = dinov2.preprocess(images, size)
+        got = vit.preprocess(images, size)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_preprocessing_matches_torch(size):
 def shapes_of(config):
     """{official name: an array of that shape}, no memory behind them."""
     images = jax.ShapeDtypeStruct((1, 14, 14, 3), np.float32)
-    shapes = jax.eval_shape(dinov2.DinoV2(config).init, jax.random.key(0), images)["params"]
+    shapes = jax.eval_shape(vit.DinoV2(config).init, jax.random.key(0), images)["params"]
     empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
     return torch_names.dinov2_to_torch(config, empty)
 
@@ -123,27 +123,27 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_sizes_are_told_from_their_shapes(name):
-    config = dinov2.named(name)
+    config = vit.named(name)
     state = shapes_of(config)
     assert sum(array.size for array in state.values()) == PARAMETERS[name]
-    assert dinov2.config_of(state) == config
+    assert vit.config_of(state) == config
     assert name in teacher.TEACHERS
 
 
 def test_unknown_names_are_refused():
-    assert set(dinov2.NAMES) == set(PARAMETERS)
+    assert set(vit.NAMES) == set(PARAMETERS)
     for name in ("dinov2_vith14", "vitb14", "dinov2_vitb14_reg", "dinov2_vitb14_reg4_reg4", ""):
         with pytest.raises(ValueError, match="not a published DINOv2; those are dinov2_vits14, "):
-            dinov2.named(name)
+            vit.named(name)
 
 
 def test_config_of_a_state_dict():
-    want = dinov2.DinoConfig(
+    want = vit.DinoConfig(
         width=16, num_layers=2, num_heads=2, registers=3, swiglu=True, pos_grid=(5, 5)
     )
-    assert dinov2.config_of(STATE, num_heads=2) == want
+    assert vit.config_of(STATE, num_heads=2) == want
     want = dataclasses.replace(want, swiglu=False)
-    assert dinov2.config_of(GELU_STATE, num_heads=2) == want
+    assert vit.config_of(GELU_STATE, num_heads=2) == want
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_config_of_a_state_dict():
 def test_another_state_dict_is_refused(change, message):
     state = {n: a for n, a in (STATE | change).items() if a is not None}
     with pytest.raises(ValueError, match=message) as error:
-        dinov2.config_of(state, num_heads=2)
+        vit.config_of(state, num_heads=2)
     assert "\n" not in str(error.value)
 
 
 def test_the_number_of_heads_must_be_known():
     with pytest.raises(ValueError, match="16 wide, no multiple of 64: num_heads must be given"):
-        dinov2.config_of(STATE)
+        vit.config_of(STATE)
 
 
 NAMES = [*STATE, "head.weight", "blocks.0.0.norm1.weight", ""]
@@ -183,7 +183,7 @@ def test_any_state_dict_gives_a_config_or_one_line(shapes, num_heads):
     state = STATE | {n: np.broadcast_to(np.float32(0), shape) for n, shape in shapes.items()}
     for found in (state, {n: state[n] for n in shapes}):
         try:
-            config = dinov2.config_of(found, num_heads)
+            config = vit.config_of(found, num_heads)
         except ValueError as error:
             assert "\n" not in str(error)
         else:
@@ -197,7 +197,7 @@ def test_a_fresh_network_keeps_blocks_that_a_tap_leaves_out():
     def init(layer):
         images = jnp.zeros((1, 28, 14, 3))
         return jax.eval_shape(
-            lambda key: dinov2.DinoV2(SMALL).init(key, images, layer), jax.random.key(0)
+            lambda key: vit.DinoV2(SMALL).init(key, images, layer), jax.random.key(0)
         )
 
     assert init(1) == init(0)
@@ -209,7 +209,7 @@ def test_only_blocks_up_to_the_tap_are_run(layer, depth):
     config = dataclasses.replace(SMALL, num_layers=3)
     params = random_params(config)
     images = jnp.asarray(np.random.RandomState(1).normal(size=(1, 28, 28, 3)), jnp.float32)
-    run = lambda params: dinov2.DinoV2(config).apply({"params": params}, images, layer)[0]
+    run = lambda params: vit.DinoV2(config).apply({"params": params}, images, layer)[0]
     assert re.findall(r" length=(\d+)", str(jax.make_jaxpr(run)(params))) == [str(depth)]
     got = run(params)
     cut = lambda x, fill: jnp.asarray(x).at[depth:].set(fill)
@@ -219,7 +219,7 @@ def test_only_blocks_up_to_the_tap_are_run(layer, depth):
     silent = params["blocks"] | {
         n: {"gamma": cut(params["blocks"][n]["gamma"], 0)} for n in ("ls1", "ls2")
     }
-    whole = dinov2.DinoV2(config).apply({"params": params | {"blocks": silent}}, images)[0]
+    whole = vit.DinoV2(config).apply({"params": params | {"blocks": silent}}, images)[0]
     np.testing.assert_allclose(got, whole, atol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_every_patch_sees_every_other():
     params = random_params(SMALL)
     images = np.random.RandomState(1).normal(size=(1, 28, 42, 3)).astype(np.float32)
     first_patch = jax.jit(
-        jax.grad(lambda x: dinov2.DinoV2(SMALL).apply({"params": params}, x)[0][0, 0, 0].sum())
+        jax.grad(lambda x: vit.DinoV2(SMALL).apply({"params": params}, x)[0][0, 0, 0].sum())
     )(images)
     by_patch = np.abs(first_patch).reshape(2, 14, 3, 14, 3).max(axis=(1, 3, 4))
     assert (by_patch > 0).all()
@@ -254,12 +254,12 @@ def test_bfloat16_is_close_to_float32():
 )
 def test_refuses(images, layer, message):
     with pytest.raises(ValueError, match=message):
-        dinov2.DinoV2(SMALL).init(jax.random.key(0), images, layer)
+        vit.DinoV2(SMALL).init(jax.random.key(0), images, layer)
 
 
 def test_preprocessing_refuses_other_integers():
     with pytest.raises(ValueError, match="images must be floats, not int32"):
-        dinov2.preprocess(jnp.zeros((1, 28, 28, 3), jnp.int32), (14, 14))
+        vit.preprocess(jnp.zeros((1, 28, 28, 3), jnp.int32), (14, 14))
 
 
 # The teacher --------------------------------------------------------------------------------------
@@ -278,8 +278,8 @@ def test_teacher_gives_each_token_its_patch():
     params = random_params(SMALL)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     assert jax.tree.map(np.shape, shapes) == {"network": jax.tree.map(np.shape, params)}
-    shown = dinov2.preprocess(images, (28, 42))
-    want = dinov2.DinoV2(SMALL).apply({"params": params}, shown, layer=1)[0]
+    shown = vit.preprocess(images, (28, 42))
+    want = vit.DinoV2(SMALL).apply({"params": params}, shown, layer=1)[0]
     got = teach(images, (2, 3), layer=1)
     assert got.shape == (2, 6, 16) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, want.reshape(2, 6, 16), atol=1e-5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mirai_jax import pretrained
-from mirai_jax.models import features
+from mirai_jax.models import efficientnet
 
 DATA = np.load(pathlib.Path(__file__).parent / "data" / "efficientnet_lite0_a.npz")
 EGYPTIAN_CAT = 285
@@ -21,7 +21,7 @@ def random_state_dict() -> dict[str, np.ndarray]:
     """PyTorch parameters with the right names and shapes, a few counters as torch has them."""
     rng = np.random.default_rng(0)
     state = {"_fc.weight": rng.normal(size=(1000, 1280)), "_fc.bias": rng.normal(size=1000)}
-    for _, conv, bn, shape in features._convolutions():
+    for _, conv, bn, shape in efficientnet._convolutions():
         state[f"{conv}.weight"] = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
         for name in ("weight", "bias", "running_mean", "running_var"):
             state[f"{bn}.{name}"] = rng.uniform(0.5, 1.5, size=shape[0])
@@ -31,7 +31,7 @@ def random_state_dict() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def random_params():
-    return {"params": features.efficientnet_params(random_state_dict())}
+    return {"params": efficientnet.efficientnet_params(random_state_dict())}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_matches_pytorch(weights, key):
     name, output = key.split("/")
     stage = int(output[-1]) if output.startswith("stage") else None
     got = jax.jit(
-        lambda w, x: features.EfficientNetLite0().apply(
+        lambda w, x: efficientnet.EfficientNetLite0().apply(
             w, x, stage=stage, logits=output == "logits"
         )
     )(weights, image(name))
@@ -62,7 +62,7 @@ def test_matches_pytorch(weights, key):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_knows_a_cat(weights, dtype):
-    logits = jax.jit(lambda w, x: features.EfficientNetLite0(dtype).apply(w, x, logits=True))(
+    logits = jax.jit(lambda w, x: efficientnet.EfficientNetLite0(dtype).apply(w, x, logits=True))(
         weights, image("chelsea")
     )
     assert logits.dtype == dtype and int(jnp.argmax(logits)) == EGYPTIAN_CAT
@@ -70,7 +70,7 @@ def test_knows_a_cat(weights, dtype):
 
 def test_init_agrees_with_the_loader(random_params):
     made = jax.eval_shape(
-        lambda: features.EfficientNetLite0().init(
+        lambda: efficientnet.EfficientNetLite0().init(
             jax.random.key(0), jnp.zeros((1, 32, 32, 3)), logits=True
         )
     )
@@ -84,12 +84,12 @@ def test_shapes(random_params, size):
     x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     shape = lambda **how: (
         jax.eval_shape(
-            lambda w, x: features.EfficientNetLite0().apply(w, x, **how), random_params, x
+            lambda w, x: efficientnet.EfficientNetLite0().apply(w, x, **how), random_params, x
         ).shape
     )
     for stage, reduction in zip(range(1, 8), (2, 4, 8, 16, 16, 32, 32), strict=True):
         h, w = (-(-n // reduction) for n in size)
-        assert shape(stage=stage) == (2, h, w, features.STAGE_CHANNELS[stage - 1])
+        assert shape(stage=stage) == (2, h, w, efficientnet.STAGE_CHANNELS[stage - 1])
     assert shape() == (2, 1280) and shape(logits=True) == (2, 1000)
 
 
@@ -110,7 +110,7 @@ def test_folding_equals_batch_norm(random_params):
     want = (plain - state[bn + "running_mean"]) / np.sqrt(state[bn + "running_var"] + 1e-3) * state[
         bn + "weight"
     ] + state[bn + "bias"]
-    got = features._Depthwise(5, 2, jnp.float32).apply({"params": p}, x)
+    got = efficientnet._Depthwise(5, 2, jnp.float32).apply({"params": p}, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -120,7 +120,7 @@ def test_mapping_lists_every_problem():
     state["_blocks.16._bn0.weight"] = np.zeros(3)
     state["_conv_stem.weight"] = state["_conv_stem.weight"][..., :2]
     with pytest.raises(ValueError) as caught:
-        features.efficientnet_params(state)
+        efficientnet.efficientnet_params(state)
     assert str(caught.value).split(": ", 1)[1].split("; ") == [
         "_conv_stem.weight is (32, 3, 3, 2), not (32, 3, 3, 3)",
         "missing _blocks.3._bn1.running_var",
@@ -142,7 +142,7 @@ def test_mapping_lists_every_problem():
 )
 def test_refuses(random_params, x, how):
     with pytest.raises(ValueError, match="images must|stage must"):
-        features.EfficientNetLite0().apply(random_params, x, **how)
+        efficientnet.EfficientNetLite0().apply(random_params, x, **how)
 
 
 def test_absent_package_is_named():

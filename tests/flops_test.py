@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mirai_jax import flops, foresight, step
-from mirai_jax.models import decoding, dinov2, features
+from mirai_jax.models import decoding, efficientnet, vit
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import DinoTeacher, EfficientNetTeacher
@@ -30,7 +30,7 @@ CONFIG = GeneratorConfig(
 )  # fmt: skip
 PRETRAINED = dataclasses.replace(CONFIG, num_layers=2, width=768, unroll=2)
 DINO = DinoTeacher(
-    CONFIG.grid, dinov2.DinoConfig(768, 1, 2, registers=2, swiglu=True, pos_grid=CONFIG.grid)
+    CONFIG.grid, vit.DinoConfig(768, 1, 2, registers=2, swiglu=True, pos_grid=CONFIG.grid)
 )
 GPT_B = GeneratorConfig(*generator_lib.SIZES["B"])
 
@@ -128,8 +128,8 @@ def test_teaching_generator(layer):
 @pytest.mark.parametrize(
     "config",
     [
-        dinov2.DinoConfig(1024, 1, 2, pos_grid=CONFIG.grid),
-        dinov2.DinoConfig(768, 1, 2, registers=4, swiglu=True, pos_grid=CONFIG.grid),
+        vit.DinoConfig(1024, 1, 2, pos_grid=CONFIG.grid),
+        vit.DinoConfig(768, 1, 2, registers=4, swiglu=True, pos_grid=CONFIG.grid),
     ],
     ids=["gelu", "swiglu"],
 )
@@ -142,7 +142,7 @@ def test_dinov2(config):
 
 def test_dinov2_runs_no_block_above_the_layer():
     def count(layers, layer=0):
-        config = dataclasses.replace(dinov2.SIZES["vits14"], num_layers=layers)
+        config = dataclasses.replace(vit.SIZES["vits14"], num_layers=layers)
         return teacher_flops(DinoTeacher((16, 16), config, layer=layer))
 
     assert count(12, 7) == count(7) == count(7, 7)
@@ -153,7 +153,7 @@ def test_dinov2_runs_no_block_above_the_layer():
 def test_efficientnet(stage):
     """Every convolution has as many multiply-adds as its kernel has numbers, at each position."""
     teacher = EfficientNetTeacher((4, 4), image_size=72, stage=stage)  # odd sides: 9, 5, 3
-    network = features.EfficientNetLite0()
+    network = efficientnet.EfficientNetLite0()
     images = array(1, 72, 72, 3, dtype=np.float32)
     run = {"stage": stage, "capture_intermediates": True, "mutable": ["intermediates"]}
     params = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros(images.shape)))

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 
 from mirai_jax import config as config_lib
 from mirai_jax import fields, frozen, memory, step, workdir
-from mirai_jax.models import dinov2, teacher
+from mirai_jax.models import teacher, vit
 from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -216,7 +216,7 @@ def check_step(made):
         size, stage = made.teacher.image_size, made.teacher.stage
         module = teacher.EfficientNetTeacher(made.generator.grid, size, stage, made.teacher.dtype)
     elif made.needs_images:
-        shape = dinov2.named(made.teacher.name)
+        shape = vit.named(made.teacher.name)
         module = teacher.DinoTeacher(made.generator.grid, shape, made.teacher.image_size)
     recipe = step.Recipe(
         generator=made.generator,

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from mirai_jax import foresight, sampler, step, torch_names
-from mirai_jax.models import dinov2, vq
+from mirai_jax.models import vit, vq
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
 
@@ -265,18 +265,18 @@ def test_dinov2(path):
     data = load(path)
     state = part(data, "params/")
     heads, patch = int(data["num_heads"]), int(data["patch_size"])
-    config = dinov2.config_of(state, heads)
+    config = vit.config_of(state, heads)
     assert (config.width, config.num_layers) == (int(data["embed_dim"]), int(data["depth"]))
     assert (config.registers, config.patch) == (int(data["registers"]), patch)
     params = torch_names.dinov2_from_torch(config, state)
     shown = channels_last(data["preprocessed_bchw"])
     size = shown.shape[1:3]
-    images = dinov2.preprocess(channels_last(data["raw_image_bchw"]), size)
+    images = vit.preprocess(channels_last(data["raw_image_bchw"]), size)
     close(images, shown, 1e-5, "preprocessed image")
     grid = (size[0] // patch, size[1] // patch)
-    positions = dinov2.resample_positions(params["pos_embed"], config.pos_grid, grid)
+    positions = vit.resample_positions(params["pos_embed"], config.pos_grid, grid)
     close(positions, data["resampled_pos_embed"], 1e-5, "position embedding")
-    patches, cls = dinov2.DinoV2(config).apply({"params": params}, images)
+    patches, cls = vit.DinoV2(config).apply({"params": params}, images)
     features = data["patch_features"]
     close(patches.reshape(features.shape), features, 1e-4, "patch features")
     close(cls, data["cls_feature"], 1e-4, "class feature")

@@ -18,13 +18,13 @@ from PIL import Image
 from configs import mirai_i
 from mirai_jax import extract, images, torch_names, torch_writer, train, workdir
 from mirai_jax.crops import CropSpec
-from mirai_jax.models import dinov2, vq
+from mirai_jax.models import vit, vq
 from mirai_jax.utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
 VQ = vq.VQConfig(multipliers=vq.MULTIPLIERS["vq8"], width=32, z_channels=32, vocab_size=64)
-DINO = dinov2.DinoConfig(width=128, num_layers=2, num_heads=2, pos_grid=(5, 5))
+DINO = vit.DinoConfig(width=128, num_layers=2, num_heads=2, pos_grid=(5, 5))
 PHOTOGRAPHS = {
     "animals": ("chelsea.png", "astronaut.png", "camera.png"),
     "things": ("coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png", "coins.png"),
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     params = init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     state = torch_names.vq_to_torch(VQ, jax.device_get(params))
     torch_writer.write(folder / "vq.pt", {"model": state, "steps": 7})
-    init = jax.jit(dinov2.DinoV2(DINO).init)
+    init = jax.jit(vit.DinoV2(DINO).init)
     params = init(jax.random.key(1), np.zeros((1, 14, 14, 3), np.float32))["params"]
     state = torch_names.dinov2_to_torch(DINO, jax.device_get(params))
     torch_writer.write(folder / "dino.pth", state)
@@ -159,7 +159,7 @@ def test_a_run_does_not_go_on_with_other_frozen_networks(world, stored):
     moved.write_bytes((world / "dino.pth").read_bytes())
     more = {"num_steps": 4, "teacher__path": str(moved)}
     assert len(losses(settings(world, **more), world / "stored")) == 4
-    init = jax.jit(dinov2.DinoV2(DINO).init)
+    init = jax.jit(vit.DinoV2(DINO).init)
     params = init(jax.random.key(7), np.zeros((1, 14, 14, 3), np.float32))["params"]
     torch_writer.write(moved, torch_names.dinov2_to_torch(DINO, jax.device_get(params)))
     more["num_steps"] = 5

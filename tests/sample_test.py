@@ -20,9 +20,9 @@ from configs import llamagen
 from mirai_jax import frozen, sample, torch_names, torch_writer, train, weights
 from mirai_jax import painter as painter_lib
 from mirai_jax.models import generator, vq
-from mirai_jax.models.dinov2 import resize_bicubic
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.tokenizer import PatchCodebook
+from mirai_jax.models.vit import resize_bicubic
 from mirai_jax.sampler import SampleOptions
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress

@@ -18,8 +18,8 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax import coding, foresight, torch_names
-from mirai_jax.models import dinov2, tokenizer, vq
+from mirai_jax import foresight, torch_names
+from mirai_jax.models import batched, tokenizer, vit, vq
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 
@@ -149,8 +149,8 @@ def test_vq8_is_a_level_shallower():
     ],
 )
 def test_dinov2_has_the_published_names_and_shapes(name, parameters):
-    config = dinov2.named(name)
-    params = abstract_params(dinov2.DinoV2(config), 1, 14, 14, 3)
+    config = vit.named(name)
+    params = abstract_params(vit.DinoV2(config), 1, 14, 14, 3)
     state = torch_names.dinov2_to_torch(config, jax.tree.map(lambda x: free(x.shape), params))
     assert shapes(state) == every_layer(published(name), "blocks.", config.num_layers)
     assert count(state) == parameters
@@ -209,8 +209,8 @@ def test_round_trip_through_torch_names_bit_for_bit(params):
 
 
 def test_round_trip_of_dinov2_bit_for_bit():
-    config = dinov2.DinoConfig(width=16, num_layers=3, num_heads=2, registers=2, pos_grid=(2, 3))
-    abstract = abstract_params(dinov2.DinoV2(config), 1, 14, 14, 3)
+    config = vit.DinoConfig(width=16, num_layers=3, num_heads=2, registers=2, pos_grid=(2, 3))
+    abstract = abstract_params(vit.DinoV2(config), 1, 14, 14, 3)
     rng = np.random.RandomState(0)
     tree = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
     state = torch_names.dinov2_to_torch(config, tree)
@@ -510,10 +510,10 @@ def test_chunks_give_what_the_whole_gives(params):
     shown = np.asarray(tokenizer.to_uint8(decode(SMALL, params, whole, (4, 4))))
     assert np.ptp(shown) > 50
     for chunk in (2, 7):
-        codes = coding.encode_images(module, params, pixels, chunk)
+        codes = batched.encode_images(module, params, pixels, chunk)
         assert codes.dtype == np.int32
         np.testing.assert_array_equal(codes, whole)
-        images = coding.decode_codes(module, params, whole, chunk)
+        images = batched.decode_codes(module, params, whole, chunk)
         assert images.dtype == np.uint8 and images.shape == pixels.shape
         # Chunks of another size round otherwise: now and then a pixel lies on the other side.
         difference = np.abs(images.astype(int) - shown)

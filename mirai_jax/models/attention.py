@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax.models import placement
+from mirai_jax.models import activation_sharding
 
 KERNELS = ("auto", "xla")
 
@@ -74,7 +74,7 @@ def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
     else:
         return {}
     kernel = functools.partial(kernel, causal=causal)
-    kernel = placement.per_device(kernel, q_BxTxHxd.shape, "batch", None, "heads", None)
+    kernel = activation_sharding.per_device(kernel, q_BxTxHxd.shape, "batch", None, "heads", None)
     return {} if kernel is None else {platform: kernel}
 
 

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from mirai_jax.models.activation_sharding import spread
 from mirai_jax.models.attention import attend
 from mirai_jax.models.dropout import Dropout
 from mirai_jax.models.linear import Linear
-from mirai_jax.models.placement import spread
 
 # name -> (layers, heads, width), the sizes LlamaGen publishes.
 SIZES: Mapping[str, tuple[int, int, int]] = {

@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mirai_jax.models import dinov2
-from mirai_jax.models.features import STAGE_CHANNELS, EfficientNetLite0
+from mirai_jax.models import vit
+from mirai_jax.models.efficientnet import STAGE_CHANNELS, EfficientNetLite0
 
 # "dinov2" is one of any size, as its weights tell; the others are the published ones.
-TEACHERS = ("efficientnet_lite0", "dinov2", *dinov2.NAMES)
+TEACHERS = ("efficientnet_lite0", "dinov2", *vit.NAMES)
 
 
 def resample(features_BxhxwxZ: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -63,7 +63,7 @@ def show(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
     """uint8 images as DINOv2 is shown them, (B, *size, 3) float32; grey ones as RGB."""
     if images_BxHxWxC.shape[-1] == 1:
         images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
-    return dinov2.preprocess(images_BxHxWxC, size)
+    return vit.preprocess(images_BxHxWxC, size)
 
 
 class DinoTeacher(nn.Module):
@@ -80,7 +80,7 @@ class DinoTeacher(nn.Module):
     """
 
     grid: tuple[int, int]
-    config: dinov2.DinoConfig
+    config: vit.DinoConfig
     image_size: int = 0
     layer: int = 0
     dtype: str = "float32"
@@ -108,7 +108,7 @@ class DinoTeacher(nn.Module):
         """uint8 images -> (B, L, Z) float32; see `show`."""
         height, width = (side * self.config.patch for side in self.patches)
         images = show(images_BxHxWxC, (height, width))
-        network = dinov2.DinoV2(self.config, self.dtype, self.attention, name="network")
+        network = vit.DinoV2(self.config, self.dtype, self.attention, name="network")
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
             features = network(images, self.layer)[0]
