@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from mirai_jax.config.schema.flags import parse_config
 from ml_collections.config_flags import config_path
 
 from launch.overrides import Entry, columns, flag_text, names, plain
-from mirai_jax import config as config_lib
-from mirai_jax import fields, workdir
-from mirai_jax.config_file import parse_config
+from mirai_jax import workdir
+from mirai_jax.config.schema import fields, schema
 from mirai_jax.utils.errors import ConfigError, first_line
 
 
@@ -145,7 +145,7 @@ def _check(entry: Entry, arguments: list[str], folder: pathlib.Path) -> Mapping[
     sizes = mesh.values() if isinstance(mesh, Mapping) else ()
     # Where a run gets more devices than its mesh asks for, the program itself will say so.
     devices = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
-    config_lib.read(config, num_devices=devices)
+    schema.read(config, num_devices=devices)
     settled = fields.plain(config)
     data = settled["data"]
     if data["name"] == "images" and data["codes"] == "stored" and not data["path"]:

@@ -29,8 +29,8 @@ import jax
 from absl import flags
 
 from mirai_jax import bench_report, bench_work, measure, memory
-from mirai_jax import config as config_lib
-from mirai_jax.config_file import parse_config
+from mirai_jax.config.schema import schema
+from mirai_jax.config.schema.flags import parse_config
 from mirai_jax.measure import Peer, PeerError
 from mirai_jax.models.generator import SIZES, GeneratorConfig
 from mirai_jax.utils import cli, files
@@ -82,7 +82,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def read_settings(overrides: list[str]) -> dict[str, config_lib.Settings]:
+def read_settings(overrides: list[str]) -> dict[str, schema.Settings]:
     """The variants to measure, by name.
 
     Raises:
@@ -98,17 +98,17 @@ def read_settings(overrides: list[str]) -> dict[str, config_lib.Settings]:
     if _COMPARE.value:
         compared = [str(pathlib.Path(path).with_name(f"{name}.py")) for name in COMPARED]
         wanted = list(dict.fromkeys([*compared, str(pathlib.Path(path))]))
-    found: dict[str, config_lib.Settings] = {}
+    found: dict[str, schema.Settings] = {}
     for file in wanted:
         config = parse_config([f"--config={file}:{scale or 'demo'}", *overrides])
-        settings = config_lib.read(memory.without_files(config), len(jax.devices()))
+        settings = schema.read(memory.without_files(config), len(jax.devices()))
         if settings.name in found:
             raise ConfigError(f"{file} is named {settings.name!r} too; its name must be its own")
         found[settings.name] = settings
     return found
 
 
-def start_peer(settings: config_lib.Settings, sample_batch: int) -> Peer:
+def start_peer(settings: schema.Settings, sample_batch: int) -> Peer:
     """The peer, told what it shall do.
 
     Raises:
@@ -122,7 +122,7 @@ def start_peer(settings: config_lib.Settings, sample_batch: int) -> Peer:
     size = next((name for name, known in SIZES.items() if known == shape), None)
     if size is None or config.grid[0] != config.grid[1]:
         raise ConfigError(f"--peer: the official code has no generator of {shape} on {config.grid}")
-    tap = next((term.student_layer for term in settings.terms), config_lib.two_thirds(shape[0]))
+    tap = next((term.student_layer for term in settings.terms), schema.two_thirds(shape[0]))
     told = {
         "size": size,
         "tap": tap,
@@ -138,7 +138,7 @@ def start_peer(settings: config_lib.Settings, sample_batch: int) -> Peer:
     return Peer(_PEER.value, *(f"--{name}={value}" for name, value in told.items()))
 
 
-def _require_official(settings: config_lib.Settings) -> None:
+def _require_official(settings: schema.Settings) -> None:
     """The peer's recipe is fixed: beside another one its numbers would mean nothing."""
     config, sample = settings.generator, settings.sample
     official = GeneratorConfig(config.num_layers, config.num_heads, config.width)
@@ -158,7 +158,7 @@ def _require_official(settings: config_lib.Settings) -> None:
         )
 
 
-def about(settings: config_lib.Settings) -> dict[str, Any]:
+def about(settings: schema.Settings) -> dict[str, Any]:
     """What was measured, where and by which command."""
     device, config = jax.devices()[0], settings.generator
     return {
@@ -268,7 +268,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
 
 
 def roofs(
-    settings: config_lib.Settings, devices: list[jax.Device], before: dict[str, float]
+    settings: schema.Settings, devices: list[jax.Device], before: dict[str, float]
 ) -> dict[str, Any]:
     """The most that can be done: operations on all devices together, bytes on one, where the sampler
     runs. The best of now and `before`, or of now alone."""

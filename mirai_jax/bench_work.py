@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mirai_jax import data, flops, measure, memory, records, sampler, sharding, step
-from mirai_jax.config import Settings
+from mirai_jax.config.schema.schema import Settings
 from mirai_jax.models import generator as generator_lib
 
 _WARM_UP = 2  # steps before any is timed

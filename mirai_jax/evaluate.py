@@ -26,16 +26,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mirai_jax import (
-    config,
-    frozen,
-    image_sets,
-    image_streams,
-    inception_weights,
-    metrics,
-    report,
-    weights,
-)
+from mirai_jax import frozen, image_sets, image_streams, inception_weights, metrics, report, weights
+from mirai_jax.config.schema import schema
 from mirai_jax.feature_network import Features, Network
 from mirai_jax.image_streams import ImageStream
 from mirai_jax.utils import cli, files
@@ -91,7 +83,7 @@ def open_images(spec: str) -> ImageStream:
     if split not in ("train", "held_out") or not workdir:
         raise DataError(f"{spec} must be data:WORKDIR:train or data:WORKDIR:held_out")
     settings = frozen.read_settings(spec, workdir)
-    if settings.data.name not in config.SMALL_SETS:
+    if settings.data.name not in schema.SMALL_SETS:
         raise DataError(f"{spec}: that run's images are not in memory; give their folder or .npz")
     data = settings.data
     found = image_sets.load_images(

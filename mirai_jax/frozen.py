@@ -9,10 +9,10 @@ import numpy as np
 from flax import linen as nn
 
 from mirai_jax import codebook, pretrained, torch_file, weights
-from mirai_jax import config as config_lib
 from mirai_jax.checkpoint import restore_weights
-from mirai_jax.config import Settings
-from mirai_jax.fields import completed
+from mirai_jax.config.schema import schema
+from mirai_jax.config.schema.fields import completed
+from mirai_jax.config.schema.schema import Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.utils.errors import ConfigError, first_line
@@ -211,7 +211,7 @@ def read_settings(field: str, workdir: str) -> Settings:
         )
         # Its mesh is of no interest here: one device satisfies any other check.
         raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
-        return config_lib.read(raw, num_devices=1)
+        return schema.read(raw, num_devices=1)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{field} is {workdir!r}, not the workdir of a run ({first_line(error)})"

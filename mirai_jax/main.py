@@ -14,8 +14,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mirai_jax import config as config_lib
 from mirai_jax import memory, sharding, targets, train
+from mirai_jax.config.schema import schema
 from mirai_jax.utils import cli, distributed
 from mirai_jax.utils.errors import LESS_MEMORY, ConfigError, Lost, TrainingError, first_line
 
@@ -105,7 +105,7 @@ def _print_plan(config: ml_collections.ConfigDict, count: int, chip: str) -> Non
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
         devices = jax.devices()
-    settings = config_lib.read(memory.without_files(config), len(devices))
+    settings = schema.read(memory.without_files(config), len(devices))
     mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
     print(
         f"memory of each of {count} x {devices[0].device_kind}, mesh {mesh}, batch {settings.batch_size} in "

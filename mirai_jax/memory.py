@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax import frozen, parts, sharding, step
-from mirai_jax.config import Settings
+from mirai_jax.config.schema.schema import Settings
 from mirai_jax.models import vit
 
 

@@ -11,9 +11,9 @@ import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import config as config_lib
 from mirai_jax import data, frozen, image_sets, records, sharding, weights
-from mirai_jax.config import Settings
+from mirai_jax.config.schema import schema
+from mirai_jax.config.schema.schema import Settings
 from mirai_jax.crops import CropSpec
 from mirai_jax.image_sets import LabelledImages
 from mirai_jax.images import open_images
@@ -316,7 +316,7 @@ def load_generators(
         config, frozen_params[name] = frozen.load_generator(
             f"foresight[{i}].checkpoint", path, settings, codebook
         )
-        layer = terms[i].teacher_layer or config_lib.two_thirds(config.num_layers)
+        layer = terms[i].teacher_layer or schema.two_thirds(config.num_layers)
         if layer > config.num_layers:
             raise ConfigError(
                 f"foresight[{i}].teacher_layer is {layer}; it must be a block of the pretrained "

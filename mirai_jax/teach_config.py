@@ -1,11 +1,11 @@
-"""Reads configs/teacher.py: every field checked, and handed on typed, as config.py does for a run."""
+"""Reads configs/teacher.py: every field checked, and handed on typed, as config/schema.py does for a run."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax import config as config_lib
-from mirai_jax import fields, image_sets
+from mirai_jax import image_sets
+from mirai_jax.config.schema import fields, schema
 from mirai_jax.image_sets import LabelledImages
 from mirai_jax.models.vit import DinoConfig
 from mirai_jax.optimizer import OptimizerConfig
@@ -87,7 +87,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
         network=_network(network, tokenizer, image_size),
         dtype=network.choice("dtype", ("float32", "bfloat16")),
         vocab_size=tokenizer.number("vocab_size", int, 2, 2**16),
-        optimizer=config_lib.read_optimizer(top.section("optimizer"), num_steps),
+        optimizer=schema.read_optimizer(top.section("optimizer"), num_steps),
         data=_data(top.section("data"), image_size),
     )
     top.refuse_unknown()
@@ -130,7 +130,7 @@ def _network(section: fields.Section, tokenizer: fields.Section, image_size: int
 
 def _data(section: fields.Section, image_size: int) -> ImageSet:
     data = ImageSet(
-        name=section.choice("name", config_lib.SMALL_SETS),
+        name=section.choice("name", schema.SMALL_SETS),
         path=section.get("path", str),
         held_out=section.number("held_out", int, 0),
         num_workers=section.number("num_workers", int, 0, 1024),

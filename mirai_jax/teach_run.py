@@ -18,7 +18,6 @@ import numpy as np
 from mirai_jax import (
     beginning,
     codebook,
-    fields,
     frozen,
     image_sets,
     parts,
@@ -30,6 +29,7 @@ from mirai_jax import (
 )
 from mirai_jax import data as data_lib
 from mirai_jax.checkpoint import Checkpoints, last_whole
+from mirai_jax.config.schema import fields
 from mirai_jax.data import WorkerDied
 from mirai_jax.feed import Feed
 from mirai_jax.guards import Preemption

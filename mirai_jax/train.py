@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import beginning, codebook, drawing, fields, foresight, report, sharding
-from mirai_jax import config as config_lib
+from mirai_jax import beginning, codebook, drawing, foresight, report, sharding
 from mirai_jax.checkpoint import Checkpoints, last_whole
+from mirai_jax.config.schema import fields, schema
 from mirai_jax.data import WorkerDied
 from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
@@ -57,7 +57,7 @@ def train(
     if say is None or not first:
         say = (lambda line: print(line, flush=True)) if first else lambda _: None
     devices = jax.devices() if devices is None else devices
-    settings = config_lib.read(config, len(devices))
+    settings = schema.read(config, len(devices))
     workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title = f"{settings.name}-{settings.scale}"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from configs import mirai_e, mirai_i
 from mirai_jax import assess, assessment, frozen, probe, train
-from mirai_jax import config as config_lib
 from mirai_jax.assessment import Protocol
+from mirai_jax.config.schema import schema
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
 from mirai_jax.utils.errors import ConfigError, DataError
 
@@ -100,7 +100,7 @@ def assessor(workdir, said):
 def test_what_the_teacher_knows_of_the_class(workdir, assessor, said):
     config = mirai_i.get_config("demo")
     config.teacher.image_size = 32
-    of_teacher = lambda: assessor.of_teacher(config_lib.read(config, num_devices=1))  # noqa: E731
+    of_teacher = lambda: assessor.of_teacher(schema.read(config, num_devices=1))  # noqa: E731
     assert 0.5 < of_teacher()["teacher_probe"] <= 1
     # An encoder that is not there any more keeps nothing else from being assessed.
     config.teacher.update(name="dinov2", path="gone", image_size=0)

@@ -10,11 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from mirai_jax.config.schema.flags import parse_config
 
 from mirai_jax import bench as program
 from mirai_jax import bench_report, bench_work, measure, memory
-from mirai_jax import config as config_lib
-from mirai_jax.config_file import parse_config
+from mirai_jax.config.schema import schema
 from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,7 +33,7 @@ TINY = [
 
 def settings_of(variant, *more):
     config = parse_config([f"--config={ROOT}/configs/{variant}.py:demo", *TINY, *more])
-    return config_lib.read(memory.without_files(config), 1)
+    return schema.read(memory.without_files(config), 1)
 
 
 def bench(*arguments):
@@ -222,12 +222,12 @@ def test_the_parts_compute_what_the_step_does():
 def test_no_file_of_a_large_run_is_needed():
     config = parse_config([f"--config={ROOT}/configs/mirai_i.py:imagenet_b"])
     with pytest.raises(ConfigError):
-        config_lib.read(config, 1)
-    assert config_lib.read(memory.without_files(config), 1).needs_images
+        schema.read(config, 1)
+    assert schema.read(memory.without_files(config), 1).needs_images
     assert memory.without_files({"data": "", "teacher": None}) == {"data": "", "teacher": None}
     config.teacher.name = "dinov2"  # of any size: its file says which
     with pytest.raises(ConfigError, match="teacher.path is ''"):
-        config_lib.read(memory.without_files(config), 1)
+        schema.read(memory.without_files(config), 1)
 
 
 def test_the_input_alone():

@@ -20,9 +20,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from configs import base, teacher
-from mirai_jax import config as config_lib
-from mirai_jax import fields as fields_lib
 from mirai_jax import foresight, optimizer, workdir
+from mirai_jax.config.schema import fields, schema
 from mirai_jax.utils.errors import ConfigError, TrainingError, closing
 
 TERM = "foresight[0]."
@@ -36,11 +35,11 @@ examples = settings(deadline=None, derandomize=True)
 
 def get(name="mirai_e", scale=""):
     """A config as plain dictionaries and tuples."""
-    return fields_lib.plain(importlib.import_module(f"configs.{name}").get_config(scale))
+    return fields.plain(importlib.import_module(f"configs.{name}").get_config(scale))
 
 
 def read(config, **kwargs):
-    return config_lib.read(config, **{"num_devices": 8, **kwargs})
+    return schema.read(config, **{"num_devices": 8, **kwargs})
 
 
 def replaced(tree, path, value):
@@ -128,7 +127,7 @@ def test_no_colon_is_the_demo_and_every_field_is_base_s(name):
     def names(tree):
         return set(workdir._flat({k: v for k, v in tree.items() if k != "foresight"}))
 
-    assert names(get(name)) == names(fields_lib.plain(base.get_config()))
+    assert names(get(name)) == names(fields.plain(base.get_config()))
 
 
 def test_only_scales_that_need_it_are_other_runs():
@@ -138,9 +137,9 @@ def test_only_scales_that_need_it_are_other_runs():
 
 def test_shuffled_targets_need_another_image():
     shuffled = {TERM + "targets": "shuffled", "accumulate": 16}
-    config_lib.read(with_fields(get(), shuffled), 1)
+    schema.read(with_fields(get(), shuffled), 1)
     with pytest.raises(ConfigError) as error:
-        config_lib.read(with_fields(get(), {**shuffled, "accumulate": 32}), 1)
+        schema.read(with_fields(get(), {**shuffled, "accumulate": 32}), 1)
     assert str(error.value).startswith("foresight[0].targets is 'shuffled'; it must be own where")
 
 
@@ -148,11 +147,11 @@ def test_fields_that_came_later_have_their_old_meaning():
     config = get()
     older = {**config, "model": dict(config["model"]), "foresight": [dict(config["foresight"][0])]}
     del older["model"]["attention"], older["foresight"][0]["targets"]
-    completed = fields_lib.completed(older)
-    assert config_lib.read(completed, 8) == config_lib.read(config, 8)
+    completed = fields.completed(older)
+    assert schema.read(completed, 8) == schema.read(config, 8)
     assert workdir.differences(completed, config) == {}
     for other in (None, [], {"model": 3, "foresight": [1, "x"]}, {"foresight": 5}):
-        assert fields_lib.completed(other) == other
+        assert fields.completed(other) == other
 
 
 # Wrong fields ------------------------------------------------------------------------------------
@@ -432,7 +431,7 @@ def check_anything(changes):
     except ConfigError as error:
         assert len(str(error).splitlines()) == 1, error
         return
-    assert isinstance(result, config_lib.Settings)
+    assert isinstance(result, schema.Settings)
     optimizer.make_optimizer(result.optimizer)
     assert read(json.loads(workdir.to_json(config))) == result
     for term in result.terms:
@@ -508,7 +507,7 @@ def test_fields_that_change_nothing_computed_may_differ():
     assert all(changed[field][1] == value for field, value in fields.items())
     assert workdir.check_same_run(old, old, "x") == {}
     # Every name in the table is one of a field.
-    known = workdir._flat(get()) | workdir._flat(fields_lib.plain(teacher.get_config()))
+    known = workdir._flat(get()) | workdir._flat(fields.plain(teacher.get_config()))
     assert set(workdir.RESUMABLE) <= {field.replace("[0]", "[]") for field in known}
 
 
@@ -670,5 +669,5 @@ def test_a_disk_that_gets_full_keeps_every_whole_line(tmp_path, room):
 
 def test_config_dicts_inside_tuples_become_plain():
     config = ml_collections.ConfigDict({"a": (ml_collections.ConfigDict({"b": [1, 2]}),)})
-    result = fields_lib.plain(config)
+    result = fields.plain(config)
     assert result == {"a": ({"b": (1, 2)},)} and type(result["a"][0]) is dict

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from configs import llamagen, mirai_e
 from mirai_jax import (
-    config,
     convert,
     foresight,
     frozen,
@@ -33,6 +32,7 @@ from mirai_jax import (
     weights,
 )
 from mirai_jax.checkpoint import restore_weights
+from mirai_jax.config.schema import schema
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.utils.errors import ConfigError
@@ -574,7 +574,7 @@ def runs(tmp_path_factory):
     teacher = {"source": "checkpoint", "checkpoint": str(folder / "plain_folder")}
     run, lines = train_on(folder, mirai_e, "taught", **teacher)
     (folder / "lines.txt").write_text("\n".join(lines))
-    return folder, config.read(run, num_devices=1)
+    return folder, schema.read(run, num_devices=1)
 
 
 def saved(folder):

@@ -30,8 +30,8 @@ from fuzzing import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirai_jax import config as config_lib
-from mirai_jax import fields, frozen, memory, step, workdir
+from mirai_jax import frozen, memory, step, workdir
+from mirai_jax.config.schema import fields, schema
 from mirai_jax.models import teacher, vit
 from mirai_jax.utils.errors import ConfigError
 
@@ -133,13 +133,13 @@ def check_config(config):
     """Reads it: Settings that its config.json gives again, or None where it was refused."""
     CASES["configs"] += 1
     try:
-        made = config_lib.read(config, num_devices=1)
+        made = schema.read(config, num_devices=1)
     except ConfigError as error:
         message = re.sub(r"\[\d+]", "", one_line(error))
         if not re.match("config field .* does not exist; the fields here are", message):
             assert re.match(r"(config field )?([\w.]+)", message)[2] in FIELDS, error
         return None
-    assert config_lib.read(json.loads(workdir.to_json(config)), num_devices=1) == made
+    assert schema.read(json.loads(workdir.to_json(config)), num_devices=1) == made
     return made
 
 
@@ -202,7 +202,7 @@ def test_a_config_that_holds_itself_is_refused():
         at(config, path[:-1])[path[-1]] = config
         for given_config in (config, memory.without_files(config)):  # to train, to plan
             with pytest.raises(ConfigError) as error:
-                config_lib.read(given_config, 1)
+                schema.read(given_config, 1)
             one_line(error.value, "the config holds itself")
 
 
@@ -486,7 +486,7 @@ def test_a_damaged_workdir_is_read_or_refused(tmp_path, amount):
             one_line(error, str(tmp_path))
         try:
             made = frozen.read_settings("init_from", str(tmp_path))
-            assert isinstance(made, config_lib.Settings)
+            assert isinstance(made, schema.Settings)
         except ConfigError as error:
             one_line(error, "init_from", str(tmp_path))
 

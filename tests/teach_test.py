@@ -13,9 +13,7 @@ import pytest
 
 from configs import mirai_i, teacher
 from mirai_jax import (
-    config,
     data,
-    fields,
     frozen,
     image_sets,
     teach,
@@ -26,6 +24,7 @@ from mirai_jax import (
     weights,
     workdir,
 )
+from mirai_jax.config.schema import fields, schema
 from mirai_jax.models import vit
 from mirai_jax.models.teacher import show
 from mirai_jax.models.tokenizer import PatchCodebook
@@ -89,7 +88,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("scale", ["", *teacher.SCALES])
 def test_every_scale_reads_and_has_the_generators_grid_and_images(scale):
     settings = teach_config.read(teacher.get_config(scale), num_devices=1)
-    of_run = config.read(mirai_i.get_config(scale), num_devices=1)
+    of_run = schema.read(mirai_i.get_config(scale), num_devices=1)
     assert settings.scale == of_run.scale
     assert settings.network.pos_grid == of_run.generator.grid
     assert settings.vocab_size == of_run.generator.vocab_size
@@ -377,7 +376,7 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     assert 0 < abs(entry["foresight_bidirectional_r0c0"]) <= 1
     assert "bidirectional" in (tmp_path / "parts.json").read_text()
 
-    settings = config.read(made, 1)
+    settings = schema.read(made, 1)
     module, loaded = frozen.make_teacher(settings)
     jax.tree.map(np.testing.assert_array_equal, loaded["network"], params["network"])
     images = image_sets.load_images("mnist").images[:3]
@@ -388,16 +387,16 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
 
 
 def test_it_is_shown_images_like_those_it_learned_from(finished, tmp_path):
-    settings = config.read(student(finished[0], image_size=64), 1)
+    settings = schema.read(student(finished[0], image_size=64), 1)
     told = refusal(frozen.make_teacher, settings)
     assert "teacher.image_size is 64, which shows 64 pixels a side; it must be 32" in told
-    frozen.make_teacher(config.read(student(finished[0], image_size=32), 1))
+    frozen.make_teacher(schema.read(student(finished[0], image_size=32), 1))
     other = student(finished[0])
     other.data.held_out = 100
-    told = refusal(frozen.make_teacher, config.read(other, 1))
+    told = refusal(frozen.make_teacher, schema.read(other, 1))
     assert "data.held_out is 100; it must be " in told
     (tmp_path / "config.json").write_text("{}")  # of a run that is no teacher, say
-    settings = config.read(student(tmp_path), 1)
+    settings = schema.read(student(tmp_path), 1)
     assert "a workdir without encoder/" in refusal(frozen.make_teacher, settings)
 
 

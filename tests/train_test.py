@@ -14,9 +14,9 @@ from absl import flags
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
-from mirai_jax import config as config_lib
 from mirai_jax import data, image_sets, memory, records, train, workdir
 from mirai_jax.checkpoint import restore_weights
+from mirai_jax.config.schema import schema
 from mirai_jax.utils import progress
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, TrainingError
 
@@ -540,7 +540,7 @@ def test_memory_of_a_run_is_planned_without_its_files():
         config.teacher.update(name="dinov2_vits14", path="not there")
         config.data.images = "not there either"
         config.mesh.update(mesh)
-        return memory.plan(config_lib.read(config, 8), jax.devices())
+        return memory.plan(schema.read(config, 8), jax.devices())
 
     plan = planned(mirai_i, data=1, fsdp=8)
     # Parameters (the heads' too), EMA and Adam's two moments, an eighth each; DINOv2-S whole.

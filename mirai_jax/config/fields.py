@@ -1,6 +1,6 @@
 """Typed, checked access to the fields of a nested dictionary; every refusal is one line.
 
-`config.py` says which fields there are and what they may be; this file says how a wrong one is told:
+`config/schema.py` says which fields there are and what they may be; this file says how a wrong one is told:
 its name, its value and what is allowed.
 """
 

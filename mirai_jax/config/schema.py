@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax import fields, foresight, sharding
+from mirai_jax import foresight, sharding
+from mirai_jax.config.schema import fields
 from mirai_jax.models import attention
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
