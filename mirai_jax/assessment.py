@@ -28,8 +28,8 @@ import numpy as np
 
 from mirai_jax import drawing, foresight, frozen, image_streams, probe, sharding, weights
 from mirai_jax.config.schema.schema import Settings, TeacherSettings
+from mirai_jax.data.pipeline.small_sets import LabelledImages
 from mirai_jax.feature_network import Network
-from mirai_jax.image_sets import LabelledImages
 from mirai_jax.judge import agreement, fit_judge
 from mirai_jax.metrics import frechet_distance
 from mirai_jax.models import batched

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax import data, flops, measure, memory, records, sampler, sharding, step
+from mirai_jax import flops, measure, memory, sampler, sharding, step
 from mirai_jax.config.schema.schema import Settings
+from mirai_jax.data.pipeline import pipeline, records
 from mirai_jax.models import generator as generator_lib
 
 _WARM_UP = 2  # steps before any is timed
@@ -252,7 +253,7 @@ def input_rate(settings: Settings, batches: int = 40) -> float:
                 vocab_size=generator.vocab_size,
                 num_classes=generator.num_classes,
             )
-        found = data.make_dataset(
+        found = pipeline.make_dataset(
             source,
             batch_size=settings.batch_size,
             seed=0,

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mirai_jax import frozen, image_sets, image_streams, inception_weights, metrics, report, weights
+from mirai_jax import frozen, image_streams, inception_weights, metrics, report, weights
 from mirai_jax.config.schema import schema
+from mirai_jax.data.pipeline import small_sets
 from mirai_jax.feature_network import Features, Network
 from mirai_jax.image_streams import ImageStream
 from mirai_jax.utils import cli, files
@@ -86,7 +87,7 @@ def open_images(spec: str) -> ImageStream:
     if settings.data.name not in schema.SMALL_SETS:
         raise DataError(f"{spec}: that run's images are not in memory; give their folder or .npz")
     data = settings.data
-    found = image_sets.load_images(
+    found = small_sets.load_images(
         data.name, data.path, split, settings.tokenizer.image_size, data.held_out
     )
     if not len(found.images):

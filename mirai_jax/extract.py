@@ -29,10 +29,11 @@ from array_record.python import array_record_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import manifest, records, report, weights
-from mirai_jax.crops import CropSpec, load_all_crops, load_crop
-from mirai_jax.images import open_images
-from mirai_jax.manifest import Manifest, Shard
+from mirai_jax import report, weights
+from mirai_jax.data.pipeline import manifest, records
+from mirai_jax.data.pipeline.crops import CropSpec, load_all_crops, load_crop
+from mirai_jax.data.pipeline.manifest import Manifest, Shard
+from mirai_jax.data.pipeline.sources import open_images
 from mirai_jax.models import batched, tokenizer, vq
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line

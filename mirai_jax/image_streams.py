@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mirai_jax import crops, image_folders
+from mirai_jax.data.pipeline import crops, folders
 from mirai_jax.utils.errors import DataError, first_line
 
 
@@ -161,12 +161,12 @@ def _of_npz(path: str) -> ImageStream:
 def _of_folder(path: str) -> ImageStream:
     files = [
         pathlib.Path(path, folder, name)
-        for folder, names in image_folders.walk(path, path)
+        for folder, names in folders.walk(path, path)
         for name in names
-        if image_folders.is_image(name)
+        if folders.is_image(name)
     ]
     if not files:
-        raise DataError(f"{path} holds no image ({' '.join(image_folders.SUFFIXES)})")
+        raise DataError(f"{path} holds no image ({' '.join(folders.SUFFIXES)})")
     sizes: dict[tuple[int, int], pathlib.Path] = {}
     for file in files:
         try:

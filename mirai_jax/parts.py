@@ -11,12 +11,13 @@ import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import data, frozen, image_sets, records, sharding, weights
+from mirai_jax import frozen, sharding, weights
 from mirai_jax.config.schema import schema
 from mirai_jax.config.schema.schema import Settings
-from mirai_jax.crops import CropSpec
-from mirai_jax.image_sets import LabelledImages
-from mirai_jax.images import open_images
+from mirai_jax.data.pipeline import pipeline, records, small_sets
+from mirai_jax.data.pipeline.crops import CropSpec
+from mirai_jax.data.pipeline.small_sets import LabelledImages
+from mirai_jax.data.pipeline.sources import open_images
 from mirai_jax.models import batched
 from mirai_jax.step import Recipe
 from mirai_jax.utils import distributed, files
@@ -39,7 +40,7 @@ class Parts:
     tokenizer: nn.Module | None
     tokenizer_params: Any
     frozen: Any  # parameters of teachers, and of an online tokenizer, as `train_step` takes them
-    batches: data.Batches
+    batches: pipeline.Batches
     identity: dict[str, str]  # of what files hold that the config only names; see `check_same`
 
 
@@ -64,7 +65,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         say(f"tokenizer: {settings.tokenizer.name} of {settings.tokenizer.path}")
     teacher, frozen_params, identity = None, {}, {}
     if images is not None:
-        identity["image_set"] = image_sets.checksum(images)
+        identity["image_set"] = small_sets.checksum(images)
     if settings.needs_images:
         teacher, frozen_params["bidirectional"] = frozen.make_teacher(settings)
         # Here, for where its features are cached it is not kept.
@@ -82,7 +83,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         )
     if settings.data.online:
         frozen_params["tokenizer"] = tokenizer_params
-    batches = data.make_dataset(
+    batches = pipeline.make_dataset(
         source,
         load_crop=load_crop,
         batch_size=settings.batch_size,
@@ -101,7 +102,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         static,
         teacher,
         tokenizer if settings.data.online else None,
-        data.steps_per_epoch(len(source), settings.batch_size),
+        pipeline.steps_per_epoch(len(source), settings.batch_size),
     )
     identity |= {
         name: weights.checksum(params)
@@ -175,7 +176,7 @@ def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: boo
         files.write_text(file, json.dumps({**before, **identity}, indent=2) + "\n")
 
 
-def _data_identity(source: Any, load_crop: data.CropLoader | None) -> str:
+def _data_identity(source: Any, load_crop: pipeline.CropLoader | None) -> str:
     """Of the records and their order: what is drawn at a step depends on both."""
     manifest = getattr(source, "manifest", None)
     if manifest is not None:
@@ -189,7 +190,7 @@ def _data_identity(source: Any, load_crop: data.CropLoader | None) -> str:
 
 def labelled_images(settings: Settings, split: str) -> LabelledImages:
     """The small image set of the config; `split` is 'train' or 'held_out'."""
-    return image_sets.load_images(
+    return small_sets.load_images(
         settings.data.name,
         settings.data.path,
         split,
@@ -219,13 +220,15 @@ def _in_memory(
 
 def _on_disk(
     settings: Settings, tokenizer: nn.Module | None, tokenizer_params: Any, say: Say
-) -> tuple[records.CodeRecords | data.OnlineImages, data.CropLoader | None, tuple[str, ...]]:
+) -> tuple[
+    records.CodeRecords | pipeline.OnlineImages, pipeline.CropLoader | None, tuple[str, ...]
+]:
     """The source of a large image set, what loads its crops if the step sees them, its classes."""
     images = open_images(settings.data.images) if settings.step_sees_images else None
     if settings.data.online:
         spec = CropSpec(settings.tokenizer.image_size, settings.data.crop_range)
-        source = data.OnlineImages(images, spec, settings.generator.num_classes)
-        return source, data.CropLoader(images, spec), images.class_names
+        source = pipeline.OnlineImages(images, spec, settings.generator.num_classes)
+        return source, pipeline.CropLoader(images, spec), images.class_names
     source = records.CodeRecords(
         settings.data.path,
         grid=settings.generator.grid,
@@ -249,7 +252,7 @@ def _on_disk(
             f"data.images is {settings.data.images!r}, {images.describe()}; the codes of "
             f"{settings.data.path} were made of {dict(manifest.images)}"
         )
-    loader = data.CropLoader(images, manifest.crops)
+    loader = pipeline.CropLoader(images, manifest.crops)
     _check_crops(source, loader, tokenizer, tokenizer_params, settings.data.images, say)
     return source, loader, names
 
@@ -274,7 +277,7 @@ def _check_manifest(settings: Settings, manifest: Any, tokenizer_params: Any) ->
 
 def _check_crops(
     source: records.CodeRecords,
-    loader: data.CropLoader,
+    loader: pipeline.CropLoader,
     tokenizer: nn.Module | None,
     tokenizer_params: Any,
     path: str,

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax import image_sets
 from mirai_jax.config.schema import fields, schema
-from mirai_jax.image_sets import LabelledImages
+from mirai_jax.data.pipeline import small_sets
+from mirai_jax.data.pipeline.small_sets import LabelledImages
 from mirai_jax.models.vit import DinoConfig
 from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.teach_step import OBJECTIVES
@@ -26,7 +26,7 @@ class ImageSet:
 
     def load(self, split: str) -> LabelledImages:
         """The images of 'train' or 'held_out'; raises DataError."""
-        return image_sets.load_images(self.name, self.path, split, self.image_size, self.held_out)
+        return small_sets.load_images(self.name, self.path, split, self.image_size, self.held_out)
 
 
 @dataclasses.dataclass(frozen=True)

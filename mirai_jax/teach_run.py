@@ -15,25 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import (
-    beginning,
-    codebook,
-    frozen,
-    image_sets,
-    parts,
-    records,
-    report,
-    sharding,
-    teach_config,
-    weights,
-)
-from mirai_jax import data as data_lib
+from mirai_jax import beginning, codebook, frozen, parts, report, sharding, teach_config, weights
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.config.schema import fields
-from mirai_jax.data import WorkerDied
+from mirai_jax.data.pipeline import pipeline, records, small_sets
+from mirai_jax.data.pipeline.pipeline import WorkerDied
+from mirai_jax.data.pipeline.small_sets import LabelledImages
 from mirai_jax.feed import Feed
 from mirai_jax.guards import Preemption
-from mirai_jax.image_sets import LabelledImages
 from mirai_jax.teach_config import Settings
 from mirai_jax.teach_step import Recipe, init_state, make_measure, make_train_step
 from mirai_jax.utils.errors import Preempted, TrainingError, closing, first_line
@@ -96,7 +85,7 @@ def teach(
         flip=settings.flip,
     )
     batches = make_batches(settings, train)
-    identity = {"image_set": image_sets.checksum(train)}
+    identity = {"image_set": small_sets.checksum(train)}
     if tokenizer:
         identity["tokenizer"] = weights.checksum(tokenizer_params)
     if begin:
@@ -114,9 +103,9 @@ def teach(
     _Run(settings, recipe, tokenizer_params, batches, held_out, workdir, devices, say).run()
 
 
-def make_batches(settings: Settings, train: LabelledImages) -> data_lib.Batches:
+def make_batches(settings: Settings, train: LabelledImages) -> pipeline.Batches:
     """The endless stream of {'image': uint8 (B, H, W, C), 'label': int32 (B,)}; raises DataError."""
-    return data_lib.make_dataset(
+    return pipeline.make_dataset(
         records.CodedImages(None, train.labels, train.images),
         batch_size=settings.batch_size,
         seed=settings.seed,
@@ -139,7 +128,7 @@ class _Run:
         settings: Settings,
         recipe: Recipe,
         tokenizer_params: Any,
-        batches: data_lib.Batches,
+        batches: pipeline.Batches,
         held_out: LabelledImages,
         workdir: pathlib.Path,
         devices: list[jax.Device],

@@ -13,7 +13,7 @@ import numpy as np
 from mirai_jax import beginning, codebook, drawing, foresight, report, sharding
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.config.schema import fields, schema
-from mirai_jax.data import WorkerDied
+from mirai_jax.data.pipeline.pipeline import WorkerDied
 from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same

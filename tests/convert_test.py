@@ -23,7 +23,6 @@ from mirai_jax import (
     convert,
     foresight,
     frozen,
-    records,
     safetensors_file,
     torch_file,
     torch_names,
@@ -33,6 +32,7 @@ from mirai_jax import (
 )
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config.schema import schema
+from mirai_jax.data.pipeline import records
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.utils.errors import ConfigError

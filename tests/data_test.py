@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax import data, image_sets
-from mirai_jax import records as records_lib
+from mirai_jax.data.pipeline import pipeline, records, small_sets
 from mirai_jax.utils import errors
 
 GRID = (2, 3)
@@ -52,7 +51,7 @@ def damaged(raw, how):
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
 def test_idx_round_trip(shape, seed):
     array = np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
-    np.testing.assert_array_equal(image_sets.parse_idx(idx_bytes(array), "x", array.ndim), array)
+    np.testing.assert_array_equal(small_sets.parse_idx(idx_bytes(array), "x", array.ndim), array)
 
 
 @examples
@@ -64,7 +63,7 @@ def test_idx_round_trip(shape, seed):
 )
 def test_idx_of_any_bytes_is_data_or_a_data_error(raw, dimensions):
     try:
-        array = image_sets.parse_idx(raw, "x", dimensions)
+        array = small_sets.parse_idx(raw, "x", dimensions)
     except errors.DataError:
         return
     assert array.dtype == np.uint8 and array.ndim == dimensions and array.size
@@ -75,7 +74,7 @@ def test_idx_of_any_bytes_is_data_or_a_data_error(raw, dimensions):
 def test_damaged_idx_is_data_or_a_data_error(how):
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     try:
-        parsed = image_sets.parse_idx(damaged(idx_bytes(array), how), "x", 3)
+        parsed = small_sets.parse_idx(damaged(idx_bytes(array), how), "x", 3)
     except errors.DataError:
         return
     assert parsed.size == array.size and not how[0]  # a flipped pixel, or bytes dealt otherwise
@@ -100,7 +99,7 @@ def write_fashion(folder, images=12, labels=12, largest=9, compress=False):
 def test_fashion_mnist_from_a_folder(tmp_path, compress):
     pixels, classes = write_fashion(tmp_path, compress=compress)
     for split in ("train", "held_out"):
-        loaded = image_sets.load_images("fashion_mnist", str(tmp_path), split)
+        loaded = small_sets.load_images("fashion_mnist", str(tmp_path), split)
         assert loaded.images.shape == (12, 32, 32, 1) and loaded.images.dtype == np.uint8
         np.testing.assert_array_equal(loaded.images[:, 2:30, 2:30, 0], pixels)
         assert loaded.images.sum(dtype=int) == pixels.sum(dtype=int)  # the border is black
@@ -111,7 +110,7 @@ def test_fashion_mnist_from_a_folder(tmp_path, compress):
 def test_fashion_mnist_refuses_what_is_wrong(tmp_path):
     def message(**kwargs):
         with pytest.raises(errors.DataError) as error:
-            image_sets.load_images("fashion_mnist", str(tmp_path), **kwargs)
+            small_sets.load_images("fashion_mnist", str(tmp_path), **kwargs)
         return one_line(error)
 
     assert "train-images-idx3-ubyte" in message() and "data.path" in message()
@@ -136,9 +135,9 @@ def test_tfds_without_a_network_says_what_to_do(monkeypatch):
     def unreachable():
         raise ConnectionError("no route to host\nand more lines")
 
-    monkeypatch.setattr(image_sets, "_fashion_mnist_builder", unreachable)
+    monkeypatch.setattr(small_sets, "_fashion_mnist_builder", unreachable)
     with pytest.raises(errors.DataError) as error:
-        image_sets.load_images("fashion_mnist", "tfds")
+        small_sets.load_images("fashion_mnist", "tfds")
     assert "no route to host" in one_line(error) and "--config.data.path=FOLDER" in str(error.value)
 
 
@@ -157,9 +156,9 @@ def mnist():
 
 
 def test_mnist_is_split_by_class_and_never_overlaps(mnist):
-    whole = image_sets.load_images("mnist")
-    train = image_sets.load_images("mnist", held_out=500)
-    held_out = image_sets.load_images("mnist", split="held_out", held_out=500)
+    whole = small_sets.load_images("mnist")
+    train = small_sets.load_images("mnist", held_out=500)
+    held_out = small_sets.load_images("mnist", split="held_out", held_out=500)
     assert whole.images.shape == (5000, 32, 32, 1) and whole.images.dtype == np.uint8
     assert whole.class_names == tuple("0123456789")
     np.testing.assert_array_equal(whole.images[:, 2:30, 2:30, 0].reshape(5000, -1), mnist[0])
@@ -170,23 +169,23 @@ def test_mnist_is_split_by_class_and_never_overlaps(mnist):
 
     assert digits([*train.images, *held_out.images]) == digits(whole.images)
     assert not set(digits(train.images)) & set(digits(held_out.images))
-    again = image_sets.load_images("mnist", split="held_out", held_out=500)
+    again = small_sets.load_images("mnist", split="held_out", held_out=500)
     np.testing.assert_array_equal(again.images, held_out.images)
     # Holding out fewer holds out some of the same, so scores of both settings can be compared.
-    fewer = image_sets.load_images("mnist", split="held_out", held_out=100)
+    fewer = small_sets.load_images("mnist", split="held_out", held_out=100)
     assert set(digits(fewer.images)) < set(digits(held_out.images))
 
 
 @pytest.mark.parametrize("held_out", [-10, 5, 5000])
 def test_mnist_refuses_a_split_that_does_not_fit(mnist, held_out):
     with pytest.raises(errors.DataError) as error:
-        image_sets.load_images("mnist", held_out=held_out)
+        small_sets.load_images("mnist", held_out=held_out)
     assert f"data.held_out {held_out} does not fit: allowed are" in one_line(error)
 
 
 def test_an_unknown_data_set_is_named():
     with pytest.raises(errors.DataError, match="data.name 'cifar' is unknown: allowed are 'mnist'"):
-        image_sets.load_images("cifar")
+        small_sets.load_images("cifar")
 
 
 # Records -----------------------------------------------------------------------------------------
@@ -202,17 +201,17 @@ def test_an_unknown_data_set_is_named():
 )
 def test_record_round_trip(crops, length, label, key, seed):
     codes = np.random.RandomState(seed).randint(0, 2**16, (crops, length)).astype(np.uint16)
-    raw = records_lib.pack_record(codes, label, key)
-    record = records_lib.unpack_record(raw)
+    raw = records.pack_record(codes, label, key)
+    record = records.unpack_record(raw)
     np.testing.assert_array_equal(record["codes"], codes)
     assert record["codes"].dtype == np.uint16
     assert (record["label"], record["key"]) == (label, key)
-    assert records_lib.pack_record(record["codes"], record["label"], record["key"]) == raw
+    assert records.pack_record(record["codes"], record["label"], record["key"]) == raw
 
 
 def check_unpack(raw):
     try:
-        record = records_lib.unpack_record(raw)
+        record = records.unpack_record(raw)
     except errors.DataError:
         return
     assert set(record) == {"codes", "label", "key"}
@@ -231,14 +230,14 @@ def test_any_bytes_are_a_record_or_a_data_error(raw):
 @given(damage)
 def test_a_damaged_record_is_a_record_or_a_data_error(how):
     codes = np.arange(6, dtype=np.uint16).reshape(2, 3)
-    check_unpack(damaged(records_lib.pack_record(codes, 7, "n01440764_1.JPEG"), how))
+    check_unpack(damaged(records.pack_record(codes, 7, "n01440764_1.JPEG"), how))
 
 
 def test_pack_record_refuses_what_is_wrong():
     good = np.zeros((1, 4), np.uint16)
     for codes, label in ((good.astype(np.int32), 0), (good[0], 0), (good[:0], 0), (good, -1)):
         with pytest.raises(errors.DataError):
-            records_lib.pack_record(codes, label, "key")
+            records.pack_record(codes, label, "key")
 
 
 def numbered_codes(records, crops):
@@ -251,10 +250,10 @@ def write_shards(folder, sizes=(5, 3), crops=4):
     codes = numbered_codes(sum(sizes), crops)
     start = 0
     for number, size in enumerate(sizes):
-        count = records_lib.write_shard(
+        count = records.write_shard(
             folder / f"codes-{number}.array_record",
             (
-                records_lib.pack_record(codes[k], k % 5, f"image {k}")
+                records.pack_record(codes[k], k % 5, f"image {k}")
                 for k in range(start, start + size)
             ),
         )
@@ -264,7 +263,7 @@ def write_shards(folder, sizes=(5, 3), crops=4):
 
 
 def open_records(folder, grid=GRID, vocab_size=64, num_classes=5):
-    return records_lib.CodeRecords(
+    return records.CodeRecords(
         str(folder), grid=grid, vocab_size=vocab_size, num_classes=num_classes
     )
 
@@ -297,7 +296,7 @@ def test_records_refuse_what_is_wrong(tmp_path):
     )
     assert "holds no *.array_record file" in message(open_records, tmp_path)
     assert "does not exist" in message(open_records, tmp_path / "missing")
-    records_lib.write_shard(tmp_path / "codes-0.array_record", [])
+    records.write_shard(tmp_path / "codes-0.array_record", [])
     assert "hold no record" in message(open_records, tmp_path)
 
     write_shards(tmp_path)
@@ -311,9 +310,9 @@ def test_records_refuse_what_is_wrong(tmp_path):
         "record 2 of codes-1.array_record: has code 59: model.vocab_size allows 0 to 58"
     )
 
-    good = records_lib.pack_record(numbered_codes(1, 4)[0], 0, "")
-    fewer = records_lib.pack_record(numbered_codes(1, 3)[0], 0, "")
-    records_lib.write_shard(tmp_path / "codes-0.array_record", [good, good[:-1], fewer])
+    good = records.pack_record(numbered_codes(1, 4)[0], 0, "")
+    fewer = records.pack_record(numbered_codes(1, 3)[0], 0, "")
+    records.write_shard(tmp_path / "codes-0.array_record", [good, good[:-1], fewer])
     records = open_records(tmp_path)
     assert "record 1 of codes-0.array_record: not a record" in message(records.__getitem__, 1)
     assert "has 3 crops, the first record has 4" in message(records.__getitem__, 2)
@@ -338,11 +337,11 @@ def test_a_damaged_shard_is_a_data_error(tmp_path):
 
 def test_a_shard_appears_only_when_whole(tmp_path):
     def records():
-        yield records_lib.pack_record(np.zeros((1, 6), np.uint16), 0, "")
+        yield records.pack_record(np.zeros((1, 6), np.uint16), 0, "")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        records_lib.write_shard(tmp_path / "x.array_record", records())
+        records.write_shard(tmp_path / "x.array_record", records())
     assert not list(tmp_path.iterdir())
 
 
@@ -381,7 +380,7 @@ def test_batches_have_the_promised_shapes():
     codes = np.arange(20, dtype=np.int32)[:, None] * np.ones((1, 6), np.int32)
     labels = np.arange(20) % 5
     batch = take(
-        data.make_dataset(records_lib.CodedImages(codes, labels, images), batch_size=8, seed=0), 1
+        pipeline.make_dataset(records.CodedImages(codes, labels, images), batch_size=8, seed=0), 1
     )[0]
     assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
         "codes": ("int32", (8, 6)),
@@ -392,14 +391,14 @@ def test_batches_have_the_promised_shapes():
     np.testing.assert_array_equal(batch["label"], who % 5)
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], who)
     without = take(
-        data.make_dataset(records_lib.CodedImages(codes, labels), batch_size=8, seed=0), 1
+        pipeline.make_dataset(records.CodedImages(codes, labels), batch_size=8, seed=0), 1
     )[0]
     assert set(without) == {"codes", "label"}
     np.testing.assert_array_equal(without["codes"], batch["codes"])
 
 
 def test_every_epoch_is_another_permutation_with_other_crops():
-    batches = take(data.make_dataset(Numbered(24), batch_size=8, seed=0), 3 * 100)
+    batches = take(pipeline.make_dataset(Numbered(24), batch_size=8, seed=0), 3 * 100)
     records, crops = np.divmod(
         np.concatenate([b["codes"][:, 0] for b in batches]).reshape(100, 24), 8
     )
@@ -413,7 +412,7 @@ def test_every_epoch_is_another_permutation_with_other_crops():
 
 def test_order_depends_on_the_seed_alone():
     def batches(seed, **kwargs):
-        return take(data.make_dataset(Numbered(20), batch_size=8, seed=seed, **kwargs), 12)
+        return take(pipeline.make_dataset(Numbered(20), batch_size=8, seed=seed, **kwargs), 12)
 
     assert_same(batches(3), batches(3))
     assert_same(batches(3), batches(3, num_threads=0))
@@ -423,9 +422,11 @@ def test_order_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("shares", [[range(4), range(4, 8)], [(0, 5), (1, 2, 7), (0, 3)], [(6,)]])
 def test_each_process_reads_its_rows_of_every_batch(shares):
-    whole = take(data.make_dataset(Numbered(20), batch_size=8, seed=1), 9)  # past an epoch border
+    whole = take(
+        pipeline.make_dataset(Numbered(20), batch_size=8, seed=1), 9
+    )  # past an epoch border
     for rows in shares:  # two processes that split heads alone hold the same rows
-        part = take(data.make_dataset(Numbered(20), batch_size=8, seed=1, rows=rows), 9)
+        part = take(pipeline.make_dataset(Numbered(20), batch_size=8, seed=1, rows=rows), 9)
         for batch, own in zip(whole, part, strict=True):
             for name in batch:
                 np.testing.assert_array_equal(own[name], batch[name][list(rows)])
@@ -445,15 +446,17 @@ class Watched(Numbered):
 
 def test_a_process_reads_no_record_of_another():
     whole, half = Watched(16), Watched(16)
-    take(data.make_dataset(whole, batch_size=8, seed=1, num_threads=0), 2)
-    take(data.make_dataset(half, batch_size=8, seed=1, rows=range(4), num_threads=0), 2)
+    take(pipeline.make_dataset(whole, batch_size=8, seed=1, num_threads=0), 2)
+    take(pipeline.make_dataset(half, batch_size=8, seed=1, rows=range(4), num_threads=0), 2)
     assert sorted(whole.read) == list(range(16))
     assert len(half.read) == 8 and set(half.read) < set(whole.read)
 
 
 def test_the_keys_of_a_batch_name_its_records():
-    dataset = data.make_dataset(Numbered(20), batch_size=8, seed=1, rows=range(2))
-    for index, batch in enumerate(take(data.make_dataset(Numbered(20), batch_size=8, seed=1), 4)):
+    dataset = pipeline.make_dataset(Numbered(20), batch_size=8, seed=1, rows=range(2))
+    for index, batch in enumerate(
+        take(pipeline.make_dataset(Numbered(20), batch_size=8, seed=1), 4)
+    ):
         numbers = np.divmod(batch["codes"][:, 0], 8)
         expected = [f"{record} crop {crop}" for record, crop in zip(*numbers, strict=True)]
         assert dataset.record_keys(index) == expected
@@ -461,7 +464,7 @@ def test_the_keys_of_a_batch_name_its_records():
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 7])  # 20 records: batch 2 crosses the epoch border
 def test_resumes_exactly(stop):
-    dataset = data.make_dataset(Numbered(20), batch_size=8, seed=1)
+    dataset = pipeline.make_dataset(Numbered(20), batch_size=8, seed=1)
     iterator = iter(dataset)
     for _ in range(stop):
         next(iterator)
@@ -473,7 +476,7 @@ def test_resumes_exactly(stop):
     assert_same([next(resumed) for _ in range(5)], rest)
     # A job of another size goes on where one process stopped.
     half = iter(
-        data.make_dataset(Numbered(20), batch_size=8, seed=1, rows=range(4, 8), num_threads=0)
+        pipeline.make_dataset(Numbered(20), batch_size=8, seed=1, rows=range(4, 8), num_threads=0)
     )
     half.set_state(state)
     for batch in rest:
@@ -481,7 +484,7 @@ def test_resumes_exactly(stop):
 
 
 def test_a_closed_iterator_says_so():
-    iterator = iter(data.make_dataset(Numbered(20), batch_size=8, seed=1))
+    iterator = iter(pipeline.make_dataset(Numbered(20), batch_size=8, seed=1))
     next(iterator)
     iterator.close()
     with pytest.raises(ValueError, match="closed"):
@@ -491,15 +494,15 @@ def test_a_closed_iterator_says_so():
 def test_records_from_disk_equal_records_from_memory(tmp_path):
     write_shards(tmp_path)
     assert_same(
-        take(data.make_dataset(open_records(tmp_path), batch_size=4, seed=2), 5),
-        take(data.make_dataset(Numbered(8), batch_size=4, seed=2), 5),
+        take(pipeline.make_dataset(open_records(tmp_path), batch_size=4, seed=2), 5),
+        take(pipeline.make_dataset(Numbered(8), batch_size=4, seed=2), 5),
     )
 
 
 def test_a_bad_record_reaches_the_caller_as_a_data_error(tmp_path):
     write_shards(tmp_path)
     with pytest.raises(errors.DataError) as error:
-        take(data.make_dataset(open_records(tmp_path, vocab_size=20), batch_size=8, seed=0), 1)
+        take(pipeline.make_dataset(open_records(tmp_path, vocab_size=20), batch_size=8, seed=0), 1)
     assert "model.vocab_size allows 0 to 19" in one_line(error)
 
 
@@ -518,7 +521,7 @@ def test_a_bad_record_reaches_the_caller_as_a_data_error(tmp_path):
 )
 def test_pipeline_refuses_what_is_wrong(field, kwargs):
     with pytest.raises(errors.DataError) as error:
-        data.make_dataset(Numbered(20), **{"batch_size": 8, "seed": 0, **kwargs})
+        pipeline.make_dataset(Numbered(20), **{"batch_size": 8, "seed": 0, **kwargs})
     assert field in one_line(error) and "allowed are" in str(error.value)
 
 
@@ -570,7 +573,7 @@ def test_worker_processes_give_the_same_stream_and_resume(tmp_path):
 
 
 def test_steps_per_epoch():
-    assert [data.steps_per_epoch(n, 128) for n in (1, 127, 128, 4500, 1281167)] == [
+    assert [pipeline.steps_per_epoch(n, 128) for n in (1, 127, 128, 4500, 1281167)] == [
         1,
         1,
         1,

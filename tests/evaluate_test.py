@@ -19,15 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import llamagen
-from mirai_jax import (
-    evaluate,
-    feature_network,
-    image_sets,
-    image_streams,
-    inception_weights,
-    report,
-    workdir,
-)
+from mirai_jax import evaluate, feature_network, image_streams, inception_weights, report, workdir
+from mirai_jax.data.pipeline import small_sets
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.utils.errors import ConfigError, DataError
 
@@ -142,7 +135,7 @@ def test_images_of_a_run(run_folder, tmp_path):
         "train": (4960, (32, 32)),
         "held_out": (40, (32, 32)),
     }
-    real = image_sets.load_images("mnist", split="held_out", held_out=40).images
+    real = small_sets.load_images("mnist", split="held_out", held_out=40).images
     np.testing.assert_array_equal(whole(streams["held_out"]), real.repeat(3, axis=-1))
     for spec in (f"data:{run_folder}", f"data:{run_folder}:test", "data:train"):
         with pytest.raises(DataError, match="must be data:WORKDIR:train or data:WORKDIR:held_out"):

@@ -8,12 +8,13 @@ import resource
 import jax
 import numpy as np
 import pytest
+from mirai_jax.data.pipeline.crops import CropSpec, load_all_crops
+from mirai_jax.data.pipeline.pipeline import CropLoader, OnlineImages, make_dataset
+from mirai_jax.data.pipeline.sources import open_images
 from PIL import Image
 
-from mirai_jax import extract, manifest, records, torch_names, torch_writer
-from mirai_jax.crops import CropSpec, load_all_crops
-from mirai_jax.data import CropLoader, OnlineImages, make_dataset
-from mirai_jax.images import open_images
+from mirai_jax import extract, torch_names, torch_writer
+from mirai_jax.data.pipeline import manifest, records
 from mirai_jax.models import tokenizer, vq
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.utils.progress import Progress

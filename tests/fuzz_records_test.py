@@ -25,10 +25,11 @@ from fuzzing import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from mirai_jax.data.pipeline.crops import CropSpec
 
 from configs import llamagen
-from mirai_jax import data, frozen, image_sets, images, manifest, records, train, weights, workdir
-from mirai_jax.crops import CropSpec
+from mirai_jax import frozen, train, weights, workdir
+from mirai_jax.data.pipeline import manifest, pipeline, records, small_sets, sources
 from mirai_jax.utils.errors import ConfigError, DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -323,7 +324,7 @@ def check_stream(source, told, name):
     """An epoch of batches holds what was written; a batch with a bad record is an error."""
     rows = [record[:2] for record in told if record]
     drawn = 0
-    batches = iter(data.make_dataset(source, batch_size=1, seed=0, num_threads=0))
+    batches = iter(pipeline.make_dataset(source, batch_size=1, seed=0, num_threads=0))
     try:
         for _ in range(len(source)):
             batch = next(batches)
@@ -416,8 +417,8 @@ def test_paths_of_any_text_are_refused_in_one_line(tmp_path, monkeypatch, amount
     (tmp_path / "folder").mkdir()
     readers = {
         "data.path": open_records,
-        "fashion_mnist": lambda path: image_sets.load_images("fashion_mnist", path or "no"),
-        "images": lambda path: len(images.open_images(path)),
+        "fashion_mnist": lambda path: small_sets.load_images("fashion_mnist", path or "no"),
+        "images": lambda path: len(sources.open_images(path)),
         "tokenizer.path": lambda path: frozen.load_vq_file("tokenizer.path", path),
         "teacher.path": lambda path: weights.load("teacher.path", path, "teacher"),
         "init_from": lambda path: frozen.read_settings("init_from", path),
@@ -471,7 +472,7 @@ def batches_of(folder):
     """The numbers of the records in each batch of the first epoch."""
     source = records.CodeRecords(str(folder), grid=(4, 4), vocab_size=VOCAB, num_classes=CLASSES)
     config = tiny(folder)
-    batches = data.make_dataset(source, batch_size=config.batch_size, seed=config.seed)
+    batches = pipeline.make_dataset(source, batch_size=config.batch_size, seed=config.seed)
     return [[int(key.split()[0]) for key in batches.record_keys(k)] for k in range(8)]
 
 

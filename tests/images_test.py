@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirai_jax import crops, images
+from mirai_jax.data.pipeline import crops, sources
 from mirai_jax.utils.errors import DataError
 
 examples = settings(deadline=None, derandomize=True)
@@ -94,7 +94,7 @@ def write_tree(root):
 
 def test_a_folder_is_read_as_torchvision_reads_it(tmp_path):
     files, others = write_tree(tmp_path)
-    source = images.open_images(str(tmp_path))
+    source = sources.open_images(str(tmp_path))
     # Classes by code points; folders by path ('-' comes before '/'), then files.
     assert source.class_names == ("B", "a", "é f")
     assert contents(source) == [(key, label, raw) for key, (label, raw) in files.items()]
@@ -105,7 +105,7 @@ def test_a_folder_is_read_as_torchvision_reads_it(tmp_path):
 
 def test_every_kind_of_file_can_be_cropped(tmp_path):
     files, _ = write_tree(tmp_path)
-    source = images.open_images(str(tmp_path))
+    source = sources.open_images(str(tmp_path))
     spec = crops.CropSpec(image_size=5, crop_range=1.2)
     for index, key in enumerate(files):
         if "broken" in key:
@@ -124,7 +124,7 @@ def test_finding_by_key_lists_nothing(tmp_path, monkeypatch):
         raise AssertionError("listed")
 
     monkeypatch.setattr(os, "scandir", scandir)
-    source = images.open_images(str(tmp_path))
+    source = sources.open_images(str(tmp_path))
     for key, (_, raw) in files.items():
         assert source.find(key) == raw
         assert pickle.loads(pickle.dumps(source)).find(key) == raw
@@ -142,25 +142,25 @@ def test_listing_asks_the_system_about_folders_not_files(tmp_path, monkeypatch):
 
     for name in ("stat", "lstat"):
         watch(name, getattr(os, name))
-    assert len(images.open_images(str(tmp_path))) == 400 and 0 < len(asked) < 100
+    assert len(sources.open_images(str(tmp_path))) == 400 and 0 < len(asked) < 100
 
 
 def test_a_folder_that_moves_keeps_its_keys(tmp_path):
     write_tree(tmp_path / "one")
-    before = contents(images.open_images(str(tmp_path / "one")))
+    before = contents(sources.open_images(str(tmp_path / "one")))
     (tmp_path / "one").rename(tmp_path / "two")
-    assert contents(images.open_images(str(tmp_path / "two") + "/")) == before
-    assert images.open_images(str(tmp_path / "two") + "/").describe()["name"] == "two"
+    assert contents(sources.open_images(str(tmp_path / "two") + "/")) == before
+    assert sources.open_images(str(tmp_path / "two") + "/").describe()["name"] == "two"
 
 
 def test_a_relative_folder_stays_when_the_program_moves(tmp_path, monkeypatch):
     write_tree(tmp_path / "one")
     monkeypatch.chdir(tmp_path)
-    source = images.open_images("one")
+    source = sources.open_images("one")
     monkeypatch.chdir("/")
     assert len(source) == 12 and pickle.loads(pickle.dumps(source)).find("B/a.JPEG")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(images.open_images("~/one")) == 12
+    assert len(sources.open_images("~/one")) == 12
 
 
 def test_linked_folders_and_files_are_followed(tmp_path):
@@ -171,7 +171,7 @@ def test_linked_folders_and_files_are_followed(tmp_path):
     (root / "a").symlink_to(tmp_path / "store")
     (root / "b").mkdir()
     (root / "b" / "one.png").symlink_to(tmp_path / "store/x/1.png")
-    source = images.open_images(str(root))
+    source = sources.open_images(str(root))
     assert [source.key(i) for i in range(len(source))] == ["a/x/1.png", "b/one.png"]
     assert source.read(1) == b""
 
@@ -181,31 +181,31 @@ def test_a_circle_of_links_is_refused(tmp_path, target):
     put(tmp_path, **{"a__1.png": b"", "b__1.png": b""})
     (tmp_path / "a" / "link").symlink_to(target)
     (tmp_path / "b" / "link").symlink_to("../a")
-    assert "links to a folder that it is in" in refusal(len, images.open_images(str(tmp_path)))
+    assert "links to a folder that it is in" in refusal(len, sources.open_images(str(tmp_path)))
 
 
 def test_a_wrong_folder_is_told_what_is_expected(tmp_path):
     def message():
-        return refusal(len, images.open_images(str(tmp_path)))
+        return refusal(len, sources.open_images(str(tmp_path)))
 
     assert "holds none" in message() and "FOLDER/CLASS/IMAGE" in message()
     put(tmp_path, **{"1.png": b""})
     assert "no class folders" in message() and ".jpeg" in message()
     put(tmp_path, **{"a__notes.txt": b"", "b__1.png": b""})
     assert "class folder 'a' holds no image" in message()
-    assert images.open_images(str(tmp_path)).class_names == ("a", "b")
+    assert sources.open_images(str(tmp_path)).class_names == ("a", "b")
     put(tmp_path, **{"a__1.png": b""})
     with open(os.fsencode(tmp_path / "a") + b"/\xff.png", "wb"):
         pass
     assert "not UTF-8" in message() and r"\xff" in message()
-    gone = images.open_images(str(tmp_path))
+    gone = sources.open_images(str(tmp_path))
     shutil.rmtree(tmp_path)
     assert "folder '.' cannot be listed (No such file or directory)" in refusal(len, gone)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     put(tmp_path, **{"a__1.png": b"", "a__2.png": b""})
-    source = images.open_images(str(tmp_path))
+    source = sources.open_images(str(tmp_path))
     assert len(source) == 2
     (tmp_path / "a" / "2.png").unlink()
     message = refusal(source.read, 1)
@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 )
 def test_keys_never_leave_the_folder(tmp_path, key):
     put(tmp_path, **{"root__a__1.png": b"", "x.png": b""})
-    refusal(images.open_images(str(tmp_path / "root")).find, key)
+    refusal(sources.open_images(str(tmp_path / "root")).find, key)
 
 
 @examples
@@ -240,14 +240,14 @@ def test_any_key_is_an_image_of_the_folder_or_a_data_error(tmp_path_factory, key
     if not root.exists():
         put(root, **{"root__a__1.png": b"1", "root__1.png": b"1", "1.png": b"outside"})
     try:
-        assert images.open_images(str(root / "root")).find(key) == b"1"
+        assert sources.open_images(str(root / "root")).find(key) == b"1"
     except DataError as error:
         assert "\n" not in str(error)
 
 
 def test_an_index_out_of_range_is_an_index_error(tmp_path):
     put(tmp_path, **{"a__1.png": b""})
-    source = images.open_images(str(tmp_path))
+    source = sources.open_images(str(tmp_path))
     for ask in (source.label, source.key, source.read):
         for index in (-1, 1):
             with pytest.raises(IndexError):
@@ -318,7 +318,7 @@ def tfds_dir(tfds_folder, monkeypatch):
 
 
 def test_tfds_without_tensorflow(tfds_dir):
-    source = images.open_images("tfds:named_photos")
+    source = sources.open_images("tfds:named_photos")
     assert source.class_names == ("cat", "dog") and source.skipped == ()
     by_key = {key: (label, raw) for key, label, raw in contents(source)}
     assert len(source) == len(by_key) == 5
@@ -338,20 +338,20 @@ def test_tfds_without_tensorflow(tfds_dir):
 
 
 def test_tfds_splits_and_versions(tfds_dir):
-    assert len(images.open_images("tfds:named_photos:test")) == 2
-    assert len(images.open_images("tfds:named_photos:train[1:3]+test")) == 4
-    source = images.open_images("tfds:named_photos:1.2.0:test")
+    assert len(sources.open_images("tfds:named_photos:test")) == 2
+    assert len(sources.open_images("tfds:named_photos:train[1:3]+test")) == 4
+    source = sources.open_images("tfds:named_photos:1.2.0:test")
     assert source.describe()["split"] == "test" and len(source) == 2
-    assert len(images.open_images("tfds:named_photos:1.*.*")) == 5
-    assert "'nope'" in refusal(images.open_images, "tfds:named_photos:nope")
-    assert "train[" in refusal(images.open_images, "tfds:named_photos:train[")
+    assert len(sources.open_images("tfds:named_photos:1.*.*")) == 5
+    assert "'nope'" in refusal(sources.open_images, "tfds:named_photos:nope")
+    assert "train[" in refusal(sources.open_images, "tfds:named_photos:train[")
 
 
 def test_tfds_without_names_of_files_and_classes(tfds_dir):
-    source = images.open_images("tfds:plain_photos")
+    source = sources.open_images("tfds:plain_photos")
     assert [source.key(i) for i in range(5)] == list("01234") and source.class_names == ()
     assert sorted(source.label(i) for i in range(5)) == list(range(5))
-    message = refusal(images.open_images, "tfds:bare_photos")
+    message = refusal(sources.open_images, "tfds:bare_photos")
     assert "features are image" in message and "'label'" in message
 
 
@@ -361,12 +361,12 @@ def test_tfds_images_of_floats_are_refused(tfds_folder, tmp_path, monkeypatch):
     features = tmp_path / "plain_photos" / "1.2.0" / "features.json"
     features.write_text(features.read_text().replace('"uint8"', '"float32"').replace('"3"', '"1"'))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert "of integers" in refusal(images.open_images, "tfds:plain_photos")
+    assert "of integers" in refusal(sources.open_images, "tfds:plain_photos")
 
 
 def test_tfds_that_is_not_prepared_says_how(tfds_dir, tfds_folder, monkeypatch):
     for name in ("imagenet2012", "named_photos:9.9.9", "a/b", "N!"):
-        message = refusal(images.open_images, f"tfds:{name}")
+        message = refusal(sources.open_images, f"tfds:{name}")
         assert "not prepared on this machine" in message and "download_and_prepare()" in message
         assert repr(name) in message and "array_record" in message
     # Prepared, but not for random access.
@@ -376,7 +376,7 @@ def test_tfds_that_is_not_prepared_says_how(tfds_dir, tfds_folder, monkeypatch):
         raise NotImplementedError("Random access data source for file format tfrecord ...")
 
     monkeypatch.setattr(dataset_builder.DatasetBuilder, "as_data_source", as_data_source)
-    assert "ArrayRecord" in refusal(images.open_images, "tfds:named_photos")
+    assert "ArrayRecord" in refusal(sources.open_images, "tfds:named_photos")
 
 
 # Python objects ----------------------------------------------------------------------------------
@@ -415,18 +415,18 @@ def module(monkeypatch):
 
 def test_python_objects_and_what_makes_them(module):
     for attribute in ("ready", "Random"):
-        source = images.open_images(f"grain:my.photos:{attribute}")
+        source = sources.open_images(f"grain:my.photos:{attribute}")
         assert contents(source) == [
             (str(k), k % 3, encoded(pixels(seed=k), "PNG")) for k in range(5)
         ]
         assert source.class_names == ()
         want = {"kind": "grain", "name": f"my.photos:{attribute}", "split": "", "number": 5}
         assert source.describe() == want
-    assert images.open_images("grain:my.photos:classes").class_names == ("x", "y", "z")
-    arrays = images.open_images("grain:my.photos:arrays")
+    assert sources.open_images("grain:my.photos:classes").class_names == ("x", "y", "z")
+    arrays = sources.open_images("grain:my.photos:arrays")
     np.testing.assert_array_equal(arrays.read(3), pixels(seed=3))
     assert arrays.label(3) == 3 and type(arrays.label(3)) is int
-    named = images.open_images("grain:my.photos:named")
+    named = sources.open_images("grain:my.photos:named")
     assert named.key(2) == "2:photo/2:é" and named.find("2:photo/2:é") == named.read(2)
 
 
@@ -434,7 +434,7 @@ def test_an_image_with_all_that_belongs_to_it_is_fetched_once(module):
     """A source may decode whenever it is asked."""
     asked = []
     module.counted = Random(key=lambda k: asked.append(k) or str(k))
-    source = images.open_images("grain:my.photos:counted")
+    source = sources.open_images("grain:my.photos:counted")
     source.example(3)
     source.about(4)
     assert asked == [3, 4]
@@ -444,7 +444,7 @@ def test_a_grain_data_set_is_a_source(module):
     import grain
 
     module.mapped = lambda: grain.MapDataset.source(Random()).map(lambda item: item | {"key": "k"})
-    source = images.open_images("grain:my.photos:mapped")
+    source = sources.open_images("grain:my.photos:mapped")
     assert len(source) == 5 and source.key(4) == "4:k" and source.label(4) == 1
     with pytest.raises(IndexError):  # grain itself would go round
         source.read(5)
@@ -452,7 +452,7 @@ def test_a_grain_data_set_is_a_source(module):
 
 def test_python_objects_that_do_not_fit_are_refused(module):
     def message(attribute, of="my.photos"):
-        return refusal(images.open_images, f"grain:{of}:{attribute}")
+        return refusal(sources.open_images, f"grain:{of}:{attribute}")
 
     assert "ModuleNotFoundError" in message("x", of="my.nowhere")
     assert "AttributeError" in message("x")
@@ -466,7 +466,7 @@ def test_python_objects_that_do_not_fit_are_refused(module):
 def test_labels_that_do_not_fit_are_refused(module, label):
     module.bad = Random(label=lambda k: label)
     module.bad.class_names = "xyz"
-    source = images.open_images("grain:my.photos:bad")
+    source = sources.open_images("grain:my.photos:bad")
     message = refusal(source.label, 1)
     assert f"label {label!r} of image 1" in message
     assert source.read(1) == source.find(source.key(1))  # which say nothing of labels
@@ -474,11 +474,11 @@ def test_labels_that_do_not_fit_are_refused(module, label):
 
 def test_images_that_cannot_be_read_are_refused(module):
     module.text = Random(image=lambda k: "text")
-    source = images.open_images("grain:my.photos:text")
+    source = sources.open_images("grain:my.photos:text")
     assert "image 1 is a str" in refusal(source.read, 1) == refusal(source.find, "1")
     assert source.key(1) == "1"  # to say which one
     module.broken = Random(image=lambda k: 1 / 0)
-    source = images.open_images("grain:my.photos:broken")
+    source = sources.open_images("grain:my.photos:broken")
     for ask in (source.label, source.key, source.read):
         assert "record 1 cannot be read (ZeroDivisionError" in refusal(ask, 1)
     refusal(source.find, "1")
@@ -488,11 +488,11 @@ def test_images_that_cannot_be_read_are_refused(module):
 
 
 def test_a_key_of_other_images_is_refused(module):
-    named = images.open_images("grain:my.photos:named")
+    named = sources.open_images("grain:my.photos:named")
     message = refusal(named.find, "2:photo/3:é")
     assert "'2:photo/2:é', not '2:photo/3:é'" in message
     refusal(named.find, "2")
-    plain = images.open_images("grain:my.photos:ready")
+    plain = sources.open_images("grain:my.photos:ready")
     for key in ("5", "-1", "02", "2:", "2:x", " 2", "x", "", "٢", "9" * 5000, 2, None):
         refusal(plain.find, key)
 
@@ -505,7 +505,7 @@ def test_any_key_of_a_number_is_an_image_or_a_data_error(key):
     made.ready = Random()
     sys.modules["my_keys"] = made
     try:
-        source = images.open_images("grain:my_keys:ready")
+        source = sources.open_images("grain:my_keys:ready")
         assert source.find(key) == source.read(int(key)) and key in "01234"
     except DataError as error:
         assert "\n" not in str(error)
@@ -526,7 +526,7 @@ def write_fashion(folder):
 
 def test_fashion_mnist(tmp_path):
     pixels_, labels = write_fashion(tmp_path)
-    source = images.open_images(f"fashion_mnist:{tmp_path}")
+    source = sources.open_images(f"fashion_mnist:{tmp_path}")
     for index in range(3):
         assert same(source.read(index), pixels_[index]) and source.label(index) == labels[index]
         assert source.key(index) == str(index) and same(source.find(str(index)), pixels_[index])
@@ -535,11 +535,11 @@ def test_fashion_mnist(tmp_path):
     assert source.describe() == want and str(tmp_path) not in str(want)
     crop, _ = crops.load_all_crops(source.read(1), crops.CropSpec(28, ten=False))
     np.testing.assert_array_equal(crop[0], np.repeat(pixels_[1], 3, -1))
-    assert "holds no train-images" in refusal(len, images.open_images("fashion_mnist:/nowhere"))
+    assert "holds no train-images" in refusal(len, sources.open_images("fashion_mnist:/nowhere"))
 
 
 def test_mnist_is_all_of_mnist():
-    source = images.open_images("mnist")
+    source = sources.open_images("mnist")
     assert len(source) == 5000 and source.class_names == tuple("0123456789")
     labels = [source.label(i) for i in range(5000)]
     assert np.bincount(labels).tolist() == [500] * 10
@@ -559,10 +559,10 @@ def test_all_sources_find_what_they_read_pickle_and_serve_threads(kind, tmp_path
         write_fashion(tmp_path)
         spec = f"fashion_mnist:{tmp_path}"
     with futures.ThreadPoolExecutor(8) as pool:  # on a source that nobody has asked yet
-        fresh = images.open_images(spec)
+        fresh = sources.open_images(spec)
         keys = list(pool.map(lambda k: fresh.key(k % len(fresh)), range(64)))
         by_threads = list(pool.map(fresh.find, keys))
-    source = images.open_images(spec)
+    source = sources.open_images(spec)
     assert keys == [source.key(k % len(source)) for k in range(64)]
     assert len(set(keys)) == len(source)
     unpickled = pickle.loads(pickle.dumps(source))
@@ -580,7 +580,7 @@ def test_all_sources_find_what_they_read_pickle_and_serve_threads(kind, tmp_path
      "mnist:/x", "mnist ", "fashion_mnist:", "MNIST", "cifar10", "a\0b", "\ud800"],
 )  # fmt: skip
 def test_anything_else_is_told_the_forms(spec):
-    message = refusal(images.open_images, spec)
+    message = refusal(sources.open_images, spec)
     for form in ("FOLDER", "tfds:NAME", "grain:package.module:attribute", "fashion_mnist"):
         assert form in message
 
@@ -598,7 +598,7 @@ def test_any_spec_is_a_source_or_a_data_error(tfds_folder, spec):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", tfds_folder)
         try:
-            assert isinstance(images.open_images(spec), images.ImageSource)
+            assert isinstance(sources.open_images(spec), sources.ImageSource)
         except DataError as error:
             assert "\n" not in str(error)
 
@@ -606,7 +606,7 @@ def test_any_spec_is_a_source_or_a_data_error(tfds_folder, spec):
 def test_crops_and_images_load_no_accelerator_and_no_data_sets():
     program = """
 import sys
-import mirai_jax.crops, mirai_jax.images
+import mirai_jax.crops, mirai_jax.data.sources
 print(*{"jax", "flax", "grain", "tensorflow_datasets", "torch"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 import skimage
+from mirai_jax.data.pipeline.crops import CropSpec
 from PIL import Image
 
 from configs import mirai_i
-from mirai_jax import extract, images, torch_names, torch_writer, train, workdir
-from mirai_jax.crops import CropSpec
+from mirai_jax import extract, torch_names, torch_writer, train, workdir
+from mirai_jax.data.pipeline import sources
 from mirai_jax.models import vit, vq
 from mirai_jax.utils.errors import ConfigError, DataError
 
@@ -176,7 +177,7 @@ def test_another_tokenizer_or_other_images_are_refused(world, stored):
     with pytest.raises(ConfigError, match="not the tokenizer that made the codes"):
         losses(settings(world, tokenizer__path=str(world / "vq2.pt")), world / "refused")
     moved = world / "moved"
-    for i, key in enumerate(images.open_images(str(world / "images")).key(i) for i in range(12)):
+    for i, key in enumerate(sources.open_images(str(world / "images")).key(i) for i in range(12)):
         (moved / key).parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.RandomState(i).randint(0, 256, (90, 90, 3)).astype(np.uint8)
         Image.fromarray(noise).save(moved / key)

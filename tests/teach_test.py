@@ -12,19 +12,9 @@ import numpy as np
 import pytest
 
 from configs import mirai_i, teacher
-from mirai_jax import (
-    data,
-    frozen,
-    image_sets,
-    teach,
-    teach_config,
-    teach_run,
-    teach_step,
-    train,
-    weights,
-    workdir,
-)
+from mirai_jax import frozen, teach, teach_config, teach_run, teach_step, train, weights, workdir
 from mirai_jax.config.schema import fields, schema
+from mirai_jax.data.pipeline import pipeline, small_sets
 from mirai_jax.models import vit
 from mirai_jax.models.teacher import show
 from mirai_jax.models.tokenizer import PatchCodebook
@@ -258,10 +248,10 @@ def test_held_out_images_are_never_trained_on(tmp_path, monkeypatch):
         sources.append(source)
         raise ConfigError("enough")
 
-    monkeypatch.setattr(data, "make_dataset", caught)
+    monkeypatch.setattr(pipeline, "make_dataset", caught)
     assert refusal(run, tiny(), tmp_path) == "enough"
     (source,) = sources
-    held_out = image_sets.load_images("mnist", split="held_out", held_out=500)
+    held_out = small_sets.load_images("mnist", split="held_out", held_out=500)
     assert len(source) == 4_500 and len(held_out.labels) == 500
     trained_on = {source[k]["image"].tobytes() for k in range(len(source))}
     assert not trained_on & {image.tobytes() for image in held_out.images}
@@ -330,7 +320,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished
 
 
 def test_it_does_not_go_on_with_other_images_of_the_same_names(tmp_path, finished, monkeypatch):
-    folder, load = tmp_path / "run", image_sets.load_images
+    folder, load = tmp_path / "run", small_sets.load_images
     shutil.copytree(finished[0], folder)
     (folder / "summary.png").unlink()
 
@@ -338,7 +328,7 @@ def test_it_does_not_go_on_with_other_images_of_the_same_names(tmp_path, finishe
         images = load(*arguments)
         return dataclasses.replace(images, images=images.images[::-1].copy())
 
-    monkeypatch.setattr(image_sets, "load_images", other)
+    monkeypatch.setattr(small_sets, "load_images", other)
     assert "began with another image_set" in refusal(run, tiny(objective="both"), folder)
 
 
@@ -379,7 +369,7 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     settings = schema.read(made, 1)
     module, loaded = frozen.make_teacher(settings)
     jax.tree.map(np.testing.assert_array_equal, loaded["network"], params["network"])
-    images = image_sets.load_images("mnist").images[:3]
+    images = small_sets.load_images("mnist").images[:3]
     got = module.apply({"params": loaded}, images)
     network = vit.DinoV2(teach_config.read(tiny(), 1).network)
     want, _ = network.apply({"params": params["network"]}, show(images, (32, 32)))

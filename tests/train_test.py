@@ -14,9 +14,10 @@ from absl import flags
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
-from mirai_jax import data, image_sets, memory, records, train, workdir
+from mirai_jax import memory, train, workdir
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config.schema import schema
+from mirai_jax.data.pipeline import pipeline, records, small_sets
 from mirai_jax.utils import progress
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, TrainingError
 
@@ -134,7 +135,7 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
 
 
 def test_batches_are_read_one_step_ahead_and_a_bad_one_harms_no_step_before(tmp_path, monkeypatch):
-    events, read = [], data.BatchIterator.__next__
+    events, read = [], pipeline.BatchIterator.__next__
 
     def noted(batches):
         index = batches.get_state()["next_index"]
@@ -147,7 +148,7 @@ def test_batches_are_read_one_step_ahead_and_a_bad_one_harms_no_step_before(tmp_
         if line.startswith("step "):
             events.append(f"step {int(line[5:].split('/')[0]) - 1}")
 
-    monkeypatch.setattr(data.BatchIterator, "__next__", noted)
+    monkeypatch.setattr(pipeline.BatchIterator, "__next__", noted)
     run(tiny(llamagen, num_steps=4, checkpoint_every=9), tmp_path / "whole", say)
     assert [event for event in events if "batch" in event] == [f"batch {i}" for i in range(4)]
     # Two steps are on the devices when the next batch is read; only then is the first looked at.
@@ -300,14 +301,14 @@ def test_cached_features_train_as_those_of_every_step(tmp_path):
 
 
 def test_a_run_does_not_go_on_with_other_images_of_the_same_names(tmp_path, monkeypatch):
-    config, load = tiny(llamagen, num_steps=1, sample_every=0), image_sets.load_images
+    config, load = tiny(llamagen, num_steps=1, sample_every=0), small_sets.load_images
     run(config, tmp_path)
 
     def other(*arguments):
         images = load(*arguments)
         return dataclasses.replace(images, labels=images.labels[::-1].copy())
 
-    monkeypatch.setattr(image_sets, "load_images", other)
+    monkeypatch.setattr(small_sets, "load_images", other)
     config.num_steps = 2
     with pytest.raises(ConfigError, match="began with another image_set: the checksum was"):
         run(config, tmp_path)

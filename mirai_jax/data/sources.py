@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mirai_jax import image_folders, image_sets
+from mirai_jax.data.pipeline import folders, small_sets
 from mirai_jax.utils.errors import DataError, first_line
 
 FORMS = (
@@ -154,12 +154,12 @@ class _Folder(ImageSource):
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        classes, files = image_folders.scan(self._spec, self._root)
+        classes, files = folders.scan(self._spec, self._root)
         if not classes:
-            loose = any(map(image_folders.is_image, files))
+            loose = any(map(folders.is_image, files))
             raise DataError(
                 f"images {self._spec!r} holds {'images but no class folders' if loose else 'none'}: "
-                f"expected are FOLDER/CLASS/IMAGE, with images of {' '.join(image_folders.SUFFIXES)}"
+                f"expected are FOLDER/CLASS/IMAGE, with images of {' '.join(folders.SUFFIXES)}"
             )
         return tuple(classes)
 
@@ -170,17 +170,17 @@ class _Folder(ImageSource):
     @functools.cached_property
     def _listing(self) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
         """Keys and labels of the images, and the keys of the other files."""
-        keys, labels, skipped = [], [], image_folders.scan(self._spec, self._root)[1]
+        keys, labels, skipped = [], [], folders.scan(self._spec, self._root)[1]
         for label, class_name in enumerate(self.class_names):
             before = len(keys)
             # By folder, then by file: the order of torchvision's ImageFolder.
-            for folder, files in sorted(image_folders.walk(self._spec, self._root, class_name)):
+            for folder, files in sorted(folders.walk(self._spec, self._root, class_name)):
                 for name in files:
-                    (keys if image_folders.is_image(name) else skipped).append(f"{folder}/{name}")
+                    (keys if folders.is_image(name) else skipped).append(f"{folder}/{name}")
             if len(keys) == before:
                 raise DataError(
                     f"images {self._spec!r}: class folder {class_name!r} holds no image: "
-                    f"expected are files of {' '.join(image_folders.SUFFIXES)}"
+                    f"expected are files of {' '.join(folders.SUFFIXES)}"
                 )
             labels += [label] * (len(keys) - before)
         for key in itertools.chain(keys, skipped):
@@ -393,8 +393,8 @@ class _BuiltIn(_Numbered):
         return self._loaded.class_names
 
     @functools.cached_property
-    def _loaded(self) -> image_sets.LabelledImages:
-        return image_sets.load_images(self._name, self._path, split="train", image_size=28)
+    def _loaded(self) -> small_sets.LabelledImages:
+        return small_sets.load_images(self._name, self._path, split="train", image_size=28)
 
     def _record(self, index: int) -> tuple[Any, Any, str | None]:
         return self._loaded.images[index], self._loaded.labels[index], None

@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
-from mirai_jax import manifest as manifest_lib
+from mirai_jax.data.pipeline import manifest
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import DataError, first_line
 
@@ -149,7 +149,7 @@ class CodeRecords:
         Raises:
             DataError: nothing there, a damaged shard, or a first record of another shape.
         """
-        self.manifest = manifest_lib.read(path) if path else None
+        self.manifest = manifest.read(path) if path else None
         if self.manifest is not None:
             self.manifest.check_complete(path)
         found = _find_shards(path)
