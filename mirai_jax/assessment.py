@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mirai_jax import drawing, foresight, frozen, image_streams, probe, sharding, weights
+from mirai_jax import drawing, foresight, image_streams, probe, sharding
 from mirai_jax.config.schema.schema import Settings, TeacherSettings
 from mirai_jax.data.pipeline.small_sets import LabelledImages
 from mirai_jax.feature_network import Network
@@ -38,6 +38,7 @@ from mirai_jax.parts import labelled_images
 from mirai_jax.sampler import SampleOptions
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
+from mirai_jax.weights.pretrained import frozen, pretrained
 
 FILE = "assessment.jsonl"
 _CHUNK = 250  # images at once
@@ -145,7 +146,7 @@ class Assessor:
     def of_run(self, settings: Settings, workdir: str) -> "RunAssessor":
         """For one run on these images: its tokens."""
         tokenizer, params = frozen.load_codebook(settings, workdir)
-        checksum = weights.checksum(params)
+        checksum = pretrained.checksum(params)
         if checksum not in self._tokenized:
             self._tokenized[checksum] = self._tokenize(tokenizer, params)
         tokens, of_teacher = self._tokenized[checksum], self.of_teacher(settings)

@@ -9,11 +9,12 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from mirai_jax import frozen, sharding
+from mirai_jax import sharding
 from mirai_jax.checkpoint import Checkpoints, steps_in
 from mirai_jax.parts import Parts
 from mirai_jax.step import TrainState, init_state
 from mirai_jax.utils.errors import ConfigError
+from mirai_jax.weights.pretrained import frozen
 from mirai_jax.workdir import check_workdir
 
 Say = Callable[[str], None]

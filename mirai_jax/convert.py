@@ -23,12 +23,12 @@ from typing import Any
 from absl import flags
 from flax import traverse_util
 
-from mirai_jax import frozen, safetensors_file, torch_file, torch_writer, weights
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.weights.pretrained import frozen, pretrained, safetensors, torch_reader, torch_writer
 
 _ENTRY = flags.DEFINE_string(
-    "entry", "", f"Key of a training checkpoint to take; default: {', '.join(weights.WRAPPERS)}."
+    "entry", "", f"Key of a training checkpoint to take; default: {', '.join(pretrained.WRAPPERS)}."
 )
 _GRID = flags.DEFINE_integer(
     "grid", 0, "Tokens a side of a generator; default: what the file says, else 16 is assumed."
@@ -46,7 +46,7 @@ def _count(params: Any) -> int:
 
 def from_torch(
     source: str, target: str, *, entry: str = "", grid: int = 0, num_heads: int = 0
-) -> weights.Weights:
+) -> pretrained.Weights:
     """A PyTorch file -> a converted folder.
 
     Args:
@@ -61,25 +61,25 @@ def from_torch(
     """
     if os.path.exists(target):
         raise ConfigError(f"{target} exists; it must be a new folder")
-    state, found, arguments = weights.read_state(source, entry)
+    state, found, arguments = pretrained.read_state(source, entry)
     about = {
         "file": os.path.basename(source),
         "entry": found,
-        "sha256": weights.sha256_of_file(source),
+        "sha256": pretrained.sha256_of_file(source),
     }
-    kind = weights.kind_of(state)
+    kind = pretrained.kind_of(state)
     for flag, given, kinds in (("grid", grid, ("generator",)),
                                ("num_heads", num_heads, ("generator", "teacher"))):  # fmt: skip
         if given and kind and kind not in kinds:
             raise ConfigError(f"--{flag} has no meaning here: {source} is a {kind}")
-    sides = weights.token_grid(grid, arguments)
-    made = weights.from_state(state, about, grid=sides, num_heads=num_heads, arguments=arguments)
+    sides = pretrained.token_grid(grid, arguments)
+    made = pretrained.from_state(state, about, grid=sides, num_heads=num_heads, arguments=arguments)
     del state  # what is stacked has been copied
-    weights.save(target, made)
+    pretrained.save(target, made)
     return made
 
 
-def _of_workdir(source: str, state: str, projectors: str) -> weights.Weights:
+def _of_workdir(source: str, state: str, projectors: str) -> pretrained.Weights:
     settings, saved, step = frozen.read_run("SOURCE", source)
     if state == "ema" and projectors:
         raise ConfigError(
@@ -98,12 +98,12 @@ def _of_workdir(source: str, state: str, projectors: str) -> weights.Weights:
         stacked = heads[projectors]
     params = saved["ema"] if state == "ema" else saved["params"]["generator"]
     about = {"file": source, "entry": f"{state} at step {step}"}
-    return weights.Weights("generator", settings.generator, params, stacked, about)
+    return pretrained.Weights("generator", settings.generator, params, stacked, about)
 
 
 def to_torch(
     source: str, target: str, *, state: str = "ema", projectors: str = ""
-) -> weights.Weights:
+) -> pretrained.Weights:
     """A converted folder or a workdir -> a PyTorch file.
 
     Args:
@@ -120,16 +120,16 @@ def to_torch(
         raise ConfigError(f"{target}: it must end in .pt, .pth or .safetensors")
     if os.path.exists(target):
         raise ConfigError(f"{target} exists; it must be a new file")
-    if weights.is_converted(source):
-        made = weights.load_converted(source)
+    if pretrained.is_converted(source):
+        made = pretrained.load_converted(source)
     else:
         made = _of_workdir(source, state, projectors)
-    named = weights.to_state(made)
-    told = {"args": weights.arguments_of(made.config)} if made.kind == "generator" else {}
+    named = pretrained.to_state(made)
+    told = {"args": pretrained.arguments_of(made.config)} if made.kind == "generator" else {}
     pathlib.Path(target).parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".safetensors":
         texts = {name: json.dumps(value) for name, value in told.items()}
-        safetensors_file.write(target, named, {"format": "pt", **texts})
+        safetensors.write(target, named, {"format": "pt", **texts})
     else:
         named = collections.OrderedDict(named)
         # The official scripts read a teacher bare and everything else under 'model'.
@@ -137,7 +137,7 @@ def to_torch(
     return made
 
 
-def _describe(made: weights.Weights) -> str:
+def _describe(made: pretrained.Weights) -> str:
     entry = made.source.get("entry")
     text = f"{made.kind}{f' ({entry})' if entry else ''}: {_count(made.params):,} parameters"
     if made.projectors is not None:
@@ -149,11 +149,11 @@ def _describe(made: weights.Weights) -> str:
 
 
 def main(argv: list[str]) -> None:
-    with cli.program(torch_file.TorchFileError, safetensors_file.SafetensorsError):
+    with cli.program(torch_reader.TorchFileError, safetensors.SafetensorsError):
         if len(argv) != 3:
             raise ConfigError("give SOURCE and TARGET; --help says more")
         source, target = map(os.path.expanduser, argv[1:])
-        folder, converted = os.path.isdir(source), weights.is_converted(source)
+        folder, converted = os.path.isdir(source), pretrained.is_converted(source)
         for flag in (_ENTRY, _GRID, _HEADS) if folder else ():
             if flag.present:
                 raise ConfigError(f"--{flag.name} has no meaning here: {source} knows it")

@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mirai_jax import frozen, image_streams, inception_weights, metrics, report, weights
+from mirai_jax import image_streams, metrics, report
 from mirai_jax.config.schema import schema
 from mirai_jax.data.pipeline import small_sets
 from mirai_jax.feature_network import Features, Network
 from mirai_jax.image_streams import ImageStream
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
+from mirai_jax.weights.pretrained import frozen, inception, pretrained
 
 _FLAGS = cli.flag_values(__name__)
 _SAMPLES = flags.DEFINE_list(
@@ -44,7 +45,7 @@ _REFERENCE = flags.DEFINE_string(
 _INCEPTION = flags.DEFINE_string(
     "inception",
     "",
-    f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used.",
+    f"{inception.FILE}; without it, EfficientNet-Lite0 is used.",
     flag_values=_FLAGS,
 )
 _OUT = flags.DEFINE_string(
@@ -184,7 +185,7 @@ def _protocol(spec: str) -> dict[str, Any]:
 
 def _checksum(spec: str) -> str:
     path = os.path.join(spec, "samples.npz") if os.path.isdir(spec) else spec
-    return weights.sha256_of_file(path) if os.path.isfile(path) else ""
+    return pretrained.sha256_of_file(path) if os.path.isfile(path) else ""
 
 
 def run(

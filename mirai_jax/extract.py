@@ -29,7 +29,7 @@ from array_record.python import array_record_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import report, weights
+from mirai_jax import report
 from mirai_jax.data.pipeline import manifest, records
 from mirai_jax.data.pipeline.crops import CropSpec, load_all_crops, load_crop
 from mirai_jax.data.pipeline.manifest import Manifest, Shard
@@ -38,6 +38,7 @@ from mirai_jax.models import batched, tokenizer, vq
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.utils.progress import Progress
+from mirai_jax.weights.pretrained import pretrained
 
 _IMAGES = flags.DEFINE_string(
     "images", None, "Folder with a folder a class, tfds:NAME[:SPLIT], grain:MODULE:SOURCE, ..."
@@ -122,9 +123,9 @@ def prepare(
                         ("num_workers", num_workers)):  # fmt: skip
         if value < 1:
             raise ConfigError(f"--{name} is {value}; it must be 1 or more")
-    loaded = weights.load("--tokenizer", tokenizer_path, "tokenizer")
+    loaded = pretrained.load("--tokenizer", tokenizer_path, "tokenizer")
     module = vq.VQModel(loaded.config, precision=precision)
-    params = weights.float32(loaded.params)
+    params = pretrained.float32(loaded.params)
     try:
         grid = module.grid((crops.image_size, crops.image_size))
     except ValueError as error:
@@ -144,7 +145,11 @@ def prepare(
     made = Manifest(
         images=source.describe(),
         crops=crops,
-        tokenizer={"checksum": weights.checksum(params), "file": loaded.source["file"], **shapes},
+        tokenizer={
+            "checksum": pretrained.checksum(params),
+            "file": loaded.source["file"],
+            **shapes,
+        },
         grid=grid,
         vocab_size=module.vocab_size,
         class_names=tuple(source.class_names),
@@ -278,7 +283,7 @@ def _finish_shard(job: Job, k: int, packed: list[bytes], part: dict[str, Any]) -
     path = job.out / job.shard_name(k)
     job.part_file(k).unlink(missing_ok=True)
     records.write_shard(path, packed)
-    part |= {"name": path.name, "records": len(packed), "sha256": weights.sha256_of_file(path)}
+    part |= {"name": path.name, "records": len(packed), "sha256": pretrained.sha256_of_file(path)}
     files.write_text(job.part_file(k), _json(part))
 
 

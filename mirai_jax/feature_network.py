@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import inception_weights, metrics, pretrained
+from mirai_jax import metrics
 from mirai_jax.image_streams import ImageStream
 from mirai_jax.models.efficientnet import EfficientNetLite0
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.utils.progress import Progress
+from mirai_jax.weights.pretrained import efficientnet, inception
 
 
 @dataclasses.dataclass
@@ -54,9 +55,9 @@ class Network:
         self.batch = batch_size * len(devices)
         self.is_inception = bool(inception)
         if inception:
-            params, apply = inception_weights.load(inception), _inception
+            params, apply = inception.load(inception), _inception
         else:
-            params = pretrained.load_efficientnet_lite0()
+            params = efficientnet.load_efficientnet_lite0()
             apply = functools.partial(_efficientnet, pixels)
         self._params = jax.device_put(params, NamedSharding(mesh, P()))
         self._apply = jax.jit(apply)

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import frozen, parts, sharding, step
+from mirai_jax import parts, sharding, step
 from mirai_jax.config.schema.schema import Settings
 from mirai_jax.models import vit
+from mirai_jax.weights.pretrained import frozen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import frozen, sharding, weights
+from mirai_jax import sharding
 from mirai_jax.config.schema import schema
 from mirai_jax.config.schema.schema import Settings
 from mirai_jax.data.pipeline import pipeline, records, small_sets
@@ -22,6 +22,7 @@ from mirai_jax.models import batched
 from mirai_jax.step import Recipe
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, DataError
+from mirai_jax.weights.pretrained import frozen, pretrained
 
 Say = Callable[[str], None]
 
@@ -69,7 +70,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
     if settings.needs_images:
         teacher, frozen_params["bidirectional"] = frozen.make_teacher(settings)
         # Here, for where its features are cached it is not kept.
-        identity["bidirectional"] = weights.checksum(frozen_params["bidirectional"])
+        identity["bidirectional"] = pretrained.checksum(frozen_params["bidirectional"])
         say(f"teacher: {settings.teacher.name}, {teacher.features} features a position")
     if settings.data.in_memory:
         load_crop, class_names = None, images.class_names
@@ -105,7 +106,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         pipeline.steps_per_epoch(len(source), settings.batch_size),
     )
     identity |= {
-        name: weights.checksum(params)
+        name: pretrained.checksum(params)
         for name, params in {"tokenizer": tokenizer_params, **frozen_params}.items()
         if params is not None and name not in identity
     }
@@ -267,7 +268,7 @@ def _check_manifest(settings: Settings, manifest: Any, tokenizer_params: Any) ->
         )
     if tokenizer_params is not None:
         theirs = manifest.tokenizer.get("checksum")
-        if weights.checksum(tokenizer_params) != theirs:
+        if pretrained.checksum(tokenizer_params) != theirs:
             raise ConfigError(
                 f"tokenizer.path is {settings.tokenizer.path!r}, not the tokenizer that made the "
                 f"codes of {settings.data.path} ({manifest.tokenizer.get('file')}, checksum "

@@ -27,11 +27,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from mirai_jax import frozen, report, sampler, weights
+from mirai_jax import report, sampler
 from mirai_jax.painter import Painter, Source
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.utils.progress import Progress
+from mirai_jax.weights.pretrained import frozen, pretrained
 
 _FLAGS = cli.flag_values(__name__)
 _WORKDIR = flags.DEFINE_string(
@@ -133,8 +134,8 @@ def of_checkpoint(path: str, tokenizer_path: str | None, grid: int = 0) -> Sourc
     """
     if not tokenizer_path:
         raise ConfigError("--tokenizer is missing; with --checkpoint it must be the VQ's weights")
-    sides = weights.token_grid(grid, {}) if grid else None
-    loaded = weights.load("--checkpoint", path, "generator", grid=sides)
+    sides = pretrained.token_grid(grid, {}) if grid else None
+    loaded = pretrained.load("--checkpoint", path, "generator", grid=sides)
     if sides not in (None, loaded.config.grid):
         raise ConfigError(f"--grid is {grid}; {path} knows its own, {loaded.config.grid}")
     vq_module, vq_params = frozen.load_vq_file("--tokenizer", tokenizer_path)
@@ -152,7 +153,7 @@ def of_checkpoint(path: str, tokenizer_path: str | None, grid: int = 0) -> Sourc
             f"{pixels} x {pixels} (--grid=N tells another)",
             flush=True,
         )
-    params = weights.float32(loaded.params)
+    params = pretrained.float32(loaded.params)
     return Source(loaded.config, params, vq_module, vq_params, about)
 
 
@@ -342,8 +343,8 @@ def run() -> None:
         raise ConfigError("--guidance is above 1; a generator without a null class takes 1 alone")
     labels = make_labels(_LABELS.value, _NUM.value, config.num_classes, _SEED.value)
     sums = {
-        "weights_sha256": weights.checksum(source.params),
-        "tokenizer_sha256": weights.checksum(source.tokenizer_params),
+        "weights_sha256": pretrained.checksum(source.params),
+        "tokenizer_sha256": pretrained.checksum(source.tokenizer_params),
     }
     for option, out in zip(options, _folders(source, options), strict=True):
         protocol = {

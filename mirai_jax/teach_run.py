@@ -1,7 +1,7 @@
 """The loop of `mirai_jax.teach`: one encoder in one workdir, which then serves as `teacher.path`.
 
 The workdir is that of a run (see workdir.py), without samples and parts.json, and when it is
-finished with the encoder alone in the converted folder `encoder` (see weights.py).
+finished with the encoder alone in the converted folder `encoder` (see weights/pretrained.py).
 """
 
 import collections
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import beginning, codebook, frozen, parts, report, sharding, teach_config, weights
+from mirai_jax import beginning, parts, report, sharding, teach_config
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.config.schema import fields
 from mirai_jax.data.pipeline import pipeline, records, small_sets
@@ -27,6 +27,7 @@ from mirai_jax.teach_config import Settings
 from mirai_jax.teach_step import Recipe, init_state, make_measure, make_train_step
 from mirai_jax.utils.errors import Preempted, TrainingError, closing, first_line
 from mirai_jax.utils.progress import Stopwatch, duration
+from mirai_jax.weights.pretrained import frozen, patch_codebook, pretrained
 from mirai_jax.workdir import MetricsWriter, note_event, open_workdir, read_metrics
 
 Say = Callable[[str], None]
@@ -62,7 +63,7 @@ def teach(
     if (
         begin == last
         and (workdir / "summary.png").exists()
-        and weights.is_converted(workdir / weights.ENCODER)
+        and pretrained.is_converted(workdir / pretrained.ENCODER)
     ):
         say(f"this run is finished ({begin:,} steps); {_how_to_use(workdir)}")
         return
@@ -87,12 +88,12 @@ def teach(
     batches = make_batches(settings, train)
     identity = {"image_set": small_sets.checksum(train)}
     if tokenizer:
-        identity["tokenizer"] = weights.checksum(tokenizer_params)
+        identity["tokenizer"] = pretrained.checksum(tokenizer_params)
     if begin:
         parts.check_same(identity, workdir, write=False)
     open_workdir(workdir, config)
     if tokenizer and not tokenizer_path.exists():
-        codebook.save_params(tokenizer_path, tokenizer_params)
+        patch_codebook.save_params(tokenizer_path, tokenizer_params)
     if not begin:
         (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
     parts.check_same(identity, workdir, write=True)
@@ -161,7 +162,7 @@ class _Run:
             try:
                 # Of a shorter run: they mark what is finished.
                 (self.workdir / "summary.png").unlink(missing_ok=True)
-                shutil.rmtree(self.workdir / weights.ENCODER, ignore_errors=True)
+                shutil.rmtree(self.workdir / pretrained.ENCODER, ignore_errors=True)
                 begin = self._begin()
                 self.writer = stack.enter_context(closing(MetricsWriter(self.workdir, begin)))
                 self._loop(begin)
@@ -305,8 +306,8 @@ class _Run:
             "held_out": str(self.settings.data.held_out),
         }
         network = jax.device_get(self.state.params["network"])
-        encoder = weights.Weights("teacher", self.settings.network, network, None, source)
-        weights.save(self.workdir / weights.ENCODER, encoder)
+        encoder = pretrained.Weights("teacher", self.settings.network, network, None, source)
+        pretrained.save(self.workdir / pretrained.ENCODER, encoder)
         title = f"{self.settings.name}-{self.settings.scale}"
         metrics = read_metrics(self.workdir)
         report.teacher_figure(summary, title, metrics)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import beginning, codebook, drawing, foresight, report, sharding
+from mirai_jax import beginning, drawing, foresight, report, sharding
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.config.schema import fields, schema
 from mirai_jax.data.pipeline.pipeline import WorkerDied
@@ -21,6 +21,7 @@ from mirai_jax.step import make_train_step
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import LESS_MEMORY, Lost, Preempted, TrainingError, closing, first_line
 from mirai_jax.utils.progress import Stopwatch, progress_line
+from mirai_jax.weights.pretrained import patch_codebook
 from mirai_jax.workdir import (
     MetricsWriter,
     note_event,
@@ -84,7 +85,7 @@ def train(
         if first:
             open_workdir(workdir, config)
             if settings.data.in_memory and not tokenizer_path.exists():
-                codebook.save_params(tokenizer_path, parts.tokenizer_params)
+                patch_codebook.save_params(tokenizer_path, parts.tokenizer_params)
             if not begin:
                 (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
             check_same(parts.identity, workdir, write=True)

@@ -19,23 +19,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs import llamagen, mirai_e
-from mirai_jax import (
-    convert,
-    foresight,
-    frozen,
-    safetensors_file,
-    torch_file,
-    torch_names,
-    torch_writer,
-    train,
-    weights,
-)
+from mirai_jax import convert, foresight, train
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config.schema import schema
 from mirai_jax.data.pipeline import records
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.utils.errors import ConfigError
+from mirai_jax.weights.pretrained import (
+    frozen,
+    pretrained,
+    safetensors,
+    torch_names,
+    torch_reader,
+    torch_writer,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -110,14 +108,14 @@ def state():
 
 def write(path, tree):
     if path.suffix == ".safetensors":
-        safetensors_file.write(path, tree)
+        safetensors.write(path, tree)
     else:
         torch_writer.write(path, tree)
     return str(path)
 
 
 def read(path):
-    return weights.read_state(path)[0]
+    return pretrained.read_state(path)[0]
 
 
 def assert_equal(one, other):
@@ -154,14 +152,14 @@ def test_what_comes_back_is_what_was_there_bit_for_bit(tmp_path, kind, mixed):
     source = write(tmp_path / ("a.safetensors" if mixed else "a.pt"), state)
     made = convert.from_torch(source, str(tmp_path / "folder"), **OPTIONS[name])
     assert (made.kind, made.config) == (name, CONFIGS[name])
-    assert_equal(weights.load_converted(tmp_path / "folder").tree, made.tree)
-    assert weights.load_converted(tmp_path / "folder").config == made.config
+    assert_equal(pretrained.load_converted(tmp_path / "folder").tree, made.tree)
+    assert pretrained.load_converted(tmp_path / "folder").config == made.config
     for suffix in SUFFIXES:
         target = tmp_path / f"back{suffix}"
         convert.to_torch(str(tmp_path / "folder"), str(target))
         assert_equal(read(target), state)
         if suffix != ".safetensors":  # as the official scripts read it
-            tree = torch_file.read(target)
+            tree = torch_reader.read(target)
             entries = {"teacher": list(state), "generator": ["model", "args"]}
             assert list(tree) == entries.get(name, ["model"])
             inner = tree if name == "teacher" else tree["model"]
@@ -195,7 +193,7 @@ def test_numbers_that_torch_files_cannot_hold(tmp_path, state):
     convert.from_torch(source, str(tmp_path / "folder"), **OPTIONS["generator"])
     convert.to_torch(str(tmp_path / "folder"), str(tmp_path / "b.safetensors"))
     assert_equal(read(tmp_path / "b.safetensors"), state)
-    with pytest.raises(torch_file.TorchFileError, match="float8_e4m3fn: allowed are") as error:
+    with pytest.raises(torch_reader.TorchFileError, match="float8_e4m3fn: allowed are") as error:
         convert.to_torch(str(tmp_path / "folder"), str(tmp_path / "b.pt"))
     assert "\n" not in str(error.value)
     assert files_in(tmp_path) == ["a.safetensors", "b.safetensors", "folder"]
@@ -211,13 +209,13 @@ def test_of_several_state_dicts_the_better_is_taken(tmp_path):
         tree[name] = random_state("generator", seed)
     for seed, name in zip((3, 2, 1, 0), order, strict=True):
         path = write(tmp_path / "a.pt", tree)
-        found, entry, _ = weights.read_state(path)
+        found, entry, _ = pretrained.read_state(path)
         assert entry == name
         assert_equal(found, random_state("generator", seed))
         for other in order[order.index(name) :]:
-            assert weights.read_state(path, other)[1] == other
+            assert pretrained.read_state(path, other)[1] == other
         tree[name] = None if seed % 2 else {}  # a run without this one
-    told = refused(weights.read_state, write(tmp_path / "a.pt", tree))
+    told = refused(pretrained.read_state, write(tmp_path / "a.pt", tree))
     assert "holds no state dict" in told and "entries are steps, optimizer, opt, args" in told
 
 
@@ -225,18 +223,18 @@ def test_the_entry_that_is_asked_for_is_taken(tmp_path, state):
     path = write(tmp_path / "a.pt", {"model": state, "ema_2": random_state("generator", 1)})
     made = convert.from_torch(path, str(tmp_path / "b"), entry="ema_2", **OPTIONS["generator"])
     assert made.source["entry"] == "ema_2"
-    assert_equal(weights.to_state(made), random_state("generator", 1))
-    told = refused(weights.read_state, path, "ema")
+    assert_equal(pretrained.to_state(made), random_state("generator", 1))
+    told = refused(pretrained.read_state, path, "ema")
     assert "no state dict under 'ema'" in told and "model, ema_2" in told
     # A state dict on its own has no entries, though its names look like some.
     bare = write(tmp_path / "b.pt", {"model": np.zeros(3), "ema": np.zeros(3)})
     assert list(read(bare)) == ["model", "ema"]
-    assert "no state dict under 'ema'" in refused(weights.read_state, bare, "ema")
+    assert "no state dict under 'ema'" in refused(pretrained.read_state, bare, "ema")
 
 
 @pytest.mark.parametrize("tree", [{}, [], 3, None, {"model": [1, 2]}, {"model": {"a": 1}}])
 def test_a_file_without_a_state_dict(tmp_path, tree):
-    assert "holds no state dict" in refused(weights.read_state, write(tmp_path / "a.pt", tree))
+    assert "holds no state dict" in refused(pretrained.read_state, write(tmp_path / "a.pt", tree))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +245,7 @@ def test_prefixes_of_wrappers_are_dropped(tmp_path, state, prefix):
     wrapped = {prefix + name: array for name, array in (state | rotary).items()}
     path = write(tmp_path / "a.pt", {"model": wrapped})
     made = convert.from_torch(path, str(tmp_path / "b"), **OPTIONS["generator"])
-    assert_equal(weights.to_state(made), state)
+    assert_equal(pretrained.to_state(made), state)
     # Where one name has no prefix it is part of the names.
     path = write(tmp_path / "a.pt", {"model": wrapped | {"norm.weight": state["norm.weight"]}})
     told = refused(convert.from_torch, path, str(tmp_path / "c"), **OPTIONS["generator"])
@@ -289,10 +287,10 @@ def save_with_namespace(path, state, arguments):
 )
 def test_the_grid_is_what_the_arguments_say(tmp_path, state, arguments, grid, expected):
     source = save_with_namespace(tmp_path / "a.pt", state, arguments)
-    assert torch_file.read(source)["args"].keys() == arguments.keys()
+    assert torch_reader.read(source)["args"].keys() == arguments.keys()
     made = convert.from_torch(source, str(tmp_path / "b"), grid=grid, num_heads=2)
     assert made.config.grid == (expected, expected)
-    assert weights.load_converted(tmp_path / "b").config.grid == (expected, expected)
+    assert pretrained.load_converted(tmp_path / "b").config.grid == (expected, expected)
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -303,7 +301,7 @@ def test_a_file_keeps_what_weights_do_not_tell(tmp_path, state, suffix, classes,
         CONFIGS["generator"], grid=(3, 8), num_classes=classes, class_dropout=class_dropout
     )
     params = torch_names.generator_from_torch(config, state)
-    weights.save(tmp_path / "a", weights.Weights("generator", config, params))
+    pretrained.save(tmp_path / "a", pretrained.Weights("generator", config, params))
     convert.to_torch(str(tmp_path / "a"), str(tmp_path / f"b.{suffix}"))
     back = convert.from_torch(str(tmp_path / f"b.{suffix}"), str(tmp_path / "c"))
     assert back.config == config and "grid" not in back.source
@@ -313,7 +311,7 @@ def test_a_file_keeps_what_weights_do_not_tell(tmp_path, state, suffix, classes,
 def test_an_assumed_grid_is_told(tmp_path, state):
     made = convert.from_torch(write(tmp_path / "a.pt", state), str(tmp_path / "b"), num_heads=2)
     assert made.config.grid == (16, 16) and "16 x 16 is assumed" in convert._describe(made)
-    assert weights.load_converted(tmp_path / "b").source["grid"] == "assumed"
+    assert pretrained.load_converted(tmp_path / "b").source["grid"] == "assumed"
     made = convert.from_torch(str(tmp_path / "a.pt"), str(tmp_path / "c"), num_heads=2, grid=16)
     assert "assumed" not in convert._describe(made)
 
@@ -341,7 +339,7 @@ def test_published_sizes_know_their_number_of_heads():
     state["tok_embeddings.weight"] = np.broadcast_to(np.float32(0), (16384, width))
     state["cls_embedding.embedding_table.weight"] = np.broadcast_to(np.float32(0), (1001, width))
     # Refused for its other names alone, which are those of the published size.
-    told = refused(weights.from_state, state, {"file": "x.pt"})
+    told = refused(pretrained.from_state, state, {"file": "x.pt"})
     assert "num_heads" not in told and f"layers.{layers - 1}.attention.wo.weight" in told
 
 
@@ -405,7 +403,7 @@ def test_what_is_not_there_or_already_there(tmp_path, state):
         assert told.endswith(f"{wrong}: it must end in .pt, .pth or .safetensors")
     told = refused(convert.to_torch, str(taken), str(tmp_path / "new" / "b.pt"))
     assert f"SOURCE is {str(taken)!r}, not the workdir of a run" in told
-    told = refused(weights.load, "tokenizer.path", str(taken), "tokenizer")
+    told = refused(pretrained.load, "tokenizer.path", str(taken), "tokenizer")
     assert told.startswith(f"tokenizer.path is {str(taken)!r}: ") and "convert" in told
     assert files_in(tmp_path) == ["a.pt", "folder", "taken"] and not files_in(taken)
 
@@ -435,9 +433,9 @@ def test_a_damaged_folder_is_told(tmp_path, state):
 
 
 def test_a_folder_that_cannot_be_ended_is_not_begun(tmp_path, state):
-    made = weights.from_state(state, {"file": object()}, num_heads=2)  # no JSON
+    made = pretrained.from_state(state, {"file": object()}, num_heads=2)  # no JSON
     with pytest.raises(TypeError):
-        weights.save(tmp_path / "folder", made)
+        pretrained.save(tmp_path / "folder", made)
     assert files_in(tmp_path) == []
 
 
@@ -478,22 +476,24 @@ def test_any_state_dict_is_a_network_or_refused_in_one_line(kind, changes, num_h
     shapes = SHAPES[kind] | changes
     state = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items() if s is not None}
     try:
-        made = weights.from_state(state, {"file": "a.pt"}, num_heads=num_heads)
+        made = pretrained.from_state(state, {"file": "a.pt"}, num_heads=num_heads)
     except ConfigError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        assert made.kind in weights.KINDS
+        assert made.kind in pretrained.KINDS
 
 
 # What takes weights -------------------------------------------------------------------------------
 
 
 def test_weights_of_another_kind_are_refused(tmp_path, state):
-    paths = {kind: write(tmp_path / f"{kind}.pt", random_state(kind)) for kind in weights.KINDS}
+    paths = {kind: write(tmp_path / f"{kind}.pt", random_state(kind)) for kind in pretrained.KINDS}
     convert.from_torch(paths["teacher"], str(tmp_path / "folder"))
     for kind, path in [*paths.items(), ("teacher", str(tmp_path / "folder"))]:
-        for wanted in weights.KINDS:
-            load = lambda wanted=wanted, path=path: weights.load("a.b", path, wanted, num_heads=1)
+        for wanted in pretrained.KINDS:
+            load = lambda wanted=wanted, path=path: pretrained.load(
+                "a.b", path, wanted, num_heads=1
+            )
             if kind == wanted:
                 assert load().kind == kind
             else:
@@ -507,7 +507,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, state, bad, dtype):
     array[3, 4] = bad
     changed = {name: value.astype(dtype) for name, value in state.items()}
     source = write(tmp_path / "a.pt", changed | {"layers.1.attention.wo.weight": array})
-    told = refused(weights.load, "x", source, "generator", num_heads=2)
+    told = refused(pretrained.load, "x", source, "generator", num_heads=2)
     assert told.endswith("whose layers/attention/wo/kernel has numbers that are not finite")
 
 
@@ -516,7 +516,7 @@ def test_the_checksum_is_of_the_numbers(tmp_path, state):
     convert.from_torch(paths[0], str(tmp_path / "folder"), **OPTIONS["generator"])
 
     def checksum(path):
-        return weights.checksum(weights.load("x", str(path), "generator", num_heads=2).params)
+        return pretrained.checksum(pretrained.load("x", str(path), "generator", num_heads=2).params)
 
     (same,) = {checksum(path) for path in [*paths, tmp_path / "folder"]}
     assert len(same) == 64
@@ -535,7 +535,7 @@ def test_the_checksum_is_of_the_numbers(tmp_path, state):
     # The same numbers in the same order, under another name or in another shape.
     tree = {"a": {"b": np.arange(6, dtype=np.float32)}}
     other = {"a": {"c": tree["a"]["b"]}}, {"a": {"b": tree["a"]["b"].reshape(2, 3)}}
-    assert len({weights.checksum(t) for t in (tree, *other)}) == 3
+    assert len({pretrained.checksum(t) for t in (tree, *other)}) == 3
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -592,14 +592,14 @@ def test_a_run_goes_to_pytorch_and_back(runs, tmp_path):
         convert.to_torch(str(folder / "taught"), target, **options)
         made = convert.from_torch(target, f"{target}_folder", **OPTIONS["generator"])
         assert (made.config.num_layers, made.config.vocab_size) == (2, 16)
-        return weights.load_converted(f"{target}_folder")
+        return pretrained.load_converted(f"{target}_folder")
 
     assert_equal(there_and_back("ema.pt").tree, {"params": average})
     assert_equal(there_and_back("model.pth", state="model").params, trained)
     both = there_and_back("both.safetensors", state="model", projectors="checkpoint")
     assert_equal(both.params, trained)
     assert_equal(both.projectors, state["params"]["foresight"]["checkpoint"])
-    names = list(torch_file.read(tmp_path / "ema.pt")["model"])
+    names = list(torch_reader.read(tmp_path / "ema.pt")["model"])
     assert not any(name.startswith("projectors.") for name in names)
 
 
@@ -655,9 +655,9 @@ def test_converted_weights_teach_as_the_run_they_are_of(runs):
 def test_a_teacher_of_other_tokens_is_refused(runs, tmp_path, change, message):
     folder, student = runs
     about = json.loads((folder / "plain_folder" / "model.json").read_text())
-    made = weights.load_converted(folder / "plain_folder")
+    made = pretrained.load_converted(folder / "plain_folder")
     other = GeneratorConfig(**(about["config"] | {"grid": (4, 4)} | change))
-    weights.save(tmp_path / "a", weights.Weights("generator", other, made.params, None, {}))
+    pretrained.save(tmp_path / "a", pretrained.Weights("generator", other, made.params, None, {}))
     assert message in refused(frozen.load_generator, "f", str(tmp_path / "a"), student, None)
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import pretrained
 from mirai_jax.models import efficientnet
+from mirai_jax.weights.pretrained import efficientnet
 
 DATA = np.load(pathlib.Path(__file__).parent / "data" / "efficientnet_lite0_a.npz")
 EGYPTIAN_CAT = 285
@@ -37,7 +37,7 @@ def random_params():
 @pytest.fixture(scope="module")
 def weights():
     try:
-        return {"params": pretrained.load_efficientnet_lite0()}
+        return {"params": efficientnet.load_efficientnet_lite0()}
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
 
@@ -147,4 +147,4 @@ def test_refuses(random_params, x, how):
 
 def test_absent_package_is_named():
     with pytest.raises(ModuleNotFoundError, match="pip install no-such-package$"):
-        pretrained._package_file("no-such-package", "models/x.pth")
+        efficientnet._package_file("no-such-package", "models/x.pth")

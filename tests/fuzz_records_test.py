@@ -28,9 +28,10 @@ from hypothesis import strategies as st
 from mirai_jax.data.pipeline.crops import CropSpec
 
 from configs import llamagen
-from mirai_jax import frozen, train, weights, workdir
+from mirai_jax import train, workdir
 from mirai_jax.data.pipeline import manifest, pipeline, records, small_sets, sources
 from mirai_jax.utils.errors import ConfigError, DataError
+from mirai_jax.weights.pretrained import frozen, pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -420,7 +421,7 @@ def test_paths_of_any_text_are_refused_in_one_line(tmp_path, monkeypatch, amount
         "fashion_mnist": lambda path: small_sets.load_images("fashion_mnist", path or "no"),
         "images": lambda path: len(sources.open_images(path)),
         "tokenizer.path": lambda path: frozen.load_vq_file("tokenizer.path", path),
-        "teacher.path": lambda path: weights.load("teacher.path", path, "teacher"),
+        "teacher.path": lambda path: pretrained.load("teacher.path", path, "teacher"),
         "init_from": lambda path: frozen.read_settings("init_from", path),
     }
     text = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=9)

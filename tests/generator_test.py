@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import foresight, torch_names
+from mirai_jax import foresight
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.weights.pretrained import torch_names
 
 CONFIG = GeneratorConfig(
     num_layers=3, num_heads=2, width=32, vocab_size=24, num_classes=5, grid=(3, 4)

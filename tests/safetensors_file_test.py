@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mirai_jax.weights.pretrained.safetensors import SafetensorsError
 
-from mirai_jax import safetensors_file
-from mirai_jax.safetensors_file import SafetensorsError
+from mirai_jax.weights.pretrained import safetensors
 
 REFERENCE = pathlib.Path(__file__).parent / "data" / "reference.safetensors"
 DTYPES = [
@@ -59,12 +59,12 @@ def assert_same(got, want):
 
 
 def test_reads_what_the_reference_wrote():
-    assert_same(safetensors_file.read(REFERENCE), expected())
+    assert_same(safetensors.read(REFERENCE), expected())
 
 
 def test_writes_as_the_reference_does_byte_for_byte(tmp_path):
     path = tmp_path / "file.safetensors"
-    safetensors_file.write(str(path), expected(), {"format": "pt"})
+    safetensors.write(str(path), expected(), {"format": "pt"})
     assert path.read_bytes() == REFERENCE.read_bytes()
     assert os.listdir(tmp_path) == [path.name]
 
@@ -75,7 +75,7 @@ def test_the_order_of_names_and_metadata_does_not_matter(tmp_path):
     for turn in (list, reversed):
         path = tmp_path / "file.safetensors"
         arrays = dict(turn(expected().items()))
-        safetensors_file.write(path, arrays, dict(turn(texts.items())))
+        safetensors.write(path, arrays, dict(turn(texts.items())))
         files.append(path.read_bytes())
     assert files[0] == files[1]
 
@@ -108,8 +108,8 @@ def test_round_trip(tmp_path):
         st.none() | st.dictionaries(names, names, max_size=3),
     )
     def check(arrays, metadata):
-        safetensors_file.write(path, arrays, metadata)
-        assert_same(safetensors_file.read(path), arrays)
+        safetensors.write(path, arrays, metadata)
+        assert_same(safetensors.read(path), arrays)
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
@@ -136,7 +136,7 @@ def file_of(header, data=bytes(8)) -> bytes:
 def read_bytes(data: bytes, folder: pathlib.Path):
     path = folder / "file.safetensors"
     path.write_bytes(data)
-    return safetensors_file.read(path)
+    return safetensors.read(path)
 
 
 def refusal(data: bytes, folder: pathlib.Path) -> str:
@@ -223,18 +223,18 @@ def test_refuses(data, message, tmp_path):
 def test_the_longest_header(tmp_path, monkeypatch):
     header = json.dumps({"a": entry()}).encode()
     for limit in (len(header), len(header) - 1):
-        monkeypatch.setattr(safetensors_file, "_MAX_HEADER", limit)
+        monkeypatch.setattr(safetensors, "_MAX_HEADER", limit)
         if limit == len(header):
             read_bytes(file_of(header), tmp_path)
         else:
             assert f"allowed are {limit}" in refusal(file_of(header), tmp_path)
     with pytest.raises(SafetensorsError, match="its header would have"):
-        safetensors_file.write(tmp_path / "file.safetensors", {"a" * limit: np.zeros(2)})
+        safetensors.write(tmp_path / "file.safetensors", {"a" * limit: np.zeros(2)})
 
 
 def test_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        safetensors_file.read(tmp_path / "none.safetensors")
+        safetensors.read(tmp_path / "none.safetensors")
 
 
 def test_damage_never_raises_anything_else(tmp_path):
@@ -296,7 +296,7 @@ def test_damage_never_raises_anything_else(tmp_path):
 def test_what_cannot_be_written_is_named(arrays, metadata, message, tmp_path):
     path = tmp_path / "file.safetensors"
     with pytest.raises(SafetensorsError) as caught:
-        safetensors_file.write(path, arrays, metadata)
+        safetensors.write(path, arrays, metadata)
     told = str(caught.value)
     assert told.startswith(f"{path}: ") and message in told and "\n" not in told
     assert os.listdir(tmp_path) == []
@@ -304,7 +304,7 @@ def test_what_cannot_be_written_is_named(arrays, metadata, message, tmp_path):
 
 def test_a_failure_leaves_the_former_file(tmp_path, monkeypatch):
     path = tmp_path / "file.safetensors"
-    safetensors_file.write(path, {"a": np.zeros(2)})
+    safetensors.write(path, {"a": np.zeros(2)})
     former = path.read_bytes()
 
     def full(_):
@@ -313,12 +313,12 @@ def test_a_failure_leaves_the_former_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            safetensors_file.write(path, {"a": np.ones(2)})
+            safetensors.write(path, {"a": np.ones(2)})
     assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == former
     with pytest.raises(FileNotFoundError):
-        safetensors_file.write(tmp_path / "none" / "file.safetensors", {})
-    safetensors_file.write(path, {"a": np.ones(2)})
-    np.testing.assert_array_equal(safetensors_file.read(path)["a"], [1, 1])
+        safetensors.write(tmp_path / "none" / "file.safetensors", {})
+    safetensors.write(path, {"a": np.ones(2)})
+    np.testing.assert_array_equal(safetensors.read(path)["a"], [1, 1])
 
 
 def test_writing_copies_one_array_at_a_time(tmp_path):
@@ -328,7 +328,7 @@ def test_writing_copies_one_array_at_a_time(tmp_path):
     for tree, limit in [(arrays, 0.5), (transposed, 2.5)]:
         tracemalloc.start()
         try:
-            safetensors_file.write(tmp_path / "file.safetensors", tree)
+            safetensors.write(tmp_path / "file.safetensors", tree)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

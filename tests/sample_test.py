@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from configs import llamagen
-from mirai_jax import frozen, sample, torch_names, torch_writer, train, weights
 from mirai_jax import painter as painter_lib
+from mirai_jax import sample, train
 from mirai_jax.models import generator, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.tokenizer import PatchCodebook
@@ -26,6 +26,7 @@ from mirai_jax.models.vit import resize_bicubic
 from mirai_jax.sampler import SampleOptions
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress
+from mirai_jax.weights.pretrained import frozen, pretrained, torch_names, torch_writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -77,8 +78,8 @@ def converted(tmp_path_factory):
     """A folder with a converted generator ('generator') and a VQ's PyTorch file ('vq.pt')."""
     folder = tmp_path_factory.mktemp("converted")
     params = jax.device_get(random_params(GENERATOR))
-    made = weights.Weights("generator", GENERATOR, params, None, {"entry": "ema"})
-    weights.save(folder / "generator", made)
+    made = pretrained.Weights("generator", GENERATOR, params, None, {"entry": "ema"})
+    pretrained.save(folder / "generator", made)
     init = jax.jit(vq.VQModel(VQ).init)
     params = init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     torch_writer.write(folder / "vq.pt", {"model": torch_names.vq_to_torch(VQ, params)})
@@ -142,7 +143,7 @@ def test_a_folder_of_samples(workdir, tmp_path, capsys):
         assert (np.asarray(grid)[4:68:2, -68:-4:2] == images[7]).all()
     told = protocol(out)
     ema = frozen.read_run("", str(workdir))[1]["ema"]
-    assert told["weights_sha256"] == weights.checksum(ema)
+    assert told["weights_sha256"] == pretrained.checksum(ema)
     assert told["workdir"] == workdir.name and (told["step"], told["state"]) == (2, "ema")
     expected = {"num_images": 19, "labels": "balanced", "seed": 0, "guidance": 1.5, "top_k": 9,
                 "top_p": 1.0, "temperature": 1.0, "interval": -1, "resize": 0, "batch_size": 3}  # fmt: skip
@@ -168,7 +169,7 @@ def test_step_and_state_choose_the_weights(workdir, tmp_path):
             f"--step={step}", f"--state={state}",
         )  # fmt: skip
         tree = saved[step]["ema"] if state == "ema" else saved[step]["params"]["generator"]
-        assert protocol(out)["weights_sha256"] == weights.checksum(tree)
+        assert protocol(out)["weights_sha256"] == pretrained.checksum(tree)
         assert (protocol(out)["step"], protocol(out)["state"]) == (step, state)
         images.append(read(out)[0])
     assert (images[0] != images[1]).any() and (images[1] != images[2]).any()

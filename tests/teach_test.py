@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import mirai_i, teacher
-from mirai_jax import frozen, teach, teach_config, teach_run, teach_step, train, weights, workdir
+from mirai_jax import teach, teach_config, teach_run, teach_step, train, workdir
 from mirai_jax.config.schema import fields, schema
 from mirai_jax.data.pipeline import pipeline, small_sets
 from mirai_jax.models import vit
@@ -20,6 +20,7 @@ from mirai_jax.models.teacher import show
 from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.utils.errors import ConfigError, Preempted
+from mirai_jax.weights.pretrained import frozen, pretrained
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -49,7 +50,7 @@ def entries(folder):
 
 
 def encoder(folder):
-    return weights.load("teacher.path", str(folder), "teacher")
+    return pretrained.load("teacher.path", str(folder), "teacher")
 
 
 def refusal(run_it, *arguments):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import codebook
 from mirai_jax.models import tokenizer
+from mirai_jax.weights.pretrained import patch_codebook
 
 
 def random_images(count, height, width, channels, seed=0):
@@ -22,7 +22,7 @@ def make(vocab_size=7, image_size=(8, 12), patch=4, channels=2):
         vocab_size=vocab_size, image_size=image_size, patch=patch, channels=channels
     )
     codebook = np.random.RandomState(1).uniform(-1, 1, (vocab_size, patch * patch * channels))
-    return module, {"params": {"codebook": codebook.astype(np.float32)}}
+    return module, {"params": {"codebook": patch_codebook.astype(np.float32)}}
 
 
 def test_pixels_survive_the_round_trip():
@@ -111,8 +111,8 @@ def test_fit_is_deterministic_and_better_with_more_prototypes():
     images = smooth_images()
     errors = []
     for vocab_size in (4, 16, 64):
-        params = codebook.fit_patch_codebook(images, patch=4, vocab_size=vocab_size, seed=0)
-        again = codebook.fit_patch_codebook(images, patch=4, vocab_size=vocab_size, seed=0)
+        params = patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=vocab_size, seed=0)
+        again = patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=vocab_size, seed=0)
         assert params["codebook"].tobytes() == again["codebook"].tobytes()
         assert params["codebook"].shape == (vocab_size, 16)
         assert params["codebook"].dtype == np.float32
@@ -129,25 +129,25 @@ def test_fit_is_deterministic_and_better_with_more_prototypes():
 def test_fit_on_a_subset_of_many_patches(monkeypatch):
     images = smooth_images()
     monkeypatch.setattr(codebook, "_PATCHES_FITTED", 2000)
-    params = codebook.fit_patch_codebook(images, patch=4, vocab_size=64, seed=0)
+    params = patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=64, seed=0)
     assert reconstruction_error(images, params) < 0.01
     # Where the subset holds too few distinct patches but the images do not, all are used.
     distinct = len(np.unique(tokenizer.unfold(images, 4).reshape(-1, 16), axis=0))
     monkeypatch.setattr(codebook, "_PATCHES_FITTED", 50)
     assert distinct > 64
-    params = codebook.fit_patch_codebook(images, patch=4, vocab_size=64, seed=0)
+    params = patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=64, seed=0)
     assert len(np.unique(params["codebook"], axis=0)) == 64
 
 
 def test_fit_refuses_more_prototypes_than_patches():
     images = np.zeros((10, 8, 8, 1), np.uint8)
     images[:5, :4] = 255
-    params = codebook.fit_patch_codebook(images, patch=4, vocab_size=2, seed=0)
+    params = patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=2, seed=0)
     np.testing.assert_array_equal(params["codebook"], [[-1] * 16, [1] * 16])
     with pytest.raises(ValueError, match="vocab_size 3 is too large: the images have only 2"):
-        codebook.fit_patch_codebook(images, patch=4, vocab_size=3, seed=0)
+        patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=3, seed=0)
     with pytest.raises(ValueError, match="does not divide"):
-        codebook.fit_patch_codebook(images, patch=3, vocab_size=2, seed=0)
+        patch_codebook.fit_patch_codebook(images, patch=3, vocab_size=2, seed=0)
 
 
 # The file ----------------------------------------------------------------------------------------
@@ -155,28 +155,28 @@ def test_fit_refuses_more_prototypes_than_patches():
 
 def test_parameters_survive_the_file(tmp_path):
     params = {"codebook": np.float32([[1, 2]]), "a": {"b": {"kernel": np.arange(6).reshape(2, 3)}}}
-    codebook.save_params(tmp_path / "p.npz", params)
+    patch_codebook.save_params(tmp_path / "p.npz", params)
     assert [file.name for file in tmp_path.iterdir()] == ["p.npz"]
-    loaded = codebook.load_params(tmp_path / "p.npz")
+    loaded = patch_codebook.load_params(tmp_path / "p.npz")
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     for array, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
         assert array.dtype == other.dtype
         np.testing.assert_array_equal(array, other)
     first = (tmp_path / "p.npz").read_bytes()
-    codebook.save_params(tmp_path / "p.npz", params)
+    patch_codebook.save_params(tmp_path / "p.npz", params)
     assert (tmp_path / "p.npz").read_bytes() == first
 
 
 def test_a_damaged_parameter_file_is_named(tmp_path):
     file = tmp_path / "p.npz"
-    codebook.save_params(file, {"codebook": np.random.RandomState(0).rand(9, 9)})
+    patch_codebook.save_params(file, {"codebook": np.random.RandomState(0).rand(9, 9)})
     raw = file.read_bytes()
     for damaged in (b"", b"text", raw[:-30], raw[:100], raw[:300] + b"?" + raw[301:]):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="p.npz: damaged parameter file") as error:
-            codebook.load_params(file)
+            patch_codebook.load_params(file)
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError):
-        codebook.load_params(tmp_path / "other.npz")
+        patch_codebook.load_params(tmp_path / "other.npz")
     with pytest.raises(ValueError, match="which .npz cannot keep"):
-        codebook.save_params(file, {"a": jnp.zeros(2, jnp.bfloat16)})
+        patch_codebook.save_params(file, {"a": jnp.zeros(2, jnp.bfloat16)})

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from mirai_jax.weights.pretrained.torch_reader import TorchFileError
 
-from mirai_jax import torch_file, torch_writer
-from mirai_jax.torch_file import TorchFileError
+from mirai_jax.weights.pretrained import torch_reader, torch_writer
 
 DATA = pathlib.Path(__file__).parent / "data"
 FIXTURES = {name: DATA / f"torch_{name}.pth" for name in ("legacy", "zip")}
@@ -101,20 +101,20 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("layout", FIXTURES)
 def test_reads_what_torch_wrote(layout):
-    tree = torch_file.read(FIXTURES[layout])
+    tree = torch_reader.read(FIXTURES[layout])
     assert_same(tree, expected())
     assert not vars(tree["model"])  # torch's _metadata is dropped
 
 
 def test_what_training_checkpoints_hold_besides_tensors():
-    tree = torch_file.read(DATA / "torch_args.pth")
+    tree = torch_reader.read(DATA / "torch_args.pth")
     assert_same(tree, expected_args())
     assert tree["pair"][0] is tree["args"]  # what was one object still is
 
 
 @pytest.mark.parametrize("layout", FIXTURES)
 def test_shared_storage_stays_shared_and_writable(layout):
-    tree = torch_file.read(str(FIXTURES[layout]))
+    tree = torch_reader.read(str(FIXTURES[layout]))
     assert np.shares_memory(tree["base"], tree["part"])
     tree["base"][2] = -1
     assert tree["part"][0] == -1
@@ -182,11 +182,11 @@ def zip_file(body: bytes, compression=zipfile.ZIP_STORED, count=4, byteorder=b"l
 def read_bytes(data: bytes, folder: pathlib.Path):
     path = folder / "file.pth"
     path.write_bytes(data)
-    return torch_file.read(path)
+    return torch_reader.read(path)
 
 
 def refusal(data: bytes, folder: pathlib.Path) -> str:
-    with pytest.raises(torch_file.TorchFileError) as caught:
+    with pytest.raises(torch_reader.TorchFileError) as caught:
         read_bytes(data, folder)
     message = str(caught.value)
     assert message.startswith(str(folder / "file.pth")) and "\n" not in message
@@ -468,8 +468,8 @@ NAMES = [
 @pytest.mark.parametrize("state", [{"a": 1}, (None, {"a": 1}), (None, {"__call__": 1})])
 def test_nothing_of_a_name_can_be_altered(dotted, state, tmp_path):
     def attributes():
-        functions = [v for v in vars(torch_file).values() if hasattr(v, "__dict__")]
-        functions += [v for v in vars(torch_file._Reader).values() if hasattr(v, "__dict__")]
+        functions = [v for v in vars(torch_reader).values() if hasattr(v, "__dict__")]
+        functions += [v for v in vars(torch_reader._Reader).values() if hasattr(v, "__dict__")]
         return [dict(vars(f)) for f in functions] + [dict(vars(collections.OrderedDict))]
 
     before = attributes()
@@ -479,7 +479,7 @@ def test_nothing_of_a_name_can_be_altered(dotted, state, tmp_path):
 
 def test_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        torch_file.read(tmp_path / "none.pth")
+        torch_reader.read(tmp_path / "none.pth")
 
 
 def attempt(data: bytes, folder: pathlib.Path):
@@ -597,18 +597,18 @@ def test_arrays_of_every_kind_come_back(dtype, tmp_path):
     path = tmp_path / "file.pt"
     torch_writer.write(str(path), collections.OrderedDict(arrays))
     want = {key: np.array(array, dtype) for key, array in arrays.items()}
-    assert_same(torch_file.read(path), collections.OrderedDict(want))
+    assert_same(torch_reader.read(path), collections.OrderedDict(want))
     assert os.listdir(tmp_path) == [path.name]
 
 
 def test_what_read_returns_can_be_written(tmp_path):
     path = tmp_path / "file.pt"
     for tree, want in [
-        (torch_file.read(FIXTURES["zip"]), expected()),
-        (torch_file.read(DATA / "torch_args.pth"), expected_args()),
+        (torch_reader.read(FIXTURES["zip"]), expected()),
+        (torch_reader.read(DATA / "torch_args.pth"), expected_args()),
     ]:
         torch_writer.write(path, tree)
-        assert_same(torch_file.read(path), want)
+        assert_same(torch_reader.read(path), want)
 
 
 def test_any_tree_comes_back(tmp_path):
@@ -633,7 +633,7 @@ def test_any_tree_comes_back(tmp_path):
     @given(st.recursive(leaves, nested, max_leaves=12))
     def check(tree):
         torch_writer.write(path, tree)
-        assert_same(torch_file.read(path), tree)
+        assert_same(torch_reader.read(path), tree)
 
     check()
 
@@ -652,7 +652,7 @@ def test_layout_of_written_files(limit, tmp_path, monkeypatch):
     path = tmp_path / "file.pt"
     tree = expected() | {"numbers": [0, -1, 255, 2**16, -(2**31), 2**31, 2**2000, 0.5], "": "ü"}
     torch_writer.write(path, tree)
-    assert_same(torch_file.read(path), tree)
+    assert_same(torch_reader.read(path), tree)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         program = archive.read("archive/data.pkl")

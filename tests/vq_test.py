@@ -18,10 +18,11 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax import foresight, torch_names
+from mirai_jax import foresight
 from mirai_jax.models import batched, tokenizer, vit, vq
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.weights.pretrained import torch_names
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 DATA = pathlib.Path(__file__).parent / "data"

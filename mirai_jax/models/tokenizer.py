@@ -32,7 +32,7 @@ class PatchCodebook(nn.Module):
     """Each patch of pixels becomes the nearest of `vocab_size` prototype patches.
 
     The tokenizer of the small data sets: one parameter, fitted by k-means in seconds
-    (`mirai_jax.codebook.fit_patch_codebook`).
+    (`mirai_jax.weights.patch_codebook.fit_patch_codebook`).
 
     Attributes:
         vocab_size: number of prototypes V.

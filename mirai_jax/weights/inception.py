@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from mirai_jax import torch_names, weights
 from mirai_jax.models.inception import BATCH_NORM_EPSILON, NUM_CLASSES, InceptionV3
 from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.weights.pretrained import pretrained, torch_names
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -32,13 +32,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"there is no file {str(path)!r} of Inception-v3's weights, which FID, sFID and "
             f"Inception Score need; it is {FILE}, published at {URL}"
         )
-    found = weights.sha256_of_file(path)
+    found = pretrained.sha256_of_file(path)
     if not found.startswith(SHA256_START):
         raise ConfigError(
             f"{path} has SHA-256 {found[:8]}...; that of {FILE} begins {SHA256_START}: fetch it "
             f"again from {URL}"
         )
-    state, _, _ = weights.read_state(path)
+    state, _, _ = pretrained.read_state(path)
     try:
         return inception_from_torch(state)
     except torch_names.NamesError as error:

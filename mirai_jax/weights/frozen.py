@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from mirai_jax import codebook, pretrained, torch_file, weights
 from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config.schema import schema
 from mirai_jax.config.schema.fields import completed
@@ -16,6 +15,7 @@ from mirai_jax.config.schema.schema import Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.weights.pretrained import efficientnet, patch_codebook, pretrained, torch_reader
 
 # Not the run's: runs of several seeds speak of the same tokens, and their losses can be compared.
 _CODEBOOK_SEED = 0
@@ -39,7 +39,7 @@ def make_codebook(
     )
     if path.exists():
         try:
-            params = codebook.load_params(path)
+            params = patch_codebook.load_params(path)
         except ValueError as error:
             raise ConfigError(f"{error}; remove it to fit the tokenizer again") from error
         shape = (vocab_size, patch**2 * module.channels)
@@ -51,7 +51,7 @@ def make_codebook(
             )
         return module, params
     try:
-        return module, codebook.fit_patch_codebook(
+        return module, patch_codebook.fit_patch_codebook(
             images_NxHxWxC, patch=patch, vocab_size=vocab_size, seed=_CODEBOOK_SEED
         )
     except ValueError as error:
@@ -66,7 +66,7 @@ def load_codebook(settings: Settings, workdir: str) -> tuple[tokenizer.PatchCode
     """
     path = pathlib.Path(workdir).expanduser() / "tokenizer.npz"
     try:
-        params = codebook.load_params(path)
+        params = patch_codebook.load_params(path)
         rows = params["codebook"]
         channels = rows.shape[1] // settings.tokenizer.patch**2
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -87,12 +87,12 @@ def load_vq_file(field: str, path: str) -> tuple[vq.VQModel, Any]:
     Raises:
         ConfigError: no such file, or another network.
     """
-    loaded = weights.load(field, path, "tokenizer")
+    loaded = pretrained.load(field, path, "tokenizer")
     if loaded.config.channels != 3:
         raise ConfigError(
             f"{field} is {path!r}, for {loaded.config.channels} channels; it must be 3"
         )
-    return vq.VQModel(loaded.config), weights.float32(loaded.params)
+    return vq.VQModel(loaded.config), pretrained.float32(loaded.params)
 
 
 def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
@@ -135,10 +135,10 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             dtype=wanted.dtype,
         )
         try:
-            return module, {"network": pretrained.load_efficientnet_lite0()}
-        except (ModuleNotFoundError, torch_file.TorchFileError) as error:
+            return module, {"network": efficientnet.load_efficientnet_lite0()}
+        except (ModuleNotFoundError, torch_reader.TorchFileError) as error:
             raise ConfigError(f"teacher.name {wanted.name!r}: {error}") from error
-    loaded = weights.load("teacher.path", wanted.path, "teacher")
+    loaded = pretrained.load("teacher.path", wanted.path, "teacher")
     config = loaded.config
     if wanted.name != "dinov2" and config != vit.named(wanted.name):
         raise ConfigError(
@@ -168,7 +168,7 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             f"data.held_out is {data.held_out}; it must be {source.get('held_out')}, as {wanted.path} "
             "learned"
         )
-    return module, {"network": weights.float32(loaded.params)}
+    return module, {"network": pretrained.float32(loaded.params)}
 
 
 def teacher_shapes(settings: Settings) -> tuple[nn.Module, Any]:
@@ -284,8 +284,8 @@ def _read_generator(
                 f"{field} is {path!r}; with data.name {settings.data.name!r} it must be a workdir, "
                 "which knows its own patch codebook"
             )
-        loaded = weights.load(field, path, "generator", grid=settings.generator.grid)
-        config, params = loaded.config, weights.float32(loaded.params)
+        loaded = pretrained.load(field, path, "generator", grid=settings.generator.grid)
+        config, params = loaded.config, pretrained.float32(loaded.params)
         saved = {"params": {"generator": params, "foresight": {}}, "ema": params}
     else:
         other, saved, _ = read_run(field, path)
@@ -305,7 +305,7 @@ def _read_generator(
 def _check_same_codebook(field: str, workdir: pathlib.Path, params: Any) -> None:
     path = workdir / "tokenizer.npz"
     try:
-        theirs = codebook.load_params(path) if path.exists() else {}
+        theirs = patch_codebook.load_params(path) if path.exists() else {}
     except ValueError as error:
         raise ConfigError(f"{field} is {str(workdir)!r}: {error}") from error
     if not np.array_equal(theirs.get("codebook"), params["codebook"]):
