@@ -20,7 +20,7 @@ from typing import Any
 
 from launch import speedup, study
 from launch.study import Measure
-from mirai_jax.config.schema import fields
+from mirai_jax.config import fields
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 
 MEASURED = (

@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax.config.schema.flags import parse_config
 from ml_collections.config_flags import config_path
 
 from launch.overrides import Entry, columns, flag_text, names, plain
 from mirai_jax import workdir
-from mirai_jax.config.schema import fields, schema
+from mirai_jax.config import fields, schema
+from mirai_jax.config.flags import parse_config
 from mirai_jax.utils.errors import ConfigError, first_line
 
 

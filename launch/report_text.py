@@ -11,7 +11,7 @@ from launch import report_figures as figures
 from launch.collected import Results, Run
 from launch.encoders import SHOWN, Encoder
 from launch.results import table
-from mirai_jax.config.schema import fields
+from mirai_jax.config import fields
 from mirai_jax.utils.progress import duration
 
 _HEAD = """# Does foresight help? A controlled study on Fashion-MNIST

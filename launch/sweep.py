@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
-from mirai_jax.config.schema.flags import FIELD
 
 from launch import curves, jobs, plan, results, slurm
 from launch.board import Board
+from mirai_jax.config.flags import FIELD
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, Preempted
 

@@ -21,11 +21,11 @@ from absl import flags
 from mirai_jax import assessment
 from mirai_jax.assessment import Assessor, Protocol
 from mirai_jax.checkpoint import steps_in
-from mirai_jax.config.schema.schema import Settings
+from mirai_jax.config.schema import Settings
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import duration
-from mirai_jax.weights.pretrained import frozen
+from mirai_jax.weights import frozen
 
 _FLAGS = cli.flag_values(__name__)
 _DEFAULT = Protocol()

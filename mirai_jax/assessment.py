@@ -27,8 +27,8 @@ import jax
 import numpy as np
 
 from mirai_jax import drawing, foresight, image_streams, probe, sharding
-from mirai_jax.config.schema.schema import Settings, TeacherSettings
-from mirai_jax.data.pipeline.small_sets import LabelledImages
+from mirai_jax.config.schema import Settings, TeacherSettings
+from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.feature_network import Network
 from mirai_jax.judge import agreement, fit_judge
 from mirai_jax.metrics import frechet_distance
@@ -38,7 +38,7 @@ from mirai_jax.parts import labelled_images
 from mirai_jax.sampler import SampleOptions
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
-from mirai_jax.weights.pretrained import frozen, pretrained
+from mirai_jax.weights import frozen, pretrained
 
 FILE = "assessment.jsonl"
 _CHUNK = 250  # images at once

@@ -14,7 +14,7 @@ from mirai_jax.checkpoint import Checkpoints, steps_in
 from mirai_jax.parts import Parts
 from mirai_jax.step import TrainState, init_state
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.weights.pretrained import frozen
+from mirai_jax.weights import frozen
 from mirai_jax.workdir import check_workdir
 
 Say = Callable[[str], None]

@@ -29,8 +29,8 @@ import jax
 from absl import flags
 
 from mirai_jax import bench_report, bench_work, measure, memory
-from mirai_jax.config.schema import schema
-from mirai_jax.config.schema.flags import parse_config
+from mirai_jax.config import schema
+from mirai_jax.config.flags import parse_config
 from mirai_jax.measure import Peer, PeerError
 from mirai_jax.models.generator import SIZES, GeneratorConfig
 from mirai_jax.utils import cli, files

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mirai_jax import flops, measure, memory, sampler, sharding, step
-from mirai_jax.config.schema.schema import Settings
-from mirai_jax.data.pipeline import pipeline, records
+from mirai_jax.config.schema import Settings
+from mirai_jax.data import pipeline, records
 from mirai_jax.models import generator as generator_lib
 
 _WARM_UP = 2  # steps before any is timed

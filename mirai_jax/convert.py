@@ -25,7 +25,7 @@ from flax import traverse_util
 
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, first_line
-from mirai_jax.weights.pretrained import frozen, pretrained, safetensors, torch_reader, torch_writer
+from mirai_jax.weights import frozen, pretrained, safetensors, torch_reader, torch_writer
 
 _ENTRY = flags.DEFINE_string(
     "entry", "", f"Key of a training checkpoint to take; default: {', '.join(pretrained.WRAPPERS)}."

@@ -27,13 +27,14 @@ import numpy as np
 from absl import flags
 
 from mirai_jax import image_streams, metrics, report
-from mirai_jax.config.schema import schema
-from mirai_jax.data.pipeline import small_sets
+from mirai_jax.config import schema
+from mirai_jax.data import small_sets
 from mirai_jax.feature_network import Features, Network
 from mirai_jax.image_streams import ImageStream
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
-from mirai_jax.weights.pretrained import frozen, inception, pretrained
+from mirai_jax.weights import frozen, pretrained
+from mirai_jax.weights import inception as inception_weights
 
 _FLAGS = cli.flag_values(__name__)
 _SAMPLES = flags.DEFINE_list(
@@ -45,7 +46,7 @@ _REFERENCE = flags.DEFINE_string(
 _INCEPTION = flags.DEFINE_string(
     "inception",
     "",
-    f"{inception.FILE}; without it, EfficientNet-Lite0 is used.",
+    f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used.",
     flag_values=_FLAGS,
 )
 _OUT = flags.DEFINE_string(

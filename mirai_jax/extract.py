@@ -30,15 +30,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mirai_jax import report
-from mirai_jax.data.pipeline import manifest, records
-from mirai_jax.data.pipeline.crops import CropSpec, load_all_crops, load_crop
-from mirai_jax.data.pipeline.manifest import Manifest, Shard
-from mirai_jax.data.pipeline.sources import open_images
+from mirai_jax.data import manifest, records
+from mirai_jax.data.crops import CropSpec, load_all_crops, load_crop
+from mirai_jax.data.manifest import Manifest, Shard
+from mirai_jax.data.sources import open_images
 from mirai_jax.models import batched, tokenizer, vq
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.utils.progress import Progress
-from mirai_jax.weights.pretrained import pretrained
+from mirai_jax.weights import pretrained
 
 _IMAGES = flags.DEFINE_string(
     "images", None, "Folder with a folder a class, tfds:NAME[:SPLIT], grain:MODULE:SOURCE, ..."

@@ -15,7 +15,8 @@ from mirai_jax.image_streams import ImageStream
 from mirai_jax.models.efficientnet import EfficientNetLite0
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.utils.progress import Progress
-from mirai_jax.weights.pretrained import efficientnet, inception
+from mirai_jax.weights import efficientnet
+from mirai_jax.weights import inception as inception_weights
 
 
 @dataclasses.dataclass
@@ -55,7 +56,7 @@ class Network:
         self.batch = batch_size * len(devices)
         self.is_inception = bool(inception)
         if inception:
-            params, apply = inception.load(inception), _inception
+            params, apply = inception_weights.load(inception), _inception
         else:
             params = efficientnet.load_efficientnet_lite0()
             apply = functools.partial(_efficientnet, pixels)

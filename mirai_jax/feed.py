@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mirai_jax.data.pipeline.pipeline import Batches, WorkerDied
+from mirai_jax.data.pipeline import Batches, WorkerDied
 from mirai_jax.utils.progress import Stopwatch
 
 WORKER_DEATHS = 3  # data workers started again within 1,000 steps before the run stops

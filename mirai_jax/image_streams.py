@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mirai_jax.data.pipeline import crops, folders
+from mirai_jax.data import crops, folders
 from mirai_jax.utils.errors import DataError, first_line
 
 

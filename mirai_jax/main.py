@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mirai_jax import memory, sharding, targets, train
-from mirai_jax.config.schema import schema
+from mirai_jax.config import schema
 from mirai_jax.utils import cli, distributed
 from mirai_jax.utils.errors import LESS_MEMORY, ConfigError, Lost, TrainingError, first_line
 

@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax import parts, sharding, step
-from mirai_jax.config.schema.schema import Settings
+from mirai_jax.config.schema import Settings
 from mirai_jax.models import vit
-from mirai_jax.weights.pretrained import frozen
+from mirai_jax.weights import frozen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,17 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax import sharding
-from mirai_jax.config.schema import schema
-from mirai_jax.config.schema.schema import Settings
-from mirai_jax.data.pipeline import pipeline, records, small_sets
-from mirai_jax.data.pipeline.crops import CropSpec
-from mirai_jax.data.pipeline.small_sets import LabelledImages
-from mirai_jax.data.pipeline.sources import open_images
+from mirai_jax.config import schema
+from mirai_jax.config.schema import Settings
+from mirai_jax.data import pipeline, records, small_sets
+from mirai_jax.data.crops import CropSpec
+from mirai_jax.data.small_sets import LabelledImages
+from mirai_jax.data.sources import open_images
 from mirai_jax.models import batched
 from mirai_jax.step import Recipe
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, DataError
-from mirai_jax.weights.pretrained import frozen, pretrained
+from mirai_jax.weights import frozen, pretrained
 
 Say = Callable[[str], None]
 

@@ -32,7 +32,7 @@ from mirai_jax.painter import Painter, Source
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.utils.progress import Progress
-from mirai_jax.weights.pretrained import frozen, pretrained
+from mirai_jax.weights import frozen, pretrained
 
 _FLAGS = cli.flag_values(__name__)
 _WORKDIR = flags.DEFINE_string(

@@ -14,7 +14,7 @@ import pathlib
 from absl import flags
 
 from mirai_jax import teach_run
-from mirai_jax.config.schema.flags import parse_config
+from mirai_jax.config.flags import parse_config
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, TrainingError
 

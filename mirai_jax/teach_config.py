@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax.config.schema import fields, schema
-from mirai_jax.data.pipeline import small_sets
-from mirai_jax.data.pipeline.small_sets import LabelledImages
+from mirai_jax.config import fields, schema
+from mirai_jax.data import small_sets
+from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models.vit import DinoConfig
 from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.teach_step import OBJECTIVES

@@ -17,17 +17,17 @@ import numpy as np
 
 from mirai_jax import beginning, parts, report, sharding, teach_config
 from mirai_jax.checkpoint import Checkpoints, last_whole
-from mirai_jax.config.schema import fields
-from mirai_jax.data.pipeline import pipeline, records, small_sets
-from mirai_jax.data.pipeline.pipeline import WorkerDied
-from mirai_jax.data.pipeline.small_sets import LabelledImages
+from mirai_jax.config import fields
+from mirai_jax.data import pipeline, records, small_sets
+from mirai_jax.data.pipeline import WorkerDied
+from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.feed import Feed
 from mirai_jax.guards import Preemption
 from mirai_jax.teach_config import Settings
 from mirai_jax.teach_step import Recipe, init_state, make_measure, make_train_step
 from mirai_jax.utils.errors import Preempted, TrainingError, closing, first_line
 from mirai_jax.utils.progress import Stopwatch, duration
-from mirai_jax.weights.pretrained import frozen, patch_codebook, pretrained
+from mirai_jax.weights import frozen, patch_codebook, pretrained
 from mirai_jax.workdir import MetricsWriter, note_event, open_workdir, read_metrics
 
 Say = Callable[[str], None]

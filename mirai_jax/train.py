@@ -12,8 +12,8 @@ import numpy as np
 
 from mirai_jax import beginning, drawing, foresight, report, sharding
 from mirai_jax.checkpoint import Checkpoints, last_whole
-from mirai_jax.config.schema import fields, schema
-from mirai_jax.data.pipeline.pipeline import WorkerDied
+from mirai_jax.config import fields, schema
+from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same
@@ -21,7 +21,7 @@ from mirai_jax.step import make_train_step
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import LESS_MEMORY, Lost, Preempted, TrainingError, closing, first_line
 from mirai_jax.utils.progress import Stopwatch, progress_line
-from mirai_jax.weights.pretrained import patch_codebook
+from mirai_jax.weights import patch_codebook
 from mirai_jax.workdir import (
     MetricsWriter,
     note_event,

@@ -28,7 +28,7 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from mirai_jax.config.schema.fields import completed, plain, shown
+from mirai_jax.config.fields import completed, plain, shown
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import ConfigError, first_line
 

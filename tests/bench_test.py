@@ -10,11 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from mirai_jax.config.schema.flags import parse_config
 
 from mirai_jax import bench as program
 from mirai_jax import bench_report, bench_work, measure, memory
-from mirai_jax.config.schema import schema
+from mirai_jax.config import schema
+from mirai_jax.config.flags import parse_config
 from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent

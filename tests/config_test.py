@@ -21,7 +21,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from configs import base, teacher
 from mirai_jax import foresight, optimizer, workdir
-from mirai_jax.config.schema import fields, schema
+from mirai_jax.config import fields, schema
 from mirai_jax.utils.errors import ConfigError, TrainingError, closing
 
 TERM = "foresight[0]."

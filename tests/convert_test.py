@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from configs import llamagen, mirai_e
 from mirai_jax import convert, foresight, train
 from mirai_jax.checkpoint import restore_weights
-from mirai_jax.config.schema import schema
-from mirai_jax.data.pipeline import records
+from mirai_jax.config import schema
+from mirai_jax.data import records
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.weights.pretrained import (
+from mirai_jax.weights import (
     frozen,
     pretrained,
     safetensors,

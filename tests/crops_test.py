@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from mirai_jax.data.pipeline import crops
+from mirai_jax.data import crops
 from mirai_jax.utils.errors import DataError
 
 examples = settings(deadline=None, derandomize=True)

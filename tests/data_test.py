@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax.data.pipeline import pipeline, records, small_sets
+from mirai_jax.data import pipeline, small_sets
+from mirai_jax.data import records as records_lib
 from mirai_jax.utils import errors
 
 GRID = (2, 3)
@@ -201,17 +202,17 @@ def test_an_unknown_data_set_is_named():
 )
 def test_record_round_trip(crops, length, label, key, seed):
     codes = np.random.RandomState(seed).randint(0, 2**16, (crops, length)).astype(np.uint16)
-    raw = records.pack_record(codes, label, key)
-    record = records.unpack_record(raw)
+    raw = records_lib.pack_record(codes, label, key)
+    record = records_lib.unpack_record(raw)
     np.testing.assert_array_equal(record["codes"], codes)
     assert record["codes"].dtype == np.uint16
     assert (record["label"], record["key"]) == (label, key)
-    assert records.pack_record(record["codes"], record["label"], record["key"]) == raw
+    assert records_lib.pack_record(record["codes"], record["label"], record["key"]) == raw
 
 
 def check_unpack(raw):
     try:
-        record = records.unpack_record(raw)
+        record = records_lib.unpack_record(raw)
     except errors.DataError:
         return
     assert set(record) == {"codes", "label", "key"}
@@ -230,14 +231,14 @@ def test_any_bytes_are_a_record_or_a_data_error(raw):
 @given(damage)
 def test_a_damaged_record_is_a_record_or_a_data_error(how):
     codes = np.arange(6, dtype=np.uint16).reshape(2, 3)
-    check_unpack(damaged(records.pack_record(codes, 7, "n01440764_1.JPEG"), how))
+    check_unpack(damaged(records_lib.pack_record(codes, 7, "n01440764_1.JPEG"), how))
 
 
 def test_pack_record_refuses_what_is_wrong():
     good = np.zeros((1, 4), np.uint16)
     for codes, label in ((good.astype(np.int32), 0), (good[0], 0), (good[:0], 0), (good, -1)):
         with pytest.raises(errors.DataError):
-            records.pack_record(codes, label, "key")
+            records_lib.pack_record(codes, label, "key")
 
 
 def numbered_codes(records, crops):
@@ -250,10 +251,10 @@ def write_shards(folder, sizes=(5, 3), crops=4):
     codes = numbered_codes(sum(sizes), crops)
     start = 0
     for number, size in enumerate(sizes):
-        count = records.write_shard(
+        count = records_lib.write_shard(
             folder / f"codes-{number}.array_record",
             (
-                records.pack_record(codes[k], k % 5, f"image {k}")
+                records_lib.pack_record(codes[k], k % 5, f"image {k}")
                 for k in range(start, start + size)
             ),
         )
@@ -263,7 +264,7 @@ def write_shards(folder, sizes=(5, 3), crops=4):
 
 
 def open_records(folder, grid=GRID, vocab_size=64, num_classes=5):
-    return records.CodeRecords(
+    return records_lib.CodeRecords(
         str(folder), grid=grid, vocab_size=vocab_size, num_classes=num_classes
     )
 
@@ -296,7 +297,7 @@ def test_records_refuse_what_is_wrong(tmp_path):
     )
     assert "holds no *.array_record file" in message(open_records, tmp_path)
     assert "does not exist" in message(open_records, tmp_path / "missing")
-    records.write_shard(tmp_path / "codes-0.array_record", [])
+    records_lib.write_shard(tmp_path / "codes-0.array_record", [])
     assert "hold no record" in message(open_records, tmp_path)
 
     write_shards(tmp_path)
@@ -310,9 +311,9 @@ def test_records_refuse_what_is_wrong(tmp_path):
         "record 2 of codes-1.array_record: has code 59: model.vocab_size allows 0 to 58"
     )
 
-    good = records.pack_record(numbered_codes(1, 4)[0], 0, "")
-    fewer = records.pack_record(numbered_codes(1, 3)[0], 0, "")
-    records.write_shard(tmp_path / "codes-0.array_record", [good, good[:-1], fewer])
+    good = records_lib.pack_record(numbered_codes(1, 4)[0], 0, "")
+    fewer = records_lib.pack_record(numbered_codes(1, 3)[0], 0, "")
+    records_lib.write_shard(tmp_path / "codes-0.array_record", [good, good[:-1], fewer])
     records = open_records(tmp_path)
     assert "record 1 of codes-0.array_record: not a record" in message(records.__getitem__, 1)
     assert "has 3 crops, the first record has 4" in message(records.__getitem__, 2)
@@ -337,11 +338,11 @@ def test_a_damaged_shard_is_a_data_error(tmp_path):
 
 def test_a_shard_appears_only_when_whole(tmp_path):
     def records():
-        yield records.pack_record(np.zeros((1, 6), np.uint16), 0, "")
+        yield records_lib.pack_record(np.zeros((1, 6), np.uint16), 0, "")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        records.write_shard(tmp_path / "x.array_record", records())
+        records_lib.write_shard(tmp_path / "x.array_record", records())
     assert not list(tmp_path.iterdir())
 
 
@@ -380,7 +381,8 @@ def test_batches_have_the_promised_shapes():
     codes = np.arange(20, dtype=np.int32)[:, None] * np.ones((1, 6), np.int32)
     labels = np.arange(20) % 5
     batch = take(
-        pipeline.make_dataset(records.CodedImages(codes, labels, images), batch_size=8, seed=0), 1
+        pipeline.make_dataset(records_lib.CodedImages(codes, labels, images), batch_size=8, seed=0),
+        1,
     )[0]
     assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
         "codes": ("int32", (8, 6)),
@@ -391,7 +393,7 @@ def test_batches_have_the_promised_shapes():
     np.testing.assert_array_equal(batch["label"], who % 5)
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], who)
     without = take(
-        pipeline.make_dataset(records.CodedImages(codes, labels), batch_size=8, seed=0), 1
+        pipeline.make_dataset(records_lib.CodedImages(codes, labels), batch_size=8, seed=0), 1
     )[0]
     assert set(without) == {"codes", "label"}
     np.testing.assert_array_equal(without["codes"], batch["codes"])

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirai_jax.models import teacher, vit
-from mirai_jax.weights.pretrained import torch_names
+from mirai_jax.weights import torch_names
 
 with np.load(pathlib.Path(__file__).parent / "data" / "dinov2_b.npz") as file:
     DATA = dict(file)

@@ -20,10 +20,10 @@ from PIL import Image
 
 from configs import llamagen
 from mirai_jax import evaluate, feature_network, image_streams, report, workdir
-from mirai_jax.data.pipeline import small_sets
+from mirai_jax.data import small_sets
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.utils.errors import ConfigError, DataError
-from mirai_jax.weights.pretrained import inception
+from mirai_jax.weights import inception as inception_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -339,7 +339,7 @@ def test_missing_inception_weights_are_named(tmp_path):
     good = save_npz(tmp_path / "good.npz", pictures(5))
     missing = f"--inception={tmp_path / 'none.pth'}"
     message = error(f"--samples={good}", f"--reference={good}", missing)
-    assert "none.pth" in message and inception.URL in message
+    assert "none.pth" in message and inception_weights.URL in message
 
 
 def samples_folder(folder, images, guidance):
@@ -463,7 +463,7 @@ def network():
         return out.pool[:, : WIDTHS["mu"]], out.spatial[:, : WIDTHS["mu_s"]], out.probabilities
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "load", lambda path: params)
+        patch.setattr(inception_weights, "load", lambda path: params)
         patch.setattr(feature_network, "_inception", narrow)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
         made = evaluate.Network("weights.pth", 2)

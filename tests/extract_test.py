@@ -8,17 +8,17 @@ import resource
 import jax
 import numpy as np
 import pytest
-from mirai_jax.data.pipeline.crops import CropSpec, load_all_crops
-from mirai_jax.data.pipeline.pipeline import CropLoader, OnlineImages, make_dataset
-from mirai_jax.data.pipeline.sources import open_images
 from PIL import Image
 
 from mirai_jax import extract
-from mirai_jax.data.pipeline import manifest, records
+from mirai_jax.data import manifest, records
+from mirai_jax.data.crops import CropSpec, load_all_crops
+from mirai_jax.data.pipeline import CropLoader, OnlineImages, make_dataset
+from mirai_jax.data.sources import open_images
 from mirai_jax.models import tokenizer, vq
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.utils.progress import Progress
-from mirai_jax.weights.pretrained import torch_names, torch_writer
+from mirai_jax.weights import torch_names, torch_writer
 
 CONFIG = vq.VQConfig(multipliers=(1, 1, 2), width=32, z_channels=32, vocab_size=64)
 SPEC = CropSpec(image_size=24, crop_range=1.25)

@@ -3,9 +3,9 @@
 import threading
 
 import pytest
-from mirai_jax.data.pipeline.pipeline import WorkerDied
 
 from mirai_jax import feed as feed_lib
+from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.utils.progress import Stopwatch
 
 

@@ -31,10 +31,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirai_jax import memory, step, workdir
-from mirai_jax.config.schema import fields, schema
+from mirai_jax.config import fields, schema
 from mirai_jax.models import teacher, vit
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.weights.pretrained import frozen
+from mirai_jax.weights import frozen
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem[0] != "_")

@@ -25,13 +25,13 @@ from fuzzing import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from mirai_jax.data.pipeline.crops import CropSpec
 
 from configs import llamagen
 from mirai_jax import train, workdir
-from mirai_jax.data.pipeline import manifest, pipeline, records, small_sets, sources
+from mirai_jax.data import manifest, pipeline, records, small_sets, sources
+from mirai_jax.data.crops import CropSpec
 from mirai_jax.utils.errors import ConfigError, DataError
-from mirai_jax.weights.pretrained import frozen, pretrained
+from mirai_jax.weights import frozen, pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ import pytest
 from mirai_jax import foresight
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.weights.pretrained import torch_names
+from mirai_jax.weights import torch_names
 
 CONFIG = GeneratorConfig(
     num_layers=3, num_heads=2, width=32, vocab_size=24, num_classes=5, grid=(3, 4)

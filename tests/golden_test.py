@@ -17,7 +17,7 @@ from mirai_jax import foresight, sampler, step
 from mirai_jax.models import vit, vq
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
-from mirai_jax.weights.pretrained import torch_names
+from mirai_jax.weights import torch_names
 
 FOLDER = pathlib.Path(os.environ.get("MIRAI_GOLDEN", pathlib.Path(__file__).parent / "data"))
 GRID = (16, 16)

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirai_jax.data.pipeline import crops, sources
+from mirai_jax.data import crops, sources
 from mirai_jax.utils.errors import DataError
 
 examples = settings(deadline=None, derandomize=True)

@@ -15,7 +15,8 @@ import pytest
 
 from mirai_jax.models import inception
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.weights.pretrained import inception, pretrained, torch_names, torch_writer
+from mirai_jax.weights import inception as inception_weights
+from mirai_jax.weights import pretrained, torch_names, torch_writer
 
 DATA = np.load(pathlib.Path(__file__).parent / "data" / "inception_a.npz")
 SIZES = sorted(key.removesuffix("/pool") for key in DATA if key.endswith("/pool"))
@@ -57,7 +58,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def params(state):
-    return inception.inception_from_torch(state)
+    return inception_weights.inception_from_torch(state)
 
 
 def apply(params, images):
@@ -145,7 +146,7 @@ def test_mapping_lists_every_problem(state):
     del state["fc.bias"], state["Mixed_5b.branch1x1.bn.running_var"]
     state["Mixed_7c.branch_pool.conv.weight"] = np.zeros((192, 2048))
     with pytest.raises(torch_names.NamesError) as caught:
-        inception.inception_from_torch(state)
+        inception_weights.inception_from_torch(state)
     assert str(caught.value).split(": ", 1)[1].split("; ") == [
         "missing Mixed_5b.branch1x1.bn.running_var (64,)",
         "missing fc.bias (1008,)",
@@ -157,7 +158,7 @@ def test_mapping_lists_every_problem(state):
 @pytest.mark.parametrize("path", ["", "nowhere.pth"])
 def test_absent_file_is_named(path):
     with pytest.raises(ConfigError) as caught:
-        inception.load(path)
+        inception_weights.load(path)
     message = str(caught.value)
     assert repr(path) in message and "\n" not in message
     assert "/mseitzer/pytorch-fid/releases/" in message
@@ -168,14 +169,14 @@ def test_loads_the_published_file_alone(state, params, tmp_path, monkeypatch):
     path = tmp_path / "weights.pth"
     torch_writer.write(path, state)
     with pytest.raises(ConfigError, match="begins 6726825d.*https://github.com/mseitzer"):
-        inception.load(path)
+        inception_weights.load(path)
     # As if it were that file: its first digits are all that is known of it here.
-    monkeypatch.setattr(inception, "SHA256_START", pretrained.sha256_of_file(path)[:8])
-    loaded = inception.load(path)
+    monkeypatch.setattr(inception_weights, "SHA256_START", pretrained.sha256_of_file(path)[:8])
+    loaded = inception_weights.load(path)
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
 
     torch_writer.write(path, {"fc.weight": state["fc.weight"]})
-    monkeypatch.setattr(inception, "SHA256_START", pretrained.sha256_of_file(path)[:8])
+    monkeypatch.setattr(inception_weights, "SHA256_START", pretrained.sha256_of_file(path)[:8])
     with pytest.raises(ConfigError, match=r"weights.pth: parameters do not fit: missing Conv2d_1a"):
-        inception.load(path)
+        inception_weights.load(path)
     path.unlink()

@@ -8,10 +8,10 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mirai_jax.data.pipeline.crops import CropSpec
-from mirai_jax.data.pipeline.manifest import Manifest, Shard
 
-from mirai_jax.data.pipeline import manifest
+from mirai_jax.data import manifest
+from mirai_jax.data.crops import CropSpec
+from mirai_jax.data.manifest import Manifest, Shard
 from mirai_jax.utils import files, progress
 from mirai_jax.utils.errors import DataError
 

@@ -13,15 +13,15 @@ import jax
 import numpy as np
 import pytest
 import skimage
-from mirai_jax.data.pipeline.crops import CropSpec
 from PIL import Image
 
 from configs import mirai_i
 from mirai_jax import extract, train, workdir
-from mirai_jax.data.pipeline import sources
+from mirai_jax.data import sources
+from mirai_jax.data.crops import CropSpec
 from mirai_jax.models import vit, vq
 from mirai_jax.utils.errors import ConfigError, DataError
-from mirai_jax.weights.pretrained import torch_names, torch_writer
+from mirai_jax.weights import torch_names, torch_writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mirai_jax.weights.pretrained.safetensors import SafetensorsError
 
-from mirai_jax.weights.pretrained import safetensors
+from mirai_jax.weights import safetensors
+from mirai_jax.weights.safetensors import SafetensorsError
 
 REFERENCE = pathlib.Path(__file__).parent / "data" / "reference.safetensors"
 DTYPES = [

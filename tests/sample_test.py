@@ -26,7 +26,7 @@ from mirai_jax.models.vit import resize_bicubic
 from mirai_jax.sampler import SampleOptions
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress
-from mirai_jax.weights.pretrained import frozen, pretrained, torch_names, torch_writer
+from mirai_jax.weights import frozen, pretrained, torch_names, torch_writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]

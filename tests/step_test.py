@@ -15,7 +15,7 @@ from mirai_jax import foresight, sampler, sharding, step
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
-from mirai_jax.weights.pretrained import torch_names
+from mirai_jax.weights import torch_names
 
 GRID = (3, 4)
 CONFIG = GeneratorConfig(

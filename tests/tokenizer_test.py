@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mirai_jax.models import tokenizer
-from mirai_jax.weights.pretrained import patch_codebook
+from mirai_jax.weights import patch_codebook
 
 
 def random_images(count, height, width, channels, seed=0):
@@ -22,7 +22,7 @@ def make(vocab_size=7, image_size=(8, 12), patch=4, channels=2):
         vocab_size=vocab_size, image_size=image_size, patch=patch, channels=channels
     )
     codebook = np.random.RandomState(1).uniform(-1, 1, (vocab_size, patch * patch * channels))
-    return module, {"params": {"codebook": patch_codebook.astype(np.float32)}}
+    return module, {"params": {"codebook": codebook.astype(np.float32)}}
 
 
 def test_pixels_survive_the_round_trip():
@@ -128,12 +128,12 @@ def test_fit_is_deterministic_and_better_with_more_prototypes():
 
 def test_fit_on_a_subset_of_many_patches(monkeypatch):
     images = smooth_images()
-    monkeypatch.setattr(codebook, "_PATCHES_FITTED", 2000)
+    monkeypatch.setattr(patch_codebook, "_PATCHES_FITTED", 2000)
     params = patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=64, seed=0)
     assert reconstruction_error(images, params) < 0.01
     # Where the subset holds too few distinct patches but the images do not, all are used.
     distinct = len(np.unique(tokenizer.unfold(images, 4).reshape(-1, 16), axis=0))
-    monkeypatch.setattr(codebook, "_PATCHES_FITTED", 50)
+    monkeypatch.setattr(patch_codebook, "_PATCHES_FITTED", 50)
     assert distinct > 64
     params = patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=64, seed=0)
     assert len(np.unique(params["codebook"], axis=0)) == 64

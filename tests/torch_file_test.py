@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
-from mirai_jax.weights.pretrained.torch_reader import TorchFileError
 
-from mirai_jax.weights.pretrained import torch_reader, torch_writer
+from mirai_jax.weights import torch_reader, torch_writer
+from mirai_jax.weights.torch_reader import TorchFileError
 
 DATA = pathlib.Path(__file__).parent / "data"
 FIXTURES = {name: DATA / f"torch_{name}.pth" for name in ("legacy", "zip")}

@@ -16,8 +16,8 @@ from PIL import Image
 from configs import llamagen, mirai_e, mirai_i
 from mirai_jax import memory, train, workdir
 from mirai_jax.checkpoint import restore_weights
-from mirai_jax.config.schema import schema
-from mirai_jax.data.pipeline import pipeline, records, small_sets
+from mirai_jax.config import schema
+from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.utils import progress
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, TrainingError
 

@@ -22,7 +22,7 @@ from mirai_jax import foresight
 from mirai_jax.models import batched, tokenizer, vit, vq
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.weights.pretrained import torch_names
+from mirai_jax.weights import torch_names
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 DATA = pathlib.Path(__file__).parent / "data"

@@ -11,11 +11,10 @@ The paper's axes with several seeds are sweep files of their own: level.py, layo
 layer.py, k.py and weight.py.
 """
 
-from mirai_jax.config.schema.schema import two_thirds
-
 from configs import base
 from launch.overrides import Entry
 from launch.sweeps import k, layer
+from mirai_jax.config.schema import two_thirds
 
 STEPS = {"fashion_mnist": 2_000}  # of a run, where it is not the config's own number
 

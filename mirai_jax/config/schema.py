@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mirai_jax import foresight, sharding
-from mirai_jax.config.schema import fields
+from mirai_jax.config import fields
 from mirai_jax.models import attention
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig

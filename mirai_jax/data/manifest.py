@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax.data.pipeline.crops import CropSpec
+from mirai_jax.data.crops import CropSpec
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import DataError, first_line
 

@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from mirai_jax.data.pipeline import crops
-from mirai_jax.data.pipeline.records import CodedImages, CodeRecords
-from mirai_jax.data.pipeline.sources import ImageSource
+from mirai_jax.data import crops
+from mirai_jax.data.records import CodedImages, CodeRecords
+from mirai_jax.data.sources import ImageSource
 from mirai_jax.utils.errors import DataError, first_line
 
 

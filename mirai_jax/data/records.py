@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
-from mirai_jax.data.pipeline import manifest
+from mirai_jax.data import manifest
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import DataError, first_line
 

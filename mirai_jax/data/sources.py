@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mirai_jax.data.pipeline import folders, small_sets
+from mirai_jax.data import folders, small_sets
 from mirai_jax.utils.errors import DataError, first_line
 
 FORMS = (

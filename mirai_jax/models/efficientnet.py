@@ -5,12 +5,10 @@ squeeze-excite and with relu6: 4.7 M parameters, 75.1 % top-1 on ImageNet at 224
 each batch normalisation is folded into the convolution before it.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 # (expansion, channels, repeats, stride of the first repeat, kernel), stages 1 to 7.
@@ -25,7 +23,7 @@ EFFICIENTNET_LITE0_STAGES = (
 )
 STAGE_CHANNELS = tuple(channels for _, channels, *_ in EFFICIENTNET_LITE0_STAGES)
 STEM_CHANNELS, HEAD_CHANNELS, NUM_CLASSES = 32, 1280, 1000
-_BN_EPS = 1e-3
+BATCH_NORM_EPSILON = 1e-3
 
 
 class _Depthwise(nn.Module):
@@ -62,7 +60,7 @@ class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0, NHWC, for images of any size (trained at 224 x 224).
 
     `dtype` is the type of the computation; float32 is computed as such on every device. Parameters
-    are float32: `efficientnet_params`, or `pretrained.load_efficientnet_lite0`.
+    are float32: see `weights.efficientnet`.
     """
 
     dtype: Any = jnp.float32
@@ -130,61 +128,3 @@ class EfficientNetLite0(nn.Module):
         if not logits:
             return x
         return nn.Dense(NUM_CLASSES, dtype=self.dtype, precision="highest", name="classifier")(x)
-
-
-def _convolutions() -> list[tuple[str, str, str, tuple[int, ...]]]:
-    """(Flax name, PyTorch convolution, PyTorch batch norm, PyTorch kernel shape) of each layer."""
-    layers = [("stem", "_conv_stem", "_bn0", (STEM_CHANNELS, 3, 3, 3))]
-    width, block = STEM_CHANNELS, 0
-    for n, (expansion, channels, repeats, _, k) in enumerate(EFFICIENTNET_LITE0_STAGES, start=1):
-        for i in range(repeats):
-            ours, theirs, inner = f"stage{n}_{i}_", f"_blocks.{block}._", expansion * width
-            if expansion > 1:
-                shape = (inner, width, 1, 1)
-                layers.append((ours + "expand", theirs + "expand_conv", theirs + "bn0", shape))
-            shape = (inner, 1, k, k)
-            layers.append((ours + "depthwise", theirs + "depthwise_conv", theirs + "bn1", shape))
-            shape = (channels, inner, 1, 1)
-            layers.append((ours + "project", theirs + "project_conv", theirs + "bn2", shape))
-            width, block = channels, block + 1
-    return layers + [("head", "_conv_head", "_bn1", (HEAD_CHANNELS, width, 1, 1))]
-
-
-def efficientnet_params(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Parameters of EfficientNetLite0 from PyTorch ones, batch normalisation folded in.
-
-    Args:
-      state_dict: arrays under the names of the package efficientnet-lite-pytorch (`_conv_stem`,
-        `_blocks.3._bn1`, ...; the counters `num_batches_tracked` are ignored).
-    Returns:
-      The tree to pass as `{'params': tree}`, float32 NumPy arrays: kernels (h, w, in, out).
-    Raises:
-      ValueError: one message that lists all missing, unexpected and misshapen names.
-    """
-    shapes = {"_fc.weight": (NUM_CLASSES, HEAD_CHANNELS), "_fc.bias": (NUM_CLASSES,)}
-    for _, conv, bn, shape in _convolutions():
-        shapes[f"{conv}.weight"] = shape
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{bn}.{name}"] = shape[:1]
-    given = {n: np.shape(a) for n, a in state_dict.items() if not n.endswith("num_batches_tracked")}
-    problems = [f"missing {n}" for n in shapes.keys() - given.keys()]
-    problems += [f"unexpected {n}" for n in given.keys() - shapes.keys()]
-    problems += [
-        f"{n} is {given[n]}, not {shapes[n]}"
-        for n in shapes.keys() & given.keys()
-        if given[n] != shapes[n]
-    ]
-    if problems:
-        raise ValueError("not EfficientNet-Lite0 parameters: " + "; ".join(sorted(problems)))
-
-    def array(name: str) -> np.ndarray:
-        return np.asarray(state_dict[name], np.float64)
-
-    params = {"classifier": {"kernel": array("_fc.weight").T, "bias": array("_fc.bias")}}
-    for name, conv, bn, _ in _convolutions():
-        scale = array(f"{bn}.weight") / np.sqrt(array(f"{bn}.running_var") + _BN_EPS)
-        params[name] = {
-            "kernel": array(f"{conv}.weight").transpose(2, 3, 1, 0) * scale,
-            "bias": array(f"{bn}.bias") - array(f"{bn}.running_mean") * scale,
-        }
-    return jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from mirai_jax.models.inception import BATCH_NORM_EPSILON, NUM_CLASSES, InceptionV3
 from mirai_jax.utils.errors import ConfigError, first_line
-from mirai_jax.weights.pretrained import pretrained, torch_names
+from mirai_jax.weights import pretrained, torch_names
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"

@@ -26,7 +26,7 @@ from flax import traverse_util
 
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.utils.errors import ConfigError, first_line
-from mirai_jax.weights.pretrained import safetensors, torch_names, torch_reader
+from mirai_jax.weights import safetensors, torch_names, torch_reader
 
 Arrays = Mapping[str, np.ndarray]
 

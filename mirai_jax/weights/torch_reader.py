@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from mirai_jax.weights.pretrained.safetensors import not_weights
+from mirai_jax.weights.safetensors import not_weights
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 STORAGE_DTYPES = {

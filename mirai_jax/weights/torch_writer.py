@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mirai_jax.utils.files import replacing
-from mirai_jax.weights.pretrained.safetensors import little_endian, raw_bytes
-from mirai_jax.weights.pretrained.torch_reader import STORAGE_DTYPES, TorchFileError
+from mirai_jax.weights.safetensors import little_endian, raw_bytes
+from mirai_jax.weights.torch_reader import STORAGE_DTYPES, TorchFileError
 
 _STORAGES = {np.dtype(dtype): storage for storage, dtype in STORAGE_DTYPES.items()}
 _ALIGNMENT = 64

