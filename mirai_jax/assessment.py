@@ -26,16 +26,17 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mirai_jax import drawing, foresight, image_streams, probe, sharding
+from mirai_jax import foresight, image_streams, probe, sharding
 from mirai_jax.config.schema import Settings, TeacherSettings
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.feature_network import Network
-from mirai_jax.judge import agreement, fit_judge
 from mirai_jax.metrics import frechet_distance
 from mirai_jax.models import batched
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.parts import labelled_images
-from mirai_jax.sampler import SampleOptions
+from mirai_jax.sampling import on_mesh
+from mirai_jax.sampling.classifier import agreement, fit_judge
+from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import frozen, pretrained
@@ -159,8 +160,8 @@ class Assessor:
         """int32 codes (N, L), over all local devices."""
         params = sharding.place(params, sharding.replicated(self._mesh))
         options, seed = SampleOptions(guidance=self.protocol.guidance), self.protocol.seed
-        return drawing.draw(
-            config, options, seed, self._mesh, params, labels, drawing.ASSESSED, chunk=_CHUNK
+        return on_mesh.draw(
+            config, options, seed, self._mesh, params, labels, on_mesh.ASSESSED, chunk=_CHUNK
         )
 
     def _tokenize(self, tokenizer: nn.Module, params: Any) -> "Tokenized":

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax import flops, measure, memory, sampler, sharding, step
+from mirai_jax import flops, measure, memory, sharding, step
 from mirai_jax.config.schema import Settings
 from mirai_jax.data import pipeline, records
 from mirai_jax.models import generator as generator_lib
+from mirai_jax.sampling import sampler
 
 _WARM_UP = 2  # steps before any is timed
 

@@ -27,8 +27,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from mirai_jax import report, sampler
-from mirai_jax.painter import Painter, Source
+from mirai_jax import report
+from mirai_jax.sampling import sampler
+from mirai_jax.sampling.painter import Painter, Source
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.utils.progress import Progress

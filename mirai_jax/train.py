@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import beginning, drawing, foresight, report, sharding
+from mirai_jax import beginning, foresight, report, sharding
 from mirai_jax.checkpoint import Checkpoints, last_whole
 from mirai_jax.config import fields, schema
 from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.feed import Feed
 from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.parts import Parts, build, check_same
+from mirai_jax.sampling import on_mesh
 from mirai_jax.step import make_train_step
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import LESS_MEMORY, Lost, Preempted, TrainingError, closing, first_line
@@ -334,10 +335,10 @@ class _Run:
         if self.parts.tokenizer is None:
             self.say(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
             return None
-        codes = drawing.grid_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
+        codes = on_mesh.grid_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
         if not self.first:
             return None
-        grid = drawing.grid_picture(self.parts, codes)
+        grid = on_mesh.grid_picture(self.parts, codes)
         path = self.workdir / "samples" / f"step_{step:07d}.png"
         report.save_picture(path, grid)
         self.writer.image(step, "samples", grid)
@@ -352,10 +353,10 @@ class _Run:
         grid = self._sample(settings.num_steps)
         self._look(settings.num_steps)
         if settings.judged_samples and self.parts.images is not None:
-            codes = drawing.judged_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
+            codes = on_mesh.judged_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
             self.guard.doing("the classifier of the samples")
             if self.first:
-                self._tell_agreement(drawing.judge_samples(self.parts, codes))
+                self._tell_agreement(on_mesh.judge_samples(self.parts, codes))
         self.guard.doing("the last checkpoint")
         self.checkpoints.wait()
         if self.first:

@@ -13,10 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from mirai_jax import foresight, sampler, step
+from mirai_jax import foresight, step
 from mirai_jax.models import vit, vq
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
+from mirai_jax.sampling import sampler
 from mirai_jax.weights import torch_names
 
 FOLDER = pathlib.Path(os.environ.get("MIRAI_GOLDEN", pathlib.Path(__file__).parent / "data"))

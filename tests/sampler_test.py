@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import sampler
 from mirai_jax.models import decoding
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.sampler import SampleOptions
+from mirai_jax.sampling import sampler
+from mirai_jax.sampling.sampler import SampleOptions
 
 CONFIG = GeneratorConfig(
     num_layers=2, num_heads=2, width=32, vocab_size=24, num_classes=5, grid=(3, 4)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import foresight, sampler, sharding, step
+from mirai_jax import foresight, sharding, step
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
+from mirai_jax.sampling import sampler
 from mirai_jax.weights import torch_names
 
 GRID = (3, 4)

@@ -17,7 +17,7 @@ from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import TEACHERS
 from mirai_jax.models.vq import MULTIPLIERS, VQConfig
 from mirai_jax.optimizer import SCHEDULES, OptimizerConfig
-from mirai_jax.sampler import SampleOptions
+from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils.errors import ConfigError
 
 SMALL_SETS = ("mnist", "fashion_mnist")

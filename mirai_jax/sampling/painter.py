@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import sampler
 from mirai_jax.models import batched
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.vit import resize_bicubic
+from mirai_jax.sampling import sampler
 
 _T = TypeVar("_T")
 
