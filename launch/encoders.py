@@ -17,7 +17,7 @@ from configs import teacher
 from launch import collected
 from launch.collect import Machine, unfinished, write
 from launch.overrides import flag_text
-from mirai_jax import workdir
+from mirai_jax.training import workdir
 from mirai_jax.utils.errors import DataError, first_line
 
 SHOWN = {"held_out_accuracy": "accuracy", "held_out_masked_accuracy": "hidden codes right"}

@@ -12,9 +12,9 @@ from typing import Any
 from ml_collections.config_flags import config_path
 
 from launch.overrides import Entry, columns, flag_text, names, plain
-from mirai_jax import workdir
 from mirai_jax.config import fields, schema
 from mirai_jax.config.flags import parse_config
+from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError, first_line
 
 

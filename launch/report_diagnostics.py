@@ -10,7 +10,7 @@ from launch import study
 from launch.collected import Results, Run
 from launch.results import table
 from launch.study import Claim, Exploration, Measure, Question
-from mirai_jax import workdir
+from mirai_jax.training import workdir
 
 _FRECHET = study.MEASURES[0]
 _LONGEST = 60  # letters of a config's value in a cell

@@ -20,8 +20,8 @@ from absl import flags
 
 from mirai_jax import assessment
 from mirai_jax.assessment import Assessor, Protocol
-from mirai_jax.checkpoint import steps_in
 from mirai_jax.config.schema import Settings
+from mirai_jax.training.checkpoint import steps_in
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import duration

@@ -33,10 +33,10 @@ from mirai_jax.feature_network import Network
 from mirai_jax.metrics import frechet_distance
 from mirai_jax.models import batched
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.parts import labelled_images
 from mirai_jax.sampling import on_mesh
 from mirai_jax.sampling.classifier import agreement, fit_judge
 from mirai_jax.sampling.sampler import SampleOptions
+from mirai_jax.training.components import labelled_images
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import frozen, pretrained

@@ -14,8 +14,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mirai_jax import memory, sharding, targets, train
+from mirai_jax import memory, sharding, targets
 from mirai_jax.config import schema
+from mirai_jax.training import train
 from mirai_jax.utils import cli, distributed
 from mirai_jax.utils.errors import LESS_MEMORY, ConfigError, Lost, TrainingError, first_line
 

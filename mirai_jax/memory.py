@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mirai_jax import parts, sharding, step
+from mirai_jax import sharding, step
 from mirai_jax.config.schema import Settings
 from mirai_jax.models import vit
+from mirai_jax.training import components
 from mirai_jax.weights import frozen
 
 
@@ -133,8 +134,8 @@ def recipe_and_frozen(settings: Settings) -> tuple[step.Recipe, dict]:
         teacher, _ = frozen.teacher_shapes(settings)
     if settings.data.online:
         tokenizer, shapes["tokenizer"] = frozen.load_vq(settings)
-    terms, static = parts.load_generators(settings, None, shapes, lambda line: None)
-    recipe = parts.make_recipe(
+    terms, static = components.load_generators(settings, None, shapes, lambda line: None)
+    recipe = components.make_recipe(
         settings, terms, static, teacher, tokenizer, steps_per_epoch=1_000_000
     )
     return recipe, shapes

@@ -1,6 +1,6 @@
 """The loop of `mirai_jax.teach`: one encoder in one workdir, which then serves as `teacher.path`.
 
-The workdir is that of a run (see workdir.py), without samples and parts.json, and when it is
+The workdir is that of a run (see training/workdir.py), without samples and parts.json, and when it is
 finished with the encoder alone in the converted folder `encoder` (see weights/pretrained.py).
 """
 
@@ -15,20 +15,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import beginning, parts, report, sharding, teach_config
-from mirai_jax.checkpoint import Checkpoints, last_whole
+from mirai_jax import report, sharding, teach_config
 from mirai_jax.config import fields
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.data.small_sets import LabelledImages
-from mirai_jax.feed import Feed
-from mirai_jax.guards import Preemption
 from mirai_jax.teach_config import Settings
 from mirai_jax.teach_step import Recipe, init_state, make_measure, make_train_step
+from mirai_jax.training import components, start
+from mirai_jax.training.checkpoint import Checkpoints, last_whole
+from mirai_jax.training.guards import Preemption
+from mirai_jax.training.prefetch import Feed
+from mirai_jax.training.workdir import MetricsWriter, note_event, open_workdir, read_metrics
 from mirai_jax.utils.errors import Preempted, TrainingError, closing, first_line
 from mirai_jax.utils.progress import Stopwatch, duration
 from mirai_jax.weights import frozen, patch_codebook, pretrained
-from mirai_jax.workdir import MetricsWriter, note_event, open_workdir, read_metrics
 
 Say = Callable[[str], None]
 
@@ -59,7 +60,7 @@ def teach(
     workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title, last = f"{settings.name}-{settings.scale}", settings.num_steps
-    begin = beginning.steps_done(title, last, workdir, config, say)
+    begin = start.steps_done(title, last, workdir, config, say)
     if (
         begin == last
         and (workdir / "summary.png").exists()
@@ -90,13 +91,13 @@ def teach(
     if tokenizer:
         identity["tokenizer"] = pretrained.checksum(tokenizer_params)
     if begin:
-        parts.check_same(identity, workdir, write=False)
+        components.check_same(identity, workdir, write=False)
     open_workdir(workdir, config)
     if tokenizer and not tokenizer_path.exists():
         patch_codebook.save_params(tokenizer_path, tokenizer_params)
     if not begin:
         (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
-    parts.check_same(identity, workdir, write=True)
+    components.check_same(identity, workdir, write=True)
     say(
         f"data: {settings.data.name}, {len(train.labels):,} images, {len(held_out.labels):,} more are "
         "held out"

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import mirai_e, mirai_i
-from mirai_jax import assess, assessment, probe, train
+from mirai_jax import assess, assessment, probe
 from mirai_jax.assessment import Protocol
 from mirai_jax.config import schema
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
+from mirai_jax.training import train
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mirai_jax import checkpoint, foresight, sharding, step
-from mirai_jax.checkpoint import Checkpoints, fingerprints, restore_weights, steps_in
+from mirai_jax import foresight, sharding, step
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.training import checkpoint
+from mirai_jax.training.checkpoint import Checkpoints, fingerprints, restore_weights, steps_in
 from mirai_jax.utils import distributed
 from mirai_jax.utils.errors import ConfigError, TrainingError, closing
 

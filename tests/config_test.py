@@ -20,8 +20,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from configs import base, teacher
-from mirai_jax import foresight, optimizer, workdir
+from mirai_jax import foresight, optimizer
 from mirai_jax.config import fields, schema
+from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError, TrainingError, closing
 
 TERM = "foresight[0]."

@@ -19,12 +19,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs import llamagen, mirai_e
-from mirai_jax import convert, foresight, train
-from mirai_jax.checkpoint import restore_weights
+from mirai_jax import convert, foresight
 from mirai_jax.config import schema
 from mirai_jax.data import records
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.training import train
+from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import (
     frozen,

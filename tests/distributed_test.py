@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from mirai_jax.checkpoint import restore_weights, steps_in
+from mirai_jax.training.checkpoint import restore_weights, steps_in
 from mirai_jax.utils import distributed
 from mirai_jax.utils.errors import ConfigError
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import llamagen
-from mirai_jax import evaluate, feature_network, image_streams, report, workdir
+from mirai_jax import evaluate, feature_network, image_streams, report
 from mirai_jax.data import small_sets
 from mirai_jax.models.inception import InceptionV3
+from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import inception as inception_weights
 

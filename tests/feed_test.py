@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from mirai_jax import feed as feed_lib
 from mirai_jax.data.pipeline import WorkerDied
+from mirai_jax.training import prefetch
 from mirai_jax.utils.progress import Stopwatch
 
 
@@ -51,7 +51,7 @@ class Step:
 
 def make_feed(source, watch=None, clock=None, died=lambda error, index: None):
     put = lambda batch: f"batch {batch}"
-    return feed_lib.Feed(
+    return prefetch.Feed(
         source, put, watch or Stopwatch(), lambda what: None, died, clock or Clock()
     )
 
@@ -134,7 +134,7 @@ def test_an_error_is_raised_when_its_batch_is_taken():
 
 
 def test_workers_that_die_while_reading_ahead_are_told_with_their_batch():
-    left = {5: 1, 7: feed_lib.WORKER_DEATHS}
+    left = {5: 1, 7: prefetch.WORKER_DEATHS}
 
     def reading(index):
         if left.get(index):
@@ -151,5 +151,5 @@ def test_workers_that_die_while_reading_ahead_are_told_with_their_batch():
     feed.ahead(7)
     with pytest.raises(WorkerDied, match="before batch 7"):
         feed.take(7)
-    assert source.read == [4, 5, 5, 6, 7, 7, 7] and len(told) == feed_lib.WORKER_DEATHS
+    assert source.read == [4, 5, 5, 6, 7, 7, 7] and len(told) == prefetch.WORKER_DEATHS
     feed.close()

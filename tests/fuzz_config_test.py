@@ -30,9 +30,10 @@ from fuzzing import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirai_jax import memory, step, workdir
+from mirai_jax import memory, step
 from mirai_jax.config import fields, schema
 from mirai_jax.models import teacher, vit
+from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import frozen
 

@@ -27,9 +27,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from configs import llamagen
-from mirai_jax import train, workdir
 from mirai_jax.data import manifest, pipeline, records, small_sets, sources
 from mirai_jax.data.crops import CropSpec
+from mirai_jax.training import train, workdir
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from mirai_jax import guards
+from mirai_jax.training import guards
 
 
 def test_silence_beyond_the_limit_is_reported_and_ends_the_process(capfd):

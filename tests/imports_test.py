@@ -76,7 +76,7 @@ importlib.import_module("l.m")
 """
     assert imports_in(source, "x") == {"a.b", "c", "e.f", "h.i.j", "torch.nn", "l.m"}
     assert {f"{PACKAGE}.{m}" for m in ("main", "train", "step", "foresight")} <= set(MODULES)
-    assert inside("mirai_jax.main") >= {"mirai_jax.train"}
+    assert inside("mirai_jax.main") >= {"mirai_jax.training.train"}
     assert f"{PACKAGE}.models.generator" in MODELS
     for module in MODULES:
         assert inside(module) <= set(MODULES), module

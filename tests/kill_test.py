@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from mirai_jax.checkpoint import restore_weights, steps_in
+from mirai_jax.training.checkpoint import restore_weights, steps_in
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The demo, saved so often that many a kill falls into a save; nothing that changes a number.

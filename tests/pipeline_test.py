@@ -16,10 +16,11 @@ import skimage
 from PIL import Image
 
 from configs import mirai_i
-from mirai_jax import extract, train, workdir
+from mirai_jax import extract
 from mirai_jax.data import sources
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.models import vit, vq
+from mirai_jax.training import train, workdir
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import torch_names, torch_writer
 

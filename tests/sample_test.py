@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 from configs import llamagen
-from mirai_jax import sample, train
+from mirai_jax import sample
 from mirai_jax.models import generator, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.models.vit import resize_bicubic
 from mirai_jax.sampling import painter
 from mirai_jax.sampling.sampler import SampleOptions
+from mirai_jax.training import train
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress
 from mirai_jax.weights import frozen, pretrained, torch_names, torch_writer

@@ -390,7 +390,7 @@ QUICK = ((1, 8, 1), (2, 2, 2))
 
 
 def placed(recipe, mesh):
-    """The initial state on a mesh and its sharding, as train.py has them."""
+    """The initial state on a mesh and its sharding, as training/train.py has them."""
     make = initialiser(recipe.terms)
     placement = sharding.shardings(jax.eval_shape(make), mesh)
     return jax.device_put(make(), placement), placement

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from configs import mirai_i, teacher
-from mirai_jax import teach, teach_config, teach_run, teach_step, train, workdir
+from mirai_jax import teach, teach_config, teach_run, teach_step
 from mirai_jax.config import fields, schema
 from mirai_jax.data import pipeline, small_sets
 from mirai_jax.models import vit
 from mirai_jax.models.teacher import show
 from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.optimizer import OptimizerConfig
+from mirai_jax.training import train, workdir
 from mirai_jax.utils.errors import ConfigError, Preempted
 from mirai_jax.weights import frozen, pretrained
 

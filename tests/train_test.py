@@ -14,10 +14,11 @@ from absl import flags
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
-from mirai_jax import memory, train, workdir
-from mirai_jax.checkpoint import restore_weights
+from mirai_jax import memory
 from mirai_jax.config import schema
 from mirai_jax.data import pipeline, records, small_sets
+from mirai_jax.training import train, workdir
+from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils import progress
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, TrainingError
 

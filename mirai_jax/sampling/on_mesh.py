@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from mirai_jax import report, sharding
 from mirai_jax.models import batched
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.parts import Parts, labelled_images
 from mirai_jax.sampling import sampler
 from mirai_jax.sampling.classifier import agreement, fit_judge
 from mirai_jax.sampling.sampler import SampleOptions
+from mirai_jax.training.components import Parts, labelled_images
 from mirai_jax.utils import distributed
 
 Doing = Callable[[str], None]  # takes what the run is at

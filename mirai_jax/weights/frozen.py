@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from mirai_jax.checkpoint import restore_weights
 from mirai_jax.config import schema
 from mirai_jax.config.fields import completed
 from mirai_jax.config.schema import Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import efficientnet, patch_codebook, pretrained, torch_reader
 

@@ -10,25 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import beginning, foresight, report, sharding
-from mirai_jax.checkpoint import Checkpoints, last_whole
+from mirai_jax import foresight, report, sharding
 from mirai_jax.config import fields, schema
 from mirai_jax.data.pipeline import WorkerDied
-from mirai_jax.feed import Feed
-from mirai_jax.guards import HangGuard, Preemption, SpikeDetector
-from mirai_jax.parts import Parts, build, check_same
 from mirai_jax.sampling import on_mesh
 from mirai_jax.step import make_train_step
+from mirai_jax.training import start
+from mirai_jax.training.checkpoint import Checkpoints, last_whole
+from mirai_jax.training.components import Parts, build, check_same
+from mirai_jax.training.guards import HangGuard, Preemption, SpikeDetector
+from mirai_jax.training.prefetch import Feed
+from mirai_jax.training.workdir import MetricsWriter, note_event, open_workdir, read_metrics
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import LESS_MEMORY, Lost, Preempted, TrainingError, closing, first_line
 from mirai_jax.utils.progress import Stopwatch, progress_line
 from mirai_jax.weights import patch_codebook
-from mirai_jax.workdir import (
-    MetricsWriter,
-    note_event,
-    open_workdir,
-    read_metrics,
-)
 
 Say = Callable[[str], None]
 
@@ -63,7 +59,7 @@ def train(
     workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title = f"{settings.name}-{settings.scale}"
-    begin = beginning.steps_done(title, settings.num_steps, workdir, config, say)
+    begin = start.steps_done(title, settings.num_steps, workdir, config, say)
     summary = workdir / "summary.png"
     finished = begin == settings.num_steps and summary.exists()
     # As process 0 sees it: where another sees less, or nothing, none may end or wait alone.
@@ -79,7 +75,7 @@ def train(
         if begin:
             check_same(parts.identity, workdir, write=False)
         elif settings.init_from:
-            initial = beginning.read_initial(parts)
+            initial = start.read_initial(parts)
         # Only now, when all that the config names was found: a mistake leaves nothing behind. And
         # only when every process has looked at what was there.
         distributed.barrier("begin")
@@ -157,7 +153,7 @@ class _Run:
         """Sets the state and moves the data to it; returns the step."""
         self.guard.doing("the newest checkpoint")
         before = self.checkpoints.latest_step()
-        self.state, self.state_sharding, begun = beginning.begin(
+        self.state, self.state_sharding, begun = start.begin(
             self.parts, self.mesh, self.checkpoints, self.say, self._happened, initial
         )
         self.feed.begin(begun)

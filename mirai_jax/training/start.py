@@ -10,12 +10,12 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from mirai_jax import sharding
-from mirai_jax.checkpoint import Checkpoints, steps_in
-from mirai_jax.parts import Parts
 from mirai_jax.step import TrainState, init_state
+from mirai_jax.training.checkpoint import Checkpoints, steps_in
+from mirai_jax.training.components import Parts
+from mirai_jax.training.workdir import check_workdir
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import frozen
-from mirai_jax.workdir import check_workdir
 
 Say = Callable[[str], None]
 
