@@ -7,7 +7,7 @@
 For runs on images in memory (mnist, fashion_mnist). Each kept checkpoint (`keep_every`) and the last
 one give a line of assessment.jsonl in the run's folder: held-out cross-entropy, Fréchet distances
 of samples over EfficientNet-Lite0 (not FID), agreement of a classifier with the class asked for, and
-for the last step linear probes (mirai_jax/assessment.py says each exactly). What is there already is
+for the last step linear probes (mirai_jax/evaluation/runs.py says each exactly). What is there already is
 not done again: the same command goes on after a stop, and takes in what a run has added; with
 --follow it waits for that until all runs are finished.
 """
@@ -18,9 +18,9 @@ import time
 
 from absl import flags
 
-from mirai_jax import assessment
-from mirai_jax.assessment import Assessor, Protocol
 from mirai_jax.config.schema import Settings
+from mirai_jax.evaluation import runs
+from mirai_jax.evaluation.runs import Assessor, Protocol
 from mirai_jax.training.checkpoint import steps_in
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError
@@ -93,7 +93,7 @@ def _todo(
             )
         there = steps_in(pathlib.Path(workdir) / "checkpoints")
         ended = ended and settings.num_steps in there
-        steps = assessment.missing(workdir, _steps(settings, there, which, follow), protocol)
+        steps = runs.missing(workdir, _steps(settings, there, which, follow), protocol)
         if steps:
             todo.append((workdir, settings, steps))
     return todo, ended
@@ -151,7 +151,7 @@ def _assess(
             _, saved, _ = frozen.read_run("--workdir", workdir, step)
             measures = of_run(saved[protocol.weights], probed=step == settings.num_steps)
             entry = {"step": step, "protocol": dataclasses.asdict(protocol), **measures}
-            assessment.write(workdir, [*assessment.read(workdir), entry])
+            runs.write(workdir, [*runs.read(workdir), entry])
             done += 1
             left = (time.monotonic() - begun) / done * (count - done)
             print(

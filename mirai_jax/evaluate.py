@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mirai_jax import image_streams, metrics, report
+from mirai_jax import report
 from mirai_jax.config import schema
 from mirai_jax.data import small_sets
-from mirai_jax.feature_network import Features, Network
-from mirai_jax.image_streams import ImageStream
+from mirai_jax.evaluation import image_streams, metrics
+from mirai_jax.evaluation.image_streams import ImageStream
+from mirai_jax.evaluation.network import Features, Network
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import frozen, pretrained

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import mirai_e, mirai_i
-from mirai_jax import assess, assessment, probe
-from mirai_jax.assessment import Protocol
+from mirai_jax import assess
 from mirai_jax.config import schema
+from mirai_jax.evaluation import probe, runs
+from mirai_jax.evaluation.runs import Protocol
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
 from mirai_jax.training import train
 from mirai_jax.utils.errors import ConfigError, DataError
@@ -43,7 +44,7 @@ def test_cross_entropy_is_the_mean_over_all_images_and_tokens(params, count):
     codes, labels = codes_and_labels(count)
     logits, _ = Generator(CONFIG).apply({"params": params}, codes[:, :-1], labels)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
-    got = assessment.cross_entropy(CONFIG, params, codes, labels)
+    got = runs.cross_entropy(CONFIG, params, codes, labels)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -96,7 +97,7 @@ def said():
 @pytest.fixture(scope="module")
 def assessor(workdir, said):
     """One for all tests: its classifier takes long."""
-    return assessment.Assessor(frozen.read_settings("", str(workdir)), QUICK, said.append)
+    return runs.Assessor(frozen.read_settings("", str(workdir)), QUICK, said.append)
 
 
 def test_what_the_teacher_knows_of_the_class(workdir, assessor, said):
@@ -115,8 +116,8 @@ def test_what_the_teacher_knows_of_the_class(workdir, assessor, said):
 def test_a_stopped_assessment_goes_on(workdir, assessor, capsys, monkeypatch):
     monkeypatch.setattr(assess, "Assessor", lambda *args: assessor)
     assess.run([str(workdir)], "kept", QUICK)
-    whole = (workdir / assessment.FILE).read_text()
-    entries = assessment.read(workdir)
+    whole = (workdir / runs.FILE).read_text()
+    entries = runs.read(workdir)
     assert [e["step"] for e in entries] == [2, 4]
     assert all(e["protocol"]["samples"] == 60 for e in entries)
     for entry in entries:
@@ -131,22 +132,22 @@ def test_a_stopped_assessment_goes_on(workdir, assessor, capsys, monkeypatch):
     assert set(entries[1]["probe"]) == {"1", "2"}
     assert all(0 <= a <= 1 for row in entries[1]["probe"].values() for a in row)
 
-    (workdir / assessment.FILE).write_text(whole.splitlines(keepends=True)[0] + '{"step": 4, "pro')
+    (workdir / runs.FILE).write_text(whole.splitlines(keepends=True)[0] + '{"step": 4, "pro')
     assess.run([str(workdir)], "kept", QUICK)
-    assert (workdir / assessment.FILE).read_text() == whole
+    assert (workdir / runs.FILE).read_text() == whole
 
     monkeypatch.setattr(assess, "Assessor", None)  # nothing is left to do
     assess.run([str(workdir)], "kept", QUICK)
-    assert (workdir / assessment.FILE).read_text() == whole
+    assert (workdir / runs.FILE).read_text() == whole
     assert "0 checkpoints of 1 runs to assess" in capsys.readouterr().out
 
 
 def test_another_protocol_is_another_line(workdir):
     told = json.loads(json.dumps(vars(QUICK)))
     line = json.dumps({"step": 4, "protocol": told}) + "\n"
-    (workdir / assessment.FILE).write_text(line)
-    assert assessment.missing(workdir, [2, 4], QUICK) == [2]
-    assert assessment.missing(workdir, [2, 4], Protocol(samples=61)) == [2, 4]
+    (workdir / runs.FILE).write_text(line)
+    assert runs.missing(workdir, [2, 4], QUICK) == [2]
+    assert runs.missing(workdir, [2, 4], Protocol(samples=61)) == [2, 4]
 
 
 @given(st.lists(st.binary(max_size=20), max_size=4))
@@ -154,11 +155,11 @@ def test_another_protocol_is_another_line(workdir):
 def test_a_damaged_file_is_told_by_its_line(tmp_path_factory, lines):
     folder = tmp_path_factory.mktemp("damaged")
     good = b'{"step": 1, "protocol": {}}\n'
-    (folder / assessment.FILE).write_bytes(good + b"".join(line + b"\n" for line in lines) + good)
+    (folder / runs.FILE).write_bytes(good + b"".join(line + b"\n" for line in lines) + good)
     try:
-        assert assessment.read(folder)[0] == {"step": 1, "protocol": {}}
+        assert runs.read(folder)[0] == {"step": 1, "protocol": {}}
     except DataError as error:
-        assert f"{assessment.FILE}, line " in str(error)
+        assert f"{runs.FILE}, line " in str(error)
         assert len(str(error).splitlines()) == 1
 
 
@@ -175,4 +176,4 @@ def test_runs_without_images_in_memory_are_refused(workdir):
     settings = frozen.read_settings("--workdir", str(workdir))
     data = settings.data.__class__(**{**vars(settings.data), "held_out": 0})
     with pytest.raises(DataError, match="holds no images out"):
-        assessment.Assessor(settings.__class__(**{**vars(settings), "data": data}), QUICK, print)
+        runs.Assessor(settings.__class__(**{**vars(settings), "data": data}), QUICK, print)

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import llamagen
-from mirai_jax import evaluate, feature_network, image_streams, report
+from mirai_jax import evaluate, report
 from mirai_jax.data import small_sets
+from mirai_jax.evaluation import image_streams, network
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError, DataError
@@ -465,7 +466,7 @@ def network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception_weights, "load", lambda path: params)
-        patch.setattr(feature_network, "_inception", narrow)
+        patch.setattr(network, "_inception", narrow)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
         made = evaluate.Network("weights.pth", 2)
     made.said = []

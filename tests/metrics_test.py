@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mirai_jax import metrics
-from mirai_jax.metrics import Moments, frechet_distance, inception_score, precision_recall
+from mirai_jax.evaluation import metrics
+from mirai_jax.evaluation.metrics import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 from mirai_jax.utils.errors import DataError
 
 

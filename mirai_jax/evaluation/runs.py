@@ -10,7 +10,7 @@ frechet_images  the same to the held-out images as they are; the tokenizer's own
 agreement       share of the samples in which a classifier of real images sees the class asked for
 real_...        the last three of as many real images that passed through the tokenizer (of training;
                 held-out ones for agreement): what a perfect generator of its tokens would reach
-probe           accuracies of linear probes, see probe.py (the last step only)
+probe           accuracies of linear probes, see evaluation/probe.py (the last step only)
 teacher_probe   of a run with a bidirectional teacher that can be loaded: accuracy of a linear probe of
                 its features, averaged over the grid, of real images
 """
@@ -26,11 +26,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mirai_jax import foresight, image_streams, probe, sharding
+from mirai_jax import foresight, sharding
 from mirai_jax.config.schema import Settings, TeacherSettings
 from mirai_jax.data.small_sets import LabelledImages
-from mirai_jax.feature_network import Network
-from mirai_jax.metrics import frechet_distance
+from mirai_jax.evaluation import image_streams, probe
+from mirai_jax.evaluation.metrics import frechet_distance
+from mirai_jax.evaluation.network import Network
 from mirai_jax.models import batched
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.sampling import on_mesh

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import metrics
-from mirai_jax.image_streams import ImageStream
+from mirai_jax.evaluation import metrics
+from mirai_jax.evaluation.image_streams import ImageStream
 from mirai_jax.models.efficientnet import EfficientNetLite0
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.utils.progress import Progress
