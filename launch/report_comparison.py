@@ -9,7 +9,7 @@ from launch import speedup, study
 from launch.collected import Results, Run
 from launch.results import table
 from launch.study import Measure
-from mirai_jax.measure import median
+from mirai_jax.benchmark.measure import median
 
 _NOT_REACHED = "not reached"
 _OTHERS = [variant for variant in study.VARIANTS if variant != study.BASELINE]

@@ -28,10 +28,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from mirai_jax import bench_report, bench_work, measure, memory
+from mirai_jax.benchmark import measure, memory_plan, report, work
+from mirai_jax.benchmark.measure import Peer, PeerError
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
-from mirai_jax.measure import Peer, PeerError
 from mirai_jax.models.generator import SIZES, GeneratorConfig
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, first_line
@@ -101,7 +101,7 @@ def read_settings(overrides: list[str]) -> dict[str, schema.Settings]:
     found: dict[str, schema.Settings] = {}
     for file in wanted:
         config = parse_config([f"--config={file}:{scale or 'demo'}", *overrides])
-        settings = schema.read(memory.without_files(config), len(jax.devices()))
+        settings = schema.read(memory_plan.without_files(config), len(jax.devices()))
         if settings.name in found:
             raise ConfigError(f"{file} is named {settings.name!r} too; its name must be its own")
         found[settings.name] = settings
@@ -215,7 +215,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
     works = {}
     for name, settings in found.items() if set(_MEASURE.value) & {"compile", "step"} else ():
         say(f"{name}: compiling its step")
-        works[name] = work = bench_work.Work(settings, devices)
+        works[name] = work = work.Work(settings, devices)
         results["variants"][name] = work.facts()
         say("\n".join(["  planned, on each device:", *work.plan.lines()]))
         if "step" in chosen:
@@ -230,7 +230,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
             tasks |= {f"part {name} {part}": task for part, task in work.parts().items()}
     if "sampler" in chosen:
         say(f"sampler: compiling, {sample_batch} images at once")
-        sampling = bench_work.Sampling(first, sample_batch)
+        sampling = work.Sampling(first, sample_batch)
         results["sampler"] = sampling.facts()
         tasks["sample"] = sampling.draw
     refused = {}
@@ -263,7 +263,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
         say(f"trace: {_TRACE.value}")
     if "input" in chosen:
         say("input: reading batches without training")
-        results["input"] = {"images_per_second": bench_work.input_rate(first)}
+        results["input"] = {"images_per_second": work.input_rate(first)}
     return results
 
 
@@ -315,12 +315,12 @@ def main(argv: list[str]) -> None:
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(f"the devices failed ({first_line(error)[:300]})") from error
         say("")
-        say("\n".join(bench_report.lines(results)))
+        say("\n".join(report.lines(results)))
         if _JSON.value:
             files.write_text(_JSON.value, json.dumps(results, indent=1) + "\n")
             say(f"written: {_JSON.value}")
         if _FIGURE.value:
-            bench_report.figure(results, pathlib.Path(_FIGURE.value))
+            report.figure(results, pathlib.Path(_FIGURE.value))
             say(f"look at {_FIGURE.value}")
 
 

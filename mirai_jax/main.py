@@ -14,7 +14,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mirai_jax import memory, sharding, targets
+from mirai_jax import sharding
+from mirai_jax.benchmark import chips, memory_plan
 from mirai_jax.config import schema
 from mirai_jax.training import train
 from mirai_jax.utils import cli, distributed
@@ -101,30 +102,30 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _print_plan(config: ml_collections.ConfigDict, count: int, chip: str) -> None:
     if chip:
-        devices = targets.devices(chip, count)
+        devices = chips.devices(chip, count)
     else:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
         devices = jax.devices()
-    settings = schema.read(memory.without_files(config), len(devices))
+    settings = schema.read(memory_plan.without_files(config), len(devices))
     mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
     print(
         f"memory of each of {count} x {devices[0].device_kind}, mesh {mesh}, batch {settings.batch_size} in "
         f"{settings.accumulate} part(s), model.remat {settings.generator.remat}; compiling"
     )
     try:
-        found = memory.plan(settings, devices)
+        found = memory_plan.plan(settings, devices)
     except jax.errors.JaxRuntimeError as error:  # compilers for TPUs refuse what does not fit
         raise TrainingError(
             f"the compiler refuses the step ({first_line(error)[:300]}); where it is for "
             f"memory, {LESS_MEMORY}"
         ) from error
     print(*found.lines(), sep="\n")
-    if chip in targets.GPUS:
-        print(targets.verdict(chip, found.total))
+    if chip in chips.GPUS:
+        print(chips.verdict(chip, found.total))
     elif not chip:
         print(
-            "by XLA's compiler for CPUs; see mirai_jax/memory.py for how far that holds elsewhere"
+            "by XLA's compiler for CPUs; see mirai_jax/benchmark/memory_plan.py for how far that holds elsewhere"
         )
 
 

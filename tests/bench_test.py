@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mirai_jax import bench as program
-from mirai_jax import bench_report, bench_work, measure, memory
+from mirai_jax.benchmark import measure, memory_plan, report, work
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.utils.errors import ConfigError
@@ -33,7 +33,7 @@ TINY = [
 
 def settings_of(variant, *more):
     config = parse_config([f"--config={ROOT}/configs/{variant}.py:demo", *TINY, *more])
-    return schema.read(memory.without_files(config), 1)
+    return schema.read(memory_plan.without_files(config), 1)
 
 
 def bench(*arguments):
@@ -77,13 +77,13 @@ def test_the_program(tmp_path):
     results = json.loads(told.read_text())
     found = results["variants"]["mirai_e"]
     assert len(found["step_seconds"]) == 2 and min(found["step_seconds"]) > 0
-    assert set(found["part_seconds"]) == set(bench_report.PARTS)
+    assert set(found["part_seconds"]) == set(report.PARTS)
     assert found["compile_seconds"] > 0
     assert 0.9 < found["xla_share"] < 2  # tiny: much is elementwise
     assert found["peak_bytes"] > found["plan"]["parameters"]
     assert results["sampler"]["seconds"] and results["input"]["images_per_second"] > 0
     assert results["roofs"]["memory_bytes"] > 1e8
-    assert bench_report.sampler_share(results) > 0
+    assert report.sampler_share(results) > 0
     for line in ("teacher alone", "MFU of", "memory, planned", "sampler, guidance"):
         assert line in done.stdout
     assert picture.stat().st_size > 10_000 and any((tmp_path / "trace").rglob("*.pb"))
@@ -208,7 +208,7 @@ def test_peak_memory_is_of_what_comes_after():
 @pytest.mark.slow
 def test_the_parts_compute_what_the_step_does():
     """Not their numbers, which are random: that all of a variant's parts run on its shapes."""
-    work = bench_work.Work(settings_of("mirai_e_i"), jax.devices()[:1])
+    work = work.Work(settings_of("mirai_e_i"), jax.devices()[:1])
     work.begin()
     before = jax.device_get(work._state.params["generator"]["output"]["kernel"])
     parts = work.parts()
@@ -223,15 +223,15 @@ def test_no_file_of_a_large_run_is_needed():
     config = parse_config([f"--config={ROOT}/configs/mirai_i.py:imagenet_b"])
     with pytest.raises(ConfigError):
         schema.read(config, 1)
-    assert schema.read(memory.without_files(config), 1).needs_images
-    assert memory.without_files({"data": "", "teacher": None}) == {"data": "", "teacher": None}
+    assert schema.read(memory_plan.without_files(config), 1).needs_images
+    assert memory_plan.without_files({"data": "", "teacher": None}) == {"data": "", "teacher": None}
     config.teacher.name = "dinov2"  # of any size: its file says which
     with pytest.raises(ConfigError, match="teacher.path is ''"):
-        schema.read(memory.without_files(config), 1)
+        schema.read(memory_plan.without_files(config), 1)
 
 
 def test_the_input_alone():
-    assert bench_work.input_rate(settings_of("llamagen"), batches=3) > 0
+    assert work.input_rate(settings_of("llamagen"), batches=3) > 0
 
 
 # What is told -------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def row(lines, title):
 
 
 def test_the_table():
-    lines = bench_report.lines(RESULTS)
+    lines = report.lines(RESULTS)
     assert row(lines, "train step")[-4:] == ["2.00", "s", "3.00", "s"]
     # Ratios are taken within a round: 1.5, 1.1, 1.2.
     assert row(lines, "over llamagen's")[-2:] == ["1.00", "1.20"]
@@ -288,10 +288,10 @@ def test_what_was_not_measured_is_not_made_up(tmp_path):
         del found["step_seconds"], found["peak_bytes"]
     for part in ("roofs", "sampler", "peer_seconds", "peer_refused"):
         del results[part]
-    lines = bench_report.lines(results)
+    lines = report.lines(results)
     for title in ("train step", "images/s", "memory, at most"):
         assert row(lines, title)[-2:] == ["not", "run"]
     assert "sampler: not run" in lines and not any("MFU" in line for line in lines)
-    bench_report.figure(results, tmp_path / "empty.png")
-    bench_report.figure(RESULTS, tmp_path / "full.png")
+    report.figure(results, tmp_path / "empty.png")
+    report.figure(RESULTS, tmp_path / "full.png")
     assert (tmp_path / "full.png").stat().st_size > (tmp_path / "empty.png").stat().st_size

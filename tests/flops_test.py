@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mirai_jax import flops, foresight, step
+from mirai_jax import foresight, step
+from mirai_jax.benchmark import flops
 from mirai_jax.models import decoding, efficientnet, vit
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig

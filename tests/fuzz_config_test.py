@@ -30,7 +30,8 @@ from fuzzing import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirai_jax import memory, step
+from mirai_jax import step
+from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import fields, schema
 from mirai_jax.models import teacher, vit
 from mirai_jax.training import workdir
@@ -202,7 +203,7 @@ def test_a_config_that_holds_itself_is_refused():
         config = get("mirai_e")
         config["foresight"][0]["more"] = 1
         at(config, path[:-1])[path[-1]] = config
-        for given_config in (config, memory.without_files(config)):  # to train, to plan
+        for given_config in (config, memory_plan.without_files(config)):  # to train, to plan
             with pytest.raises(ConfigError) as error:
                 schema.read(given_config, 1)
             one_line(error.value, "the config holds itself")

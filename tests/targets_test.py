@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mirai_jax import targets
+from mirai_jax.benchmark import chips
 from mirai_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def same_environment(monkeypatch):
 
 def refusal(*arguments):
     with pytest.raises(ConfigError) as error:
-        targets.devices(*arguments)
+        chips.devices(*arguments)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -55,14 +55,14 @@ def test_without_the_compiler_for_tpus_it_says_how_to_get_it():
 def test_a_gpus_plan_is_compared_with_what_jax_takes_of_it(monkeypatch):
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     gib = 2**30
-    assert targets.verdict("h100", 53 * gib) == (
+    assert chips.verdict("h100", 53 * gib) == (
         "of 79 GiB, 59.2 of which JAX takes (XLA_CLIENT_MEM_FRACTION=0.75)"
     )
-    told = targets.verdict("h100", 65 * gib)
+    told = chips.verdict("h100", 65 * gib)
     assert told.endswith("it does not fit; XLA_CLIENT_MEM_FRACTION=0.84 would do")
-    assert targets.verdict("h100", 78 * gib).endswith("it does not fit")
+    assert chips.verdict("h100", 78 * gib).endswith("it does not fit")
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.84")
-    assert "fit" not in targets.verdict("h100", 65 * gib)
+    assert "fit" not in chips.verdict("h100", 65 * gib)
 
 
 def plan(chip, count, *more, variant="mirai_e"):
@@ -93,7 +93,7 @@ def test_a_plan_with_a_published_teacher_needs_neither_its_weights_nor_images():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_CUDA, reason="the compiler for GPUs is not installed")
-@pytest.mark.parametrize("chip", targets.GPUS)
+@pytest.mark.parametrize("chip", chips.GPUS)
 def test_the_step_compiles_for_gpus(chip):
     fused, plain = plan(chip, 1), plan(chip, 1, "--config.model.attention=xla")
     assert fused["in all"] == pytest.approx(

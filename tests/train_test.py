@@ -14,7 +14,7 @@ from absl import flags
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
-from mirai_jax import memory
+from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import schema
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.training import train, workdir
@@ -542,7 +542,7 @@ def test_memory_of_a_run_is_planned_without_its_files():
         config.teacher.update(name="dinov2_vits14", path="not there")
         config.data.images = "not there either"
         config.mesh.update(mesh)
-        return memory.plan(schema.read(config, 8), jax.devices())
+        return memory_plan.plan(schema.read(config, 8), jax.devices())
 
     plan = planned(mirai_i, data=1, fsdp=8)
     # Parameters (the heads' too), EMA and Adam's two moments, an eighth each; DINOv2-S whole.

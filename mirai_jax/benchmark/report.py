@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mirai_jax.measure import median, ratio
+from mirai_jax.benchmark.measure import median, ratio
 
 PARTS = ("student", "teacher", "projectors", "optimizer")
 _NOT_RUN = "not run"

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax import flops, measure, memory, sharding, step
+from mirai_jax import sharding, step
+from mirai_jax.benchmark import flops, measure, memory_plan
 from mirai_jax.config.schema import Settings
 from mirai_jax.data import pipeline, records
 from mirai_jax.models import generator as generator_lib
@@ -51,7 +52,7 @@ class Work:
 
     def __init__(self, settings: Settings, devices: list[jax.Device]):
         self._settings, self._device = settings, devices[0]
-        self._compiled = memory.compile_step(settings, devices)
+        self._compiled = memory_plan.compile_step(settings, devices)
         self.recipe, self.plan = self._compiled.recipe, self._compiled.plan
 
     def facts(self) -> dict[str, Any]:
