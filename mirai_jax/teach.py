@@ -13,8 +13,8 @@ import pathlib
 
 from absl import flags
 
-from mirai_jax import teach_run
 from mirai_jax.config.flags import parse_config
+from mirai_jax.teaching import train
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, TrainingError
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
                 )
         config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
         name, scale = config.get("name"), config.get("scale")  # one that is missing: told by teach
-        teach_run.teach(config, _WORKDIR.value or pathlib.Path("runs") / f"{name}-{scale}")
+        train.teach(config, _WORKDIR.value or pathlib.Path("runs") / f"{name}-{scale}")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import report, sharding, teach_config
+from mirai_jax import report, sharding
 from mirai_jax.config import fields
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.data.small_sets import LabelledImages
-from mirai_jax.teach_config import Settings
-from mirai_jax.teach_step import Recipe, init_state, make_measure, make_train_step
+from mirai_jax.teaching import settings
+from mirai_jax.teaching.settings import Settings
+from mirai_jax.teaching.step import Recipe, init_state, make_measure, make_train_step
 from mirai_jax.training import components, start
 from mirai_jax.training.checkpoint import Checkpoints, last_whole
 from mirai_jax.training.guards import Preemption
@@ -56,7 +57,7 @@ def teach(
     """
     say = say or (lambda line: print(line, flush=True))
     devices = jax.local_devices() if devices is None else devices
-    settings = teach_config.read(config, len(devices))
+    settings = settings.read(config, len(devices))
     workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title, last = f"{settings.name}-{settings.scale}", settings.num_steps

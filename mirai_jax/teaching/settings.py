@@ -9,7 +9,7 @@ from mirai_jax.data import small_sets
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models.vit import DinoConfig
 from mirai_jax.optimizer import OptimizerConfig
-from mirai_jax.teach_step import OBJECTIVES
+from mirai_jax.teaching.step import OBJECTIVES
 
 _HEAD_WIDTH = 64  # as in every published DINOv2: a file of the encoder tells its heads by its width
 
