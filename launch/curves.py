@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from launch import results as results_lib
-from launch.results import Result
+from launch import tables
+from launch.tables import Result
 from mirai_jax.utils import files
 
 # Twelve colours that stay apart; after them the lines change.
@@ -90,7 +90,7 @@ def draw(path: pathlib.Path, title: str, results: Sequence[Result]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    settings = results_lib.settings(results)
+    settings = tables.settings(results)
     measures = [m for m in _TITLES if any(m in r.values for r in results)]
     figure, axes = plt.subplots(
         1,

@@ -7,8 +7,8 @@ from typing import Any
 from launch import report_cells as cells
 from launch import speedup, study
 from launch.collected import Results, Run
-from launch.results import table
 from launch.study import Measure
+from launch.tables import table
 from mirai_jax.benchmark.measure import median
 
 _NOT_REACHED = "not reached"

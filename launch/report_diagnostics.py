@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from launch import report_cells as cells
 from launch import study
 from launch.collected import Results, Run
-from launch.results import table
 from launch.study import Claim, Exploration, Measure, Question
+from launch.tables import table
 from mirai_jax.training import workdir
 
 _FRECHET = study.MEASURES[0]

@@ -10,7 +10,7 @@ from launch import report_diagnostics as diagnostics
 from launch import report_figures as figures
 from launch.collected import Results, Run
 from launch.encoders import SHOWN, Encoder
-from launch.results import table
+from launch.tables import table
 from mirai_jax.config import fields
 from mirai_jax.utils.progress import duration
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from launch import curves, jobs, plan, results, slurm
+from launch import curves, jobs, plan, slurm, tables
 from launch.board import Board
 from mirai_jax.config.flags import FIELD
 from mirai_jax.utils import cli
@@ -168,8 +168,8 @@ def main(argv: list[str]) -> None:
                 if other is not None:
                     raise ConfigError(f"{out} is in use by another launcher (process {other})")
                 failed = _launch(runs, out)
-        found = [results.read(run) for run in runs]
-        written = results.write_tables(out, title, found)
+        found = [tables.read(run) for run in runs]
+        written = tables.write_tables(out, title, found)
         curves.draw(out / "curves.png", title, found)
         for path in (*written, out / "curves.png"):
             print(f"written: {path}")

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from ml_collections.config_flags import config_path
 from PIL import Image
 
-from launch import curves, jobs, overrides, plan, results, slurm
+from launch import curves, jobs, overrides, plan, slurm, tables
 from launch import sweep as sweep_program
 from launch.board import Board
 from launch.overrides import chain, over, product, zipped
@@ -621,7 +621,7 @@ def test_tables(tmp_path):
         "launch: 2030-01-01 00:00:00 python\nx\nlaunch: exit status 75 after 10.5 s\n"
         "launch: 2030-01-01 00:00:11 python\nlaunch: exit status 0 after 2.0 s\n"
     )
-    paths = results.write_tables(tmp_path, "some-demo", [results.read(run) for run in runs])
+    paths = tables.write_tables(tmp_path, "some-demo", [tables.read(run) for run in runs])
     table, rows, timing = (path.read_text() for path in paths)
     rows = list(csv.DictReader(io.StringIO(rows)))
     assert [row["run"] for row in rows] == [run.name for run in runs]
@@ -654,7 +654,7 @@ def test_a_runs_time_is_told_if_all_of_it_was_seen(tmp_path):
 @pytest.mark.parametrize("begun", [True, False])
 def test_the_figure_is_drawn_of_whatever_there_is(tmp_path, begun):
     runs = finished_sweep(tmp_path)[0 if begun else 3 :]
-    curves.draw(tmp_path / "curves.png", "some", [results.read(run) for run in runs])
+    curves.draw(tmp_path / "curves.png", "some", [tables.read(run) for run in runs])
     picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
     coloured = np.ptp(picture.astype(int), axis=-1) > 60
     assert (coloured.sum() > 500) == begun
