@@ -28,7 +28,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from mirai_jax.benchmark import measure, memory_plan, report, work
+from mirai_jax.benchmark import measure, memory_plan, report
+from mirai_jax.benchmark import work as work_lib
 from mirai_jax.benchmark.measure import Peer, PeerError
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
@@ -215,7 +216,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
     works = {}
     for name, settings in found.items() if set(_MEASURE.value) & {"compile", "step"} else ():
         say(f"{name}: compiling its step")
-        works[name] = work = work.Work(settings, devices)
+        works[name] = work = work_lib.Work(settings, devices)
         results["variants"][name] = work.facts()
         say("\n".join(["  planned, on each device:", *work.plan.lines()]))
         if "step" in chosen:
@@ -230,7 +231,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
             tasks |= {f"part {name} {part}": task for part, task in work.parts().items()}
     if "sampler" in chosen:
         say(f"sampler: compiling, {sample_batch} images at once")
-        sampling = work.Sampling(first, sample_batch)
+        sampling = work_lib.Sampling(first, sample_batch)
         results["sampler"] = sampling.facts()
         tasks["sample"] = sampling.draw
     refused = {}
@@ -263,7 +264,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
         say(f"trace: {_TRACE.value}")
     if "input" in chosen:
         say("input: reading batches without training")
-        results["input"] = {"images_per_second": work.input_rate(first)}
+        results["input"] = {"images_per_second": work_lib.input_rate(first)}
     return results
 
 

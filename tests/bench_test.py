@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mirai_jax import bench as program
-from mirai_jax.benchmark import measure, memory_plan, report, work
+from mirai_jax.benchmark import measure, memory_plan, report
+from mirai_jax.benchmark import work as work_lib
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.utils.errors import ConfigError
@@ -208,7 +209,7 @@ def test_peak_memory_is_of_what_comes_after():
 @pytest.mark.slow
 def test_the_parts_compute_what_the_step_does():
     """Not their numbers, which are random: that all of a variant's parts run on its shapes."""
-    work = work.Work(settings_of("mirai_e_i"), jax.devices()[:1])
+    work = work_lib.Work(settings_of("mirai_e_i"), jax.devices()[:1])
     work.begin()
     before = jax.device_get(work._state.params["generator"]["output"]["kernel"])
     parts = work.parts()
@@ -231,7 +232,7 @@ def test_no_file_of_a_large_run_is_needed():
 
 
 def test_the_input_alone():
-    assert work.input_rate(settings_of("llamagen"), batches=3) > 0
+    assert work_lib.input_rate(settings_of("llamagen"), batches=3) > 0
 
 
 # What is told -------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from PIL import Image
 from configs import llamagen
 from mirai_jax import evaluate, report
 from mirai_jax.data import small_sets
-from mirai_jax.evaluation import image_streams, network
+from mirai_jax.evaluation import image_streams
+from mirai_jax.evaluation import network as network_lib
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError, DataError
@@ -466,7 +467,7 @@ def network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception_weights, "load", lambda path: params)
-        patch.setattr(network, "_inception", narrow)
+        patch.setattr(network_lib, "_inception", narrow)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
         made = evaluate.Network("weights.pth", 2)
     made.said = []

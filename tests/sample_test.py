@@ -22,7 +22,7 @@ from mirai_jax.models import generator, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.models.vit import resize_bicubic
-from mirai_jax.sampling import painter
+from mirai_jax.sampling import painter as painter_lib
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.training import train
 from mirai_jax.utils.errors import ConfigError
@@ -218,7 +218,7 @@ def test_images_are_resized_before_they_are_clipped():
         np.clip(127.5 * np.asarray(resize_bicubic(x, (5, 5))) + 128, 0, 255).astype(np.uint8)
         for x in (raw, jnp.clip(raw, -1, 1))
     )
-    got = np.asarray(painter._pixels(module, 5, params, codes))
+    got = np.asarray(painter_lib._pixels(module, 5, params, codes))
     assert np.abs(got.astype(int) - expected).max() <= 1  # of halves one rounds up, one to even
     assert np.abs(got.astype(int) - clipped_first).max() > 1
 

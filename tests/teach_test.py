@@ -19,7 +19,9 @@ from mirai_jax.models import vit
 from mirai_jax.models.teacher import show
 from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.optimizer import OptimizerConfig
-from mirai_jax.teaching import settings, step, train
+from mirai_jax.teaching import settings as settings_lib
+from mirai_jax.teaching import step as step_lib
+from mirai_jax.teaching import train as teach_train
 from mirai_jax.training import train, workdir
 from mirai_jax.utils.errors import ConfigError, Preempted
 from mirai_jax.weights import frozen, pretrained
@@ -40,7 +42,7 @@ def tiny(**changed):
 
 def run(made, folder, say=None, devices=1):
     lines = []
-    train.teach(made, folder, devices=jax.devices()[:devices], say=say or lines.append)
+    teach_train.teach(made, folder, devices=jax.devices()[:devices], say=say or lines.append)
     return lines
 
 
@@ -67,8 +69,10 @@ def finished(tmp_path_factory):
     """A finished run of both objectives, its lines, and the parameters that it ended with."""
     folder, states = tmp_path_factory.mktemp("teacher") / "run", []
     with pytest.MonkeyPatch.context() as patch:
-        finish = train._Run._finish
-        patch.setattr(train._Run, "_finish", lambda self: (states.append(self.state), finish(self)))
+        finish = teach_train._Run._finish
+        patch.setattr(
+            teach_train._Run, "_finish", lambda self: (states.append(self.state), finish(self))
+        )
         lines = run(tiny(objective="both"), folder)
     return folder, lines, jax.device_get(states[0].params)
 
@@ -78,7 +82,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("scale", ["", *teacher.SCALES])
 def test_every_scale_reads_and_has_the_generators_grid_and_images(scale):
-    settings = settings.read(teacher.get_config(scale), num_devices=1)
+    settings = settings_lib.read(teacher.get_config(scale), num_devices=1)
     of_run = schema.read(mirai_i.get_config(scale), num_devices=1)
     assert settings.scale == of_run.scale
     assert settings.network.pos_grid == of_run.generator.grid
@@ -121,7 +125,7 @@ def test_a_wrong_field_is_one_line_and_leaves_nothing(tmp_path, field, value, to
 
 
 def test_other_refusals():
-    read = lambda **changed: settings.read(fields.plain(tiny()) | changed, 1)  # noqa: E731
+    read = lambda **changed: settings_lib.read(fields.plain(tiny()) | changed, 1)  # noqa: E731
     assert "masked_share is 0.0; it must be above 0 with objective 'masked'" in refusal(
         lambda: read(objective="masked", masked_share=0.0)
     )
@@ -155,7 +159,7 @@ def test_the_program_tells_wrong_arguments_in_one_line(monkeypatch, tmp_path, ca
 
 def test_augmentation_moves_and_mirrors_whole_images():
     images = np.random.RandomState(0).randint(1, 256, (400, 6, 5, 1)).astype(np.uint8)
-    out = np.asarray(step.augment(jax.random.key(1), images, 1, True))
+    out = np.asarray(step_lib.augment(jax.random.key(1), images, 1, True))
     assert out.dtype == np.uint8 and out.shape == images.shape
     padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
     moved = [padded[:, r : r + 6, c : c + 5] for r in range(3) for c in range(3)]
@@ -165,28 +169,28 @@ def test_augmentation_moves_and_mirrors_whole_images():
     ]
     assert all(len(which) == 1 for which in found)
     assert len({which[0] for which in found}) == 18  # each of them occurs
-    np.testing.assert_array_equal(step.augment(jax.random.key(1), images, 0, False), images)
+    np.testing.assert_array_equal(step_lib.augment(jax.random.key(1), images, 0, False), images)
 
 
 def test_masks_hide_equally_many_patches_everywhere():
-    masked = np.asarray(step.draw_masks(jax.random.key(0), 200, (4, 4), 0.4))
+    masked = np.asarray(step_lib.draw_masks(jax.random.key(0), 200, (4, 4), 0.4))
     assert (masked.sum(axis=(1, 2)) == 6).all()
     assert (np.abs(masked.mean(axis=0) - 6 / 16) < 0.15).all()
-    assert (step.draw_masks(jax.random.key(0), 2, (4, 4), 0.001).sum(axis=(1, 2)) == 1).all()
+    assert (step_lib.draw_masks(jax.random.key(0), 2, (4, 4), 0.001).sum(axis=(1, 2)) == 1).all()
 
 
 def recipe(objective="both"):
     network = vit.DinoConfig(width=64, num_layers=2, num_heads=1, pos_grid=(3, 3), patch=4)
     codes = PatchCodebook(vocab_size=5, image_size=(12, 12), patch=4)
-    return step.Recipe(network, objective, 10, codes, OptimizerConfig(), masked_share=0.4)
+    return step_lib.Recipe(network, objective, 10, codes, OptimizerConfig(), masked_share=0.4)
 
 
 def test_hidden_pixels_do_not_reach_the_predictions():
     made = recipe()
-    learner = step.Learner(made)
-    params = step.init_state(made, jax.random.key(0)).params
+    learner = step_lib.Learner(made)
+    params = step_lib.init_state(made, jax.random.key(0)).params
     images = jax.random.normal(jax.random.key(1), (2, 12, 12, 3))
-    masked = step.draw_masks(jax.random.key(2), 2, (3, 3), 0.4)
+    masked = step_lib.draw_masks(jax.random.key(2), 2, (3, 3), 0.4)
 
     def logits(images):
         return learner.apply({"params": params}, images, masked, method="predict")
@@ -210,14 +214,14 @@ def test_hiding_nothing_is_the_network_as_it_is():
 
 def test_scores_are_those_of_a_plain_computation():
     made = dataclasses.replace(recipe(), label_smoothing=0.2)
-    params = step.init_state(made, jax.random.key(0)).params
+    params = step_lib.init_state(made, jax.random.key(0)).params
     params = jax.tree.map(lambda x: 3 * x, params)
     rng = np.random.RandomState(0)
     images, labels = rng.randint(0, 256, (4, 12, 12, 1)).astype(np.uint8), rng.randint(0, 10, 4)
     codebook = {"codebook": rng.normal(0, 0.5, (5, 16)).astype(np.float32)}
     batch, key = {"image": images, "label": labels}, jax.random.key(5)
-    got = step.scores(made, params, codebook, batch, key)
-    learner, masked = step.Learner(made), step.draw_masks(key, 4, (3, 3), 0.4)
+    got = step_lib.scores(made, params, codebook, batch, key)
+    learner, masked = step_lib.Learner(made), step_lib.draw_masks(key, 4, (3, 3), 0.4)
     shown = show(images, (12, 12))
     log_p = jax.nn.log_softmax(learner.apply({"params": params}, shown, method="classify"))
     right = np.asarray(log_p)[np.arange(4), labels]
@@ -372,7 +376,7 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     jax.tree.map(np.testing.assert_array_equal, loaded["network"], params["network"])
     images = small_sets.load_images("mnist").images[:3]
     got = module.apply({"params": loaded}, images)
-    network = vit.DinoV2(settings.read(tiny(), 1).network)
+    network = vit.DinoV2(settings_lib.read(tiny(), 1).network)
     want, _ = network.apply({"params": params["network"]}, show(images, (32, 32)))
     np.testing.assert_allclose(got, want.reshape(3, 16, 64), atol=1e-5)
 

@@ -20,13 +20,14 @@ from mirai_jax.config import fields
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.data.small_sets import LabelledImages
-from mirai_jax.teaching import settings
+from mirai_jax.teaching import settings as settings_lib
 from mirai_jax.teaching.settings import Settings
 from mirai_jax.teaching.step import Recipe, init_state, make_measure, make_train_step
-from mirai_jax.training import components, start
+from mirai_jax.training import components
 from mirai_jax.training.checkpoint import Checkpoints, last_whole
 from mirai_jax.training.guards import Preemption
 from mirai_jax.training.prefetch import Feed
+from mirai_jax.training.start import steps_done
 from mirai_jax.training.workdir import MetricsWriter, note_event, open_workdir, read_metrics
 from mirai_jax.utils.errors import Preempted, TrainingError, closing, first_line
 from mirai_jax.utils.progress import Stopwatch, duration
@@ -57,11 +58,11 @@ def teach(
     """
     say = say or (lambda line: print(line, flush=True))
     devices = jax.local_devices() if devices is None else devices
-    settings = settings.read(config, len(devices))
+    settings = settings_lib.read(config, len(devices))
     workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title, last = f"{settings.name}-{settings.scale}", settings.num_steps
-    begin = start.steps_done(title, last, workdir, config, say)
+    begin = steps_done(title, last, workdir, config, say)
     if (
         begin == last
         and (workdir / "summary.png").exists()
