@@ -17,7 +17,7 @@ from configs import teacher
 from launch import collected
 from launch.collect import Machine, unfinished, write
 from launch.overrides import flag_text
-from mirai_jax.training import workdir
+from mirai_jax.config import compare
 from mirai_jax.utils.errors import DataError, first_line
 
 SHOWN = {"held_out_accuracy": "accuracy", "held_out_masked_accuracy": "hidden codes right"}
@@ -55,7 +55,7 @@ def _command(name: str, config: Mapping[str, Any]) -> str:
     scale = str(config.get("scale"))
     try:
         base = teacher.get_config(scale)
-        changed = workdir.differences(base, config)
+        changed = compare.differences(base, config)
         told = [f"--config.{f}={flag_text(f, new)}" for f, (_, new) in changed.items()]
     except ValueError as error:  # also ConfigError: a field that is missing
         raise DataError(f"no command makes its config: {first_line(error)}") from error

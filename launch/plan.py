@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections.config_flags import config_path
 
 from launch.overrides import Entry, columns, flag_text, names, plain
-from mirai_jax.config import fields, schema
+from mirai_jax.config import compare, fields, schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError, first_line
@@ -180,7 +180,7 @@ def make_runs(
         try:
             arguments = _arguments(entry, common, scale, str(out / name))
             config = _check(entry, arguments, out / name)
-            twin = seen.setdefault(workdir.to_json(config), name)
+            twin = seen.setdefault(compare.to_json(config), name)
             if name in (run.name for run in runs):
                 raise ConfigError("the sweep yields it twice")
             if twin != name:

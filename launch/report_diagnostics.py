@@ -10,7 +10,7 @@ from launch import study
 from launch.collected import Results, Run
 from launch.study import Claim, Exploration, Measure, Question
 from launch.tables import table
-from mirai_jax.training import workdir
+from mirai_jax.config import compare
 
 _FRECHET = study.MEASURES[0]
 _LONGEST = 60  # letters of a config's value in a cell
@@ -112,7 +112,7 @@ def _changed(results: Results, setting: str, base: str) -> str:
 
 def _fields(base: Run, run: Run) -> list[str]:
     found = []
-    for field, (_, new) in workdir.differences(base.config, run.config).items():
+    for field, (_, new) in compare.differences(base.config, run.config).items():
         if field == "num_steps":  # they are compared at the same step
             continue
         text = "nothing" if new is None else str(new)

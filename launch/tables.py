@@ -16,7 +16,7 @@ import numpy as np
 
 from launch import jobs
 from launch.plan import Run
-from mirai_jax.training.workdir import read_metrics
+from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.utils import files
 
 TAIL = 0.1  # of the steps: what a final loss is the mean over

@@ -21,11 +21,11 @@ from absl import flags
 from mirai_jax.config.schema import Settings
 from mirai_jax.evaluation import runs
 from mirai_jax.evaluation.runs import Assessor, Protocol
+from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import steps_in
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import duration
-from mirai_jax.weights import frozen
 
 _FLAGS = cli.flag_values(__name__)
 _DEFAULT = Protocol()
@@ -85,7 +85,7 @@ def _todo(
     """What is missing of each run, and whether all runs are at their end."""
     todo, ended = [], True
     for workdir in workdirs:
-        settings = frozen.read_settings("--workdir", workdir)
+        settings = restore.read_settings("--workdir", workdir)
         if protocol.guidance > 1 and not settings.generator.has_null_class:
             raise ConfigError(
                 f"--guidance is {protocol.guidance}; it must be 1 for {workdir}, which has no null "
@@ -113,7 +113,7 @@ def run(workdirs: list[str], which: str, protocol: Protocol, follow: bool = Fals
     if not follow:
         for workdir in workdirs:
             if not steps_in(pathlib.Path(workdir) / "checkpoints"):
-                frozen.read_settings("--workdir", workdir)  # is it a run at all?
+                restore.read_settings("--workdir", workdir)  # is it a run at all?
                 raise ConfigError(f"--workdir: {workdir} holds no checkpoint yet")
     assessors: dict[tuple, Assessor] = {}
     while True:
@@ -148,7 +148,7 @@ def _assess(
     for workdir, settings, steps in todo:
         of_run = assessors[_images(settings)].of_run(settings, workdir)
         for step in steps:
-            _, saved, _ = frozen.read_run("--workdir", workdir, step)
+            _, saved, _ = restore.read_run("--workdir", workdir, step)
             measures = of_run(saved[protocol.weights], probed=step == settings.num_steps)
             entry = {"step": step, "protocol": dataclasses.asdict(protocol), **measures}
             runs.write(workdir, [*runs.read(workdir), entry])

@@ -23,9 +23,10 @@ from typing import Any
 from absl import flags
 from flax import traverse_util
 
+from mirai_jax.training import restore
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, first_line
-from mirai_jax.weights import frozen, pretrained, safetensors, torch_reader, torch_writer
+from mirai_jax.weights import pretrained, safetensors, torch_reader, torch_writer
 
 _ENTRY = flags.DEFINE_string(
     "entry", "", f"Key of a training checkpoint to take; default: {', '.join(pretrained.WRAPPERS)}."
@@ -80,7 +81,7 @@ def from_torch(
 
 
 def _of_workdir(source: str, state: str, projectors: str) -> pretrained.Weights:
-    settings, saved, step = frozen.read_run("SOURCE", source)
+    settings, saved, step = restore.read_run("SOURCE", source)
     if state == "ema" and projectors:
         raise ConfigError(
             f"--projectors is {projectors!r}; projectors have no average: it goes with "

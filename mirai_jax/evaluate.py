@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mirai_jax import report
 from mirai_jax.config import schema
 from mirai_jax.data import small_sets
-from mirai_jax.evaluation import image_streams, metrics
+from mirai_jax.evaluation import figures, image_streams, metrics
 from mirai_jax.evaluation.image_streams import ImageStream
 from mirai_jax.evaluation.network import Features, Network
+from mirai_jax.training import restore
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
-from mirai_jax.weights import frozen, pretrained
 from mirai_jax.weights import inception as inception_weights
+from mirai_jax.weights import pretrained
 
 _FLAGS = cli.flag_values(__name__)
 _SAMPLES = flags.DEFINE_list(
@@ -86,7 +86,7 @@ def open_images(spec: str) -> ImageStream:
     workdir, _, split = spec.removeprefix("data:").rpartition(":")
     if split not in ("train", "held_out") or not workdir:
         raise DataError(f"{spec} must be data:WORKDIR:train or data:WORKDIR:held_out")
-    settings = frozen.read_settings(spec, workdir)
+    settings = restore.read_settings(spec, workdir)
     if settings.data.name not in schema.SMALL_SETS:
         raise DataError(f"{spec}: that run's images are not in memory; give their folder or .npz")
     data = settings.data
@@ -308,7 +308,7 @@ def main(argv: list[str]) -> None:
         print(table(results["rows"]))
         scales = [row["protocol"].get("guidance") for row in results["rows"]]
         if None not in scales and len(set(scales)) > 1:
-            report.sweep_figure(out / "sweep.png", results["rows"], _TITLES)
+            figures.sweep_figure(out / "sweep.png", results["rows"], _TITLES)
             print(f"curves: {out / 'sweep.png'}")
         print(f"written: {out / 'results.json'}")
 

@@ -29,13 +29,12 @@ from array_record.python import array_record_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax import report
 from mirai_jax.data import manifest, records
 from mirai_jax.data.crops import CropSpec, load_all_crops, load_crop
 from mirai_jax.data.manifest import Manifest, Shard
 from mirai_jax.data.sources import open_images
 from mirai_jax.models import batched, tokenizer, vq
-from mirai_jax.utils import cli, files
+from mirai_jax.utils import cli, files, pictures
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.utils.progress import Progress
 from mirai_jax.weights import pretrained
@@ -362,7 +361,7 @@ def draw_reconstructions(job: Job, shards: list[int], count: int) -> pathlib.Pat
     decoded = batched.decode_codes(job.module, job.params, codes.astype(np.int32))
     path = job.out / "reconstructions.png"
     both = np.concatenate([originals, decoded])
-    report.save_picture(path, report.sample_grid(both, ("image", "from its codes"), side=128))
+    pictures.save_picture(path, pictures.sample_grid(both, ("image", "from its codes"), side=128))
     return path
 
 

@@ -27,10 +27,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from mirai_jax import report
 from mirai_jax.sampling import sampler
 from mirai_jax.sampling.painter import Painter, Source
-from mirai_jax.utils import cli, files
+from mirai_jax.training import restore
+from mirai_jax.utils import cli, files, pictures
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.utils.progress import Progress
 from mirai_jax.weights import frozen, pretrained
@@ -104,7 +104,7 @@ def of_workdir(workdir: str, step: int | None, state: str, tokenizer_path: str |
     Raises:
         ConfigError: no such run, checkpoint or tokenizer.
     """
-    settings, saved, step = frozen.read_run("--workdir", workdir, step)
+    settings, saved, step = restore.read_run("--workdir", workdir, step)
     params = saved["ema"] if state == "ema" else saved["params"]["generator"]
     if settings.data.in_memory:
         if tokenizer_path:
@@ -268,8 +268,8 @@ def _join(job: Job) -> None:
     some = np.load(job.part(0))[:_GRID]
     rows = [f"image {i}" for i in range(0, len(some) // 8 * 8, 8)]
     if rows:
-        grid = report.sample_grid(some[: 8 * len(rows)], rows)
-        report.save_picture(job.out / "grid.png", grid)
+        grid = pictures.sample_grid(some[: 8 * len(rows)], rows)
+        pictures.save_picture(job.out / "grid.png", grid)
     shape = (len(job.labels), *np.load(job.part(0), mmap_mode="r").shape[1:])
     whole = job.out / "parts" / "samples.npz"  # what a stop leaves of it goes with the parts
     # ZipInfo without a date: the same bytes whenever they are written.

@@ -15,9 +15,8 @@ from mirai_jax.config import schema
 from mirai_jax.evaluation import probe, runs
 from mirai_jax.evaluation.runs import Protocol
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
-from mirai_jax.training import train
+from mirai_jax.training import restore, train
 from mirai_jax.utils.errors import ConfigError, DataError
-from mirai_jax.weights import frozen
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -97,7 +96,7 @@ def said():
 @pytest.fixture(scope="module")
 def assessor(workdir, said):
     """One for all tests: its classifier takes long."""
-    return runs.Assessor(frozen.read_settings("", str(workdir)), QUICK, said.append)
+    return runs.Assessor(restore.read_settings("", str(workdir)), QUICK, said.append)
 
 
 def test_what_the_teacher_knows_of_the_class(workdir, assessor, said):
@@ -109,7 +108,7 @@ def test_what_the_teacher_knows_of_the_class(workdir, assessor, said):
     config.teacher.update(name="dinov2", path="gone", image_size=0)
     assert of_teacher() == {}
     assert "no probe of the teacher: teacher.path" in said[-1]
-    assert assessor.of_teacher(frozen.read_settings("", str(workdir))) == {}  # Mirai-E has none
+    assert assessor.of_teacher(restore.read_settings("", str(workdir))) == {}  # Mirai-E has none
 
 
 @pytest.mark.slow
@@ -173,7 +172,7 @@ def test_wrong_arguments_are_one_line(samples, workdirs, expected):
 
 
 def test_runs_without_images_in_memory_are_refused(workdir):
-    settings = frozen.read_settings("--workdir", str(workdir))
+    settings = restore.read_settings("--workdir", str(workdir))
     data = settings.data.__class__(**{**vars(settings.data), "held_out": 0})
     with pytest.raises(DataError, match="holds no images out"):
         runs.Assessor(settings.__class__(**{**vars(settings), "data": data}), QUICK, print)

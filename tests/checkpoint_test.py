@@ -18,7 +18,8 @@ from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.training import checkpoint
 from mirai_jax.training.checkpoint import Checkpoints, fingerprints, restore_weights, steps_in
 from mirai_jax.utils import distributed
-from mirai_jax.utils.errors import ConfigError, TrainingError, closing
+from mirai_jax.utils.errors import ConfigError, TrainingError
+from mirai_jax.utils.files import closing
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),

@@ -21,9 +21,10 @@ from tensorboardX.record_writer import masked_crc32c
 
 from configs import base, teacher
 from mirai_jax import foresight, optimizer
-from mirai_jax.config import fields, schema
-from mirai_jax.training import workdir
-from mirai_jax.utils.errors import ConfigError, TrainingError, closing
+from mirai_jax.config import compare, fields, schema
+from mirai_jax.training import metrics_writer, workdir
+from mirai_jax.utils.errors import ConfigError, TrainingError
+from mirai_jax.utils.files import closing
 
 TERM = "foresight[0]."
 FILES = sorted(
@@ -101,7 +102,7 @@ def test_every_config_reads_at_every_scale(name, scale):
         for term in result.terms:
             assert 3 * term.student_layer == 3 * term.teacher_layer == 2 * layers
     # One device is enough for any of them, and config.json says the same.
-    again = read(json.loads(workdir.to_json(config)), num_devices=1)
+    again = read(json.loads(compare.to_json(config)), num_devices=1)
     assert again.terms == result.terms and again.generator == result.generator
 
 
@@ -126,7 +127,7 @@ def test_no_colon_is_the_demo_and_every_field_is_base_s(name):
     assert get(name) == get(name, "demo")
 
     def names(tree):
-        return set(workdir._flat({k: v for k, v in tree.items() if k != "foresight"}))
+        return set(compare._flat({k: v for k, v in tree.items() if k != "foresight"}))
 
     assert names(get(name)) == names(fields.plain(base.get_config()))
 
@@ -150,7 +151,7 @@ def test_fields_that_came_later_have_their_old_meaning():
     del older["model"]["attention"], older["foresight"][0]["targets"]
     completed = fields.completed(older)
     assert schema.read(completed, 8) == schema.read(config, 8)
-    assert workdir.differences(completed, config) == {}
+    assert compare.differences(completed, config) == {}
     for other in (None, [], {"model": 3, "foresight": [1, "x"]}, {"foresight": 5}):
         assert fields.completed(other) == other
 
@@ -434,7 +435,7 @@ def check_anything(changes):
         return
     assert isinstance(result, schema.Settings)
     optimizer.make_optimizer(result.optimizer)
-    assert read(json.loads(workdir.to_json(config))) == result
+    assert read(json.loads(compare.to_json(config))) == result
     for term in result.terms:
         assert len(term.head_weights) == len(term.metric_names) == len(term.offsets)
 
@@ -469,11 +470,11 @@ def test_numbers_that_no_float_holds_are_refused():
 def test_config_json_holds_the_whole_config():
     for name in FILES:
         config = importlib.import_module(f"configs.{name}").get_config()
-        text = workdir.to_json(config)
+        text = compare.to_json(config)
         assert text.endswith("\n")
         assert read(json.loads(text)) == read(config)
-        assert workdir.differences(json.loads(text), config) == {}
-        assert workdir.to_json(json.loads(text)) == text
+        assert compare.differences(json.loads(text), config) == {}
+        assert compare.to_json(json.loads(text)) == text
 
 
 def test_another_run_is_refused_with_every_field_that_differs():
@@ -483,7 +484,7 @@ def test_another_run_is_refused_with_every_field_that_differs():
     }  # fmt: skip
     old, new = get(), with_fields(get(), fields)
     with pytest.raises(ConfigError) as error:
-        workdir.check_same_run(json.loads(workdir.to_json(old)), new, "runs/x")
+        compare.check_same_run(json.loads(compare.to_json(old)), new, "runs/x")
     message = str(error.value)
     assert len(message.splitlines()) == 1 and "runs/x" in message
     for field in fields.keys() - {"mesh.fsdp"}:
@@ -492,7 +493,7 @@ def test_another_run_is_refused_with_every_field_that_differs():
     assert "mesh" not in message  # may differ
     for one, other in ((get("llamagen"), get("mirai_e")), (get("mirai_e"), get("llamagen"))):
         with pytest.raises(ConfigError, match="foresight"):
-            workdir.check_same_run(one, other, "runs/x")
+            compare.check_same_run(one, other, "runs/x")
 
 
 def test_fields_that_change_nothing_computed_may_differ():
@@ -503,13 +504,13 @@ def test_fields_that_change_nothing_computed_may_differ():
         "sample.top_k": 9, "sample.per_class": 1, TERM + "checkpoint": "moved",
     }  # fmt: skip
     old, new = get(), with_fields(get(), fields)
-    changed = workdir.check_same_run(json.loads(workdir.to_json(old)), new, "x")
+    changed = compare.check_same_run(json.loads(compare.to_json(old)), new, "x")
     assert changed.keys() == fields.keys()
     assert all(changed[field][1] == value for field, value in fields.items())
-    assert workdir.check_same_run(old, old, "x") == {}
+    assert compare.check_same_run(old, old, "x") == {}
     # Every name in the table is one of a field.
-    known = workdir._flat(get()) | workdir._flat(fields.plain(teacher.get_config()))
-    assert set(workdir.RESUMABLE) <= {field.replace("[0]", "[]") for field in known}
+    known = compare._flat(get()) | compare._flat(fields.plain(teacher.get_config()))
+    assert set(compare.RESUMABLE) <= {field.replace("[0]", "[]") for field in known}
 
 
 def test_only_a_constant_schedule_lets_a_run_go_on_longer():
@@ -518,10 +519,10 @@ def test_only_a_constant_schedule_lets_a_run_go_on_longer():
         new = with_fields(old, {"num_steps": 10_000})
         if allowed:
             steps = (old["num_steps"], 10_000)
-            assert workdir.check_same_run(old, new, "x") == {"num_steps": steps}
+            assert compare.check_same_run(old, new, "x") == {"num_steps": steps}
         else:
             with pytest.raises(ConfigError, match=r"num_steps was .*, is 10000"):
-                workdir.check_same_run(old, new, "x")
+                compare.check_same_run(old, new, "x")
 
 
 def test_a_workdir_of_the_same_run_is_opened_again(tmp_path):
@@ -555,14 +556,14 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
 
 
 def test_metrics_survive_a_cut_off_last_line(tmp_path):
-    assert workdir.read_metrics(tmp_path) == []
+    assert metrics_writer.read_metrics(tmp_path) == []
     lines = [{"step": step, "loss": 1.5 / step} for step in (1, 20, 40)]
     whole = "".join(json.dumps(line) + "\n" for line in lines)
     path = tmp_path / "metrics.jsonl"
     for cut in range(len(whole) + 1):
         path.write_text(whole[:cut])
         complete = whole[:cut].count("\n")
-        entries = workdir.read_metrics(tmp_path)
+        entries = metrics_writer.read_metrics(tmp_path)
         assert entries in (lines[:complete], lines[: complete + 1])
         assert entries == lines[: len(entries)]
 
@@ -571,9 +572,9 @@ def test_metrics_go_on_from_the_step_that_was_restored(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": step, "loss": float(step)} for step in (1, 20, 40)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 60, "lo')
-    writer = workdir.MetricsWriter(tmp_path, 20)
+    writer = metrics_writer.MetricsWriter(tmp_path, 20)
     writer.step(40, {"loss": -1.0})
-    assert workdir.read_metrics(tmp_path) == [*lines[:2], {"step": 40, "loss": -1.0}]
+    assert metrics_writer.read_metrics(tmp_path) == [*lines[:2], {"step": 40, "loss": -1.0}]
     writer.close()
     assert any(file.name.startswith("events.out.tfevents") for file in tmp_path.iterdir())
 
@@ -596,7 +597,7 @@ def board_events(folder):
 def test_tensorboard_can_read_all_that_was_written(tmp_path, begin):
     values = {"loss": 1.5, "cross_entropy": float("inf"), "foresight/near": -2.0}
     picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    with closing(workdir.MetricsWriter(tmp_path, begin)) as writer:
+    with closing(metrics_writer.MetricsWriter(tmp_path, begin)) as writer:
         writer.step(40, values)
         writer.board(60, {"agreement/samples": 0.25})
         writer.image(60, "samples", picture)
@@ -633,21 +634,21 @@ def fill_up(folder, pattern):
 
 @pytest.mark.parametrize("pattern", ["metrics.jsonl", "events.out.tfevents.*", "*"])
 def test_a_full_disk_is_told_at_once_and_not_again_by_closing(tmp_path, pattern):
-    with pytest.raises(TrainingError), closing(workdir.MetricsWriter(tmp_path, 0)) as writer:
+    with pytest.raises(TrainingError), closing(metrics_writer.MetricsWriter(tmp_path, 0)) as writer:
         writer.step(1, {"loss": 1.0})
         fill_up(tmp_path, pattern)
         with pytest.raises(OSError, match="No space left"):
             writer.step(2, {"loss": 1.0})
         raise TrainingError("the run cannot go on")
     writer.close()
-    assert workdir.read_metrics(tmp_path)[0] == {"step": 1, "loss": 1.0}
+    assert metrics_writer.read_metrics(tmp_path)[0] == {"step": 1, "loss": 1.0}
 
 
 def test_closing_tells_of_a_full_disk_unless_there_is_an_error_already(tmp_path):
-    with pytest.raises(TrainingError), closing(workdir.MetricsWriter(tmp_path, 0)):
+    with pytest.raises(TrainingError), closing(metrics_writer.MetricsWriter(tmp_path, 0)):
         fill_up(tmp_path, "*")  # a device that cannot be synchronised
         raise TrainingError("a checkpoint could not be written")
-    with pytest.raises(OSError), closing(workdir.MetricsWriter(tmp_path, 0)):
+    with pytest.raises(OSError), closing(metrics_writer.MetricsWriter(tmp_path, 0)):
         fill_up(tmp_path, "*")
 
 
@@ -655,7 +656,7 @@ def test_closing_tells_of_a_full_disk_unless_there_is_an_error_already(tmp_path)
 def test_a_disk_that_gets_full_keeps_every_whole_line(tmp_path, room):
     resource = pytest.importorskip("resource")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with contextlib.suppress(OSError), closing(workdir.MetricsWriter(tmp_path, 0)) as writer:
+    with contextlib.suppress(OSError), closing(metrics_writer.MetricsWriter(tmp_path, 0)) as writer:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
             for step in range(1, 1000):
@@ -665,7 +666,7 @@ def test_a_disk_that_gets_full_keeps_every_whole_line(tmp_path, room):
     (board,) = tmp_path.glob("events.out.tfevents.*")
     assert max(board.stat().st_size, (tmp_path / "metrics.jsonl").stat().st_size) == room
     whole = [{"step": k, "loss": 1.0} for k in range(1, step + 1)]
-    assert workdir.read_metrics(tmp_path) in (whole, whole[:-1])
+    assert metrics_writer.read_metrics(tmp_path) in (whole, whole[:-1])
 
 
 def test_config_dicts_inside_tuples_become_plain():

@@ -24,11 +24,10 @@ from mirai_jax.config import schema
 from mirai_jax.data import records
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.training import train
+from mirai_jax.training import restore, train
 from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import (
-    frozen,
     pretrained,
     safetensors,
     torch_names,
@@ -631,17 +630,17 @@ def test_converted_weights_teach_as_the_run_they_are_of(runs):
     folder, student = runs
     average = saved(folder / "plain")["ema"]
     for name in ("plain", "plain_folder"):
-        made, params = frozen.load_generator("f", str(folder / name), student, None)
+        made, params = restore.load_generator("f", str(folder / name), student, None)
         assert (made.num_layers, made.num_heads, made.grid) == (2, 2, (4, 4))
         assert_equal(params, average)
     told = (folder / "lines.txt").read_text()
     assert f"teacher: generator of {folder / 'plain_folder'}, 2 layers of 32" in told
-    made, params = frozen.load_generator("f", str(folder / "plain.pt"), student, None)
+    made, params = restore.load_generator("f", str(folder / "plain.pt"), student, None)
     assert made.num_heads == 2
     assert_equal(params, average)
     # A file of others does not tell the heads of an unknown size.
     file = write(folder / "bare.pt", read(folder / "plain.pt"))
-    told = refused(frozen.load_generator, "f", file, student, None)
+    told = refused(restore.load_generator, "f", file, student, None)
     assert told.startswith(f"f is {file!r}") and "num_heads" in told
 
 
@@ -659,7 +658,7 @@ def test_a_teacher_of_other_tokens_is_refused(runs, tmp_path, change, message):
     made = pretrained.load_converted(folder / "plain_folder")
     other = GeneratorConfig(**(about["config"] | {"grid": (4, 4)} | change))
     pretrained.save(tmp_path / "a", pretrained.Weights("generator", other, made.params, None, {}))
-    assert message in refused(frozen.load_generator, "f", str(tmp_path / "a"), student, None)
+    assert message in refused(restore.load_generator, "f", str(tmp_path / "a"), student, None)
 
 
 # The program --------------------------------------------------------------------------------------

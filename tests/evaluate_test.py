@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import llamagen
-from mirai_jax import evaluate, report
+from mirai_jax import evaluate
+from mirai_jax.config import compare
 from mirai_jax.data import small_sets
-from mirai_jax.evaluation import image_streams
+from mirai_jax.evaluation import figures, image_streams
 from mirai_jax.evaluation import network as network_lib
 from mirai_jax.models.inception import InceptionV3
-from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import inception as inception_weights
 
@@ -129,7 +129,7 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = llamagen.get_config("demo")
     config.data.held_out = 40
-    (folder / "config.json").write_text(workdir.to_json(config))
+    (folder / "config.json").write_text(compare.to_json(config))
     return folder
 
 
@@ -412,11 +412,15 @@ def test_samples_that_differ_in_more_than_guidance_have_curves_of_their_own():
 
     one = [row(guidance=g, workdir="e", seed=0, weights_sha256="1") for g in (1.0, 2.0)]
     other = [row(guidance=g, workdir="i", seed=0, weights_sha256="2") for g in (1.0, 2.0)]
-    assert report._curves(one) == {"(1)": one}
+    assert figures._curves(one) == {"(1)": one}
     mixed = [one[0], other[0], one[1], other[1]]
-    assert report._curves(mixed) == {"workdir e": one, "workdir i": other}
+    assert figures._curves(mixed) == {"workdir e": one, "workdir i": other}
     third = [row(guidance=1.0, workdir="i", seed=0, weights_sha256="3")]  # trained again
-    assert list(report._curves([*mixed, *third])) == ["workdir e", "workdir i (2)", "workdir i (3)"]
+    assert list(figures._curves([*mixed, *third])) == [
+        "workdir e",
+        "workdir i (2)",
+        "workdir i (3)",
+    ]
 
 
 def test_a_protocol_is_of_its_own_samples_alone(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.training import prefetch
-from mirai_jax.utils.progress import Stopwatch
+from mirai_jax.training.stopwatch import Stopwatch
 
 
 class Source:

@@ -32,11 +32,10 @@ from hypothesis import strategies as st
 
 from mirai_jax import step
 from mirai_jax.benchmark import memory_plan
-from mirai_jax.config import fields, schema
+from mirai_jax.config import compare, fields, schema
 from mirai_jax.models import teacher, vit
-from mirai_jax.training import workdir
+from mirai_jax.training import metrics_writer, restore, workdir
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.weights import frozen
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem[0] != "_")
@@ -142,7 +141,7 @@ def check_config(config):
         if not re.match("config field .* does not exist; the fields here are", message):
             assert re.match(r"(config field )?([\w.]+)", message)[2] in FIELDS, error
         return None
-    assert schema.read(json.loads(workdir.to_json(config)), num_devices=1) == made
+    assert schema.read(json.loads(compare.to_json(config)), num_devices=1) == made
     return made
 
 
@@ -479,16 +478,16 @@ def test_a_damaged_workdir_is_read_or_refused(tmp_path, amount):
     file = tmp_path / "config.json"
 
     @fuzz(150 * amount)
-    @given(damaged_json(json.loads(workdir.to_json(config))))
+    @given(damaged_json(json.loads(compare.to_json(config))))
     def run(raw):
         CASES["config.json"] += 1
         file.write_bytes(raw)
         try:
-            assert all(map(workdir.may_change, workdir.check_workdir(tmp_path, config)))
+            assert all(map(compare.may_change, workdir.check_workdir(tmp_path, config)))
         except ConfigError as error:
             one_line(error, str(tmp_path))
         try:
-            made = frozen.read_settings("init_from", str(tmp_path))
+            made = restore.read_settings("init_from", str(tmp_path))
             assert isinstance(made, schema.Settings)
         except ConfigError as error:
             one_line(error, "init_from", str(tmp_path))
@@ -504,8 +503,8 @@ def test_damaged_metrics_are_read_up_to_the_damage(tmp_path):
         for bit in range(8):
             CASES["metrics.jsonl"] += 1
             (tmp_path / "metrics.jsonl").write_bytes(flipped(whole, position, bit))
-            entries = workdir.read_metrics(tmp_path)
+            entries = metrics_writer.read_metrics(tmp_path)
             assert all(type(entry["step"]) is int for entry in entries)
             intact = whole[:position].count(b"\n")
             assert entries[:intact] == lines[:intact]
-    workdir.MetricsWriter(tmp_path, 3).close()
+    metrics_writer.MetricsWriter(tmp_path, 3).close()

@@ -27,9 +27,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from configs import llamagen
+from mirai_jax.config import compare
 from mirai_jax.data import manifest, pipeline, records, small_sets, sources
 from mirai_jax.data.crops import CropSpec
-from mirai_jax.training import train, workdir
+from mirai_jax.training import metrics_writer, restore, train
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
 
@@ -422,7 +423,7 @@ def test_paths_of_any_text_are_refused_in_one_line(tmp_path, monkeypatch, amount
         "images": lambda path: len(sources.open_images(path)),
         "tokenizer.path": lambda path: frozen.load_vq_file("tokenizer.path", path),
         "teacher.path": lambda path: pretrained.load("teacher.path", path, "teacher"),
-        "init_from": lambda path: frozen.read_settings("init_from", path),
+        "init_from": lambda path: restore.read_settings("init_from", path),
     }
     text = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=9)
 
@@ -501,7 +502,7 @@ def test_a_bad_record_stops_the_run_before_it_is_trained_on(tmp_path, change, to
         train.train(tiny(bad), tmp_path / "run", devices=jax.devices()[:1], say=lambda line: None)
     shard, place = divmod(number, 40)
     one_line(error.value, f"record {place} of codes-{shard}.array_record", told)
-    steps = [entry["step"] for entry in workdir.read_metrics(tmp_path / "run")]
+    steps = [entry["step"] for entry in metrics_writer.read_metrics(tmp_path / "run")]
     assert steps and max(steps) <= batch
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
@@ -518,7 +519,7 @@ def test_a_bad_record_in_a_worker_process_ends_the_program_with_one_line(tmp_pat
         "def get_config(scale=''):\n"
         f"    return ml_collections.ConfigDict(json.load(open({str(tmp_path / 'own.json')!r})))\n"
     )
-    (tmp_path / "own.json").write_text(workdir.to_json(tiny(tmp_path / "bad")))
+    (tmp_path / "own.json").write_text(compare.to_json(tiny(tmp_path / "bad")))
     result = subprocess.run(
         [
             *(sys.executable, "-m", "mirai_jax.main", f"--config={file}"),
@@ -535,4 +536,4 @@ def test_a_bad_record_in_a_worker_process_ends_the_program_with_one_line(tmp_pat
     shard, place = divmod(number, 40)
     assert lines[-1].startswith("error: ") and "Traceback" not in result.stderr, result.stderr
     assert f"record {place} of codes-{shard}.array_record: has code 16" in lines[-1]
-    assert workdir.read_metrics(tmp_path / "run") == []
+    assert metrics_writer.read_metrics(tmp_path / "run") == []

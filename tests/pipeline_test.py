@@ -20,7 +20,7 @@ from mirai_jax import extract
 from mirai_jax.data import sources
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.models import vit, vq
-from mirai_jax.training import train, workdir
+from mirai_jax.training import metrics_writer, train
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import torch_names, torch_writer
 
@@ -89,7 +89,7 @@ def test_photographs_to_codes_to_mirai_i_to_samples(world):
     said = program("mirai_jax.main", config, "--workdir=run", *fields, cwd=world)
     assert "4 crops rebuilt, 100.0% of their codes are the stored ones" in said
     assert "teacher: dinov2, 128 features a position" in said
-    entries = workdir.read_metrics(world / "run")
+    entries = metrics_writer.read_metrics(world / "run")
     cosines = [entry["foresight_bidirectional_r0c0"] for entry in entries]
     assert len(entries) == 3 and all(-1 < c < 0.2 for c in cosines) and cosines[2] != cosines[0]
     with Image.open(world / "run" / "samples" / "step_0000003.png") as grid:
@@ -127,7 +127,7 @@ def settings(world, **fields):
 def losses(config, folder, devices=1):
     train.train(config, folder, devices=jax.devices()[:devices], say=lambda line: None)
     names = ("loss", "cross_entropy", "foresight_bidirectional_r0c0", "grad_norm")
-    return np.array([[e[name] for name in names] for e in workdir.read_metrics(folder)])
+    return np.array([[e[name] for name in names] for e in metrics_writer.read_metrics(folder)])
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.models.vit import resize_bicubic
 from mirai_jax.sampling import painter as painter_lib
 from mirai_jax.sampling.sampler import SampleOptions
-from mirai_jax.training import train
+from mirai_jax.training import restore, train
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress
-from mirai_jax.weights import frozen, pretrained, torch_names, torch_writer
+from mirai_jax.weights import pretrained, torch_names, torch_writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_a_folder_of_samples(workdir, tmp_path, capsys):
         assert grid.height == 2 * 68 + 4  # whole rows of eight, twice as large
         assert (np.asarray(grid)[4:68:2, -68:-4:2] == images[7]).all()
     told = protocol(out)
-    ema = frozen.read_run("", str(workdir))[1]["ema"]
+    ema = restore.read_run("", str(workdir))[1]["ema"]
     assert told["weights_sha256"] == pretrained.checksum(ema)
     assert told["workdir"] == workdir.name and (told["step"], told["state"]) == (2, "ema")
     expected = {"num_images": 19, "labels": "balanced", "seed": 0, "guidance": 1.5, "top_k": 9,
@@ -161,7 +161,7 @@ def test_guidance_scales_have_a_folder_each(workdir):
 
 
 def test_step_and_state_choose_the_weights(workdir, tmp_path):
-    saved = {step: frozen.read_run("", str(workdir), step)[1] for step in (1, 2)}
+    saved = {step: restore.read_run("", str(workdir), step)[1] for step in (1, 2)}
     images = []
     for step, state in ((1, "ema"), (1, "model"), (2, "model")):
         out = tmp_path / f"{step}{state}"

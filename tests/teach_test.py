@@ -22,7 +22,7 @@ from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.teaching import settings as settings_lib
 from mirai_jax.teaching import step as step_lib
 from mirai_jax.teaching import train as teach_train
-from mirai_jax.training import train, workdir
+from mirai_jax.training import metrics_writer, train
 from mirai_jax.utils.errors import ConfigError, Preempted
 from mirai_jax.weights import frozen, pretrained
 
@@ -49,7 +49,7 @@ def run(made, folder, say=None, devices=1):
 def entries(folder):
     return [
         {k: v for k, v in entry.items() if k not in ("images_per_second", "wait_share")}
-        for entry in workdir.read_metrics(folder)
+        for entry in metrics_writer.read_metrics(folder)
     ]
 
 
@@ -367,7 +367,7 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     lines = []
     train.train(made, tmp_path, devices=jax.devices()[:1], say=lines.append)
     assert "teacher: dinov2, 64 features a position" in lines
-    (entry,) = workdir.read_metrics(tmp_path)
+    (entry,) = metrics_writer.read_metrics(tmp_path)
     assert 0 < abs(entry["foresight_bidirectional_r0c0"]) <= 1
     assert "bidirectional" in (tmp_path / "parts.json").read_text()
 

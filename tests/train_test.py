@@ -17,7 +17,7 @@ from configs import llamagen, mirai_e, mirai_i
 from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import schema
 from mirai_jax.data import pipeline, records, small_sets
-from mirai_jax.training import train, workdir
+from mirai_jax.training import metrics_writer, train
 from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils import progress
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, TrainingError
@@ -56,7 +56,7 @@ def run(config, folder, say=None, devices=1):
 def without_speed(folder):
     return [
         {k: v for k, v in entry.items() if k not in ("images_per_second", "wait_share")}
-        for entry in workdir.read_metrics(folder)
+        for entry in metrics_writer.read_metrics(folder)
     ]
 
 
@@ -102,7 +102,7 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
     assert "compiling the step without foresight" in text
     assert "compiling the step with foresight ema (step 3)" in text
     assert "left" in text and "img/s" in text and str(tmp_path / "summary.png") in text
-    entries = workdir.read_metrics(tmp_path)
+    entries = metrics_writer.read_metrics(tmp_path)
     heads = ["foresight_ema_r0c0", "foresight_ema_r0c1", "foresight_ema_r1c0"]
     expected = ["step", "loss", "cross_entropy", *heads, "grad_norm"]
     assert all(set(expected) <= set(entry) for entry in entries)
@@ -132,7 +132,7 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
     assert agreement["real"] > 0.9 and 0 <= agreement["samples"] <= 1
     again = run(config, tmp_path)
     assert any("this run is finished (8 steps)" in line for line in again)
-    assert workdir.read_metrics(tmp_path) == entries
+    assert metrics_writer.read_metrics(tmp_path) == entries
 
 
 def test_batches_are_read_one_step_ahead_and_a_bad_one_harms_no_step_before(tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
     config.num_steps = 10
     lines = run(config, tmp_path)
     assert any("num_steps 10 (was 8)" in line for line in lines)
-    assert [entry["step"] for entry in workdir.read_metrics(tmp_path)] == list(range(1, 11))
+    assert [entry["step"] for entry in metrics_writer.read_metrics(tmp_path)] == list(range(1, 11))
     before = (tmp_path / "config.json").read_text()
     config.num_steps = 5
     with pytest.raises(ConfigError, match="num_steps is 5; .* already at step 10"):
@@ -520,7 +520,7 @@ def test_updates_that_are_not_finite_are_left_out_until_there_are_too_many(tmp_p
         sorted(path.name for path in tmp_path.glob("nonfinite*"))[0]
         == "nonfinite_step_0000002.json"
     )
-    assert [entry["skipped"] for entry in workdir.read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert [entry["skipped"] for entry in metrics_writer.read_metrics(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_a_vanished_workdir_is_one_line(tmp_path):

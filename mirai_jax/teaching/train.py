@@ -15,22 +15,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import report, sharding
+from mirai_jax import sharding
 from mirai_jax.config import fields
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.data.small_sets import LabelledImages
+from mirai_jax.teaching import figures
 from mirai_jax.teaching import settings as settings_lib
 from mirai_jax.teaching.settings import Settings
 from mirai_jax.teaching.step import Recipe, init_state, make_measure, make_train_step
 from mirai_jax.training import components
 from mirai_jax.training.checkpoint import Checkpoints, last_whole
 from mirai_jax.training.guards import Preemption
+from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
 from mirai_jax.training.prefetch import Feed
 from mirai_jax.training.start import steps_done
-from mirai_jax.training.workdir import MetricsWriter, note_event, open_workdir, read_metrics
-from mirai_jax.utils.errors import Preempted, TrainingError, closing, first_line
-from mirai_jax.utils.progress import Stopwatch, duration
+from mirai_jax.training.stopwatch import Stopwatch
+from mirai_jax.training.workdir import note_event, open_workdir
+from mirai_jax.utils.errors import Preempted, TrainingError, first_line
+from mirai_jax.utils.files import closing
+from mirai_jax.utils.progress import duration
 from mirai_jax.weights import frozen, patch_codebook, pretrained
 
 Say = Callable[[str], None]
@@ -313,7 +317,7 @@ class _Run:
         pretrained.save(self.workdir / pretrained.ENCODER, encoder)
         title = f"{self.settings.name}-{self.settings.scale}"
         metrics = read_metrics(self.workdir)
-        report.teacher_figure(summary, title, metrics)
+        figures.teacher_figure(summary, title, metrics)
         note_event(self.workdir, "finished", step=last)
         known = _percentages(metrics[-1] if metrics else {}, "held_out_")
         self.say(f"finished: {last:,} steps; {'; '.join(known)}; figure: {summary}")

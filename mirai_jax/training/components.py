@@ -20,6 +20,7 @@ from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.data.sources import open_images
 from mirai_jax.models import batched
 from mirai_jax.step import Recipe
+from mirai_jax.training import restore
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
@@ -317,7 +318,7 @@ def load_generators(
     codebook = tokenizer_params if settings.data.in_memory else None
     for name, path in settings.term_checkpoints:
         i = next(i for i, term in enumerate(terms) if term.name == name)
-        config, frozen_params[name] = frozen.load_generator(
+        config, frozen_params[name] = restore.load_generator(
             f"foresight[{i}].checkpoint", path, settings, codebook
         )
         layer = terms[i].teacher_layer or schema.two_thirds(config.num_layers)

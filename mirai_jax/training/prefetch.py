@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mirai_jax.data.pipeline import Batches, WorkerDied
-from mirai_jax.utils.progress import Stopwatch
+from mirai_jax.training.stopwatch import Stopwatch
 
 WORKER_DEATHS = 3  # data workers started again within 1,000 steps before the run stops
 

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from mirai_jax import sharding
 from mirai_jax.step import TrainState, init_state
+from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import Checkpoints, steps_in
 from mirai_jax.training.components import Parts
 from mirai_jax.training.workdir import check_workdir
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.weights import frozen
 
 Say = Callable[[str], None]
 
@@ -84,9 +84,9 @@ def begin(
 
 
 def read_initial(parts: Parts) -> dict[str, Any]:
-    """What `init_from` holds; see `frozen.load_initial`."""
+    """What `init_from` holds; see `restore.load_initial`."""
     codebook = parts.tokenizer_params if parts.settings.data.in_memory else None
-    return frozen.load_initial(parts.settings, codebook)
+    return restore.load_initial(parts.settings, codebook)
 
 
 def _with_weights(

@@ -10,20 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import foresight, report, sharding
+from mirai_jax import foresight, sharding
 from mirai_jax.config import fields, schema
 from mirai_jax.data.pipeline import WorkerDied
-from mirai_jax.sampling import on_mesh
 from mirai_jax.step import make_train_step
-from mirai_jax.training import start
+from mirai_jax.training import figures, previews, start
 from mirai_jax.training.checkpoint import Checkpoints, last_whole
 from mirai_jax.training.components import Parts, build, check_same
 from mirai_jax.training.guards import HangGuard, Preemption, SpikeDetector
+from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
 from mirai_jax.training.prefetch import Feed
-from mirai_jax.training.workdir import MetricsWriter, note_event, open_workdir, read_metrics
-from mirai_jax.utils import distributed, files
-from mirai_jax.utils.errors import LESS_MEMORY, Lost, Preempted, TrainingError, closing, first_line
-from mirai_jax.utils.progress import Stopwatch, progress_line
+from mirai_jax.training.stopwatch import Stopwatch, progress_line
+from mirai_jax.training.workdir import note_event, open_workdir
+from mirai_jax.utils import distributed, files, pictures
+from mirai_jax.utils.errors import LESS_MEMORY, Lost, Preempted, TrainingError, first_line
+from mirai_jax.utils.files import closing
 from mirai_jax.weights import patch_codebook
 
 Say = Callable[[str], None]
@@ -331,12 +332,12 @@ class _Run:
         if self.parts.tokenizer is None:
             self.say(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
             return None
-        codes = on_mesh.grid_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
+        codes = previews.grid_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
         if not self.first:
             return None
-        grid = on_mesh.grid_picture(self.parts, codes)
+        grid = previews.grid_picture(self.parts, codes)
         path = self.workdir / "samples" / f"step_{step:07d}.png"
-        report.save_picture(path, grid)
+        pictures.save_picture(path, grid)
         self.writer.image(step, "samples", grid)
         self.say(f"samples: {path}")
         return grid
@@ -349,16 +350,16 @@ class _Run:
         grid = self._sample(settings.num_steps)
         self._look(settings.num_steps)
         if settings.judged_samples and self.parts.images is not None:
-            codes = on_mesh.judged_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
+            codes = previews.judged_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
             self.guard.doing("the classifier of the samples")
             if self.first:
-                self._tell_agreement(on_mesh.judge_samples(self.parts, codes))
+                self._tell_agreement(previews.judge_samples(self.parts, codes))
         self.guard.doing("the last checkpoint")
         self.checkpoints.wait()
         if self.first:
             self.writer.close()  # what the disk tells only now, it tells before this is finished
             title = f"{settings.name}-{settings.scale}"
-            report.summary_figure(summary, title, read_metrics(self.workdir), grid)
+            figures.summary_figure(summary, title, read_metrics(self.workdir), grid)
             self._note("finished", step=settings.num_steps)
         distributed.barrier("finished")
         self.say(f"finished: {settings.num_steps:,} steps; figure: {summary}")

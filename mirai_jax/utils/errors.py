@@ -1,9 +1,5 @@
 """Errors told in one line, without a traceback, by the programs; `status` is the exit status."""
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 
 class ConfigError(ValueError):
     """A wrong field: one line with its name, its value and what is allowed."""
@@ -42,18 +38,3 @@ LESS_MEMORY = "larger mesh.fsdp or accumulate, model.remat or a smaller batch_si
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-@contextlib.contextmanager
-def closing(thing: Any) -> Iterator[Any]:
-    """As contextlib.closing, but an error on its way is never replaced by one of closing.
-
-    On a full disk what could not be written is often told again then.
-    """
-    try:
-        yield thing
-    except BaseException:
-        with contextlib.suppress(Exception):
-            thing.close()
-        raise
-    thing.close()

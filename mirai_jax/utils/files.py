@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -36,3 +36,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file (UTF-8)."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextlib.contextmanager
+def closing(thing: Any) -> Iterator[Any]:
+    """As contextlib.closing, but an error on its way is never replaced by one of closing.
+
+    On a full disk what could not be written is often told again then.
+    """
+    try:
+        yield thing
+    except BaseException:
+        with contextlib.suppress(Exception):
+            thing.close()
+        raise
+    thing.close()

@@ -1,6 +1,5 @@
 """The parts of a run that are never trained: tokenizer, teachers, pretrained generators."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -8,12 +7,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from mirai_jax.config import schema
-from mirai_jax.config.fields import completed
 from mirai_jax.config.schema import Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
-from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import efficientnet, patch_codebook, pretrained, torch_reader
 
@@ -197,120 +192,3 @@ def _dino_teacher(settings: Settings, config: vit.DinoConfig) -> teacher.DinoTea
 
 
 # Pretrained generators ----------------------------------------------------------------------------
-
-
-def read_settings(field: str, workdir: str) -> Settings:
-    """The config of a workdir.
-
-    Raises:
-        ConfigError: it is not the workdir of a run.
-    """
-    try:
-        raw = completed(
-            json.loads((pathlib.Path(workdir).expanduser() / "config.json").read_text())
-        )
-        # Its mesh is of no interest here: one device satisfies any other check.
-        raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
-        return schema.read(raw, num_devices=1)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"{field} is {workdir!r}, not the workdir of a run ({first_line(error)})"
-        ) from error
-
-
-def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Settings, Any, int]:
-    """A checkpoint, the newest unless `step` is given, of a finished or running workdir.
-
-    Returns:
-        Its settings; {'params': {'generator', 'foresight'}, 'ema'} as host arrays; its step.
-
-    Raises:
-        ConfigError: no such run, or no checkpoint.
-    """
-    settings = read_settings(field, workdir)
-    folder = pathlib.Path(workdir).expanduser() / "checkpoints"
-    if not folder.is_dir():
-        raise ConfigError(f"{field} is {workdir!r}, a run without a checkpoint yet")
-    return settings, *restore_weights(folder, step)
-
-
-def load_generator(
-    field: str, path: str, settings: Settings, tokenizer_params: Any
-) -> tuple[GeneratorConfig, Any]:
-    """A pretrained generator as a static teacher: a run's EMA, or converted weights.
-
-    Args:
-        field: the config field that names it, for messages.
-        path: a workdir, a converted folder or a PyTorch file.
-        settings: of the run that will use it; tokens and classes must be the same.
-        tokenizer_params: of that run's patch codebook, or None.
-
-    Raises:
-        ConfigError: nothing of the kind, or other tokens.
-    """
-    config, saved = _read_generator(field, path, settings, tokenizer_params)
-    return config, saved["ema"]
-
-
-def load_initial(settings: Settings, tokenizer_params: Any) -> dict[str, Any]:
-    """The weights of `init_from`, for a run to begin with.
-
-    Returns:
-        {'params': {'generator', 'foresight'}, 'ema'} as host arrays; a file without more gives its
-        generator as both, and {} as foresight.
-
-    Raises:
-        ConfigError: nothing of the kind, other tokens, or a generator of another shape.
-    """
-    path = settings.init_from
-    config, saved = _read_generator("init_from", path, settings, tokenizer_params)
-    for name in ("num_layers", "num_heads", "width", "has_null_class"):
-        mine, theirs = getattr(settings.generator, name), getattr(config, name)
-        if mine != theirs:
-            raise ConfigError(
-                f"init_from is {path!r}, whose {name} is {theirs}; it must be {mine}, as in this run"
-            )
-    return saved
-
-
-def _read_generator(
-    field: str, path: str, settings: Settings, tokenizer_params: Any
-) -> tuple[GeneratorConfig, dict[str, Any]]:
-    """The generator's shapes and {'params', 'ema'}, of a workdir, a converted folder or a file."""
-    folder = pathlib.Path(path).expanduser()
-    if not (folder / "config.json").exists():
-        if tokenizer_params is not None:
-            raise ConfigError(
-                f"{field} is {path!r}; with data.name {settings.data.name!r} it must be a workdir, "
-                "which knows its own patch codebook"
-            )
-        loaded = pretrained.load(field, path, "generator", grid=settings.generator.grid)
-        config, params = loaded.config, pretrained.float32(loaded.params)
-        saved = {"params": {"generator": params, "foresight": {}}, "ema": params}
-    else:
-        other, saved, _ = read_run(field, path)
-        config = other.generator
-        if tokenizer_params is not None:
-            _check_same_codebook(field, folder, tokenizer_params)
-    for name in ("grid", "vocab_size", "num_classes"):
-        mine, theirs = getattr(settings.generator, name), getattr(config, name)
-        if mine != theirs:
-            raise ConfigError(
-                f"{field} is {path!r}, whose model.{name} is {theirs}; it must be {mine}, as in "
-                "this run"
-            )
-    return config, saved
-
-
-def _check_same_codebook(field: str, workdir: pathlib.Path, params: Any) -> None:
-    path = workdir / "tokenizer.npz"
-    try:
-        theirs = patch_codebook.load_params(path) if path.exists() else {}
-    except ValueError as error:
-        raise ConfigError(f"{field} is {str(workdir)!r}: {error}") from error
-    if not np.array_equal(theirs.get("codebook"), params["codebook"]):
-        raise ConfigError(
-            f"{field} is {str(workdir)!r}, whose tokenizer is another one: its tokens mean something "
-            f"else; copy {path} into this run's workdir before its start, or train both with "
-            "the same data"
-        )

@@ -1,0 +1,105 @@
+"""metrics.jsonl and TensorBoard's event files."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import struct
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+
+from mirai_jax.utils import files
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The logged steps in order, up to a line that is none: the last, if a kill cut it off."""
+    path, entries = workdir / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            break
+        entries.append(entry)
+    return entries
+
+
+class _Appended:
+    """A file to add to; whatever does not fit on the disk is told by `write`, at once.
+
+    Nothing is kept in a buffer: closing would write it again, and its error replace the first.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        """All of it is with the file system when this returns."""
+        while data:
+            data = data[self._file.write(data) :]  # a disk that gets full takes a part
+
+    def close(self) -> None:
+        if not self._file.closed:
+            with self._file:
+                os.fsync(self._file.fileno())  # some file systems tell of a full disk only now
+
+
+def _record(event: Event) -> bytes:
+    """An event as TensorBoard's files hold it (a TFRecord)."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+    return b"".join((length, next(checks), data, next(checks)))
+
+
+class MetricsWriter:
+    """metrics.jsonl and TensorBoard event files, continued at a step.
+
+    Entries after `step` (of a run that went on past its last checkpoint) are dropped: they will be
+    written again. All that was written is with the file system when a method returns, or it raises
+    OSError.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        kept = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
+        path = workdir / "metrics.jsonl"
+        files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._lines = _Appended(path)
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then it blocks.
+        now = time.time()
+        self._events = _Appended(workdir / f"events.out.tfevents.{int(now)}.{socket.gethostname()}")
+        begun = [Event(wall_time=now, file_version="brain.Event:2")]
+        if step:  # TensorBoard is to forget what older event files hold from there on
+            start = SessionLog(status=SessionLog.START)
+            begun.append(Event(wall_time=now, step=step + 1, session_log=start))
+        self._events.write(b"".join(map(_record, begun)))
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """One logged step, to both."""
+        self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self.board(step, values)
+
+    def board(self, step: int, values: Mapping[str, float]) -> None:
+        """To TensorBoard alone."""
+        self._add(step, *(summary.scalar(name, value) for name, value in values.items()))
+
+    def image(self, step: int, name: str, image_HxWxC: np.ndarray) -> None:
+        """A uint8 picture, to TensorBoard alone."""
+        self._add(step, summary.image(name, image_HxWxC, dataformats="HWC"))
+
+    def _add(self, step: int, *summaries: summary.Summary) -> None:
+        now = time.time()
+        events = (Event(wall_time=now, step=step, summary=entry) for entry in summaries)
+        self._events.write(b"".join(map(_record, events)))
+
+    def close(self) -> None:
+        """Raises OSError where the file system tells only now of what it could not write."""
+        with contextlib.closing(self._lines), contextlib.closing(self._events):
+            pass

@@ -1,0 +1,49 @@
+"""Grids of images and pictures on disk."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN = 4  # pixels of background around an image, after enlarging
+
+
+_BACKGROUND = (255, 255, 255)
+
+
+def sample_grid(images_BxHxWxC: np.ndarray, names: Sequence[str], side: int = 64) -> np.ndarray:
+    """One row a class with its name at the left.
+
+    Args:
+        images_BxHxWxC: uint8, the images of the first name first; B is a multiple of len(names).
+        names: one a row.
+        side: images are enlarged by a whole factor to about so many pixels.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    rows, columns = len(names), len(images_BxHxWxC) // len(names)
+    factor = max(1, side // images_BxHxWxC.shape[1])
+    images = images_BxHxWxC.repeat(factor, axis=1).repeat(factor, axis=2)
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    height, width = images.shape[1] + _MARGIN, images.shape[2] + _MARGIN
+    font = ImageFont.load_default(size=20)
+    left = 16 + round(max(font.getlength(name) for name in names))
+    picture = Image.new("RGB", (left + columns * width, _MARGIN + rows * height), _BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(names):
+        top = _MARGIN + row * height
+        middle = top + (height - _MARGIN) // 2
+        draw.text((8, middle), name, fill=(0, 0, 0), font=font, anchor="lm")
+        for column in range(columns):
+            tile = Image.fromarray(images[row * columns + column])
+            picture.paste(tile, (left + column * width, top))
+    return np.asarray(picture)
+
+
+def save_picture(path: pathlib.Path, picture_HxWx3: np.ndarray) -> None:
+    """Writes a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture_HxWx3).save(path)
