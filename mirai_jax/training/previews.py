@@ -3,6 +3,7 @@
 Drawing is done by all devices of all hosts, whose EMA it is; pictures are made on the first host.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from mirai_jax.models import batched
 from mirai_jax.sampling.classifier import agreement, fit_judge
+from mirai_jax.sampling.on_mesh import GRID, JUDGED, draw
 from mirai_jax.training.components import Parts, labelled_images
 from mirai_jax.utils import pictures
 
