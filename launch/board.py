@@ -25,7 +25,7 @@ class Board:
         self._shown = self._begun
         self._lines = 0  # that are on the screen and will be renewed
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A line that stays."""
         self._clear()
         self._stream.write(line + "\n")
@@ -40,7 +40,7 @@ class Board:
         self._shown = time.monotonic()
         lines = self.lines(running, waiting, failed)
         if not self._live:
-            self.say("; ".join(map(str.strip, lines)))
+            self.log("; ".join(map(str.strip, lines)))
             return
         self._clear()
         width = shutil.get_terminal_size().columns - 1

@@ -111,6 +111,6 @@ def draw(path: pathlib.Path, title: str, results: Sequence[Result]) -> None:
             label.set_color(_look(j)["color"])
     for axis in axes:
         axis.grid(alpha=0.3)
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

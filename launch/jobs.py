@@ -31,7 +31,7 @@ GRACE = 120.0  # seconds that a run told to stop has for saving
 _TICK = 0.2  # seconds between looks at the processes
 _OURS = b"launch: "  # begins our own lines in a log
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Busy(Exception):
@@ -74,15 +74,15 @@ class Process:
 
     Args:
         run: what to run.
-        say: takes the line that tells of another start.
+        log: takes the line that tells of another start.
         environment: beside what this process has.
 
     Raises:
         Busy: another process works on the run.
     """
 
-    def __init__(self, run: Run, say: Say = print, environment: Mapping[str, str] | None = None):
-        self._run, self._say = run, say
+    def __init__(self, run: Run, log: Log = print, environment: Mapping[str, str] | None = None):
+        self._run, self._log_line = run, log
         self._environment = {**os.environ, **(environment or {})}
         self._stopped, self._restarts, self._best = False, 0, run.step()
         run.log.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,9 @@ class Process:
             self._best, self._restarts = step, 0
         if status in AGAIN and not self._stopped and self._restarts < RESTARTS:
             self._restarts += 1
-            self._say(f"{self._run.name}: exit status {status} at step {step:,}; started again")
+            self._log_line(
+                f"{self._run.name}: exit status {status} at step {step:,}; started again"
+            )
             self._start()
             return None
         self._log.close()
@@ -250,15 +252,15 @@ def run_all(runs: Iterable[Run], parallel: int, board: Board) -> tuple[dict[str,
                 if not free:
                     break
                 try:
-                    process = Process(run, board.say, gpu_share(all_gpus, free[0], parallel))
+                    process = Process(run, board.log, gpu_share(all_gpus, free[0], parallel))
                 except Busy:
                     if run.name not in busy:
-                        board.say(f"{run.name}: waiting for another process that works on it")
+                        board.log(f"{run.name}: waiting for another process that works on it")
                     busy.add(run.name)
                     continue
                 waiting.remove(run)
                 running[free.pop(0)] = (run, process)
-                board.say(f"{run.name}: started, log {run.log}")
+                board.log(f"{run.name}: started, log {run.log}")
             for slot, (run, process) in list(running.items()):
                 status = process.poll()
                 if status is None:
@@ -266,16 +268,16 @@ def run_all(runs: Iterable[Run], parallel: int, board: Board) -> tuple[dict[str,
                 del running[slot]
                 why = failure(run, status)
                 if why is None:
-                    board.say(f"{run.name}: finished")
+                    board.log(f"{run.name}: finished")
                 elif stop.asked and status in AGAIN:
-                    board.say(f"{run.name}: stopped at step {run.step():,}")
+                    board.log(f"{run.name}: stopped at step {run.step():,}")
                     waiting.append(run)
                 else:
-                    board.say(f"{run.name}: failed: {why}")
+                    board.log(f"{run.name}: failed: {why}")
                     failed[run.name] = why
             if stop.asked and deadline is None:
                 deadline = time.monotonic() + GRACE
-                board.say("stopping: the runs save what they have (Ctrl-C kills them)")
+                board.log("stopping: the runs save what they have (Ctrl-C kills them)")
                 for _, process in running.values():
                     process.stop()
             if deadline is not None and (stop.insisted or time.monotonic() > deadline):

@@ -115,22 +115,22 @@ def _told(entries: list[Entry]) -> list[str]:
     keys = dict.fromkeys(
         ["name", "config", *(k for e in entries for k in e if k != "seed"), "seed"]
     )
-    told: list[str] = []
+    message: list[str] = []
     count = lambda keys: len({tuple(repr(e.get(k, ...)) for k in keys) for e in entries})  # noqa: E731
     for key in keys:
-        alone = any(key in e and not any(k in e for k in told) for e in entries)
-        if count([*told, key]) > count(told) or (alone and count([key]) > 1):
-            told.append(key)
-    return told
+        alone = any(key in e and not any(k in e for k in message) for e in entries)
+        if count([*message, key]) > count(message) or (alone and count([key]) > 1):
+            message.append(key)
+    return message
 
 
 def columns(entries: list[Entry]) -> dict[str, str]:
     """{key: short title} of what differs between the entries."""
-    told = _told(entries)
-    last = [key.rpartition(".")[2] for key in told]
+    message = _told(entries)
+    last = [key.rpartition(".")[2] for key in message]
     return {
         key: short if last.count(short) == 1 else re.sub(r"[\[\]]", "", key)
-        for key, short in zip(told, last, strict=True)
+        for key, short in zip(message, last, strict=True)
     }
 
 

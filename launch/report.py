@@ -88,7 +88,7 @@ def write(folder: pathlib.Path, made: dict[str, bytes | None]) -> None:
         if data is None:
             (folder / name).unlink(missing_ok=True)
             continue
-        with files.replacing(folder / name) as file:
+        with files.atomic_write(folder / name) as file:
             file.write(data)
 
 

@@ -157,7 +157,7 @@ class Cluster:
             raise ConfigError(f"--cluster={wishes.cluster}: {first_line(error)}") from error
         self._jobs: dict[str, Any] = {}  # by name of the run
 
-    def submit(self, runs: Sequence[Run], say: jobs.Say) -> None:
+    def submit(self, runs: Sequence[Run], log: jobs.Log) -> None:
         """Submits what is neither finished nor queued nor running."""
         known = json.loads(self._path.read_text()) if self._path.exists() else {}
         missing = []
@@ -169,7 +169,7 @@ class Cluster:
                 missing.append(run)
             else:
                 self._jobs[run.name] = job
-                say(f"{run.name}: job {job.job_id} of {self._cluster} is still there")
+                log(f"{run.name}: job {job.job_id} of {self._cluster} is still there")
         if not missing:
             return
         try:
@@ -180,7 +180,7 @@ class Cluster:
         for run, job in zip(missing, made, strict=True):
             self._jobs[run.name] = job
             known[run.name] = {"cluster": self._cluster, "job": job.job_id}
-            say(f"{run.name}: job {job.job_id} of {self._cluster}, log {run.log}")
+            log(f"{run.name}: job {job.job_id} of {self._cluster}, log {run.log}")
         files.write_text(self._path, json.dumps(known, indent=2) + "\n")
 
     def _known(self, entry: Mapping[str, str] | None) -> Any:
@@ -205,7 +205,7 @@ class Cluster:
                 why = self._why(run, job)
                 if why is not None:
                     failed[name] = why
-                board.say(f"{name}: finished" if why is None else f"{name}: failed: {why}")
+                board.log(f"{name}: finished" if why is None else f"{name}: failed: {why}")
             waiting = [run for run in open_runs.values() if run not in running]
             board.show(running, waiting, failed)
             time.sleep(1)

@@ -113,7 +113,7 @@ def _launch(runs: list[plan.Run], out: pathlib.Path) -> dict[str, str]:
     """Runs what is missing; returns why runs failed."""
     board = Board(runs)
     finished = sum(run.finished() for run in runs)
-    board.say(f"{out}: {finished} of {len(runs)} runs are finished")
+    board.log(f"{out}: {finished} of {len(runs)} runs are finished")
     if not _SLURM.value:
         failed, stopped = jobs.run_all(runs, _PARALLEL.value or 1, board)
         if stopped:
@@ -130,7 +130,7 @@ def _launch(runs: list[plan.Run], out: pathlib.Path) -> dict[str, str]:
         at_once=_PARALLEL.value,
     )
     cluster = slurm.Cluster(out, wishes)
-    cluster.submit(runs, board.say)
+    cluster.submit(runs, board.log)
     if not _WAIT.value:
         print("the same command with --wait shows how far the jobs are, --report what there is")
         sys.exit(0)

@@ -55,9 +55,9 @@ def read(run: Run) -> Result:
     for title in ("loss", "cross_entropy"):
         if last:
             values[title] = float(np.mean([entry[title] for entry in last]))
-    agreement = run.workdir / "agreement.json"
-    if agreement.exists():
-        values["agreement"] = json.loads(agreement.read_text())["samples"]
+    class_accuracy = run.workdir / "agreement.json"
+    if class_accuracy.exists():
+        values["agreement"] = json.loads(class_accuracy.read_text())["samples"]
     speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
     return Result(
         run=run,

@@ -79,7 +79,7 @@ _TRACE = flags.DEFINE_string(
 COMPARED = ("llamagen", "mirai_e", "mirai_i")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, flush=True)
 
 
@@ -124,7 +124,7 @@ def start_peer(settings: schema.Settings, sample_batch: int) -> Peer:
     if size is None or config.grid[0] != config.grid[1]:
         raise ConfigError(f"--peer: the official code has no generator of {shape} on {config.grid}")
     tap = next((term.student_layer for term in settings.terms), schema.two_thirds(shape[0]))
-    told = {
+    message = {
         "size": size,
         "tap": tap,
         "grid": config.grid[0],
@@ -136,7 +136,7 @@ def start_peer(settings: schema.Settings, sample_batch: int) -> Peer:
         "sample_batch": sample_batch,
         "guidance": settings.sample.guidance,
     }
-    return Peer(_PEER.value, *(f"--{name}={value}" for name, value in told.items()))
+    return Peer(_PEER.value, *(f"--{name}={value}" for name, value in message.items()))
 
 
 def _require_official(settings: schema.Settings) -> None:
@@ -211,38 +211,38 @@ def run(overrides: list[str]) -> dict[str, Any]:
     # What is kept compiled from before would not be measured.
     jax.config.update("jax_enable_compilation_cache", False)
     if chosen:
-        say("roofs: matrix products and memory")
+        log("roofs: matrix products and memory")
         results["roofs"] = roofs(first, devices, {})
     works = {}
     for name, settings in found.items() if set(_MEASURE.value) & {"compile", "step"} else ():
-        say(f"{name}: compiling its step")
+        log(f"{name}: compiling its step")
         works[name] = work = work_lib.Work(settings, devices)
         results["variants"][name] = work.facts()
-        say("\n".join(["  planned, on each device:", *work.plan.lines()]))
+        log("\n".join(["  planned, on each device:", *work.plan.lines()]))
         if "step" in chosen:
-            say(f"{name}: first steps")
+            log(f"{name}: first steps")
             results["variants"][name]["peak_bytes"] = work.begin()
     tasks = {}
     if "step" in chosen:
         tasks = {f"step {name}": work.step for name, work in works.items()}
     if "parts" in chosen:
         for name, work in works.items():
-            say(f"{name}: compiling its parts")
+            log(f"{name}: compiling its parts")
             tasks |= {f"part {name} {part}": task for part, task in work.parts().items()}
     if "sampler" in chosen:
-        say(f"sampler: compiling, {sample_batch} images at once")
+        log(f"sampler: compiling, {sample_batch} images at once")
         sampling = work_lib.Sampling(first, sample_batch)
         results["sampler"] = sampling.facts()
         tasks["sample"] = sampling.draw
     refused = {}
     if peer is not None:
         for name, task in peer_tasks(tasks):
-            say(f"peer: first {task}")
+            log(f"peer: first {task}")
             try:
                 peer(task)
             except PeerError as error:
                 refused[name] = str(error)
-                say(f"  {error}")
+                log(f"  {error}")
             else:
                 tasks[f"peer {name}"] = lambda task=task: peer(task)
     if tasks:
@@ -261,9 +261,9 @@ def run(overrides: list[str]) -> dict[str, Any]:
             for name, task in tasks.items():
                 if not name.startswith("peer"):
                     task()
-        say(f"trace: {_TRACE.value}")
+        log(f"trace: {_TRACE.value}")
     if "input" in chosen:
-        say("input: reading batches without training")
+        log("input: reading batches without training")
         results["input"] = {"images_per_second": work_lib.input_rate(first)}
     return results
 
@@ -315,14 +315,14 @@ def main(argv: list[str]) -> None:
             results = run(argv[1:])
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(f"the devices failed ({first_line(error)[:300]})") from error
-        say("")
-        say("\n".join(report.lines(results)))
+        log("")
+        log("\n".join(report.lines(results)))
         if _JSON.value:
             files.write_text(_JSON.value, json.dumps(results, indent=1) + "\n")
-            say(f"written: {_JSON.value}")
+            log(f"written: {_JSON.value}")
         if _FIGURE.value:
             report.figure(results, pathlib.Path(_FIGURE.value))
-            say(f"look at {_FIGURE.value}")
+            log(f"look at {_FIGURE.value}")
 
 
 if __name__ == "__main__":

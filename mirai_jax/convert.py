@@ -126,15 +126,15 @@ def to_torch(
     else:
         made = _of_workdir(source, state, projectors)
     named = pretrained.to_state(made)
-    told = {"args": pretrained.arguments_of(made.config)} if made.kind == "generator" else {}
+    message = {"args": pretrained.arguments_of(made.config)} if made.kind == "generator" else {}
     pathlib.Path(target).parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".safetensors":
-        texts = {name: json.dumps(value) for name, value in told.items()}
+        texts = {name: json.dumps(value) for name, value in message.items()}
         safetensors.write(target, named, {"format": "pt", **texts})
     else:
         named = collections.OrderedDict(named)
         # The official scripts read a teacher bare and everything else under 'model'.
-        torch_writer.write(target, named if made.kind == "teacher" else {"model": named, **told})
+        torch_writer.write(target, named if made.kind == "teacher" else {"model": named, **message})
     return made
 
 

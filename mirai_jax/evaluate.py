@@ -271,7 +271,7 @@ def _save_statistics(path: str, real: Features) -> None:
     arrays = {"mu": real.moments.mean, "sigma": real.moments.covariance}
     if real.spatial is not None:
         arrays |= {"mu_s": real.spatial.mean, "sigma_s": real.spatial.covariance}
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         np.savez(file, **arrays)
 
 

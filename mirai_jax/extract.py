@@ -26,8 +26,6 @@ import jax
 import numpy as np
 from absl import flags
 from array_record.python import array_record_module
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from mirai_jax.data import manifest, records
 from mirai_jax.data.crops import CropSpec, load_all_crops, load_crop
@@ -179,10 +177,8 @@ class Encoder:
 
     def __init__(self, job: Job):
         self._job = job
-        devices = jax.local_devices()
-        mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
-        self._rows, self._splits = NamedSharding(mesh, P("batch")), len(devices)
-        self._params = jax.device_put(job.params, NamedSharding(mesh, P()))
+        self._devices = batched.LocalDevices()
+        self._params = self._devices.copy(job.params)
         self._encode = jax.jit(self._codes)
 
     def _codes(self, params: Any, crops_BxSxSx3: jax.Array) -> jax.Array:
@@ -192,9 +188,9 @@ class Encoder:
     def __call__(self, crops_BxCxSxSx3: np.ndarray) -> jax.Array:
         """Starts encoding; (B * C or a little more, L) int32, to be fetched later."""
         rows = crops_BxCxSxSx3.reshape(-1, *crops_BxCxSxSx3.shape[2:])
-        missing = -len(rows) % self._splits
+        missing = -len(rows) % self._devices.count
         rows = np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
-        return self._encode(self._params, jax.device_put(rows, self._rows))
+        return self._encode(self._params, self._devices.split(rows))
 
 
 @dataclasses.dataclass
@@ -323,8 +319,8 @@ def finish(job: Job) -> Manifest | None:
         for note, keys in part["notes"].items():
             notes.setdefault(note, []).extend(keys)
     skipped = list(getattr(job.images, "skipped", ()))
-    told = {"failed": failed, "skipped": skipped, "notes": notes}
-    files.write_text(job.out / "report.json", _json(told))
+    message = {"failed": failed, "skipped": skipped, "notes": notes}
+    files.write_text(job.out / "report.json", _json(message))
     made = dataclasses.replace(
         job.manifest,
         complete=True,

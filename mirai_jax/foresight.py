@@ -217,12 +217,12 @@ def _normalise(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
-def _shifted(x: jax.Array, shift: int) -> jax.Array:
+def _roll(x: jax.Array, shift: int) -> jax.Array:
     """x[:, j + shift] at j; where that leaves the sequence the values mean nothing (masked)."""
     return jnp.roll(x, -shift, axis=1)
 
 
-def _dealt(term: Term, x_Bx: jax.Array) -> jax.Array:
+def _targets_of(term: Term, x_Bx: jax.Array) -> jax.Array:
     """To each image its targets, as `term.targets` says."""
     return jnp.roll(x_Bx, 1, axis=0) if term.targets == "shuffled" else x_Bx
 
@@ -245,12 +245,12 @@ def alignment_losses(
     Returns:
         (K,) float32, each in [-1, 1].
     """
-    target = _dealt(term, _normalise(jax.lax.stop_gradient(target_BxLxZ)))
+    target = _targets_of(term, _normalise(jax.lax.stop_gradient(target_BxLxZ)))
     losses = []
     for k, offset in enumerate(term.offsets):
         shift, mask_L = alignment(term, offset, grid)
         student = _normalise(projections_BxLxZ[k])
-        cosine_BxL = jnp.sum(student * _shifted(target, shift), axis=-1)
+        cosine_BxL = jnp.sum(student * _roll(target, shift), axis=-1)
         # Sums, not a matrix product, which accelerators would round.
         total, count = jnp.mean(jnp.sum(cosine_BxL * mask_L, axis=-1)), mask_L.sum()
         if has_class_pair(term):
@@ -292,10 +292,10 @@ def prediction_losses(
     term: Term, logits_BxLxV: Sequence[jax.Array], codes_BxL: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """Mean cross-entropy (nats) of the tokens at the offsets, for each head: (K,) float32."""
-    codes_BxL, losses = _dealt(term, codes_BxL), []
+    codes_BxL, losses = _targets_of(term, codes_BxL), []
     for k, offset in enumerate(term.offsets):
         shift, mask_L = alignment(term, offset, grid)
-        nll_BxL = token_nll(logits_BxLxV[k], _shifted(codes_BxL, shift))
+        nll_BxL = token_nll(logits_BxLxV[k], _roll(codes_BxL, shift))
         losses.append(jnp.mean(jnp.sum(nll_BxL * mask_L, axis=-1)) / mask_L.sum())
     return jnp.stack(losses)
 

@@ -244,7 +244,7 @@ def draw(job: Job, paint: Callable, parts: Iterable[int], progress: Progress) ->
     asked = [(job.labels[job.indices(k)], job.indices(k)) for k in parts]
     stream = getattr(paint, "stream", functools.partial(itertools.starmap, paint))
     for k, images in zip(parts, stream(asked), strict=True):
-        with files.replacing(job.part(k)) as file:
+        with files.atomic_write(job.part(k)) as file:
             np.save(file, images)
         progress.advance(len(images))
 
@@ -273,7 +273,7 @@ def _join(job: Job) -> None:
     shape = (len(job.labels), *np.load(job.part(0), mmap_mode="r").shape[1:])
     whole = job.out / "parts" / "samples.npz"  # what a stop leaves of it goes with the parts
     # ZipInfo without a date: the same bytes whenever they are written.
-    with files.replacing(whole) as raw, zipfile.ZipFile(raw, "w") as archive:
+    with files.atomic_write(whole) as raw, zipfile.ZipFile(raw, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             about = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, about)

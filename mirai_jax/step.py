@@ -27,7 +27,7 @@ import optax
 from mirai_jax import foresight
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models import tokenizer as tokenizer_lib
-from mirai_jax.models.activation_sharding import spread
+from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
@@ -230,7 +230,7 @@ def foresight_loss(
             params[term.name],
             states[term.student_layer],
         )
-        outputs = [spread(out, "batch", None, None) for out in outputs]
+        outputs = [shard_activation(out, "batch", None, None) for out in outputs]
         if term.level == "output":
             losses = foresight.prediction_losses(term, outputs, codes_BxL, grid)
         else:

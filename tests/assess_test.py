@@ -64,9 +64,9 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     rng = np.random.RandomState(0)
     labels = rng.randint(4, size=600)
     noise = rng.normal(size=(600, 8))
-    told = noise + 4 * np.eye(4, 8)[labels]
+    message = noise + 4 * np.eye(4, 8)[labels]
     share = lambda x: probe.accuracy(x[:400], labels[:400], x[400:], labels[400:])  # noqa: E731
-    assert share(told) > 0.95
+    assert share(message) > 0.95
     assert share(noise) < 0.4
 
 
@@ -83,7 +83,7 @@ def workdir(tmp_path_factory):
     config.optimizer.update(warmup_steps=2)
     config.sample.update(classes=2, per_class=1)
     config.foresight[0].update(projector_width=16)
-    train.train(config, folder, devices=jax.devices()[:1], say=lambda line: None)
+    train.train(config, folder, devices=jax.devices()[:1], log=lambda line: None)
     return folder
 
 
@@ -142,8 +142,8 @@ def test_a_stopped_assessment_goes_on(workdir, assessor, capsys, monkeypatch):
 
 
 def test_another_protocol_is_another_line(workdir):
-    told = json.loads(json.dumps(vars(QUICK)))
-    line = json.dumps({"step": 4, "protocol": told}) + "\n"
+    message = json.loads(json.dumps(vars(QUICK)))
+    line = json.dumps({"step": 4, "protocol": message}) + "\n"
     (workdir / runs.FILE).write_text(line)
     assert runs.missing(workdir, [2, 4], QUICK) == [2]
     assert runs.missing(workdir, [2, 4], Protocol(samples=61)) == [2, 4]

@@ -69,13 +69,13 @@ def peer_file(tmp_path):
 
 
 def test_the_program(tmp_path):
-    told, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    message, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     done = bench(
-        "--config=configs/mirai_e.py:demo", "--repeats=2", f"--json={told}", f"--figure={picture}",
+        "--config=configs/mirai_e.py:demo", "--repeats=2", f"--json={message}", f"--figure={picture}",
         f"--trace={tmp_path / 'trace'}", *TINY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = json.loads(told.read_text())
+    results = json.loads(message.read_text())
     found = results["variants"]["mirai_e"]
     assert len(found["step_seconds"]) == 2 and min(found["step_seconds"]) > 0
     assert set(found["part_seconds"]) == set(report.PARTS)
@@ -92,15 +92,15 @@ def test_the_program(tmp_path):
 
 @pytest.mark.slow
 def test_three_variants_beside_a_peer(tmp_path, peer_file):
-    told = tmp_path / "bench.json"
+    message = tmp_path / "bench.json"
     shape = ["--config.model.size=B", "--config.model.num_layers=0", "--config.model.num_heads=0"]
     done = bench(
         "--config=configs/mirai_i.py:demo", "--compare", "--repeats=1", "--measure=step",
-        f"--json={told}", f"--peer={sys.executable} {peer_file}", *TINY, *shape,
+        f"--json={message}", f"--peer={sys.executable} {peer_file}", *TINY, *shape,
         "--config.model.width=0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = json.loads(told.read_text())
+    results = json.loads(message.read_text())
     assert list(results["variants"]) == ["llamagen", "mirai_e", "mirai_i"]
     assert all(found["step_seconds"] for found in results["variants"].values())
     assert results["peer_seconds"] == {"step llamagen": [0.5]}
@@ -147,11 +147,11 @@ def test_what_is_compared(tmp_path, monkeypatch):
         (["--config=configs/llamagen.py", "--measure=parts"], "--measure=step"),
     ],
 )
-def test_mistakes_are_one_line(arguments, told):
+def test_mistakes_are_one_line(arguments, message):
     done = bench(*arguments)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and told in last
+    assert last.startswith("error: ") and message in last
 
 
 def test_a_peer_is_asked_and_its_failures_are_told(peer_file, capfd):

@@ -73,9 +73,9 @@ def assert_same(one, other):
 
 def restore(folder, shape, said=None, **options):
     checkpoints = Checkpoints(folder, **options)
-    say = (lambda line: None) if said is None else said.append
+    log = (lambda line: None) if said is None else said.append
     try:
-        return checkpoints.restore_newest(jax.eval_shape(make), placement(shape), say)
+        return checkpoints.restore_newest(jax.eval_shape(make), placement(shape), log)
     finally:
         checkpoints.close()
 

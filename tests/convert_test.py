@@ -554,7 +554,7 @@ def train_on(folder, module, name, **term):
     if run.foresight:
         run.foresight[0].update(projector_width=16, start_epoch=0.0, **term)
     lines = []
-    train.train(run, folder / name, devices=jax.devices()[:1], say=lines.append)
+    train.train(run, folder / name, devices=jax.devices()[:1], log=lines.append)
     return run, lines
 
 

@@ -364,13 +364,13 @@ def test_efficientnet_judges_samples_at_two_scales(tmp_path, capsys):
     assert results["features"] == "efficientnet-lite0" and results["reference"] == reference
     first, second = results["rows"]
     assert (first["samples"], first["num_images"]) == (one, 8)
-    assert first["sha256"] == evaluate.weights.sha256_of_file(f"{one}/samples.npz")
+    assert first["sha256"] == evaluate.pretrained.sha256_of_file(f"{one}/samples.npz")
     assert second["protocol"] == {"num_images": 8, "guidance": 4.0, "seed": 5, "step": 40}
     names = ["frechet_efficientnet_lite0", "efficientnet_lite0_precision"]
     names.append("efficientnet_lite0_recall")
     assert list(first["metrics"]) == list(second["metrics"]) == names
-    same, apart = (row["metrics"]["frechet_efficientnet_lite0"] for row in (first, second))
-    assert same < 1e-6 * apart and apart > 0.01
+    same, split_outputs = (row["metrics"]["frechet_efficientnet_lite0"] for row in (first, second))
+    assert same < 1e-6 * split_outputs and split_outputs > 0.01
     assert list(first["metrics"].values())[1:] == [1, 1]
     assert second["metrics"]["efficientnet_lite0_precision"] < 1
 
@@ -382,7 +382,7 @@ def test_efficientnet_judges_samples_at_two_scales(tmp_path, capsys):
     assert len(table) == 4 and len({line.count("|") for line in table}) == 1
     head = "| samples | images | Fréchet (EfficientNet-Lite0) | precision (EfficientNet-Lite0) |"
     assert table[0].startswith(head) and table[2].startswith(f"| {one} | 8 |")
-    assert f"{apart:.4g}" in table[3]
+    assert f"{split_outputs:.4g}" in table[3]
     with Image.open(tmp_path / "sweep.png") as figure:
         assert figure.width > 1000 and len(np.unique(np.asarray(figure).reshape(-1, 4), axis=0)) > 9
 
@@ -498,8 +498,8 @@ def direct_distance(fake, real):
     fake, real = np.float64(fake), np.float64(real)
     a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (fake, real))
     root = scipy.linalg.sqrtm((a @ b.T) @ (a @ b.T).T)
-    apart = fake.mean(0) - real.mean(0)
-    return apart @ apart + (a**2).sum() + (b**2).sum() - 2 * np.trace(root).real
+    split_outputs = fake.mean(0) - real.mean(0)
+    return split_outputs @ split_outputs + (a**2).sum() + (b**2).sum() - 2 * np.trace(root).real
 
 
 def direct_score(p):
@@ -530,7 +530,7 @@ def test_inception_metrics_equal_direct_ones(use_network, tmp_path, capsys):
 
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["features"] == "inception-v3 2015-12-05"
-    assert results["reference_sha256"] == evaluate.weights.sha256_of_file(real)
+    assert results["reference_sha256"] == evaluate.pretrained.sha256_of_file(real)
     (row,) = results["rows"]
     found = row["metrics"]
     assert row["protocol"] == {} and row["num_images"] == 12

@@ -499,7 +499,7 @@ def test_a_bad_record_stops_the_run_before_it_is_trained_on(tmp_path, change, to
     number = max(batches_of(good)[batch])  # not 0: opening the shards reads that one
     write_codes(bad, number, **change)
     with pytest.raises(DataError) as error:
-        train.train(tiny(bad), tmp_path / "run", devices=jax.devices()[:1], say=lambda line: None)
+        train.train(tiny(bad), tmp_path / "run", devices=jax.devices()[:1], log=lambda line: None)
     shard, place = divmod(number, 40)
     one_line(error.value, f"record {place} of codes-{shard}.array_record", told)
     steps = [entry["step"] for entry in metrics_writer.read_metrics(tmp_path / "run")]

@@ -373,7 +373,7 @@ def test_a_generator_that_does_not_fit_is_refused_with_every_name(params):
     state["layers.0.attention.wo.weight"] = np.zeros((32, 31))
     with pytest.raises(ValueError) as error:
         torch_names.generator_from_torch(CONFIG, state)
-    for told in (
+    for message in (
         "missing norm.weight (32,)",
         "missing layers.1.ffn_norm.weight (32,)",
         "unexpected layers.3.ffn_norm.weight",
@@ -381,7 +381,7 @@ def test_a_generator_that_does_not_fit_is_refused_with_every_name(params):
         "output.weight is (32, 24), should be (24, 32)",
         "layers.0.attention.wo.weight is (32, 31), should be (32, 32)",
     ):
-        assert told in str(error.value)
+        assert message in str(error.value)
     assert "\n" not in str(error.value) and str(error.value).count(";") == 5
 
 

@@ -20,16 +20,16 @@ def test_silence_beyond_the_limit_is_reported_and_ends_the_process(capfd):
 
     guard = guards.HangGuard(0.4, end=end)
     for i in range(10):  # longer than the limit in all, but never silent for so long
-        guard.doing(f"step {i}")
+        guard.heartbeat(f"step {i}")
         time.sleep(0.1)
     assert not statuses
-    guard.doing("step 8, waiting for its batch")
+    guard.heartbeat("step 8, waiting for its batch")
     assert ended.wait(10)
     assert statuses == [76]
-    told = capfd.readouterr().err
-    assert "no progress for" in told.splitlines()[0]
-    assert "process 0 of 1 is at: step 8, waiting for its batch" in told.splitlines()[0]
-    assert "guards_test.py" in told  # where the main thread stands
+    message = capfd.readouterr().err
+    assert "no progress for" in message.splitlines()[0]
+    assert "process 0 of 1 is at: step 8, waiting for its batch" in message.splitlines()[0]
+    assert "guards_test.py" in message  # where the main thread stands
     guard.close()
 
 
@@ -53,8 +53,8 @@ def test_a_jump_of_the_loss_is_told_once_and_noise_is_not():
     for seed in range(5):
         spikes = guards.SpikeDetector()
         assert not any(spikes(value) for value in losses(2000, seed))
-        told = spikes(4.0)
-        assert told.startswith("4.0000 against 2.0")
+        message = spikes(4.0)
+        assert message.startswith("4.0000 against 2.0")
         assert not any(spikes(value) for value in losses(2000, seed)[-300:])
 
 
@@ -62,8 +62,8 @@ def test_a_loss_that_stays_high_becomes_the_usual():
     spikes = guards.SpikeDetector()
     for value in losses(500):
         spikes(value)
-    told = [bool(spikes(9.0 + 0.05 * np.sin(i))) for i in range(400)]
-    assert told[0] and not told[-1]
+    message = [bool(spikes(9.0 + 0.05 * np.sin(i))) for i in range(400)]
+    assert message[0] and not message[-1]
 
 
 def test_the_first_steps_are_learned_from():

@@ -77,13 +77,13 @@ def test_the_sum_over_devices_is_float32_too():
 def test_apart_it_is_the_same_layer_slice_by_slice(dtype):
     layer, params, x, g = setting(features=(3, 2, 4), dtype=dtype)
     layer, params = layer.clone(use_bias=False), {"kernel": params["kernel"]}
-    apart = layer.clone(apart=True)
-    assert jax.tree.map(jnp.shape, apart.init(jax.random.key(2), x)["params"]) == jax.tree.map(
-        jnp.shape, params
-    )
+    split_outputs = layer.clone(split_outputs=True)
+    assert jax.tree.map(
+        jnp.shape, split_outputs.init(jax.random.key(2), x)["params"]
+    ) == jax.tree.map(jnp.shape, params)
     x = x.astype(dtype)
     whole, to_whole = jax.vjp(lambda p, x: layer.apply({"params": p}, x), params, x)
-    parts, to_parts = jax.vjp(lambda p, x: apart.apply({"params": p}, x), params, x)
+    parts, to_parts = jax.vjp(lambda p, x: split_outputs.apply({"params": p}, x), params, x)
     np.testing.assert_allclose(*np.float32((jnp.stack(parts, axis=1), whole)), rtol=1e-5, atol=1e-5)
     (of_params, of_x), (params_too, x_too) = to_parts(tuple(jnp.unstack(g, axis=1))), to_whole(g)
     assert of_x.dtype == x.dtype
@@ -96,9 +96,9 @@ def test_apart_it_is_the_same_layer_slice_by_slice(dtype):
 
 def test_slices_are_products_of_their_own_but_on_nvidia_gpus():
     layer, params, x, _ = setting(features=(3, 2, 4))
-    apart = layer.clone(apart=True, use_bias=False)
+    split_outputs = layer.clone(split_outputs=True, use_bias=False)
     for platform, products in (("cuda", 1), ("tpu", 3), ("cpu", 3)):
-        traced = jax.jit(lambda p, x: apart.apply({"params": p}, x)).trace(params, x)
+        traced = jax.jit(lambda p, x: split_outputs.apply({"params": p}, x)).trace(params, x)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert text.count("dot_general") == products
 

@@ -33,11 +33,11 @@ def distance(features1, features2):
     return frechet_distance(one.mean, one.covariance, two.mean, two.covariance)
 
 
-def random_features(count, width, seed=0, spread=1.0):
+def random_features(count, width, seed=0, shard_activation=1.0):
     """Like a network's: none negative, correlated, of different scales."""
     random = np.random.default_rng(seed)
     mixing = np.random.default_rng(99).normal(size=(width, width)) / np.sqrt(width)
-    scales = np.exp(spread * np.random.default_rng(98).normal(size=width))
+    scales = np.exp(shard_activation * np.random.default_rng(98).normal(size=width))
     return np.abs(random.normal(size=(count, width)) @ mixing + 0.1 * seed) * scales
 
 
@@ -47,12 +47,15 @@ def random_features(count, width, seed=0, spread=1.0):
 def assert_moments(made, features, tolerance=1e-10):
     """Equal to NumPy's two passes over everything, relative to each dimension's spread."""
     features = np.asarray(features, np.float64)
-    spread = features.std(axis=0, ddof=1)
+    shard_activation = features.std(axis=0, ddof=1)
     assert made.count == len(features)
     assert made.mean.dtype == made.covariance.dtype == np.float64
-    assert np.all(np.abs(made.mean - features.mean(axis=0)) <= tolerance * spread)
+    assert np.all(np.abs(made.mean - features.mean(axis=0)) <= tolerance * shard_activation)
     expected = np.cov(features, rowvar=False).reshape(made.covariance.shape)
-    assert np.all(np.abs(made.covariance - expected) <= tolerance * np.outer(spread, spread))
+    assert np.all(
+        np.abs(made.covariance - expected)
+        <= tolerance * np.outer(shard_activation, shard_activation)
+    )
     np.testing.assert_array_equal(made.covariance, made.covariance.T)
 
 
@@ -80,7 +83,7 @@ def test_moments_of_many_blocks(monkeypatch):
 
 def test_moments_keep_their_digits_far_from_zero():
     # E[x^2] - E[x]^2 would lose ten of them.
-    features = random_features(3000, 4, spread=0) + 1e5
+    features = random_features(3000, 4, shard_activation=0) + 1e5
     assert_moments(moments(*np.array_split(features, 11)), features, tolerance=1e-9)
 
 
@@ -218,8 +221,8 @@ def scipy_distance(features1, features2):
     "counts, width, spread",
     [((400, 300), 40, 0.0), ((400, 300), 40, 1.5), ((2000, 70), 64, 2.0), ((66, 66), 65, 1.0)],
 )
-def test_distance_is_that_of_scipys_root(counts, width, spread):
-    features = [random_features(n, width, seed, spread) for seed, n in enumerate(counts)]
+def test_distance_is_that_of_scipys_root(counts, width, shard_activation):
+    features = [random_features(n, width, seed, shard_activation) for seed, n in enumerate(counts)]
     assert distance(*features) == pytest.approx(scipy_distance(*features), rel=1e-6)
 
 

@@ -179,8 +179,8 @@ def main():
             wait()
             answer = {"seconds": time.perf_counter() - start}
         except Exception as error:  # the benchmark shows it in one line
-            told = (str(error).splitlines() or [""])[0]
-            answer = {"error": f"{type(error).__name__}: {told}"}
+            message = (str(error).splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {message}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -125,7 +125,7 @@ def settings(world, **fields):
 
 
 def losses(config, folder, devices=1):
-    train.train(config, folder, devices=jax.devices()[:devices], say=lambda line: None)
+    train.train(config, folder, devices=jax.devices()[:devices], log=lambda line: None)
     names = ("loss", "cross_entropy", "foresight_bidirectional_r0c0", "grad_norm")
     return np.array([[e[name] for name in names] for e in metrics_writer.read_metrics(folder)])
 

@@ -75,9 +75,9 @@ def test_a_curve_is_reached_where_it_is_as_good_and_not_before(curve, target):
 
 
 def test_spread_pairs_and_medians():
-    assert speedup.spread([]) is None
-    assert speedup.spread([3.0]) == speedup.Spread(1, 3.0, None, 3.0, 3.0)
-    assert speedup.spread([1.0, 2.0, 3.0]) == speedup.Spread(3, 2.0, 1.0, 1.0, 3.0)
+    assert speedup.shard_activation([]) is None
+    assert speedup.shard_activation([3.0]) == speedup.Spread(1, 3.0, None, 3.0, 3.0)
+    assert speedup.shard_activation([1.0, 2.0, 3.0]) == speedup.Spread(3, 2.0, 1.0, 1.0, 3.0)
     assert speedup.paired({2: 5.0, 0: 1.0, 1: 2.0}, {1: 1.0, 2: 1.0, 3: 9.0}) == {1: 1.0, 2: 4.0}
     assert speedup.pooled_deviation([[1.0], []]) is None
     assert speedup.pooled_deviation([[1.0, 3.0], [7.0], [10.0, 14.0]]) == math.sqrt(5)
@@ -223,8 +223,8 @@ def test_speed_ups(results):
 
 def add_bench(folder, scale="fashion_mnist", **seconds):
     variants = {name: {"step_seconds": value} for name, value in seconds.items()}
-    told = {"about": {"command": "bench --compare", "scale": scale}, "variants": variants}
-    (folder / "bench.json").write_text(json.dumps(told))
+    message = {"about": {"command": "bench --compare", "scale": scale}, "variants": variants}
+    (folder / "bench.json").write_text(json.dumps(message))
 
 
 def test_times(results):
@@ -697,17 +697,17 @@ def test_collecting_again_leaves_nothing_of_before(tmp_path, monkeypatch):
     collect_from(sweep, out=out)
     file = sweep / "llamagen-seed=0" / "assessment.jsonl"
     file.write_text(json.dumps(entry(2500, 0.5)) + "\n")
-    (told,) = collect_from(sweep, out=out)
-    assert told.endswith(" (assessed up to step 2500 of 3000)")
+    (message,) = collect_from(sweep, out=out)
+    assert message.endswith(" (assessed up to step 2500 of 3000)")
     file.unlink()
-    (told,) = collect_from(sweep, out=out)
-    assert told.endswith(" (not assessed)")
+    (message,) = collect_from(sweep, out=out)
+    assert message.endswith(" (not assessed)")
     assert not (out / "runs" / "variants" / "llamagen-seed=0" / "assessment.jsonl").exists()
     # Under a new name it is there twice, which is told.
     for suffix in ("", ".log"):
         (sweep / f"llamagen-seed=0{suffix}").rename(sweep / f"baseline-seed=0{suffix}")
-    _, told = collect_from(sweep, out=out)
-    assert told == f"stays from before: {out}/runs/variants/llamagen-seed=0"
+    _, message = collect_from(sweep, out=out)
+    assert message == f"stays from before: {out}/runs/variants/llamagen-seed=0"
 
 
 def test_collecting_and_reporting(tmp_path, monkeypatch):

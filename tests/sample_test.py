@@ -55,7 +55,7 @@ def settings():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train.train(settings(), folder, devices=jax.devices()[:1], say=lambda line: None)
+    train.train(settings(), folder, devices=jax.devices()[:1], log=lambda line: None)
     return folder
 
 

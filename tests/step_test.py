@@ -312,8 +312,8 @@ def test_parts_of_a_batch_make_the_update_of_the_whole(variant):
         for i in range(2):
             state, metrics = train_step(state, teachers(), make_batch(), i)
         results.append((host((state.params, state.ema)), jax.device_get(metrics)))
-    (whole, expected), (parts, metrics) = results
-    assert_close(parts, whole, atol=1e-5)
+    (whole, expected), (components, metrics) = results
+    assert_close(components, whole, atol=1e-5)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name

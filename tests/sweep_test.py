@@ -187,14 +187,14 @@ def test_the_program_reads_what_the_launcher_checked():
     arguments = ["--config=configs/mirai_e.py:demo"]
     arguments += [f"--config.{f}={overrides.flag_text(f, v)}" for f, v in values.items()]
     program = (
-        "import sys; from mirai_jax import main, workdir\n"
-        "main.parse_flags(sys.argv); print(workdir.to_json(main._CONFIG.value))"
+        "import sys; from mirai_jax import main\nfrom mirai_jax.config import compare\n"
+        "main.parse_flags(sys.argv); print(compare.to_json(main._CONFIG.value))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    expected = json.loads(plan.workdir.to_json(plan.parse_config(arguments)))
+    expected = json.loads(plan.compare.to_json(plan.parse_config(arguments)))
     assert json.loads(done.stdout) == expected
     assert expected["foresight"][0]["offsets"] == [[0, 0], [0, 1]]
     assert expected["data"]["path"] == values["data.path"]
@@ -326,7 +326,7 @@ def test_common_overrides_and_a_changed_run(tmp_path):
     assert run.num_steps == 60 and "--config.model.width=48" in run.arguments
     run.workdir.mkdir(parents=True)
     config = plan.parse_config([a for a in run.arguments if not a.startswith("--workdir")])
-    (run.workdir / "config.json").write_text(plan.workdir.to_json(config))
+    (run.workdir / "config.json").write_text(plan.compare.to_json(config))
     runs_of(sweep, common={"num_steps": "90", "model.width": "48"}, out=tmp_path / "out")
     with pytest.raises(plan.WrongRuns) as caught:
         runs_of(sweep, common={"model.width": "96"}, out=tmp_path / "out")
@@ -515,11 +515,11 @@ def test_jobs_in_this_process(tmp_path):
     runs = [fake(tmp_path, "a", "75", "0"), fake(tmp_path, "b", "3")]
     board = Board(runs, io.StringIO())
     cluster = slurm.Cluster(tmp_path, wishes("debug"))
-    cluster.submit(runs, board.say)
+    cluster.submit(runs, board.log)
     assert cluster.wait(runs, board) == {"b": "exit status 3: error: of b"}
     assert [starts(run) for run in runs] == [2, 1]
     cluster = slurm.Cluster(tmp_path, wishes("debug"))
-    cluster.submit(runs, board.say)
+    cluster.submit(runs, board.log)
     assert list(cluster._jobs) == ["b"]
 
 
@@ -569,7 +569,7 @@ def test_a_job_that_is_warned_saves_and_goes_back_into_the_queue(tmp_path, monke
     run = fake(tmp_path, "a", "sleep", "0")
     board = Board([run], io.StringIO())
     cluster = slurm.Cluster(tmp_path, wishes("local"))
-    cluster.submit([run], board.say)
+    cluster.submit([run], board.log)
     until(lambda: run.step() == 1)
     controller = int(cluster._jobs["a"].job_id)
     children = pathlib.Path(f"/proc/{controller}/task/{controller}/children").read_text().split()

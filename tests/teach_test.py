@@ -16,7 +16,7 @@ from mirai_jax import teach
 from mirai_jax.config import fields, schema
 from mirai_jax.data import pipeline, small_sets
 from mirai_jax.models import vit
-from mirai_jax.models.teacher import show
+from mirai_jax.models.teacher import prepare_images
 from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.teaching import settings as settings_lib
@@ -40,9 +40,9 @@ def tiny(**changed):
     return made
 
 
-def run(made, folder, say=None, devices=1):
+def run(made, folder, log=None, devices=1):
     lines = []
-    teach_train.teach(made, folder, devices=jax.devices()[:devices], say=say or lines.append)
+    teach_train.teach(made, folder, devices=jax.devices()[:devices], log=log or lines.append)
     return lines
 
 
@@ -112,7 +112,7 @@ def test_imagenet_has_dinov2():
         ("flip", 1, "True or False"),
     ],
 )
-def test_a_wrong_field_is_one_line_and_leaves_nothing(tmp_path, field, value, told):
+def test_a_wrong_field_is_one_line_and_leaves_nothing(tmp_path, field, value, message):
     made = fields.plain(tiny())
     *groups, last = field.split(".")
     inner = made
@@ -120,7 +120,7 @@ def test_a_wrong_field_is_one_line_and_leaves_nothing(tmp_path, field, value, to
         inner = inner[group]
     inner[last] = value
     line = refusal(run, made, tmp_path / "run", None, 2)
-    assert f"{field} is {value!r}; it must be " in line and told in line
+    assert f"{field} is {value!r}; it must be " in line and message in line
     assert not (tmp_path / "run").exists()
 
 
@@ -135,7 +135,7 @@ def test_other_refusals():
 def test_the_program_tells_wrong_arguments_in_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     file = importlib.import_module("configs.teacher").__file__
-    for arguments, told in [
+    for arguments, message in [
         ([], "--config is missing"),
         (["--config=no_such.py"], "'no_such.py', which is no file"),
         ([f"--config={file}:imagenet_b"], "has no teacher of its own"),
@@ -149,7 +149,7 @@ def test_the_program_tells_wrong_arguments_in_one_line(monkeypatch, tmp_path, ca
         teach._FLAGS.unparse_flags()
         with pytest.raises(SystemExit) as end:
             teach.main(teach.parse_flags(["teach", "--config=", *arguments]))
-        assert str(end.value).startswith("error: ") and told in str(end.value)
+        assert str(end.value).startswith("error: ") and message in str(end.value)
         assert "\n" not in str(end.value)
     assert not list(tmp_path.iterdir())
 
@@ -222,7 +222,7 @@ def test_scores_are_those_of_a_plain_computation():
     batch, key = {"image": images, "label": labels}, jax.random.key(5)
     got = step_lib.scores(made, params, codebook, batch, key)
     learner, masked = step_lib.Learner(made), step_lib.draw_masks(key, 4, (3, 3), 0.4)
-    shown = show(images, (12, 12))
+    shown = prepare_images(images, (12, 12))
     log_p = jax.nn.log_softmax(learner.apply({"params": params}, shown, method="classify"))
     right = np.asarray(log_p)[np.arange(4), labels]
     np.testing.assert_allclose(
@@ -305,16 +305,19 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(finished):
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished, how):
     made = tiny(objective="both")
 
-    def say(line):
+    def log(line):
         if line.startswith("step 6/"):
             if how == "killed":
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt if how == "killed" else Preempted):
-        run(made, tmp_path, say=say)
-    told = refusal(encoder, tmp_path)
-    assert "teacher.path is " in told and "a run of mirai_jax.teach has when it is finished" in told
+        run(made, tmp_path, log=log)
+    message = refusal(encoder, tmp_path)
+    assert (
+        "teacher.path is " in message
+        and "a run of mirai_jax.teach has when it is finished" in message
+    )
     lines = run(made, tmp_path)
     step = 4 if how == "killed" else 7  # the loop is a step ahead of the screen
     assert any(f"resumed at step {step} of 8" in line for line in lines)
@@ -365,7 +368,7 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     folder, _, params = finished
     made = student(folder)
     lines = []
-    train.train(made, tmp_path, devices=jax.devices()[:1], say=lines.append)
+    train.train(made, tmp_path, devices=jax.devices()[:1], log=lines.append)
     assert "teacher: dinov2, 64 features a position" in lines
     (entry,) = metrics_writer.read_metrics(tmp_path)
     assert 0 < abs(entry["foresight_bidirectional_r0c0"]) <= 1
@@ -377,19 +380,19 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     images = small_sets.load_images("mnist").images[:3]
     got = module.apply({"params": loaded}, images)
     network = vit.DinoV2(settings_lib.read(tiny(), 1).network)
-    want, _ = network.apply({"params": params["network"]}, show(images, (32, 32)))
+    want, _ = network.apply({"params": params["network"]}, prepare_images(images, (32, 32)))
     np.testing.assert_allclose(got, want.reshape(3, 16, 64), atol=1e-5)
 
 
 def test_it_is_shown_images_like_those_it_learned_from(finished, tmp_path):
     settings = schema.read(student(finished[0], image_size=64), 1)
-    told = refusal(frozen.make_teacher, settings)
-    assert "teacher.image_size is 64, which shows 64 pixels a side; it must be 32" in told
+    message = refusal(frozen.make_teacher, settings)
+    assert "teacher.image_size is 64, which shows 64 pixels a side; it must be 32" in message
     frozen.make_teacher(schema.read(student(finished[0], image_size=32), 1))
     other = student(finished[0])
     other.data.held_out = 100
-    told = refusal(frozen.make_teacher, schema.read(other, 1))
-    assert "data.held_out is 100; it must be " in told
+    message = refusal(frozen.make_teacher, schema.read(other, 1))
+    assert "data.held_out is 100; it must be " in message
     (tmp_path / "config.json").write_text("{}")  # of a run that is no teacher, say
     settings = schema.read(student(tmp_path), 1)
     assert "a workdir without encoder/" in refusal(frozen.make_teacher, settings)

@@ -42,13 +42,13 @@ def tiny(module=mirai_e, **fields):
     return config
 
 
-def run(config, folder, say=None, devices=1):
+def run(config, folder, log=None, devices=1):
     lines = []
     train.train(
         config,
         folder,
         devices=jax.devices()[:devices],
-        say=say or (lambda line: lines.append(line)),
+        log=log or (lambda line: lines.append(line)),
     )
     return lines
 
@@ -65,13 +65,13 @@ def final_ema(folder):
 
 
 def stop_at(step):
-    """A `say` that kills the run when it shows a step, as Ctrl-C would."""
+    """A `log` that kills the run when it shows a step, as Ctrl-C would."""
 
-    def say(line):
+    def log(line):
         if line.startswith(f"step {step}/"):
             raise KeyboardInterrupt
 
-    return say
+    return log
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(config, whole)
     with pytest.raises(KeyboardInterrupt):
-        run(config, halves, say=stop_at(6))  # past the checkpoint of step 4: 5 and 6 come again
+        run(config, halves, log=stop_at(6))  # past the checkpoint of step 4: 5 and 6 come again
     assert not (halves / "summary.png").exists()
     lines = run(config, halves)
     assert any("resumed at step 4 of 8" in line for line in lines)
@@ -128,8 +128,8 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
         assert picture.height == 3 * 68 + 4 and picture.width > 2 * 68
         pixels = np.asarray(picture)
     assert len(np.unique(pixels)) > 10
-    agreement = json.loads((tmp_path / "agreement.json").read_text())
-    assert agreement["real"] > 0.9 and 0 <= agreement["samples"] <= 1
+    class_accuracy = json.loads((tmp_path / "agreement.json").read_text())
+    assert class_accuracy["real"] > 0.9 and 0 <= class_accuracy["samples"] <= 1
     again = run(config, tmp_path)
     assert any("this run is finished (8 steps)" in line for line in again)
     assert metrics_writer.read_metrics(tmp_path) == entries
@@ -145,18 +145,18 @@ def test_batches_are_read_one_step_ahead_and_a_bad_one_harms_no_step_before(tmp_
         events.append(f"batch {index}")
         return read(batches)
 
-    def say(line):
+    def log(line):
         if line.startswith("step "):
             events.append(f"step {int(line[5:].split('/')[0]) - 1}")
 
     monkeypatch.setattr(pipeline.BatchIterator, "__next__", noted)
-    run(tiny(llamagen, num_steps=4, checkpoint_every=9), tmp_path / "whole", say)
+    run(tiny(llamagen, num_steps=4, checkpoint_every=9), tmp_path / "whole", log)
     assert [event for event in events if "batch" in event] == [f"batch {i}" for i in range(4)]
     # Two steps are on the devices when the next batch is read; only then is the first looked at.
     assert events.index("batch 2") < events.index("step 0")
     assert events.index("batch 3") < events.index("step 1")
     with pytest.raises(DataError, match="batch 5 is bad"):
-        run(tiny(llamagen, checkpoint_every=5), tmp_path / "bad", say)
+        run(tiny(llamagen, checkpoint_every=5), tmp_path / "bad", log)
     assert (tmp_path / "bad" / "checkpoints" / "step_5").is_dir()
     assert [entry["step"] for entry in without_speed(tmp_path / "bad")] == [1, 2, 3, 4, 5]
 
@@ -173,12 +173,12 @@ def test_a_finished_run_without_its_figure_makes_it(tmp_path):
 def test_stopped_while_drawing_loses_no_line(tmp_path):
     config = tiny(llamagen)
 
-    def say(line):
+    def log(line):
         if line.startswith("samples:"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path, say=say)  # at step 4, whose checkpoint is being written
+        run(config, tmp_path, log=log)  # at step 4, whose checkpoint is being written
     assert [entry["step"] for entry in without_speed(tmp_path)] == [1, 2, 3, 4]
     lines = run(config, tmp_path)
     assert any("resumed at step 4" in line for line in lines)
@@ -233,12 +233,12 @@ def test_a_run_killed_before_its_new_figure_is_not_taken_for_finished(tmp_path):
     run(config, tmp_path)
     config.num_steps = 10
 
-    def say(line):
+    def log(line):
         if line.startswith("samples:"):  # the last checkpoint is written, the figure is not
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path, say=say)
+        run(config, tmp_path, log=log)
     lines = run(config, tmp_path)
     assert any(line.startswith("finished: 10 steps") for line in lines)
     assert (tmp_path / "samples" / "step_0000010.png").exists()
@@ -388,23 +388,25 @@ def test_a_data_worker_that_dies_is_named_and_started_again(tmp_path, capfd, par
     run(config, tmp_path / "whole")
 
     def kill_at(steps):
-        def say(line):
+        def log(line):
             for step in steps:
                 if line.startswith(f"step {step:>2}/"):
                     for child in multiprocessing.active_children():
                         os.kill(child.pid, signal.SIGKILL)
 
-        return say
+        return log
 
     config.data.num_workers = 1
-    run(config, tmp_path / "killed", say=kill_at([2]))
+    run(config, tmp_path / "killed", log=kill_at([2]))
     assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
-    told = capfd.readouterr().err
-    assert "data worker 0 of 1" in told and "exit code -9" in told and "started again" in told
+    message = capfd.readouterr().err
+    assert (
+        "data worker 0 of 1" in message and "exit code -9" in message and "started again" in message
+    )
     events = (tmp_path / "killed" / "events.jsonl").read_text()
     assert '"worker_died"' in events
     with pytest.raises(DataError, match="data worker 0 of 1, which prepared batch .* died"):
-        run(config, tmp_path / "dying", say=kill_at(range(40)))
+        run(config, tmp_path / "dying", log=kill_at(range(40)))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
@@ -413,21 +415,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     with pytest.raises(TrainingError, match="at step 2, whose batch is of records ") as error:
         run(config, tmp_path)
     assert "the last checkpoint is of no step yet" in str(error.value)
-    told = json.loads((tmp_path / "nonfinite_step_0000002.json").read_text())
-    assert len(told["records"]) == 16 and str(told["records"][0]) in str(error.value)
+    message = json.loads((tmp_path / "nonfinite_step_0000002.json").read_text())
+    assert len(message["records"]) == 16 and str(message["records"][0]) in str(error.value)
     assert not list((tmp_path / "checkpoints").glob("step_*"))
 
 
 def sigterm_at(step, lines=None):
-    """A `say` under which the run is told to stop, as a cluster does it, when it shows a step."""
+    """A `log` under which the run is told to stop, as a cluster does it, when it shows a step."""
 
-    def say(line):
+    def log(line):
         if lines is not None:
             lines.append(line)
         if line.startswith(f"step {step}/"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return say
+    return log
 
 
 def test_told_to_stop_it_saves_and_goes_on_without_repeating_a_step(tmp_path):
@@ -436,9 +438,9 @@ def test_told_to_stop_it_saves_and_goes_on_without_repeating_a_step(tmp_path):
     steps = []
     for at in (1, 3, 6):  # between checkpoints, and before one
         with pytest.raises(Preempted, match="is saved, the same command goes on") as error:
-            run(config, tmp_path / "stopped", say=sigterm_at(at, steps))
+            run(config, tmp_path / "stopped", log=sigterm_at(at, steps))
         assert error.value.status == 75
-    run(config, tmp_path / "stopped", say=steps.append)
+    run(config, tmp_path / "stopped", log=steps.append)
     shown = [int(line.split("/")[0].split()[1]) for line in steps if line.startswith("step ")]
     assert shown == list(range(1, 9))
     assert without_speed(tmp_path / "stopped") == without_speed(tmp_path / "whole")
@@ -514,7 +516,7 @@ def test_updates_that_are_not_finite_are_left_out_until_there_are_too_many(tmp_p
     config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
     lines = []
     with pytest.raises(TrainingError, match="at step 5"):
-        run(config, tmp_path, say=lines.append)
+        run(config, tmp_path, log=lines.append)
     assert sum("its update is left out" in line for line in lines) == 3
     assert (
         sorted(path.name for path in tmp_path.glob("nonfinite*"))[0]
@@ -524,12 +526,12 @@ def test_updates_that_are_not_finite_are_left_out_until_there_are_too_many(tmp_p
 
 
 def test_a_vanished_workdir_is_one_line(tmp_path):
-    def say(line):
+    def log(line):
         if line.startswith("step 2/"):
             shutil.rmtree(tmp_path / "run")
 
     with pytest.raises(TrainingError, match="is gone|cannot be written") as error:
-        run(tiny(llamagen), tmp_path / "run", say=say)
+        run(tiny(llamagen), tmp_path / "run", log=log)
     assert len(str(error.value).splitlines()) == 1
 
 

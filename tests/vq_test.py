@@ -472,8 +472,8 @@ def encoder_by_hand(params, image, before):
     x = conv(level(x, fine), **halve, before=before, after=1 - before, stride=2)
     x = level(x, deep | {name: encoder[name] for name in ("mid_0", "mid_1", "mid_2")})
     groups = x.reshape(*x.shape[:2], 32, -1)
-    spread = np.sqrt(groups.var(axis=(0, 1, 3), keepdims=True) + 1e-6)
-    x = ((groups - groups.mean(axis=(0, 1, 3), keepdims=True)) / spread).reshape(x.shape)
+    shard_activation = np.sqrt(groups.var(axis=(0, 1, 3), keepdims=True) + 1e-6)
+    x = ((groups - groups.mean(axis=(0, 1, 3), keepdims=True)) / shard_activation).reshape(x.shape)
     x = x * encoder["norm_out"]["scale"] + encoder["norm_out"]["bias"]
     x = conv(x / (1 + np.exp(-x)), **encoder["conv_out"], before=1, after=1)
     return conv(x, **params["quant_conv"], before=0, after=0)

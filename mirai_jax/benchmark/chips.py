@@ -79,13 +79,13 @@ def verdict(gpu: str, needed: int) -> str:
     except ValueError:
         fraction = 0.75
     takes = fraction * has
-    told = f"of {has:,} GiB, {takes:.1f} of which JAX takes ({_FRACTION}={fraction:g})"
+    message = f"of {has:,} GiB, {takes:.1f} of which JAX takes ({_FRACTION}={fraction:g})"
     if needed < takes * 2**30:
-        return told
+        return message
     if needed < 0.95 * has * 2**30:
         more = math.ceil(100 * needed / (has << 30)) / 100
-        return f"{told}: it does not fit; {_FRACTION}={min(0.95, more + 0.01):.2f} would do"
-    return f"{told}: it does not fit"
+        return f"{message}: it does not fit; {_FRACTION}={min(0.95, more + 0.01):.2f} would do"
+    return f"{message}: it does not fit"
 
 
 def devices(name: str, count: int) -> list[jax.Device]:

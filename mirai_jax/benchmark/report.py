@@ -33,21 +33,21 @@ def lines(results: Mapping[str, Any]) -> list[str]:
     about = results["about"]
     config, size = about["generator"], about["batch_size"]
     cores = f", {about['cores']} cores" if about["platform"] == "cpu" and about["cores"] else ""
-    told = [
+    message = [
         f"{about['scale']}: {config['num_layers']} layers of {config['width']}, "
         f"{config['grid'][0]}x{config['grid'][1]} tokens, {config['vocab_size']} codes; batch {size}, "
         f"{config['dtype']}, teachers {about['teacher_dtype']}, remat {config['remat']}",
         f"{about['devices']} x {about['device']}{cores}; jax {about['versions']['jax']}",
         "",
     ]
-    told += _table(results) if results["variants"] else []
-    told += _sampler(results)
+    message += _table(results) if results["variants"] else []
+    message += _sampler(results)
     if "input" in results:
         speed = results["input"]["images_per_second"]
-        told.append(
+        message.append(
             f"input alone, stored codes: {speed:,.0f} images/s{_input_share(results, speed)}"
         )
-    return told
+    return message
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:
@@ -111,14 +111,16 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         row("official PyTorch, step", peer)
         row("  times its speed", faster)
     wide = max(len(title) for title, _ in rows)
-    told = [" " * wide + "".join(f"{name:>18}" for name in variants)]
-    told += [f"{title:<{wide}}" + "".join(f"{cell:>18}" for cell in cells) for title, cells in rows]
+    message = [" " * wide + "".join(f"{name:>18}" for name in variants)]
+    message += [
+        f"{title:<{wide}}" + "".join(f"{cell:>18}" for cell in cells) for title, cells in rows
+    ]
     if "peak_flops" in roofs:
-        told.append(f"({roofs['peak_flops'] / 1e12:,.3g} TFLOP/s {roofs['peak_by']})")
-    told += [
+        message.append(f"({roofs['peak_flops'] / 1e12:,.3g} TFLOP/s {roofs['peak_by']})")
+    message += [
         f"official PyTorch, {name}: {why}" for name, why in results.get("peer_refused", {}).items()
     ]
-    return [*told, ""]
+    return [*message, ""]
 
 
 def _total(found: Mapping[str, Any]) -> int:
@@ -146,21 +148,21 @@ def _sampler(results: Mapping[str, Any]) -> list[str]:
     if found is None or "seconds" not in found:
         return ["sampler: not run"]
     taken, images = median(found["seconds"]), found["images"]
-    told = (
+    message = (
         f"sampler, guidance {results['about']['guidance']:g}, {images} at once: "
         f"{images * found['tokens'] / taken:,.1f} tokens/s, {images / taken:,.3g} images/s"
     )
     share = sampler_share(results)
     if share is not None:
         memory = results["roofs"]["memory_bytes"] / 1e9
-        told += f", {share:.0%} of the memory roof ({memory:,.1f} GB/s measured)"
-    told += f"; compiled in {_time(found['compile_seconds'])}"
+        message += f", {share:.0%} of the memory roof ({memory:,.1f} GB/s measured)"
+    message += f"; compiled in {_time(found['compile_seconds'])}"
     theirs = results.get("peer_seconds", {}).get("sample")
     if theirs is None:
-        return [told]
+        return [message]
     speed = images * found["tokens"] / median(theirs)
     more = f"{ratio(theirs, found['seconds']):.2f} times its speed"
-    return [told, f"  official PyTorch: {speed:,.1f} tokens/s; {more}"]
+    return [message, f"  official PyTorch: {speed:,.1f} tokens/s; {more}"]
 
 
 def _input_share(results: Mapping[str, Any], speed: float) -> str:

@@ -40,10 +40,10 @@ class CropLoader:
 
     def describe(self) -> dict:
         """What it loads, ready for JSON. The name of a folder, which may move, is not part of it."""
-        told = {**self._images.describe(), "class_names": list(self._images.class_names)}
-        if told["kind"] == "folder":
-            told["name"] = ""
-        return {**told, "crops": self._spec.to_dict()}
+        message = {**self._images.describe(), "class_names": list(self._images.class_names)}
+        if message["kind"] == "folder":
+            message["name"] = ""
+        return {**message, "crops": self._spec.to_dict()}
 
     def __call__(self, key: str, crop: int) -> np.ndarray:
         """uint8 (S, S, 3).

@@ -108,7 +108,7 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
     """
     records = list(records)
     try:
-        with files.replacement(path) as unfinished:
+        with files.atomic_path(path) as unfinished:
             # group_size:1, since training reads single records in random order.
             writer = array_record_module.ArrayRecordWriter(unfinished, "group_size:1")
             try:

@@ -65,8 +65,8 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         found.setdefault(json.dumps(rest), []).append(row)
     protocols = [json.loads(key) for key in found]
     names = [n for n in dict.fromkeys(itertools.chain(*protocols)) if not n.endswith("_sha256")]
-    apart = [n for n in names if len({json.dumps(p.get(n)) for p in protocols}) > 1]
-    labels = [", ".join(f"{n} {p[n]}" for n in apart if n in p) for p in protocols]
+    split_outputs = [n for n in names if len({json.dumps(p.get(n)) for p in protocols}) > 1]
+    labels = [", ".join(f"{n} {p[n]}" for n in split_outputs if n in p) for p in protocols]
     labels = [
         label if label and labels.count(label) == 1 else f"{label} ({i})".strip()
         for i, label in enumerate(labels, 1)

@@ -95,9 +95,9 @@ class Moments:
     def _join(self, count: int, mean_D: np.ndarray) -> np.ndarray:
         """Moves count and mean on; the outer square of what it returns goes into the scatter."""
         total = self._count + count
-        apart = mean_D - self._mean
-        between = apart * np.sqrt(self._count * count / total)
-        self._mean += apart * (count / total)
+        split_outputs = mean_D - self._mean
+        between = split_outputs * np.sqrt(self._count * count / total)
+        self._mean += split_outputs * (count / total)
         self._count = total
         return between
 
@@ -137,8 +137,8 @@ def frechet_distance(
             f"statistics are {len(means[0])} and {len(means[1])} wide: must be the same"
         )
     root_trace = np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
-    apart = means[0] - means[1]
-    return max(0.0, float(apart @ apart + trace - 2 * root_trace))
+    split_outputs = means[0] - means[1]
+    return max(0.0, float(split_outputs @ split_outputs + trace - 2 * root_trace))
 
 
 def _factor(which: str, covariance_DxD: np.ndarray) -> np.ndarray:
@@ -186,8 +186,8 @@ def inception_score(probabilities_NxC: np.ndarray, splits: int = 10) -> tuple[fl
     scores = [_score(probabilities[i : i + _SCORE_ROWS]) for i in range(0, count, _SCORE_ROWS)]
     splits = min(splits, count)
     edges = [count * i // splits for i in range(splits + 1)]
-    parts = [_score(probabilities[i:j]) for i, j in zip(edges, edges[1:], strict=False)]
-    return float(np.mean(scores)), float(np.std(parts))
+    components = [_score(probabilities[i:j]) for i, j in zip(edges, edges[1:], strict=False)]
+    return float(np.mean(scores)), float(np.std(components))
 
 
 def _score(probabilities_NxC: np.ndarray) -> float:

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from mirai_jax.evaluation import metrics
 from mirai_jax.evaluation.image_streams import ImageStream
+from mirai_jax.models.batched import LocalDevices
 from mirai_jax.models.efficientnet import EfficientNetLite0
 from mirai_jax.models.inception import InceptionV3
 from mirai_jax.utils.progress import Progress
@@ -50,23 +49,21 @@ class Network:
     """
 
     def __init__(self, inception: str, batch_size: int, pixels: int = 224):
-        devices = jax.local_devices()
-        mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
-        self._rows = NamedSharding(mesh, P("batch"))
-        self.batch = batch_size * len(devices)
+        self._devices = LocalDevices()
+        self.batch = batch_size * self._devices.count
         self.is_inception = bool(inception)
         if inception:
             params, apply = inception_weights.load(inception), _inception
         else:
             params = efficientnet.load_efficientnet_lite0()
             apply = functools.partial(_efficientnet, pixels)
-        self._params = jax.device_put(params, NamedSharding(mesh, P()))
+        self._params = self._devices.copy(params)
         self._apply = jax.jit(apply)
 
     def __call__(self, images_BxHxWx3: np.ndarray) -> tuple[np.ndarray, ...]:
         """At most `batch` images; they are filled up to it, so that one program serves all."""
         filled = np.resize(images_BxHxWx3, (self.batch, *images_BxHxWx3.shape[1:]))
-        out = self._apply(self._params, jax.device_put(filled, self._rows))
+        out = self._apply(self._params, self._devices.split(filled))
         return tuple(np.asarray(part)[: len(images_BxHxWx3)] for part in out)
 
     def features(self, stream: ImageStream) -> Features:
@@ -76,11 +73,11 @@ class Network:
         progress = Progress(stream.count, "images")
         try:
             for images in stream.chunks(self.batch):
-                parts = self(images)
-                pooled.append(parts[0])
+                components = self(images)
+                pooled.append(components[0])
                 if self.is_inception:
-                    waiting.append(parts[1])
-                    probabilities.append(parts[2])
+                    waiting.append(components[1])
+                    probabilities.append(components[2])
                 # A thousand at a time: each addition passes over the whole covariance.
                 if sum(map(len, waiting)) >= 1000:
                     spatial.add(np.concatenate(waiting))

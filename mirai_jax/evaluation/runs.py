@@ -35,7 +35,7 @@ from mirai_jax.evaluation.network import Network
 from mirai_jax.models import batched
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.sampling import on_mesh
-from mirai_jax.sampling.classifier import agreement, fit_judge
+from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.training.components import labelled_images
 from mirai_jax.utils import files
@@ -116,7 +116,7 @@ class Assessor:
         ConfigError, DataError: the run's images are not in memory, or none are held out.
     """
 
-    def __init__(self, settings: Settings, protocol: Protocol, say: Callable[[str], None]):
+    def __init__(self, settings: Settings, protocol: Protocol, log: Callable[[str], None]):
         self.protocol = protocol
         if not settings.data.in_memory:
             raise ConfigError(
@@ -132,16 +132,16 @@ class Assessor:
             held_out.labels[: protocol.held_out],
             held_out.class_names,
         )
-        say("fitting a classifier of the real images")
-        self.judge = fit_judge(self.train.images, self.train.labels)
+        log("fitting a classifier of the real images")
+        self.judge = fit_classifier(self.train.images, self.train.labels)
         self.network = Network("", _CHUNK, protocol.pixels)
-        say(f"features of {len(held_out.labels):,} held-out images")
+        log(f"features of {len(held_out.labels):,} held-out images")
         self._reference = held_out.images, self._moments(held_out.images)
         if warning := self._reference[1].warning():
-            say(f"warning: held-out images: {warning}")
+            log(f"warning: held-out images: {warning}")
         devices = jax.local_devices()
         self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
-        self._say = say
+        self._say = log
         self._tokenized: dict[str, Tokenized] = {}
         self._teachers: dict[TeacherSettings, dict[str, float]] = {}
 
@@ -174,7 +174,7 @@ class Assessor:
         codes = codes[: len(self.held_out.labels)]
         count = self.protocol.samples
         train = self.train.images[spread_evenly(len(self.train.labels), count)]
-        agreed = agreement(self.judge, decode(codes[:count]), self.held_out.labels[:count])
+        agreed = class_accuracy(self.judge, decode(codes[:count]), self.held_out.labels[:count])
         real = {**self.distances(decode(encode(train)), passed), "agreement": agreed}
         return Tokenized(encode, decode, codes, passed, {f"real_{k}": v for k, v in real.items()})
 
@@ -234,7 +234,7 @@ class RunAssessor:
         asked = np.arange(protocol.samples, dtype=np.int32) % config.num_classes
         images = self._tokens.decode(self._of.samples(config, params, asked))
         measures |= self._of.distances(images, self._tokens.passed)
-        measures["agreement"] = agreement(self._of.judge, images, asked)
+        measures["agreement"] = class_accuracy(self._of.judge, images, asked)
         measures |= self._tokens.real | self._of_teacher
         if probed and config.has_null_class:
             images, labels = self._of.some_of_training()
@@ -278,6 +278,6 @@ def write(workdir: str, entries: list[dict[str, Any]]) -> None:
 
 def missing(workdir: str, steps: list[int], protocol: Protocol) -> list[int]:
     """Of `steps`, those that the file does not hold under this protocol."""
-    told = dataclasses.asdict(protocol)
-    done = {entry["step"] for entry in read(workdir) if entry["protocol"] == told}
+    message = dataclasses.asdict(protocol)
+    done = {entry["step"] for entry in read(workdir) if entry["protocol"] == message}
     return [step for step in steps if step not in done]

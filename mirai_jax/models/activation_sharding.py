@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 _AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",), "features": ("tensor",), None: ()}
 
 
-def spread(x: jax.Array, *dimensions: str | None) -> jax.Array:
+def shard_activation(x: jax.Array, *dimensions: str | None) -> jax.Array:
     """Splits an activation over the training mesh of `jax.set_mesh`; does nothing on another or none.
 
     Args:
@@ -37,7 +37,7 @@ def per_device(
     Args:
         function: of arrays of `shape`, to an array of it, each part of which needs only its own.
         shape: of the whole arrays.
-        dimensions: as in `spread`.
+        dimensions: as in `shard_activation`.
 
     Returns:
         The function of whole arrays; None where the mesh does not divide them, or where there is no

@@ -7,12 +7,35 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mirai_jax.models import tokenizer
 
 # Pixels decoded or encoded at once: two images of 512x512. The finest level of VQ-16 holds 128
 # channels for each, several times over.
 _PIXELS_AT_ONCE = 2 * 512 * 512
+
+
+class LocalDevices:
+    """The devices of this process, for a frozen network that each of them holds whole.
+
+    Attributes:
+        mesh: the devices along its one axis, `batch`.
+        count: their number; the rows given to `split` are a multiple of it.
+    """
+
+    def __init__(self, devices: list[jax.Device] | None = None):
+        devices = jax.local_devices() if devices is None else devices
+        self.mesh, self.count = Mesh(np.array(devices), ("batch",)), len(devices)
+
+    def copy(self, params: Any) -> Any:
+        """The parameters on every device."""
+        return jax.device_put(params, NamedSharding(self.mesh, P()))
+
+    def split(self, rows: Any) -> Any:
+        """The arrays, their first axis divided among the devices."""
+        return jax.device_put(rows, NamedSharding(self.mesh, P("batch")))
 
 
 def images_at_once(height: int, width: int) -> int:

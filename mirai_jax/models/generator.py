@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mirai_jax.models.activation_sharding import spread
+from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.attention import attend
 from mirai_jax.models.dropout import Dropout
 from mirai_jax.models.linear import Linear
@@ -214,11 +214,15 @@ class Attention(nn.Module):
         heads, head_dim = config.num_heads, config.head_dim
         batch, length, width = x_BxTxD.shape
         # In decoding one product: three would read no less, and start three times.
-        project = Linear((3, heads, head_dim), config.dtype, apart=cache is None, name="wqkv")
+        project = Linear(
+            (3, heads, head_dim), config.dtype, split_outputs=cache is None, name="wqkv"
+        )
         qkv = project(x_BxTxD.reshape(-1, width))
         parts = qkv if cache is None else jnp.unstack(qkv, axis=1)
         q, k, v = (
-            spread(part.reshape(batch, length, heads, head_dim), "batch", None, "heads", None)
+            shard_activation(
+                part.reshape(batch, length, heads, head_dim), "batch", None, "heads", None
+            )
             for part in parts
         )
         table = jnp.asarray(rope_table(config.grid, head_dim))
@@ -232,7 +236,7 @@ class Attention(nn.Module):
             out = checkpoint_name(out, "attention")
         else:
             out, cache = _attend_cached(q, k, v, cache, position)
-        out = spread(out, "batch", None, "heads", None)
+        out = shard_activation(out, "batch", None, "heads", None)
         out = out.reshape(-1, heads, head_dim)
         out = Linear((width,), config.dtype, inputs=2, name="wo")(out)
         return Dropout(config.residual_dropout)(out.reshape(x_BxTxD.shape)), cache
@@ -248,12 +252,14 @@ class FeedForward(nn.Module):
         config = self.config
         x_MxD = x_BxTxD.reshape(-1, config.width)
         hidden = (config.ffn_width,)
-        gate = spread(Linear(hidden, config.dtype, name="w1")(x_MxD), "batch", "features")
+        gate = shard_activation(Linear(hidden, config.dtype, name="w1")(x_MxD), "batch", "features")
         if x_BxTxD.shape[1] == 1:
             # In decoding XLA for GPUs makes one product of two that share an operand, and at each token
             # writes both weights side by side for it.
             x_MxD = jax.lax.optimization_barrier(x_MxD)
-        value = spread(Linear(hidden, config.dtype, name="w3")(x_MxD), "batch", "features")
+        value = shard_activation(
+            Linear(hidden, config.dtype, name="w3")(x_MxD), "batch", "features"
+        )
         out = Linear((config.width,), config.dtype, name="w2")(nn.silu(gate) * value)
         return Dropout(config.ffn_dropout)(out.reshape(x_BxTxD.shape))
 
@@ -277,7 +283,7 @@ class Block(nn.Module):
         """
         x, tapped, position = carry
         number, cache = inputs
-        x = spread(x, "batch", None, None)
+        x = shard_activation(x, "batch", None, None)
         out, cache = Attention(self.config, name="attention")(
             _norm(self.config, "attention_norm")(x), cache, position
         )
@@ -339,7 +345,7 @@ class Generator(nn.Module):
         x = jnp.concatenate(
             [self.cls_embedding(labels_B)[:, None], self.tok_embeddings(codes_BxT)], axis=1
         )
-        return self.token_dropout(spread(x, "batch", None, None))
+        return self.token_dropout(shard_activation(x, "batch", None, None))
 
     def _run(self, x_BxTxD):
         """All blocks. Returns x and {tap: state}."""
@@ -366,7 +372,7 @@ class Generator(nn.Module):
         x, taps = self._run(self.embed(codes_BxT, labels_B))
         logits = self.head(x.reshape(-1, x.shape[-1]))
         logits = logits.reshape(*x.shape[:2], self.config.vocab_size)
-        return spread(logits, "batch", None, "features"), taps
+        return shard_activation(logits, "batch", None, "features"), taps
 
     def embed_one(self, codes_B, labels_B, position):
         """The input at one position, (B, D) float32: the class at 0, else the token just drawn."""
@@ -374,7 +380,7 @@ class Generator(nn.Module):
 
     def head(self, x_MxD):
         """Final norm and logits (M, V) in the compute dtype."""
-        return spread(self.output(self.norm(x_MxD)), "batch", "features")
+        return shard_activation(self.output(self.norm(x_MxD)), "batch", "features")
 
 
 def hidden_states(

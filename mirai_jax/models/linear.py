@@ -58,13 +58,13 @@ _contract.defvjp(_contract_forward, _contract_backward)
 def _contract_apart(x, w, count):
     """`_contract` of each slice of w along its first dimension of N: a tuple of (M, *N[1:])."""
 
-    def apart(x, w):
+    def split_outputs(x, w):
         return tuple(_contract(x, part, count) for part in jnp.unstack(w, axis=count))
 
     def whole(x, w):
         return tuple(jnp.unstack(_contract(x, w, count), axis=1))
 
-    return jax.lax.platform_dependent(x, w, cuda=whole, default=apart)
+    return jax.lax.platform_dependent(x, w, cuda=whole, default=split_outputs)
 
 
 def _apart_forward(x, w, count):
@@ -74,7 +74,7 @@ def _apart_forward(x, w, count):
 def _apart_backward(count, saved, parts):
     x, w = saved
 
-    def apart(x, w, *parts):
+    def split_outputs(x, w, *parts):
         # The gradient of x is rounded once, after the sum over the slices.
         of_x, of_w = 0, []
         for part, g in zip(jnp.unstack(w, axis=count), parts, strict=True):
@@ -86,7 +86,7 @@ def _apart_backward(count, saved, parts):
     def whole(x, w, *parts):
         return _contract_backward(count, (x, w), jnp.stack(parts, axis=1))
 
-    return jax.lax.platform_dependent(x, w, *parts, cuda=whole, default=apart)
+    return jax.lax.platform_dependent(x, w, *parts, cuda=whole, default=split_outputs)
 
 
 _contract_apart.defvjp(_apart_forward, _apart_backward)
@@ -99,7 +99,7 @@ class Linear(nn.Module):
     tokens, M: XLA lays them out far better on CPU. Parameters are made in float32: `kernel` (*inputs,
     *features), and `bias` (*features), zero at first.
 
-    `apart` returns a tuple of (M, *features[1:]), the slices of the first of `features`, and has no
+    `split_outputs` returns a tuple of (M, *features[1:]), the slices of the first of `features`, and has no
     bias. They are products of their own but on NVIDIA GPUs, which prefer one: a TPU spends more on
     cutting the whole up, and on putting it together in the backward pass, than on the product.
     """
@@ -108,7 +108,7 @@ class Linear(nn.Module):
     dtype: str
     inputs: int = 1
     use_bias: bool = False
-    apart: bool = False
+    split_outputs: bool = False
     kernel_init: Any = nn.initializers.normal(0.02)
 
     @nn.compact
@@ -116,7 +116,7 @@ class Linear(nn.Module):
         shape = (*x.shape[-self.inputs :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         x = x.astype(self.dtype)
-        if self.apart:
+        if self.split_outputs:
             parts = _contract_apart(x, kernel, self.inputs)
             return tuple(checkpoint_name(part, "linear") for part in parts)
         out = checkpoint_name(_contract(x, kernel, self.inputs), "linear")

@@ -59,7 +59,7 @@ class EfficientNetTeacher(nn.Module):
         return resample(network(images, stage=self.stage).astype(jnp.float32), self.grid)
 
 
-def show(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
+def prepare_images(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
     """uint8 images as DINOv2 is shown them, (B, *size, 3) float32; grey ones as RGB."""
     if images_BxHxWxC.shape[-1] == 1:
         images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
@@ -105,9 +105,9 @@ class DinoTeacher(nn.Module):
 
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
-        """uint8 images -> (B, L, Z) float32; see `show`."""
+        """uint8 images -> (B, L, Z) float32; see `prepare_images`."""
         height, width = (side * self.config.patch for side in self.patches)
-        images = show(images_BxHxWxC, (height, width))
+        images = prepare_images(images_BxHxWxC, (height, width))
         network = vit.DinoV2(self.config, self.dtype, self.attention, name="network")
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):

@@ -5,7 +5,7 @@ import numpy as np
 _JUDGED_ON = 5_000  # training images: a support-vector machine's time grows with their square
 
 
-def fit_judge(images_NxHxWxC: np.ndarray, labels_N: np.ndarray):
+def fit_classifier(images_NxHxWxC: np.ndarray, labels_N: np.ndarray):
     """A support-vector classifier of raw pixels (scikit-learn), for small grey images.
 
     Args:
@@ -13,7 +13,7 @@ def fit_judge(images_NxHxWxC: np.ndarray, labels_N: np.ndarray):
         labels_N: int.
 
     Returns:
-        A fitted classifier; `agreement` asks it.
+        A fitted classifier; `class_accuracy` asks it.
     """
     from sklearn.svm import SVC  # here: slow to import, and only the end of a run needs it
 
@@ -25,6 +25,6 @@ def _pixels(images_NxHxWxC: np.ndarray) -> np.ndarray:
     return images_NxHxWxC.reshape(len(images_NxHxWxC), -1).astype(np.float32) / 255
 
 
-def agreement(judge, images_NxHxWxC: np.ndarray, labels_N: np.ndarray) -> float:
+def class_accuracy(judge, images_NxHxWxC: np.ndarray, labels_N: np.ndarray) -> float:
     """The fraction of uint8 images that the judge assigns to their label, in [0, 1]."""
     return float(np.mean(judge.predict(_pixels(images_NxHxWxC)) == labels_N))

@@ -14,7 +14,7 @@ from mirai_jax.sampling import sampler
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils import distributed
 
-Doing = Callable[[str], None]  # takes what the run is at
+Heartbeat = Callable[[str], None]  # takes what the run is at
 
 GRID, JUDGED, ASSESSED = 1, 2, 3  # purposes: each has keys of its own
 
@@ -32,19 +32,19 @@ def draw(
     params: Any,
     labels: np.ndarray,
     purpose: int,
-    doing: Doing = lambda what: None,
+    heartbeat: Heartbeat = lambda what: None,
     chunk: int = 250,
 ) -> np.ndarray:
     """int32 codes (N, L) of the labels, on every host; image i depends on seed, `purpose`, i alone.
 
-    All processes must ask. `params` are on the mesh; `doing` is told of each chunk.
+    All processes must ask. `params` are on the mesh; `heartbeat` is told of each chunk.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     chunk = -(-min(chunk, len(labels)) // ways) * ways
     rows = sharding.batch_sharding(mesh)
     codes = []
     for start in range(0, len(labels), chunk):
-        doing(f"samples {start} to {min(start + chunk, len(labels))} of {len(labels)}")
+        heartbeat(f"samples {start} to {min(start + chunk, len(labels))} of {len(labels)}")
         indices = np.arange(start, start + chunk, dtype=np.int32)
         some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
         with jax.set_mesh(mesh):  # so that each device holds the cache of its own images alone

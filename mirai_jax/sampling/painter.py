@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mirai_jax.models import batched
@@ -57,12 +56,10 @@ class Painter:
         resize: int = 0,
         devices: list[jax.Device] | None = None,
     ):
-        devices = jax.local_devices() if devices is None else devices
-        mesh = Mesh(np.array(devices), ("batch",))
-        self._devices, self._batch = len(devices), batch_size * len(devices)
-        self._rows, whole = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
-        self._params = jax.device_put(source.params, whole)
-        self._tokenizer_params = jax.device_put(source.tokenizer_params, whole)
+        self._devices = batched.LocalDevices(devices)
+        mesh, self._batch = self._devices.mesh, batch_size * self._devices.count
+        self._params = self._devices.copy(source.params)
+        self._tokenizer_params = self._devices.copy(source.tokenizer_params)
         # Decoded at once on each device; the same for every batch size, since another one rounds
         # otherwise.
         side = source.config.grid[0] * source.tokenizer.downsample
@@ -102,7 +99,7 @@ class Painter:
             Its images for `fetch`, while the devices are still at them.
         """
         filled = [np.resize(x, self._batch).astype(np.int32) for x in (labels, indices)]
-        chunks = self._draw(self._params, *jax.device_put(filled, self._rows))
+        chunks = self._draw(self._params, *self._devices.split(filled))
         images = [self._decode(self._tokenizer_params, chunk) for chunk in chunks]
         for some in images:
             some.copy_to_host_async()
@@ -110,8 +107,8 @@ class Painter:
 
     def fetch(self, begun: list[jax.Array]) -> np.ndarray:
         """uint8 (batch, H, W, 3): waits for what was begun."""
-        chunks = [np.asarray(x).reshape(self._devices, -1, *x.shape[1:]) for x in begun]
-        images = np.concatenate(chunks, axis=1)[:, : self._batch // self._devices]
+        chunks = [np.asarray(x).reshape(self._devices.count, -1, *x.shape[1:]) for x in begun]
+        images = np.concatenate(chunks, axis=1)[:, : self._batch // self._devices.count]
         return images.reshape(-1, *images.shape[2:])
 
 

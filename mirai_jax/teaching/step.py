@@ -23,7 +23,7 @@ import optax
 from jax.sharding import Sharding
 
 from mirai_jax.models import tokenizer as tokenizer_lib
-from mirai_jax.models.teacher import show
+from mirai_jax.models.teacher import prepare_images
 from mirai_jax.models.vit import DEVIATION, DinoConfig, DinoV2
 from mirai_jax.optimizer import OptimizerConfig, make_optimizer
 
@@ -183,7 +183,7 @@ def scores(
         'masked_accuracy' (the share of its hidden patches), in nats, as far as they are asked.
     """
     learner, images, found = Learner(recipe), batch["image"], {}
-    shown = show(images, recipe.size)
+    shown = prepare_images(images, recipe.size)
     if recipe.learns_labels:
         logits = learner.apply({"params": params}, shown, method="classify")
         wanted = jax.nn.one_hot(batch["label"], recipe.num_classes)

@@ -28,7 +28,7 @@ from mirai_jax.training import components
 from mirai_jax.training.checkpoint import Checkpoints, last_whole
 from mirai_jax.training.guards import Preemption
 from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
-from mirai_jax.training.prefetch import Feed
+from mirai_jax.training.prefetch import Prefetcher
 from mirai_jax.training.start import steps_done
 from mirai_jax.training.stopwatch import Stopwatch
 from mirai_jax.training.workdir import note_event, open_workdir
@@ -37,7 +37,7 @@ from mirai_jax.utils.files import closing
 from mirai_jax.utils.progress import duration
 from mirai_jax.weights import frozen, patch_codebook, pretrained
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 _MASKS_SEED = 0  # of the held-out images: the same masks at every step, in every run
 
@@ -47,7 +47,7 @@ def teach(
     workdir: str | pathlib.Path,
     *,
     devices: list[jax.Device] | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> None:
     """Trains, or continues, the encoder of `workdir` until it is finished.
 
@@ -55,24 +55,24 @@ def teach(
         config: a ConfigDict from configs/teacher.py, or the like.
         workdir: created if need be; a run of another config in it is refused.
         devices: what to run on, each a part of the batch (default: all of this machine's).
-        say: takes the lines for the screen (default: print).
+        log: takes the lines for the screen (default: print).
 
     Raises:
         ConfigError, DataError, TrainingError, Preempted: one line each.
     """
-    say = say or (lambda line: print(line, flush=True))
+    log = log or (lambda line: print(line, flush=True))
     devices = jax.local_devices() if devices is None else devices
     settings = settings_lib.read(config, len(devices))
     workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title, last = f"{settings.name}-{settings.scale}", settings.num_steps
-    begin = steps_done(title, last, workdir, config, say)
+    begin = steps_done(title, last, workdir, config, log)
     if (
         begin == last
         and (workdir / "summary.png").exists()
         and pretrained.is_converted(workdir / pretrained.ENCODER)
     ):
-        say(f"this run is finished ({begin:,} steps); {_how_to_use(workdir)}")
+        log(f"this run is finished ({begin:,} steps); {_how_to_use(workdir)}")
         return
     train, held_out = (settings.data.load(split) for split in ("train", "held_out"))
     tokenizer, tokenizer_params, tokenizer_path = None, {}, workdir / "tokenizer.npz"
@@ -104,11 +104,11 @@ def teach(
     if not begin:
         (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
     components.check_same(identity, workdir, write=True)
-    say(
+    log(
         f"data: {settings.data.name}, {len(train.labels):,} images, {len(held_out.labels):,} more are "
         "held out"
     )
-    _Run(settings, recipe, tokenizer_params, batches, held_out, workdir, devices, say).run()
+    _Run(settings, recipe, tokenizer_params, batches, held_out, workdir, devices, log).run()
 
 
 def make_batches(settings: Settings, train: LabelledImages) -> pipeline.Batches:
@@ -140,19 +140,21 @@ class _Run:
         held_out: LabelledImages,
         workdir: pathlib.Path,
         devices: list[jax.Device],
-        say: Say,
+        log: Log,
     ):
         self.settings, self.recipe, self.held_out = settings, recipe, held_out
-        self.workdir, self.say = workdir, say
+        self.workdir, self.log = workdir, log
         self.mesh = sharding.make_mesh((len(devices), 1, 1), devices)
         self.replicated = sharding.replicated(self.mesh)
-        say(f"devices: {len(devices)} x {devices[0].device_kind}")
+        log(f"devices: {len(devices)} x {devices[0].device_kind}")
         self.codebook = sharding.place(tokenizer_params, self.replicated)
         split = sharding.batch_sharding(self.mesh)
         self.train_step = make_train_step(recipe, self.replicated, split)
         self.measure = make_measure(recipe, self.replicated, split)
         self.watch = Stopwatch()
-        self.feed = Feed(batches, self._put, self.watch, lambda what: None, self._worker_died)
+        self.prefetcher = Prefetcher(
+            batches, self._put, self.watch, lambda what: None, self._worker_died
+        )
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             every=settings.checkpoint_every,
@@ -162,7 +164,7 @@ class _Run:
     def run(self) -> None:
         """Begins or goes on, trains what is left, finishes."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.feed.close)
+            stack.callback(self.prefetcher.close)
             stack.enter_context(closing(self.checkpoints))
             self.preemption = Preemption()
             stack.callback(self.preemption.close)
@@ -190,17 +192,17 @@ class _Run:
         make = lambda: init_state(self.recipe, jax.random.key(self.settings.seed))  # noqa: E731
         shapes = jax.eval_shape(make)
         count = sum(x.size for x in jax.tree.leaves(shapes.params["network"]))
-        self.say(f"parameters: {count:,} in the encoder")
+        self.log(f"parameters: {count:,} in the encoder")
         placement = jax.tree.map(lambda _: self.replicated, shapes)
-        found = self.checkpoints.restore_newest(shapes, placement, self._happened)
+        found = self.checkpoints.restore_newest(shapes, placement, self._warn)
         if found is None:
             self.state, begin = jax.jit(make, out_shardings=placement)(), 0
             note_event(self.workdir, "started")
         else:
             self.state, begin = found
-            self.say(f"resumed at step {begin:,} of {self.settings.num_steps:,}")
+            self.log(f"resumed at step {begin:,} of {self.settings.num_steps:,}")
             note_event(self.workdir, "resumed", step=begin)
-        self.feed.begin(begin)
+        self.prefetcher.seek(begin)
         return begin
 
     def _loop(self, begin: int) -> None:
@@ -208,11 +210,11 @@ class _Run:
         self.lap_steps = 0
         self.waiting: tuple[int, Any] | None = None  # a step dispatched and not yet looked at
         for i in range(begin, last):
-            batch = self.feed.take(i)
+            batch = self.prefetcher.next(i)
             with jax.set_mesh(self.mesh):
                 self.state, metrics = self.train_step(self.state, self.codebook, batch)
             if i + 1 < last:
-                self.feed.ahead(i + 1, metrics)
+                self.prefetcher.prefetch(i + 1, metrics)
             self._log()  # a step late, so that the device always has one queued
             self.waiting = (i + 1, metrics)
             if i == begin:  # the seconds of compiling are its own
@@ -240,9 +242,9 @@ class _Run:
         print(f"{error}; started again", file=sys.stderr, flush=True)
         note_event(self.workdir, "worker_died", step=index + 1)
 
-    def _happened(self, line: str) -> None:
+    def _warn(self, line: str) -> None:
         """Something out of the ordinary: to the screen and to events.jsonl."""
-        self.say(line)
+        self.log(line)
         note_event(self.workdir, "message", text=line)
 
     def _last_checkpoint(self) -> str:
@@ -297,7 +299,7 @@ class _Run:
             values |= {"wait_share": waited}
             left = seconds * (self.settings.num_steps - step)
         self.writer.step(step, values)
-        self.say(_line(step, self.settings.num_steps, values, left))
+        self.log(_line(step, self.settings.num_steps, values, left))
 
     def _finish(self) -> None:
         """The last checkpoint, the encoder and the figure."""
@@ -320,8 +322,8 @@ class _Run:
         figures.teacher_figure(summary, title, metrics)
         note_event(self.workdir, "finished", step=last)
         known = _percentages(metrics[-1] if metrics else {}, "held_out_")
-        self.say(f"finished: {last:,} steps; {'; '.join(known)}; figure: {summary}")
-        self.say(_how_to_use(self.workdir))
+        self.log(f"finished: {last:,} steps; {'; '.join(known)}; figure: {summary}")
+        self.log(_how_to_use(self.workdir))
 
 
 def _percentages(values: Mapping[str, float], prefix: str) -> list[str]:

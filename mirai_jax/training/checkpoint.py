@@ -164,19 +164,19 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # whatever Orbax and TensorStore make of a full disk
-            told = (
+            message = (
                 f"a checkpoint could not be written at step {step} ({_reason(error)}); the last "
                 f"whole one in {self._folder} is of {last_whole(self._folder)}"
             )
             # Orbax's processes wait for each other: for one that is gone in vain.
             lost = distributed.means_lost(error) or "barrier" in str(error).lower()
-            raise (Lost if lost else TrainingError)(told) from error
+            raise (Lost if lost else TrainingError)(message) from error
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def restore_newest(
-        self, like: TrainState, shardings: TrainState, say: Callable[[str], None]
+        self, like: TrainState, shardings: TrainState, log: Callable[[str], None]
     ) -> tuple[TrainState, int] | None:
         """The newest checkpoint that is whole, of those that process 0 sees.
 
@@ -185,7 +185,7 @@ class Checkpoints:
         Args:
             like: the state's shapes (arrays or what `jax.eval_shape` gives).
             shardings: where they go.
-            say: takes a line for each damaged one, and where processes see others.
+            log: takes a line for each damaged one, and where processes see others.
 
         Returns:
             The state and its step; None if there is no checkpoint, or none that is whole.
@@ -194,7 +194,7 @@ class Checkpoints:
             ConfigError: they are of another program, or a process does not see what process 0 sees.
             TrainingError: one may not be read, or does not fit in memory.
         """
-        steps = self._agreed_steps(say)
+        steps = self._agreed_steps(log)
         damaged, others, result = {}, 0, None
         for step in steps:
             state, why, worst = self._restore(step, like, shardings)
@@ -208,18 +208,18 @@ class Checkpoints:
                 "the version that wrote them, or another --workdir"
             )
         for step, why in damaged.items():
-            say(f"checkpoint of step {step:,} is damaged ({why}): set aside as {self._aside(step)}")
+            log(f"checkpoint of step {step:,} is damaged ({why}): set aside as {self._aside(step)}")
         self._keep_in_mind([step for step in steps if step not in damaged])
         return result
 
-    def _agreed_steps(self, say: Callable[[str], None]) -> list[int]:
+    def _agreed_steps(self, log: Callable[[str], None]) -> list[int]:
         """The steps of the checkpoints that process 0 sees, newest first; all must ask."""
         newest = distributed.worst(max(self._manager.all_steps(), default=0))
         if distributed.is_first() and newest not in (0, *self._manager.all_steps()):
             if distributed.sees(self._path(newest)):
                 self._manager.reload()
             else:
-                say(
+                log(
                     f"another process sees a checkpoint of step {newest:,}, which process 0 does not: "
                     "it is left out"
                 )

@@ -25,11 +25,11 @@ from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class Components:
     """A run without its state.
 
     `images` is None where the data set is not held in memory, `tokenizer` where nothing decodes.
@@ -46,7 +46,7 @@ class Parts:
     identity: dict[str, str]  # of what files hold that the config only names; see `check_same`
 
 
-def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say) -> Parts:
+def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log) -> Components:
     """Reads the data, fits or loads the frozen parts and fixes the recipe. Nothing is written.
 
     All processes must call it; each will read the rows of a batch that `mesh` gives its devices.
@@ -64,7 +64,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         tokenizer_params = distributed.from_first(tokenizer_params)
     elif settings.tokenizer.path:
         tokenizer, tokenizer_params = frozen.load_vq(settings)
-        say(f"tokenizer: {settings.tokenizer.name} of {settings.tokenizer.path}")
+        log(f"tokenizer: {settings.tokenizer.name} of {settings.tokenizer.path}")
     teacher, frozen_params, identity = None, {}, {}
     if images is not None:
         identity["image_set"] = small_sets.checksum(images)
@@ -72,12 +72,12 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         teacher, frozen_params["bidirectional"] = frozen.make_teacher(settings)
         # Here, for where its features are cached it is not kept.
         identity["bidirectional"] = pretrained.checksum(frozen_params["bidirectional"])
-        say(f"teacher: {settings.teacher.name}, {teacher.features} features a position")
+        log(f"teacher: {settings.teacher.name}, {teacher.features} features a position")
     if settings.data.in_memory:
         load_crop, class_names = None, images.class_names
         source = _in_memory(settings, images, tokenizer, tokenizer_params, teacher, frozen_params)
     else:
-        source, load_crop, class_names = _on_disk(settings, tokenizer, tokenizer_params, say)
+        source, load_crop, class_names = _on_disk(settings, tokenizer, tokenizer_params, log)
     if class_names and len(class_names) != settings.generator.num_classes:
         raise ConfigError(
             f"model.num_classes is {settings.generator.num_classes}; it must be "
@@ -93,11 +93,11 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
         rows=sharding.local_rows(mesh, settings.batch_size),
         num_workers=settings.data.num_workers,
     )
-    say(
+    log(
         f"data: {settings.data.name}, {len(source):,} images, {settings.generator.length} tokens "
         f"each, {settings.data.codes} codes"
     )
-    terms, static = load_generators(settings, tokenizer_params, frozen_params, say)
+    terms, static = load_generators(settings, tokenizer_params, frozen_params, log)
     recipe = make_recipe(
         settings,
         terms,
@@ -113,7 +113,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, say: Say
     }
     identity["data"] = _data_identity(source, load_crop)
     names = class_names or tuple(str(i) for i in range(settings.generator.num_classes))
-    return Parts(
+    return Components(
         settings,
         recipe,
         images,
@@ -153,7 +153,7 @@ def make_recipe(
 def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: bool) -> None:
     """Refuses to continue a run on other data or with other frozen networks than it began with.
 
-    Paths may change, since files move; parts.json says what they held: the `identity` of `Parts`. A
+    Paths may change, since files move; parts.json says what they held: the `identity` of `Components`. A
     tokenizer that only draws samples may also come later. `write` it where it is new.
 
     Raises:
@@ -182,12 +182,12 @@ def _data_identity(source: Any, load_crop: pipeline.CropLoader | None) -> str:
     """Of the records and their order: what is drawn at a step depends on both."""
     manifest = getattr(source, "manifest", None)
     if manifest is not None:
-        told = manifest.to_dict()
+        message = manifest.to_dict()
     elif load_crop is not None:
-        told = {"images": load_crop.describe()}
+        message = {"images": load_crop.describe()}
     else:
-        told = {"records": len(source)}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        message = {"records": len(source)}
+    return hashlib.sha256(json.dumps(message, sort_keys=True).encode()).hexdigest()
 
 
 def labelled_images(settings: Settings, split: str) -> LabelledImages:
@@ -221,7 +221,7 @@ def _in_memory(
 
 
 def _on_disk(
-    settings: Settings, tokenizer: nn.Module | None, tokenizer_params: Any, say: Say
+    settings: Settings, tokenizer: nn.Module | None, tokenizer_params: Any, log: Log
 ) -> tuple[
     records.CodeRecords | pipeline.OnlineImages, pipeline.CropLoader | None, tuple[str, ...]
 ]:
@@ -255,7 +255,7 @@ def _on_disk(
             f"{settings.data.path} were made of {dict(manifest.images)}"
         )
     loader = pipeline.CropLoader(images, manifest.crops)
-    _check_crops(source, loader, tokenizer, tokenizer_params, settings.data.images, say)
+    _check_crops(source, loader, tokenizer, tokenizer_params, settings.data.images, log)
     return source, loader, names
 
 
@@ -283,7 +283,7 @@ def _check_crops(
     tokenizer: nn.Module | None,
     tokenizer_params: Any,
     path: str,
-    say: Say,
+    log: Log,
 ) -> None:
     """Rebuilds a few crops: an early error where `data.images` are not the images of the codes."""
     some = np.unique(np.linspace(0, len(source) - 1, 4).astype(int))
@@ -296,7 +296,7 @@ def _check_crops(
             f"data.images is {path!r}; it must hold the images of the codes: {error}"
         ) from error
     if tokenizer is None:
-        say(f"images: {len(some)} crops rebuilt; not compared, since tokenizer.path is unset")
+        log(f"images: {len(some)} crops rebuilt; not compared, since tokenizer.path is unset")
         return
     codes = batched.encode_images(tokenizer, tokenizer_params, np.stack(pixels))
     stored = np.stack([r["codes"][crop] for r, crop in zip(found, picked, strict=True)])
@@ -307,11 +307,11 @@ def _check_crops(
             f"data.images is {path!r}, but only {share:.0%} of the codes made of its crops are the "
             "stored ones: these are not the images that the codes were made of"
         )
-    say(f"images: {len(some)} crops rebuilt, {share:.1%} of their codes are the stored ones")
+    log(f"images: {len(some)} crops rebuilt, {share:.1%} of their codes are the stored ones")
 
 
 def load_generators(
-    settings: Settings, tokenizer_params: Any, frozen_params: Any, say: Say
+    settings: Settings, tokenizer_params: Any, frozen_params: Any, log: Log
 ) -> tuple[tuple, tuple]:
     """The terms with their teacher layers fixed, and the shapes of the pretrained generators."""
     terms, static = list(settings.terms), []
@@ -329,5 +329,5 @@ def load_generators(
             )
         terms[i] = dataclasses.replace(terms[i], teacher_layer=layer)
         static.append((name, config))
-        say(f"teacher: generator of {path}, {config.num_layers} layers of {config.width}")
+        log(f"teacher: generator of {path}, {config.num_layers} layers of {config.width}")
     return tuple(terms), tuple(static)

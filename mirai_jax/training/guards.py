@@ -68,7 +68,7 @@ class HangGuard:
         if limit:
             threading.Thread(target=self._watch, daemon=True, name="hang guard").start()
 
-    def doing(self, what: str) -> None:
+    def heartbeat(self, what: str) -> None:
         """The run got further, and now begins `what` ("step 12", "the checkpoint of step 10")."""
         self._silent, self._doing = 0.0, what
 
@@ -117,11 +117,13 @@ class SpikeDetector:
         gap = value - self._mean
         deviation = self._variance**0.5
         spike = self._count > 50 and gap > self._deviations * deviation + 0.01 * abs(self._mean)
-        told = f"{value:.4f} against {self._mean:.4f} +- {deviation:.4f} before" if spike else None
+        message = (
+            f"{value:.4f} against {self._mean:.4f} +- {deviation:.4f} before" if spike else None
+        )
         # The first values weigh alike; a spike counts as the largest value that is none.
         rate = max(1 / self._count, 1 - self._decay)
         if spike:
             gap = self._deviations * deviation + 0.01 * abs(self._mean)
         self._mean += rate * gap
         self._variance = (1 - rate) * (self._variance + rate * gap * gap)
-        return told
+        return message

@@ -17,14 +17,14 @@ from mirai_jax.training.stopwatch import Stopwatch
 WORKER_DEATHS = 3  # data workers started again within 1,000 steps before the run stops
 
 
-class Feed:
+class Prefetcher:
     """The batches of a run in order, never more than one ahead.
 
     Args:
         batches: what to read.
         put: begins to bring a batch to the devices, and returns it there.
         watch: is told of waits.
-        doing: takes what the run is at.
+        heartbeat: takes what the run is at.
         died: is told of data workers that died: the error, and the number of the batch.
         clock: seconds.
     """
@@ -34,23 +34,23 @@ class Feed:
         batches: Batches,
         put: Callable[[Any], Any],
         watch: Stopwatch,
-        doing: Callable[[str], None],
+        heartbeat: Callable[[str], None],
         died: Callable[[WorkerDied, int], None],
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._batches, self._put, self._watch = iter(batches), put, watch
-        self._doing, self._died, self._clock = doing, died, clock
+        self._doing, self._died, self._clock = heartbeat, died, clock
         self._ahead: tuple[Any, Exception | None] | None = None
         self._deaths: list[int] = []  # batches
         # Only a thread that waits for the end of a step knows when it was.
         self._ends = futures.ThreadPoolExecutor(1, "end of a step")
 
-    def begin(self, index: int) -> None:
+    def seek(self, index: int) -> None:
         """The next batch to take is number `index`."""
         self._batches.set_state({"next_index": index})
         self._ahead = None
 
-    def take(self, index: int) -> Any:
+    def next(self, index: int) -> Any:
         """Batch number `index`, on the devices; it is the one that follows the last taken.
 
         Raises:
@@ -58,13 +58,13 @@ class Feed:
                 to suffer from it.
         """
         if self._ahead is None:
-            self.ahead(index)
+            self.prefetch(index)
         (batch, error), self._ahead = self._ahead, None
         if error is not None:
             raise error
         return batch
 
-    def ahead(self, index: int, running: Any = None) -> None:
+    def prefetch(self, index: int, running: Any = None) -> None:
         """Reads batch number `index`, the next to take, and begins to bring it to the devices.
 
         Of the time that takes, what comes after the end of `running` (arrays that the step

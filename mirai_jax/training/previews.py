@@ -10,62 +10,73 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax.models import batched
-from mirai_jax.sampling.classifier import agreement, fit_judge
+from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
 from mirai_jax.sampling.on_mesh import GRID, JUDGED, draw
-from mirai_jax.training.components import Parts, labelled_images
+from mirai_jax.training.components import Components, labelled_images
 from mirai_jax.utils import pictures
 
-Doing = Callable[[str], None]  # takes what the run is at
+Heartbeat = Callable[[str], None]  # takes what the run is at
 
 
 def _draw(
-    parts: Parts, mesh: Mesh, ema: Any, labels: np.ndarray, purpose: int, doing: Doing
+    components: Components,
+    mesh: Mesh,
+    ema: Any,
+    labels: np.ndarray,
+    purpose: int,
+    heartbeat: Heartbeat,
 ) -> np.ndarray:
     """As the run's config says."""
-    settings = parts.settings
+    settings = components.settings
     return draw(
-        settings.generator, settings.sample, settings.seed, mesh, ema, labels, purpose, doing
+        settings.generator, settings.sample, settings.seed, mesh, ema, labels, purpose, heartbeat
     )
 
 
-def decode(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
+def decode(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
     """uint8 images (N, H, W, C)."""
-    return batched.decode_codes(parts.tokenizer, parts.tokenizer_params, codes_NxL)
+    return batched.decode_codes(components.tokenizer, components.tokenizer_params, codes_NxL)
 
 
-def grid_codes(parts: Parts, mesh: Mesh, ema: Any, doing: Doing) -> np.ndarray:
+def grid_codes(components: Components, mesh: Mesh, ema: Any, heartbeat: Heartbeat) -> np.ndarray:
     """Codes of the run's grid: always the same classes and keys, so that grids can be compared."""
-    settings = parts.settings
+    settings = components.settings
     labels = np.repeat(
         np.arange(settings.sample_classes, dtype=np.int32), settings.sample_per_class
     )
-    return _draw(parts, mesh, ema, labels, GRID, doing)
+    return _draw(components, mesh, ema, labels, GRID, heartbeat)
 
 
-def grid_picture(parts: Parts, codes_NxL: np.ndarray) -> np.ndarray:
+def grid_picture(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
     """uint8 (height, width, 3): a row a class."""
-    names = parts.class_names[: parts.settings.sample_classes]
-    return pictures.sample_grid(decode(parts, codes_NxL), names)
+    names = components.class_names[: components.settings.sample_classes]
+    return pictures.sample_grid(decode(components, codes_NxL), names)
 
 
-def judged_codes(parts: Parts, mesh: Mesh, ema: Any, doing: Doing) -> np.ndarray:
+def judged_codes(components: Components, mesh: Mesh, ema: Any, heartbeat: Heartbeat) -> np.ndarray:
     """Codes of `judged_samples` images, of all classes in turn."""
-    return _draw(parts, mesh, ema, _judged_labels(parts), JUDGED, doing)
+    return _draw(components, mesh, ema, _judged_labels(components), JUDGED, heartbeat)
 
 
-def judge_samples(parts: Parts, codes_NxL: np.ndarray) -> dict[str, float]:
+def judge_samples(components: Components, codes_NxL: np.ndarray) -> dict[str, float]:
     """Agreement of a classifier of the real images with the class asked for, and its own limits."""
-    settings = parts.settings
-    judge = fit_judge(parts.images.images, parts.images.labels)
-    result = {"samples": agreement(judge, decode(parts, codes_NxL), _judged_labels(parts))}
+    settings = components.settings
+    judge = fit_classifier(components.images.images, components.images.labels)
+    result = {
+        "samples": class_accuracy(judge, decode(components, codes_NxL), _judged_labels(components))
+    }
     held_out = labelled_images(settings, "held_out")
     if len(held_out.labels):
-        codes = batched.encode_images(parts.tokenizer, parts.tokenizer_params, held_out.images)
-        result["real"] = agreement(judge, held_out.images, held_out.labels)
-        result["real_through_tokenizer"] = agreement(judge, decode(parts, codes), held_out.labels)
+        codes = batched.encode_images(
+            components.tokenizer, components.tokenizer_params, held_out.images
+        )
+        result["real"] = class_accuracy(judge, held_out.images, held_out.labels)
+        result["real_through_tokenizer"] = class_accuracy(
+            judge, decode(components, codes), held_out.labels
+        )
     return result
 
 
-def _judged_labels(parts: Parts) -> np.ndarray:
-    settings = parts.settings
+def _judged_labels(components: Components) -> np.ndarray:
+    settings = components.settings
     return np.arange(settings.judged_samples, dtype=np.int32) % settings.generator.num_classes

@@ -13,15 +13,15 @@ from mirai_jax import sharding
 from mirai_jax.step import TrainState, init_state
 from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import Checkpoints, steps_in
-from mirai_jax.training.components import Parts
+from mirai_jax.training.components import Components
 from mirai_jax.training.workdir import check_workdir
 from mirai_jax.utils.errors import ConfigError
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def steps_done(
-    title: str, num_steps: int, workdir: pathlib.Path, config: Mapping[str, Any], say: Say
+    title: str, num_steps: int, workdir: pathlib.Path, config: Mapping[str, Any], log: Log
 ) -> int:
     """How far the run of this config in the workdir is; tells what it is. Nothing is written.
 
@@ -29,9 +29,9 @@ def steps_done(
         ConfigError: the folder cannot be used, holds another run, or is beyond `num_steps`.
     """
     changed = check_workdir(workdir, config)
-    say(f"{title} in {workdir}")
+    log(f"{title} in {workdir}")
     for field, (old, new) in changed.items():
-        say(f"continuing with {field} {new!r} (was {old!r})")
+        log(f"continuing with {field} {new!r} (was {old!r})")
     done = max(steps_in(workdir / "checkpoints"), default=0)
     if done > num_steps:
         raise ConfigError(
@@ -42,12 +42,17 @@ def steps_done(
 
 
 def begin(
-    parts: Parts, mesh: Mesh, checkpoints: Checkpoints, say: Say, warn: Say, initial: Any = None
+    components: Components,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    log: Log,
+    warn: Log,
+    initial: Any = None,
 ) -> tuple[TrainState, TrainState, int]:
     """The state of a run on its devices; all processes must ask.
 
     Args:
-        say: takes lines for the screen.
+        log: takes lines for the screen.
         warn: takes a line for each damaged checkpoint.
         initial: what `read_initial` gave, if it was asked already.
 
@@ -62,35 +67,35 @@ def begin(
     #   2. the one before it, and so on, where that one is damaged (which is set aside);
     #   3. the weights of `init_from`, with a fresh optimizer, at step 0;
     #   4. fresh weights.
-    settings = parts.settings
-    make = lambda: init_state(parts.recipe, jax.random.key(settings.seed))  # noqa: E731
+    settings = components.settings
+    make = lambda: init_state(components.recipe, jax.random.key(settings.seed))  # noqa: E731
     shapes = jax.eval_shape(make)
     placement = sharding.shardings(shapes, mesh)
     count = parameter_overview.count_parameters
-    say(
+    log(
         f"parameters: {count(shapes.params['generator']):,} in the generator, "
         f"{count(shapes.params['foresight']):,} in foresight heads"
     )
     found = checkpoints.restore_newest(shapes, placement, warn)
     if found is not None:
         state, step = found
-        say(f"resumed at step {step:,} of {settings.num_steps:,}")
+        log(f"resumed at step {step:,} of {settings.num_steps:,}")
         return state, placement, step
     state: TrainState = jax.jit(make, out_shardings=placement)()
     if settings.init_from:
-        initial = read_initial(parts) if initial is None else initial
-        state = _with_weights(state, placement, initial, settings.init_from, say)
+        initial = read_initial(components) if initial is None else initial
+        state = _with_weights(state, placement, initial, settings.init_from, log)
     return state, placement, 0
 
 
-def read_initial(parts: Parts) -> dict[str, Any]:
+def read_initial(components: Components) -> dict[str, Any]:
     """What `init_from` holds; see `restore.load_initial`."""
-    codebook = parts.tokenizer_params if parts.settings.data.in_memory else None
-    return restore.load_initial(parts.settings, codebook)
+    codebook = components.tokenizer_params if components.settings.data.in_memory else None
+    return restore.load_initial(components.settings, codebook)
 
 
 def _with_weights(
-    state: TrainState, placement: TrainState, saved: dict[str, Any], path: str, say: Say
+    state: TrainState, placement: TrainState, saved: dict[str, Any], path: str, log: Log
 ) -> TrainState:
     """The state with other parameters and EMA; heads that `saved` has no equal of stay fresh."""
 
@@ -105,8 +110,8 @@ def _with_weights(
     }
     generator = sharding.place(saved["params"]["generator"], placement.params["generator"])
     fresh = [name for name in heads if name not in taken]
-    told = f", with fresh foresight heads {', '.join(fresh)}" if fresh else ""
-    say(f"began with the weights of {path}{told}")
+    message = f", with fresh foresight heads {', '.join(fresh)}" if fresh else ""
+    log(f"began with the weights of {path}{message}")
     return state.replace(
         params={"generator": generator, "foresight": {**heads, **taken}},
         ema=sharding.place(saved["ema"], placement.ema),

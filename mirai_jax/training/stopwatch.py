@@ -49,7 +49,7 @@ def progress_line(
         for name, value in metrics.items()
         if name.startswith("foresight_")
     ]
-    parts = [
+    components = [
         f"step {step:>{len(str(num_steps))}}/{num_steps}",
         f"loss {metrics['loss']:.4f}",
         f"ce {metrics['cross_entropy']:.4f}",
@@ -57,9 +57,9 @@ def progress_line(
         f"grad {metrics['grad_norm']:.2f}",
     ]
     if left is not None:
-        parts += [
+        components += [
             f"{metrics['images_per_second']:.0f} img/s",
             f"wait {metrics['wait_share']:.0%}",
             f"{duration(left)} left",
         ]
-    return "  ".join(parts)
+    return "  ".join(components)

@@ -16,10 +16,10 @@ from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.step import make_train_step
 from mirai_jax.training import figures, previews, start
 from mirai_jax.training.checkpoint import Checkpoints, last_whole
-from mirai_jax.training.components import Parts, build, check_same
+from mirai_jax.training.components import Components, build, check_same
 from mirai_jax.training.guards import HangGuard, Preemption, SpikeDetector
 from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
-from mirai_jax.training.prefetch import Feed
+from mirai_jax.training.prefetch import Prefetcher
 from mirai_jax.training.stopwatch import Stopwatch, progress_line
 from mirai_jax.training.workdir import note_event, open_workdir
 from mirai_jax.utils import distributed, files, pictures
@@ -27,7 +27,7 @@ from mirai_jax.utils.errors import LESS_MEMORY, Lost, Preempted, TrainingError, 
 from mirai_jax.utils.files import closing
 from mirai_jax.weights import patch_codebook
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 SKIPPED_IN_A_ROW = 20  # updates left out before the run stops all the same (nonfinite 'skip')
 
@@ -37,7 +37,7 @@ def train(
     workdir: str | pathlib.Path,
     *,
     devices: list[jax.Device] | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> None:
     """Trains, or continues, the run of `workdir` until it is finished.
 
@@ -47,49 +47,49 @@ def train(
         config: a ConfigDict from configs/, or the like.
         workdir: created if need be; a run of another config in it is refused.
         devices: what to run on (default: all).
-        say: takes the lines for the screen (default: print, on the first process).
+        log: takes the lines for the screen (default: print, on the first process).
 
     Raises:
         ConfigError, DataError, TrainingError, Preempted, Lost: one line each.
     """
     first = distributed.is_first()
-    if say is None or not first:
-        say = (lambda line: print(line, flush=True)) if first else lambda _: None
+    if log is None or not first:
+        log = (lambda line: print(line, flush=True)) if first else lambda _: None
     devices = jax.devices() if devices is None else devices
     settings = schema.read(config, len(devices))
     workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title = f"{settings.name}-{settings.scale}"
-    begin = start.steps_done(title, settings.num_steps, workdir, config, say)
+    begin = start.steps_done(title, settings.num_steps, workdir, config, log)
     summary = workdir / "summary.png"
     finished = begin == settings.num_steps and summary.exists()
     # As process 0 sees it: where another sees less, or nothing, none may end or wait alone.
     begin, finished = map(int, distributed.from_first((np.asarray(begin), np.asarray(finished))))
     if finished:
-        say(f"this run is finished ({begin:,} steps); its figure: {summary}")
+        log(f"this run is finished ({begin:,} steps); its figure: {summary}")
         return
     tokenizer_path = workdir / "tokenizer.npz"
     with contextlib.closing(HangGuard(settings.hang_limit)) as guard:
-        guard.doing("reading data and frozen networks")
+        guard.heartbeat("reading data and frozen networks")
         mesh = sharding.make_mesh(settings.mesh, devices)
-        parts, initial = build(settings, mesh, tokenizer_path, say), None
+        components, initial = build(settings, mesh, tokenizer_path, log), None
         if begin:
-            check_same(parts.identity, workdir, write=False)
+            check_same(components.identity, workdir, write=False)
         elif settings.init_from:
-            initial = start.read_initial(parts)
+            initial = start.read_initial(components)
         # Only now, when all that the config names was found: a mistake leaves nothing behind. And
         # only when every process has looked at what was there.
         distributed.barrier("begin")
         if first:
             open_workdir(workdir, config)
             if settings.data.in_memory and not tokenizer_path.exists():
-                patch_codebook.save_params(tokenizer_path, parts.tokenizer_params)
+                patch_codebook.save_params(tokenizer_path, components.tokenizer_params)
             if not begin:
                 (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
-            check_same(parts.identity, workdir, write=True)
+            check_same(components.identity, workdir, write=True)
         distributed.barrier("workdir")
         distributed.check_shared(workdir)
-        _Run(parts, workdir, mesh, guard, say).run(initial)
+        _Run(components, workdir, mesh, guard, log).run(initial)
 
 
 class _Run:
@@ -97,21 +97,29 @@ class _Run:
 
     def __init__(
         self,
-        parts: Parts,
+        components: Components,
         workdir: pathlib.Path,
         mesh: jax.sharding.Mesh,
         guard: HangGuard,
-        say: Say,
+        log: Log,
     ):
-        self.parts, self.workdir, self.mesh, self.guard, self.say = parts, workdir, mesh, guard, say
-        self.settings = settings = parts.settings
+        self.components, self.workdir, self.mesh, self.guard, self.log = (
+            components,
+            workdir,
+            mesh,
+            guard,
+            log,
+        )
+        self.settings = settings = components.settings
         self.first = distributed.is_first()
         kind = mesh.devices.flat[0].device_kind
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        say(f"devices: {mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}")
-        self.frozen = sharding.place(parts.frozen, sharding.replicated(mesh))
+        log(f"devices: {mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}")
+        self.frozen = sharding.place(components.frozen, sharding.replicated(mesh))
         self.watch = Stopwatch()
-        self.feed = Feed(parts.batches, self._put, self.watch, guard.doing, self._worker_died)
+        self.prefetcher = Prefetcher(
+            components.batches, self._put, self.watch, guard.heartbeat, self._worker_died
+        )
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             every=settings.checkpoint_every,
@@ -125,7 +133,7 @@ class _Run:
         """Begins (with the weights `initial`, or None) or goes on, trains what is left, finishes."""
         last, summary = self.settings.num_steps, self.workdir / "summary.png"
         with contextlib.ExitStack() as stack:
-            stack.callback(self.feed.close)
+            stack.callback(self.prefetcher.close)
             stack.enter_context(closing(self.checkpoints))
             self.preemption = Preemption()
             stack.callback(self.preemption.close)
@@ -140,10 +148,10 @@ class _Run:
                     self._loop(begin)
                 self._finish(summary)
             except (jax.errors.JaxRuntimeError, Lost) as error:
-                told = self._explain(error)
-                if isinstance(told, Lost):
+                message = self._explain(error)
+                if isinstance(message, Lost):
                     stack.pop_all()  # nobody is left to close things together with
-                raise told from error
+                raise message from error
             except OSError as error:
                 raise TrainingError(
                     f"the run cannot go on ({error}); the last checkpoint in {self.workdir} is of "
@@ -152,12 +160,12 @@ class _Run:
 
     def _begin(self, initial: Any) -> int:
         """Sets the state and moves the data to it; returns the step."""
-        self.guard.doing("the newest checkpoint")
+        self.guard.heartbeat("the newest checkpoint")
         before = self.checkpoints.latest_step()
         self.state, self.state_sharding, begun = start.begin(
-            self.parts, self.mesh, self.checkpoints, self.say, self._happened, initial
+            self.components, self.mesh, self.checkpoints, self.log, self._warn, initial
         )
-        self.feed.begin(begun)
+        self.prefetcher.seek(begun)
         if begun:
             self._note("resumed", step=begun)
             return begun
@@ -169,7 +177,7 @@ class _Run:
         return begun
 
     def _loop(self, begin: int) -> None:
-        settings, recipe = self.settings, self.parts.recipe
+        settings, recipe = self.settings, self.components.recipe
         train_step = make_train_step(
             recipe, self.state_sharding, sharding.batch_sharding(self.mesh)
         )
@@ -182,11 +190,11 @@ class _Run:
                 self._log()
                 self._tell_compile(i, now_active)
                 self.watch.lap()
-            batch = self.feed.take(i)
-            self.guard.doing(f"step {i + 1}, waiting for the devices")
+            batch = self.prefetcher.next(i)
+            self.guard.heartbeat(f"step {i + 1}, waiting for the devices")
             self.state, metrics = train_step(self.state, self.frozen, batch, i)
             if i + 1 < settings.num_steps:
-                self.feed.ahead(i + 1, metrics)
+                self.prefetcher.prefetch(i + 1, metrics)
             self._log()  # a step late, so that the device always has one queued
             self.waiting = (i + 1, metrics)
             if compiles:  # its seconds are its own: speed is told without them
@@ -217,7 +225,7 @@ class _Run:
         self._note("worker_died", step=index + 1)
 
     def _save(self, step: int) -> None:
-        self.guard.doing(f"the checkpoint of step {step}")
+        self.guard.heartbeat(f"the checkpoint of step {step}")
         self.checkpoints.save(self.state, step)
 
     def _look(self, step: int) -> None:
@@ -240,9 +248,9 @@ class _Run:
         if self.first:
             note_event(self.workdir, event, **fields)
 
-    def _happened(self, line: str) -> None:
+    def _warn(self, line: str) -> None:
         """Something out of the ordinary: to the screen and to events.jsonl."""
-        self.say(line)
+        self.log(line)
         self._note("message", text=line)
 
     def _last_checkpoint(self) -> str:
@@ -267,18 +275,18 @@ class _Run:
     def _tell_compile(self, step: int, active: tuple[bool, ...]) -> None:
         names = [
             term.name
-            for term, is_active in zip(self.parts.recipe.terms, active, strict=True)
+            for term, is_active in zip(self.components.recipe.terms, active, strict=True)
             if is_active
         ]
         what = f"with foresight {', '.join(names)}" if names else "without foresight"
-        self.say(f"compiling the step {what} (step {step + 1})")
+        self.log(f"compiling the step {what} (step {step + 1})")
 
     def _log(self) -> None:
         """Waits for the step in `waiting`, checks it, and writes it if it is one to be logged."""
         if self.waiting is None:
             return
         (step, metrics), self.waiting = self.waiting, None
-        self.guard.doing(f"step {step}, waiting for the devices")
+        self.guard.heartbeat(f"step {step}, waiting for the devices")
         settings = self.settings
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.lap_steps += 1
@@ -288,7 +296,7 @@ class _Run:
             self.skipped_in_a_row = 0
             spike = self.spikes(values["cross_entropy"])
             if spike is not None:
-                self._happened(f"the cross-entropy jumps at step {step}: {spike}")
+                self._warn(f"the cross-entropy jumps at step {step}: {spike}")
         if step % settings.log_every and step != settings.num_steps and step != 1:
             return
         first = {name: values.pop(name) for name in ("loss", "cross_entropy")}
@@ -301,45 +309,47 @@ class _Run:
             left = seconds * (settings.num_steps - step)
         if self.writer:
             self.writer.step(step, values)
-        self.say(progress_line(step, settings.num_steps, values, left))
+        self.log(progress_line(step, settings.num_steps, values, left))
 
     def _not_finite(self, step: int, values: Mapping[str, float]) -> None:
         """Writes down the batch of such a step; ends the run unless updates may be skipped."""
         self.skipped_in_a_row += 1
         path = self.workdir / f"nonfinite_step_{step:07d}.json"
         try:
-            keys = self.parts.batches.record_keys(step - 1)
+            keys = self.components.batches.record_keys(step - 1)
         except Exception as error:  # the data may be what is wrong
             keys = [f"not readable: {first_line(error)}"]
         if self.first:
             found = {"step": step, **values, "records": keys}
             files.write_text(path, json.dumps(found, indent=2) + "\n")
-        told = (
+        message = (
             f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {step}, whose batch "
             f"is of records {', '.join(keys[:3])} ... (all of them: {path})"
         )
         if self.settings.nonfinite == "skip" and self.skipped_in_a_row <= SKIPPED_IN_A_ROW:
-            self._happened(f"{told}: its update is left out, {values['skipped']:.0f} so far")
+            self._warn(f"{message}: its update is left out, {values['skipped']:.0f} so far")
             return
         self._note("not_finite", step=step)
         raise TrainingError(
-            f"{told}; the last checkpoint is of {self._last_checkpoint()} ({self.workdir}): a lower "
+            f"{message}; the last checkpoint is of {self._last_checkpoint()} ({self.workdir}): a lower "
             "optimizer.learning_rate may help, or --config.nonfinite=skip where it is a single batch"
         )
 
     def _sample(self, step: int) -> np.ndarray | None:
         """Writes the grid of this step; None where there is no decoder, or on other hosts."""
-        if self.parts.tokenizer is None:
-            self.say(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
+        if self.components.tokenizer is None:
+            self.log(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
             return None
-        codes = previews.grid_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
+        codes = previews.grid_codes(
+            self.components, self.mesh, self.state.ema, self.guard.heartbeat
+        )
         if not self.first:
             return None
-        grid = previews.grid_picture(self.parts, codes)
+        grid = previews.grid_picture(self.components, codes)
         path = self.workdir / "samples" / f"step_{step:07d}.png"
         pictures.save_picture(path, grid)
         self.writer.image(step, "samples", grid)
-        self.say(f"samples: {path}")
+        self.log(f"samples: {path}")
         return grid
 
     def _finish(self, summary: pathlib.Path) -> None:
@@ -349,12 +359,14 @@ class _Run:
         self._look(settings.num_steps)
         grid = self._sample(settings.num_steps)
         self._look(settings.num_steps)
-        if settings.judged_samples and self.parts.images is not None:
-            codes = previews.judged_codes(self.parts, self.mesh, self.state.ema, self.guard.doing)
-            self.guard.doing("the classifier of the samples")
+        if settings.judged_samples and self.components.images is not None:
+            codes = previews.judged_codes(
+                self.components, self.mesh, self.state.ema, self.guard.heartbeat
+            )
+            self.guard.heartbeat("the classifier of the samples")
             if self.first:
-                self._tell_agreement(previews.judge_samples(self.parts, codes))
-        self.guard.doing("the last checkpoint")
+                self._tell_agreement(previews.judge_samples(self.components, codes))
+        self.guard.heartbeat("the last checkpoint")
         self.checkpoints.wait()
         if self.first:
             self.writer.close()  # what the disk tells only now, it tells before this is finished
@@ -362,7 +374,7 @@ class _Run:
             figures.summary_figure(summary, title, read_metrics(self.workdir), grid)
             self._note("finished", step=settings.num_steps)
         distributed.barrier("finished")
-        self.say(f"finished: {settings.num_steps:,} steps; figure: {summary}")
+        self.log(f"finished: {settings.num_steps:,} steps; figure: {summary}")
 
     def _tell_agreement(self, result: Mapping[str, float]) -> None:
         settings = self.settings
@@ -377,4 +389,4 @@ class _Run:
                 f" ({result['real']:.1%} of held-out real images, "
                 f"{result['real_through_tokenizer']:.1%} of them through the tokenizer)"
             )
-        self.say(line)
+        self.log(line)

@@ -50,11 +50,11 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
         sys.exit(interrupted)
 
 
-def _fail(told: str, status: int) -> NoReturn:
+def _fail(message: str, status: int) -> NoReturn:
     if jax.distributed.is_initialized():
-        print(f"error: process {jax.process_index()}: {told}", file=sys.stderr)
+        print(f"error: process {jax.process_index()}: {message}", file=sys.stderr)
         distributed.leave(status)
-    sys.exit(f"error: {told}")  # status 1
+    sys.exit(f"error: {message}")  # status 1
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
-def replacement(path: str | os.PathLike[str]) -> Iterator[str]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
     """A name beside `path` to write to; at the end it becomes `path`, or goes if there was an error.
 
     The name is of this writer alone: processes of several hosts may write the same file.
@@ -25,16 +25,16 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """`replacement`, opened for writing."""
-    with replacement(path) as unfinished, open(unfinished, "wb") as file:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """`atomic_path`, opened for writing."""
+    with atomic_path(path) as unfinished, open(unfinished, "wb") as file:
         yield file
         file.flush()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file (UTF-8)."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

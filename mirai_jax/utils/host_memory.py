@@ -31,9 +31,9 @@ def keep_freed(environ: Mapping[str, str] = os.environ) -> bool:
     Returns:
         Whether it does.
     """
-    told = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in environ)
+    message = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in environ)
     mallopt = _of_c_library("mallopt")
-    if told or mallopt is None or not _only_cpu():
+    if message or mallopt is None or not _only_cpu():
         return False
     return all([mallopt(name, value) for name, value in _KEPT.values()])
 

@@ -49,8 +49,8 @@ class Progress:
     def line(self) -> str:
         seconds = time.monotonic() - self._begun
         speed = (self._done - self._first) / max(seconds, 1e-9)
-        told = f"{speed:.1f}" if speed >= 1 or not speed else f"{speed:.2g}"
-        text = f"{self._done:,}/{self._total:,} {self._unit}  {told} {self._unit}/s"
+        message = f"{speed:.1f}" if speed >= 1 or not speed else f"{speed:.2g}"
+        text = f"{self._done:,}/{self._total:,} {self._unit}  {message} {self._unit}/s"
         if speed and self._done < self._total:
             text += f"  {duration((self._total - self._done) / speed)} left"
         return text

@@ -86,7 +86,7 @@ def save_params(path: str | os.PathLike[str], params: dict[str, Any]) -> None:
     for name, array in arrays.items():
         if array.dtype.kind == "V":  # bfloat16: .npz would give it back as raw bytes
             raise ValueError(f"parameter {name} is {array.dtype}, which .npz cannot keep")
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         np.savez(file, **arrays)
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from mirai_jax.utils.files import replacing
+from mirai_jax.utils.files import atomic_write
 
 _MAX_HEADER = 100_000_000
 # In the order in which the reference writer puts the tensors of a file.
@@ -106,7 +106,7 @@ def write(
         header = _header({name: arrays[name] for name in names}, metadata)
     except SafetensorsError as error:
         raise SafetensorsError(f"{os.fspath(path)}: {error}") from error
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
             file.write(raw_bytes(arrays[name]))
@@ -146,8 +146,8 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:
     """The entries by name, the metadata, and how many bytes are left for tensors."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(64)
-    if told := not_weights(start):
-        raise SafetensorsError(told)
+    if message := not_weights(start):
+        raise SafetensorsError(message)
     length = int.from_bytes(start[:8], "little")
     _require(
         8 + length <= size and length <= _MAX_HEADER,

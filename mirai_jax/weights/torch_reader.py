@@ -250,8 +250,8 @@ class _Reader:
     def read(self) -> Any:
         start = self.file.read(64)
         self.file.seek(0)
-        if told := not_weights(start):
-            raise TorchFileError(told)
+        if message := not_weights(start):
+            raise TorchFileError(message)
         if start.startswith(b"PK\x03\x04"):
             return _checked(self._read_zip())
         if start.startswith(b"\x80"):

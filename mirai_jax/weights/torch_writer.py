@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mirai_jax.utils.files import replacing
+from mirai_jax.utils.files import atomic_write
 from mirai_jax.weights.safetensors import little_endian, raw_bytes
 from mirai_jax.weights.torch_reader import STORAGE_DTYPES, TorchFileError
 
@@ -48,7 +48,7 @@ def write(path: str | os.PathLike[str], tree: Any) -> None:
         raise TorchFileError(
             f"{os.fspath(path)}: the tree is nested too deeply, or holds itself"
         ) from error
-    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, file, "data.pkl", program)
         _add(archive, file, "byteorder", b"little")
         for key, array in enumerate(arrays):

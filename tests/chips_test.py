@@ -35,8 +35,8 @@ def refusal(*arguments):
 
 def test_an_unknown_chip_is_one_line():
     for name in ("h10", "h100:8", "v5e", "v5e:8"):
-        told = f"{name!r}, must be a100, h100, h200, or a TPU slice such as v5e:2x4"
-        assert told in refusal(name, 1)
+        message = f"{name!r}, must be a100, h100, h200, or a TPU slice such as v5e:2x4"
+        assert message in refusal(name, 1)
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="the compiler for GPUs is installed")
@@ -58,8 +58,8 @@ def test_a_gpus_plan_is_compared_with_what_jax_takes_of_it(monkeypatch):
     assert chips.verdict("h100", 53 * gib) == (
         "of 79 GiB, 59.2 of which JAX takes (XLA_CLIENT_MEM_FRACTION=0.75)"
     )
-    told = chips.verdict("h100", 65 * gib)
-    assert told.endswith("it does not fit; XLA_CLIENT_MEM_FRACTION=0.84 would do")
+    message = chips.verdict("h100", 65 * gib)
+    assert message.endswith("it does not fit; XLA_CLIENT_MEM_FRACTION=0.84 would do")
     assert chips.verdict("h100", 78 * gib).endswith("it does not fit")
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.84")
     assert "fit" not in chips.verdict("h100", 65 * gib)

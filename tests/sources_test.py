@@ -606,7 +606,7 @@ def test_any_spec_is_a_source_or_a_data_error(tfds_folder, spec):
 def test_crops_and_images_load_no_accelerator_and_no_data_sets():
     program = """
 import sys
-import mirai_jax.crops, mirai_jax.data.sources
+import mirai_jax.data.crops, mirai_jax.data.sources
 print(*{"jax", "flax", "grain", "tensorflow_datasets", "torch"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -51,7 +51,7 @@ class Step:
 
 def make_feed(source, watch=None, clock=None, died=lambda error, index: None):
     put = lambda batch: f"batch {batch}"
-    return prefetch.Feed(
+    return prefetch.Prefetcher(
         source, put, watch or Stopwatch(), lambda what: None, died, clock or Clock()
     )
 
@@ -73,11 +73,11 @@ def lap_of(step_seconds, wait_seconds):
                 clock.now += wait_seconds
 
     feed = make_feed(Source(reading), watch, clock)
-    assert feed.take(0) == "batch 0"
-    feed.ahead(1, step)
+    assert feed.next(0) == "batch 0"
+    feed.prefetch(1, step)
     step.over.set()
     clock.now += wait_seconds is None
-    assert feed.take(1) == "batch 1"
+    assert feed.next(1) == "batch 1"
     feed.close()
     return watch.lap()
 
@@ -123,13 +123,13 @@ def test_an_error_is_raised_when_its_batch_is_taken():
             raise OSError("a bad record")
 
     feed = make_feed(Source(reading))
-    feed.begin(1)
-    assert feed.take(1) == "batch 1"
-    feed.ahead(2)
+    feed.seek(1)
+    assert feed.next(1) == "batch 1"
+    feed.prefetch(2)
     with pytest.raises(OSError, match="a bad record"):
-        feed.take(2)
-    feed.begin(0)  # forgets what was ahead
-    assert [feed.take(i) for i in (0, 1)] == ["batch 0", "batch 1"]
+        feed.next(2)
+    feed.seek(0)  # forgets what was ahead
+    assert [feed.next(i) for i in (0, 1)] == ["batch 0", "batch 1"]
     feed.close()
 
 
@@ -141,15 +141,15 @@ def test_workers_that_die_while_reading_ahead_are_told_with_their_batch():
             left[index] -= 1
             raise WorkerDied(f"before batch {index}")
 
-    source, told = Source(reading), []
-    feed = make_feed(source, died=lambda error, index: told.append((str(error), index)))
-    feed.begin(4)
-    assert feed.take(4) == "batch 4"
-    feed.ahead(5)
-    assert told == [("before batch 5", 5)]
-    assert [feed.take(i) for i in (5, 6)] == ["batch 5", "batch 6"]
-    feed.ahead(7)
+    source, message = Source(reading), []
+    feed = make_feed(source, died=lambda error, index: message.append((str(error), index)))
+    feed.seek(4)
+    assert feed.next(4) == "batch 4"
+    feed.prefetch(5)
+    assert message == [("before batch 5", 5)]
+    assert [feed.next(i) for i in (5, 6)] == ["batch 5", "batch 6"]
+    feed.prefetch(7)
     with pytest.raises(WorkerDied, match="before batch 7"):
-        feed.take(7)
-    assert source.read == [4, 5, 5, 6, 7, 7, 7] and len(told) == prefetch.WORKER_DEATHS
+        feed.next(7)
+    assert source.read == [4, 5, 5, 6, 7, 7, 7] and len(message) == prefetch.WORKER_DEATHS
     feed.close()
