@@ -95,8 +95,8 @@ def test_an_error_of_closing_replaces_no_other(tmp_path, monkeypatch):
 
     for first, seen in ((TrainingError("first"), "first"), (None, "disk full")):
         checkpoints = Checkpoints(tmp_path)
-        close = checkpoints._manager.close
-        monkeypatch.setattr(checkpoints._manager, "close", full)
+        close = checkpoints._writer.close
+        monkeypatch.setattr(checkpoints._writer, "close", full)
         with pytest.raises((TrainingError, OSError), match=seen), closing(checkpoints):
             if first:
                 raise first

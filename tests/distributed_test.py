@@ -249,7 +249,7 @@ def test_both_resume_at_the_step_that_process_0_sees_or_not_at_all(tmp_path):
         assert "Traceback" not in said(process)
     assert steps_in(folder) == [10, 20] and len(entries(run)) == 20
     # It believes in a step that process 0 does not see, and is to save that one.
-    pair = start_pair(run, program=sees_others(more="self._manager._add_checkpoint_info(30, None)"))
+    pair = start_pair(run, program=sees_others(more="self._steps.append(30)"))
     assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
     assert "another process sees a checkpoint of step 30" in said(pair[0])
     assert "resumed at step 20 of 30" in said(pair[0])

@@ -5,8 +5,6 @@ import signal
 import threading
 import time
 
-import numpy as np
-
 from mirai_jax.training import guards
 
 
@@ -41,34 +39,6 @@ def test_closed_or_without_a_limit_it_never_ends_anything():
     time.sleep(0.3)
     unlimited.close()
     assert statuses == []
-
-
-def losses(count, seed=0):
-    """A loss curve with noise, falling."""
-    rng = np.random.default_rng(seed)
-    return 5 * np.exp(-np.arange(count) / 300) + 2 + 0.05 * rng.normal(size=count)
-
-
-def test_a_jump_of_the_loss_is_told_once_and_noise_is_not():
-    for seed in range(5):
-        spikes = guards.SpikeDetector()
-        assert not any(spikes(value) for value in losses(2000, seed))
-        message = spikes(4.0)
-        assert message.startswith("4.0000 against 2.0")
-        assert not any(spikes(value) for value in losses(2000, seed)[-300:])
-
-
-def test_a_loss_that_stays_high_becomes_the_usual():
-    spikes = guards.SpikeDetector()
-    for value in losses(500):
-        spikes(value)
-    message = [bool(spikes(9.0 + 0.05 * np.sin(i))) for i in range(400)]
-    assert message[0] and not message[-1]
-
-
-def test_the_first_steps_are_learned_from():
-    spikes = guards.SpikeDetector()
-    assert not any(spikes(value) for value in np.linspace(10, 1, 50))
 
 
 def test_sigterm_is_a_notice_once_and_then_what_it_was():

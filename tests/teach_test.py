@@ -69,9 +69,11 @@ def finished(tmp_path_factory):
     """A finished run of both objectives, its lines, and the parameters that it ended with."""
     folder, states = tmp_path_factory.mktemp("teacher") / "run", []
     with pytest.MonkeyPatch.context() as patch:
-        finish = teach_train._Run._finish
+        finish = teach_train.TeacherTask.finish
         patch.setattr(
-            teach_train._Run, "_finish", lambda self: (states.append(self.state), finish(self))
+            teach_train.TeacherTask,
+            "finish",
+            lambda self, run: (states.append(run.state), finish(self, run))[1],
         )
         lines = run(tiny(objective="both"), folder)
     return folder, lines, jax.device_get(states[0].params)

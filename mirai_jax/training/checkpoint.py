@@ -5,26 +5,27 @@
     checkpoints/damaged_step_N/   a checkpoint that could not be used, set aside
 
 Nothing in them depends on the devices: saved on 8 or on 2 hosts, restored on 1 or 4. A checkpoint
-appears under its name when it is whole; whether it still is, the fingerprints tell.
+appears under its name when it is whole; the fingerprints show whether it still is.
 """
 
+import contextlib
 import errno
 import pathlib
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
-from mirai_jax.step import TrainState
+from mirai_jax.training.fingerprints import by_path, fingerprints
 from mirai_jax.utils import distributed
 from mirai_jax.utils.errors import ConfigError, Lost, TrainingError, first_line
 
 _STEP = re.compile(r"step_(\d+)")
+_UNFINISHED = re.compile(r"step_\d+\.orbax-checkpoint-tmp.*")
 
 
 def steps_in(folder: pathlib.Path) -> list[int]:
@@ -36,113 +37,75 @@ def steps_in(folder: pathlib.Path) -> list[int]:
 
 
 def last_whole(folder: pathlib.Path) -> str:
-    """Which checkpoint a run can go on from, for messages."""
+    """The checkpoint from which a run can resume, for messages."""
     steps = steps_in(folder)
     return f"step {steps[-1]}" if steps else "no step yet"
 
 
-def _fingerprint(x: Any, xp: Any) -> Any:
-    """uint32 that changes with any bit of `x`, and not with how `x` lies on devices.
-
-    The bits of each element times an odd number of its position, summed modulo 2**32: a changed bit
-    k changes the sum by 2**k times something odd. Integers: the order of the sum is of no matter.
-    `xp` is jax.numpy or NumPy.
-    """
-    bits = x.view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
-    position = xp.zeros((1,) * x.ndim, "uint32")
-    for axis, size in enumerate(x.shape):
-        along = xp.arange(size, dtype="uint32").reshape(
-            [-1 if i == axis else 1 for i in range(x.ndim)]
-        )
-        position = position * np.uint32(size) + along
-    return xp.sum(bits * (2 * position + 1), dtype="uint32")
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """{path: leaf}, the same for tuples, dataclasses and the dictionaries that stand for them."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-@jax.jit
-def _on_devices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _fingerprint(x, jnp) for name, x in arrays.items()}
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-    """{path: 32 bits} of the arrays of a tree.
-
-    Arrays on devices are looked at there; all processes that hold shares must ask. Those on the host
-    stay there.
-    """
-    arrays = _by_path(tree)
-    if any(isinstance(x, jax.Array) for x in arrays.values()):
-        found = jax.device_get(_on_devices(arrays))
-    else:
-        found = {name: _fingerprint(np.asarray(x), np) for name, x in arrays.items()}
-    return {name: int(value) for name, value in found.items()}
-
-
-def _fields(state: TrainState) -> dict[str, Any]:
+def _fields(state: Any) -> dict[str, Any]:
     return {name: getattr(state, name) for name in state.__dataclass_fields__}
 
 
-def _storable(state: TrainState) -> dict[str, Any]:
+def _storable(state: Any) -> dict[str, Any]:
     """As a dictionary of arrays of numbers, which every Orbax version can store."""
     return _fields(state) | {"key": jax.random.key_data(state.key)}
 
 
 class _Damaged(Exception):
-    """A checkpoint that cannot be used; says why in one line."""
+    """A checkpoint that cannot be used; the message is why, in one line."""
 
 
 class _OtherArrays(_Damaged):
-    """Its metadata tell of another state than this program's: damage, or another program."""
+    """A checkpoint of another state than this program's: damage, or another program."""
 
 
-# What reading a checkpoint came to, the worst last; processes agree on the worst of theirs.
+# The outcomes of reading a checkpoint, the worst last; processes agree on the worst of theirs.
 _WHOLE, _DAMAGED, _OTHER, _NOT_NOW = range(4)
 
 
 class Checkpoints:
     """The checkpoints of a run's workdir, written in the background.
 
+    A state is a dataclass of arrays with a field `key`, a random key.
+
     Args:
-        folder: made if need be.
+        folder: created if it does not exist.
         every: steps between checkpoints.
         keep: the newest that are kept.
         keep_every: those at multiples of it are kept for ever (0: none).
     """
 
     def __init__(self, folder: pathlib.Path, *, every: int = 1, keep: int = 2, keep_every: int = 0):
-        self._folder, self._every = folder, every
-        kept = [policies.LatestN(keep)]
-        if keep_every:
-            kept.append(policies.EveryNSteps(keep_every))
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                step_prefix="step",
-                cleanup_tmp_directories=True,  # what a killed run had not finished
-                enable_async_checkpointing=True,
-            ),
+        self._folder, self._every = folder.absolute(), every
+        self._keep, self._keep_every = keep, keep_every
+        if distributed.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                if _UNFINISHED.fullmatch(path.name):  # of a run that was killed while it saved
+                    shutil.rmtree(path)
+        self._steps = steps_in(folder)
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._remove_old),
         )
-        # The run itself asks for preemption notices; JAX counts who asks how often.
-        self._manager.reached_preemption = lambda step: False
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint of this step is to be written."""
         return step % self._every == 0
 
-    def save(self, state: TrainState, step: int) -> None:
+    def latest_step(self) -> int | None:
+        return max(self._steps, default=None)
+
+    def save(self, state: Any, step: int) -> None:
         """Starts writing a checkpoint, unless this step has one.
 
         Raises:
             TrainingError: this one, or the one before it, cannot be written.
+            Lost: another process is gone.
         """
         if self.latest_step() == step:
             return
+        self.wait()
         if not self._folder.is_dir():
             raise TrainingError(
                 f"{self._folder} is gone: no checkpoint of step {step} can be written"
@@ -150,15 +113,30 @@ class Checkpoints:
         tree = _storable(state)
         marks = {"next_index": step, "fingerprints": fingerprints(tree)}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), marks=ocp.args.JsonSave(marks))
-        self._writing(step, lambda: self._manager.save(step, args=args, force=True))
+        self._steps.append(step)
+        self._writing(step, lambda: self._writer.save(self._path(step), args=args, force=True))
 
     def wait(self) -> None:
-        """Blocks until everything that was started is on the disk.
+        """Blocks until what was started is on the disk.
 
         Raises:
             TrainingError: it cannot be written.
+            Lost: another process is gone.
         """
-        self._writing(self.latest_step(), self._manager.wait_until_finished)
+        self._writing(self.latest_step(), self._writer.wait_until_finished)
+
+    def _remove_old(self) -> None:
+        """Removes what is not to be kept; called when a new checkpoint is whole."""
+        kept = {step for step in self._steps if self._keep_every and step % self._keep_every == 0}
+        kept.update(sorted(self._steps)[-self._keep :])
+        for step in set(self._steps) - kept:
+            if distributed.is_first():
+                # Under a name that is no checkpoint's: a kill on the way leaves no half of one.
+                gone = self._folder / f"step_{step}.orbax-checkpoint-tmp"
+                with contextlib.suppress(OSError):
+                    self._path(step).rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+        self._steps = sorted(kept)
 
     def _writing(self, step: int | None, write: Callable[[], Any]) -> None:
         try:
@@ -168,24 +146,21 @@ class Checkpoints:
                 f"a checkpoint could not be written at step {step} ({_reason(error)}); the last "
                 f"whole one in {self._folder} is of {last_whole(self._folder)}"
             )
-            # Orbax's processes wait for each other: for one that is gone in vain.
+            # Orbax's processes wait for each other: in vain for one that is gone.
             lost = distributed.means_lost(error) or "barrier" in str(error).lower()
             raise (Lost if lost else TrainingError)(message) from error
 
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
     def restore_newest(
-        self, like: TrainState, shardings: TrainState, log: Callable[[str], None]
-    ) -> tuple[TrainState, int] | None:
+        self, like: Any, shardings: Any, warn: Callable[[str], None]
+    ) -> tuple[Any, int] | None:
         """The newest checkpoint that is whole, of those that process 0 sees.
 
-        Newer ones that are damaged are told and set aside, so that their steps can be saved again.
+        Newer ones that are damaged are reported and set aside, so that their steps can be saved again.
 
         Args:
             like: the state's shapes (arrays or what `jax.eval_shape` gives).
             shardings: where they go.
-            log: takes a line for each damaged one, and where processes see others.
+            warn: takes a line for each damaged one, and where processes see others.
 
         Returns:
             The state and its step; None if there is no checkpoint, or none that is whole.
@@ -194,7 +169,7 @@ class Checkpoints:
             ConfigError: they are of another program, or a process does not see what process 0 sees.
             TrainingError: one may not be read, or does not fit in memory.
         """
-        steps = self._agreed_steps(log)
+        steps = self._agreed_steps(warn)
         damaged, others, result = {}, 0, None
         for step in steps:
             state, why, worst = self._restore(step, like, shardings)
@@ -208,52 +183,38 @@ class Checkpoints:
                 "the version that wrote them, or another --workdir"
             )
         for step, why in damaged.items():
-            log(f"checkpoint of step {step:,} is damaged ({why}): set aside as {self._aside(step)}")
-        self._keep_in_mind([step for step in steps if step not in damaged])
+            warn(
+                f"checkpoint of step {step:,} is damaged ({why}): set aside as {self._aside(step)}"
+            )
+        self._steps = [step for step in steps if step not in damaged]
         return result
 
-    def _agreed_steps(self, log: Callable[[str], None]) -> list[int]:
-        """The steps of the checkpoints that process 0 sees, newest first; all must ask."""
-        newest = distributed.worst(max(self._manager.all_steps(), default=0))
-        if distributed.is_first() and newest not in (0, *self._manager.all_steps()):
-            if distributed.sees(self._path(newest)):
-                self._manager.reload()
-            else:
-                log(
-                    f"another process sees a checkpoint of step {newest:,}, which process 0 does not: "
-                    "it is left out"
-                )
-        steps = sorted(self._manager.all_steps(), reverse=True)
+    def _agreed_steps(self, warn: Callable[[str], None]) -> list[int]:
+        """The steps of the checkpoints that process 0 sees, newest first; all must call."""
+        newest = distributed.worst(max(self._steps, default=0))
+        if distributed.is_first() and newest not in (0, *self._steps):
+            warn(
+                f"another process sees a checkpoint of step {newest:,}, which process 0 does not: "
+                "it is left out"
+            )
+        steps = sorted(self._steps, reverse=True)
         count = int(distributed.from_first(np.asarray(len(steps))))
         # As long as those of process 0 whatever is seen here: what is sent has one shape.
         same = np.asarray((steps + [0] * count)[:count], np.int64)
         return [int(step) for step in distributed.from_first(same)]
 
-    def _keep_in_mind(self, steps: list[int]) -> None:
-        """Makes these the steps that Orbax believes to be there: it asks the folder only once.
-
-        Where it believes another set than in another process, one would save and the other not.
-        """
-        if sorted(self._manager.all_steps()) == sorted(steps):
-            return
-        self._manager.reload()
-        if not set(self._manager.all_steps()) <= set(steps):  # there is no public way to forget one
-            self._manager._checkpoints.delete_if(lambda info: info.step not in steps)
-
     def _path(self, step: int) -> pathlib.Path:
-        return (self._folder / f"step_{step}").absolute()
+        return self._folder / f"step_{step}"
 
-    def _restore(
-        self, step: int, like: TrainState, shardings: TrainState
-    ) -> tuple[TrainState | None, str, int]:
-        """The state, or None and why not; and what it came to over all processes.
+    def _restore(self, step: int, like: Any, shardings: Any) -> tuple[Any, str, int]:
+        """The state, or None and why not; and the outcome over all processes.
 
-        No process is left waiting: each reads by itself, and then they agree, before anything that
-        they do together.
+        No process is left waiting: each reads without the others, and then they agree, before
+        anything that they do together.
 
         A checkpoint that a process does not see at all ends the run, and is not taken for damaged:
-        process 0 sees it, so it is likely whole, and what is wrong is the storage. Going back to the
-        one before would set a good one aside and do its steps again, for want of a mount.
+        process 0 sees it, so it is likely whole, and what is wrong is the storage. The one before it
+        would cost a good checkpoint and its steps, because of a mount.
         """
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -296,12 +257,14 @@ class Checkpoints:
         name = next(name for name in names if not (self._folder / name).exists())
         distributed.barrier(f"setting aside {step}")
         if distributed.is_first():
-            (self._folder / f"step_{step}").rename(self._folder / name)
+            self._path(step).rename(self._folder / name)
         distributed.barrier(f"set aside {step}")
         return name
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what was started; raises as `wait`."""
+        self.wait()
+        self._writer.close()
 
 
 def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any, int]:
@@ -336,21 +299,21 @@ def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any,
         if outcome == _NOT_NOW:
             raise ConfigError(f"checkpoint {path} cannot be read ({why})") from error
         raise ConfigError(
-            f"checkpoint {path} is damaged ({why}); continuing its run uses the one before it"
+            f"checkpoint {path} is damaged ({why}); its run resumes from the one before it"
         ) from error
     return restored, step
 
 
 def _read(path: pathlib.Path, abstract: Any) -> tuple[Any, Any]:
-    """The arrays of a checkpoint as `abstract` says, and its marks; waits for no other process.
+    """The arrays of a checkpoint as `abstract` describes them, and its marks; waits for no process.
 
     Raises:
         _OtherArrays, and whatever Orbax and TensorStore make of a damaged file.
     """
-    # The handlers themselves: their manager ends with a barrier, which a process that failed skips.
+    # The handlers themselves: a checkpointer ends with a barrier, which a process that failed skips.
     reader = ocp.PyTreeCheckpointHandler()
-    stored = _by_path(reader.metadata(path / "state").tree)
-    expected = _by_path(abstract)
+    stored = by_path(reader.metadata(path / "state").tree)
+    expected = by_path(abstract)
     differing = sorted(stored.keys() ^ expected.keys()) or [
         name for name, x in expected.items() if tuple(stored[name].shape) != x.shape
     ]
@@ -376,10 +339,10 @@ def _check_marks(marks: Any, found: dict[str, int], step: int) -> None:
     except (TypeError, KeyError) as error:
         raise _Damaged("its marks cannot be read") from error
     if index != step:
-        raise _Damaged(f"it says that it is of step {index}")
+        raise _Damaged(f"its marks are of step {index}")
     changed = [name for name, value in found.items() if saved.get(name) != value]
     if changed:
-        raise _Damaged(f"{len(changed)} arrays are not those that were saved, such as {changed[0]}")
+        raise _Damaged(f"{len(changed)} arrays differ from what was saved, such as {changed[0]}")
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:

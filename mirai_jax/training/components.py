@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from mirai_jax.data.sources import open_images
 from mirai_jax.models import batched
 from mirai_jax.step import Recipe
 from mirai_jax.training import restore
-from mirai_jax.utils import distributed, files
+from mirai_jax.utils import distributed
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
 
@@ -43,7 +43,9 @@ class Components:
     tokenizer_params: Any
     frozen: Any  # parameters of teachers, and of an online tokenizer, as `train_step` takes them
     batches: pipeline.Batches
-    identity: dict[str, str]  # of what files hold that the config only names; see `check_same`
+    identity: dict[
+        str, str
+    ]  # of what files hold that the config only names; see `workdir.check_same`
 
 
 def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log) -> Components:
@@ -148,34 +150,6 @@ def make_recipe(
         accumulate=settings.accumulate,
         skip_nonfinite=settings.nonfinite == "skip",
     )
-
-
-def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: bool) -> None:
-    """Refuses to continue a run on other data or with other frozen networks than it began with.
-
-    Paths may change, since files move; parts.json says what they held: the `identity` of `Components`. A
-    tokenizer that only draws samples may also come later. `write` it where it is new.
-
-    Raises:
-        ConfigError: names what differs.
-    """
-    file = workdir / "parts.json"
-    try:
-        before = json.loads(file.read_text())
-        if not all(isinstance(checksum, str) for checksum in before.values()):
-            raise ValueError("checksums are text")
-    except FileNotFoundError:
-        before = {}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{file} is damaged; remove it to go on without its check") from error
-    for name, now in identity.items():
-        if before.get(name, now) != now:
-            raise ConfigError(
-                f"workdir {workdir} holds a run that began with another {name}: the checksum was "
-                f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir"
-            )
-    if write and before != {**before, **identity}:
-        files.write_text(file, json.dumps({**before, **identity}, indent=2) + "\n")
 
 
 def _data_identity(source: Any, load_crop: pipeline.CropLoader | None) -> str:

@@ -1,4 +1,4 @@
-"""What watches over a run: notices to stop, steps that never end, losses that jump."""
+"""What watches over a run: notices to stop, and steps that never end."""
 
 import faulthandler
 import signal
@@ -14,15 +14,15 @@ from mirai_jax.utils.errors import Lost
 
 
 class Preemption:
-    """Whether the run was told to stop: SIGTERM, or the platform's notice through JAX.
+    """Whether the run was asked to stop: SIGTERM, or the platform's notice through JAX.
 
-    With several processes JAX takes the signal and agrees with the others on the time; all must ask
-    equally often. Alone, the signal is caught here. A second SIGTERM ends the process as it would any
+    With several processes JAX takes the signal and agrees with the others on the time; all must call
+    `reached` equally often. Alone, the signal is caught here. A second SIGTERM ends the process as it would any
     other.
     """
 
     def __init__(self):
-        self._told, self._asked = False, 0
+        self._notified, self._asked = False, 0
         self._jax = jax.distributed.is_initialized()
         self._old = None
         if not self._jax and threading.current_thread() is threading.main_thread():
@@ -30,13 +30,13 @@ class Preemption:
 
     def _on_signal(self, number: int, frame: object) -> None:
         del number, frame
-        self._told = True
+        self._notified = True
         self.close()
 
     def reached(self) -> bool:
         """Whether now is the time to save and end, for all processes alike."""
         if not self._jax:
-            return self._told
+            return self._notified
         # By the number of the question, not of the step: JAX agrees on the next after the largest
         # asked so far, which before the first is 0, and a resumed run does not begin there.
         self._asked += 1
@@ -99,31 +99,3 @@ class HangGuard:
         )
         faulthandler.dump_traceback(all_threads=True)
         self._end(Lost.status)
-
-
-class SpikeDetector:
-    """Tells when a loss lies far above what it was: mean and deviation of about 100 steps.
-
-    The first 50 values are only learned from.
-    """
-
-    def __init__(self, deviations: float = 6.0, decay: float = 0.99):
-        self._deviations, self._decay = deviations, decay
-        self._count, self._mean, self._variance = 0, 0.0, 0.0
-
-    def __call__(self, value: float) -> str | None:
-        """Takes the next value; a line about it if it is a spike."""
-        self._count += 1
-        gap = value - self._mean
-        deviation = self._variance**0.5
-        spike = self._count > 50 and gap > self._deviations * deviation + 0.01 * abs(self._mean)
-        message = (
-            f"{value:.4f} against {self._mean:.4f} +- {deviation:.4f} before" if spike else None
-        )
-        # The first values weigh alike; a spike counts as the largest value that is none.
-        rate = max(1 / self._count, 1 - self._decay)
-        if spike:
-            gap = self._deviations * deviation + 0.01 * abs(self._mean)
-        self._mean += rate * gap
-        self._variance = (1 - rate) * (self._variance + rate * gap * gap)
-        return message

@@ -23,7 +23,7 @@ Log = Callable[[str], None]
 def steps_done(
     title: str, num_steps: int, workdir: pathlib.Path, config: Mapping[str, Any], log: Log
 ) -> int:
-    """How far the run of this config in the workdir is; tells what it is. Nothing is written.
+    """How many steps the run of this config in the workdir has done. Nothing is written.
 
     Raises:
         ConfigError: the folder cannot be used, holds another run, or is beyond `num_steps`.
@@ -41,34 +41,61 @@ def steps_done(
     return done
 
 
-def begin(
-    components: Components,
-    mesh: Mesh,
+def restore_or_make(
+    make: Callable[[], Any],
+    placement: Any,
     checkpoints: Checkpoints,
+    num_steps: int,
     log: Log,
     warn: Log,
-    initial: Any = None,
-) -> tuple[TrainState, TrainState, int]:
-    """The state of a run on its devices; all processes must ask.
+) -> tuple[Any, int]:
+    """The newest whole checkpoint, or what `make` gives at step 0; all processes must call.
 
     Args:
+        make: gives a fresh state; it is jitted.
+        placement: the sharding of each array of the state.
+        checkpoints: of the run.
+        num_steps: of the whole run, for the log.
+        log: takes a line for the screen.
+        warn: takes a line for each damaged checkpoint.
+
+    Raises:
+        ConfigError: a checkpoint of another program.
+    """
+    found = checkpoints.restore_newest(jax.eval_shape(make), placement, warn)
+    if found is None:
+        return jax.jit(make, out_shardings=placement)(), 0
+    log(f"resumed at step {found[1]:,} of {num_steps:,}")
+    return found
+
+
+def begin(
+    made: Components, mesh: Mesh, checkpoints: Checkpoints, log: Log, warn: Log, initial: Any = None
+) -> tuple[TrainState, TrainState, int]:
+    """The state of a generator's run on its devices; all processes must call.
+
+    The first of these that there is: the newest checkpoint that is whole; the weights of `init_from`
+    with a fresh optimizer, at step 0; fresh weights.
+
+    Args:
+        made: the run without its state.
+        mesh: its devices.
+        checkpoints: of the run.
         log: takes lines for the screen.
         warn: takes a line for each damaged checkpoint.
-        initial: what `read_initial` gave, if it was asked already.
+        initial: what `read_initial` gave, if it was called already.
 
     Returns:
         The state, the sharding of each of its arrays, and how many steps it has done.
 
     Raises:
-        ConfigError: a checkpoint or `init_from` that is of another program or model.
+        ConfigError: a checkpoint or `init_from` of another program or model.
     """
-    # The first of these that there is:
-    #   1. the newest checkpoint of the workdir;
-    #   2. the one before it, and so on, where that one is damaged (which is set aside);
-    #   3. the weights of `init_from`, with a fresh optimizer, at step 0;
-    #   4. fresh weights.
-    settings = components.settings
-    make = lambda: init_state(components.recipe, jax.random.key(settings.seed))  # noqa: E731
+    settings = made.settings
+
+    def make() -> TrainState:
+        return init_state(made.recipe, jax.random.key(settings.seed))
+
     shapes = jax.eval_shape(make)
     placement = sharding.shardings(shapes, mesh)
     count = parameter_overview.count_parameters
@@ -76,22 +103,17 @@ def begin(
         f"parameters: {count(shapes.params['generator']):,} in the generator, "
         f"{count(shapes.params['foresight']):,} in foresight heads"
     )
-    found = checkpoints.restore_newest(shapes, placement, warn)
-    if found is not None:
-        state, step = found
-        log(f"resumed at step {step:,} of {settings.num_steps:,}")
-        return state, placement, step
-    state: TrainState = jax.jit(make, out_shardings=placement)()
-    if settings.init_from:
-        initial = read_initial(components) if initial is None else initial
+    state, step = restore_or_make(make, placement, checkpoints, settings.num_steps, log, warn)
+    if settings.init_from and not step:
+        initial = read_initial(made) if initial is None else initial
         state = _with_weights(state, placement, initial, settings.init_from, log)
-    return state, placement, 0
+    return state, placement, step
 
 
-def read_initial(components: Components) -> dict[str, Any]:
+def read_initial(made: Components) -> dict[str, Any]:
     """What `init_from` holds; see `restore.load_initial`."""
-    codebook = components.tokenizer_params if components.settings.data.in_memory else None
-    return restore.load_initial(components.settings, codebook)
+    codebook = made.tokenizer_params if made.settings.data.in_memory else None
+    return restore.load_initial(made.settings, codebook)
 
 
 def _with_weights(
@@ -110,8 +132,8 @@ def _with_weights(
     }
     generator = sharding.place(saved["params"]["generator"], placement.params["generator"])
     fresh = [name for name in heads if name not in taken]
-    message = f", with fresh foresight heads {', '.join(fresh)}" if fresh else ""
-    log(f"began with the weights of {path}{message}")
+    heads_are_new = f", with fresh foresight heads {', '.join(fresh)}" if fresh else ""
+    log(f"began with the weights of {path}{heads_are_new}")
     return state.replace(
         params={"generator": generator, "foresight": {**heads, **taken}},
         ema=sharding.place(saved["ema"], placement.ema),

@@ -1,7 +1,7 @@
 """What the screen shows of a run's speed."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from mirai_jax.utils.progress import duration
 
@@ -41,25 +41,25 @@ class Stopwatch:
 
 
 def progress_line(
-    step: int, num_steps: int, metrics: Mapping[str, float], left: float | None
+    step: int,
+    num_steps: int,
+    measures: Sequence[str],
+    metrics: Mapping[str, float],
+    left: float | None,
 ) -> str:
-    """What the screen shows of a logged step; speed and the seconds left are not known at the first."""
-    heads = [
-        f"{name.removeprefix('foresight_')} {value:.3f}"
-        for name, value in metrics.items()
-        if name.startswith("foresight_")
-    ]
-    components = [
-        f"step {step:>{len(str(num_steps))}}/{num_steps}",
-        f"loss {metrics['loss']:.4f}",
-        f"ce {metrics['cross_entropy']:.4f}",
-        *heads,
-        f"grad {metrics['grad_norm']:.2f}",
-    ]
+    """What the screen shows of a logged step.
+
+    Args:
+        step, num_steps: done, and in all.
+        measures: texts such as "loss 2.3".
+        metrics: holds images_per_second and wait_share where `left` is known.
+        left: seconds; None where the speed is not known yet.
+    """
+    parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", *measures]
     if left is not None:
-        components += [
+        parts += [
             f"{metrics['images_per_second']:.0f} img/s",
             f"wait {metrics['wait_share']:.0%}",
             f"{duration(left)} left",
         ]
-    return "  ".join(components)
+    return "  ".join(parts)

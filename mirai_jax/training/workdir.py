@@ -1,4 +1,4 @@
-"""A run's folder: its config, the rule for continuing it, and its metrics.jsonl.
+"""A run's folder: its config, and the rules for continuing it.
 
 config.json      the whole config
 metrics.jsonl    one JSON object a logged step; also as TensorBoard event files
@@ -20,8 +20,9 @@ from typing import Any
 
 from mirai_jax.config.compare import check_same_run, to_json
 from mirai_jax.config.fields import completed
-from mirai_jax.utils import files
+from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.weights import patch_codebook
 
 
 def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -64,6 +65,72 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         files.write_text(workdir / "config.json", to_json(config))
     except OSError as error:
         raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+
+
+def claim(
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    identity: Mapping[str, str],
+    codebook: Any,
+    *,
+    fresh: bool,
+) -> None:
+    """Creates or continues the folder: from here on it belongs to this run. All processes must call.
+
+    Only when all that the config names was found, so that a mistake leaves nothing behind, and only
+    when every process has seen what was there.
+
+    Args:
+        workdir: the folder.
+        config: written to config.json.
+        identity: checksums of data and frozen networks; see `check_same`.
+        codebook: parameters of a tokenizer that the run fitted, or None.
+        fresh: whether the run has no checkpoint yet.
+
+    Raises:
+        ConfigError: the folder cannot be written or is not shared, or holds a run of other data.
+    """
+    if not fresh:
+        check_same(identity, workdir, write=False)
+    distributed.barrier("begin")
+    if distributed.is_first():
+        open_workdir(workdir, config)
+        path = workdir / "tokenizer.npz"
+        if codebook is not None and not path.exists():
+            patch_codebook.save_params(path, codebook)
+        if fresh:
+            (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
+        check_same(identity, workdir, write=True)
+    distributed.barrier("workdir")
+    distributed.check_shared(workdir)
+
+
+def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: bool) -> None:
+    """Refuses to continue a run on other data or with other frozen networks than it began with.
+
+    Paths may change, since files move; parts.json says what they held: the `identity` of a run. A
+    tokenizer that only draws samples may also come later. `write` it where it is new.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    file = workdir / "parts.json"
+    try:
+        before = json.loads(file.read_text())
+        if not all(isinstance(checksum, str) for checksum in before.values()):
+            raise ValueError("checksums are text")
+    except FileNotFoundError:
+        before = {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file} is damaged; remove it to continue without its check") from error
+    for name, now in identity.items():
+        if before.get(name, now) != now:
+            raise ConfigError(
+                f"workdir {workdir} holds a run that began with another {name}: the checksum was "
+                f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir"
+            )
+    if write and before != {**before, **identity}:
+        files.write_text(file, json.dumps({**before, **identity}, indent=2) + "\n")
 
 
 def note_event(workdir: pathlib.Path, event: str, **fields: Any) -> None:
