@@ -88,7 +88,7 @@ def save(folder, *steps, shape=ONE, **options):
 
 
 def test_an_error_of_closing_replaces_no_other(tmp_path, monkeypatch):
-    """A checkpoint that failed in the background is told again when Orbax closes."""
+    """A checkpoint that failed in the background is raised again when Orbax closes."""
 
     def full():
         raise OSError("disk full")
@@ -405,7 +405,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_whole(tmp_path):
         ) as error:
             checkpoints.save(state(ONE, change=4), 4)
             checkpoints.wait()
-        assert str(error.value).endswith("is of step 2") and len(str(error.value).splitlines()) == 1
+        assert str(error.value).endswith("step 2") and len(str(error.value).splitlines()) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     restored, at = restore(tmp_path, ONE)

@@ -1,4 +1,4 @@
-"""Two real processes on loopback train as one does; either may die, and both go on together."""
+"""Two real processes on loopback train as one does; either may die, and both resume together."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def assert_same_losses(workdir, other):
     """Within 1e-5, at every step; gradient norms are as many times larger."""
     assert [e["step"] for e in entries(workdir)] == list(range(1, 31))
     for a, b in zip(entries(workdir), entries(other), strict=True):
-        # Speeds are another's, and those of a step that was compiled are not told.
+        # Speeds are another's, and those of a step that was compiled are not logged.
         same = a.keys() - {"images_per_second", "wait_share"}
         assert same == b.keys() - {"images_per_second", "wait_share"}
         for name in same - {"grad_norm"}:
@@ -270,7 +270,7 @@ def test_a_notice_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path):
         time.sleep(0.05)
     pair[1].send_signal(signal.SIGTERM)
     assert end(*pair) == [75, 75], said(pair[0]) + said(pair[1])
-    assert "told to stop: step 2" in said(pair[0])  # 21, or a few more
+    assert "asked to stop: step 2" in said(pair[0])  # 21, or a few more
 
 
 def test_nobody_at_the_coordinators_address_is_one_line():

@@ -96,7 +96,7 @@ def test_twenty_kills_change_nothing(tmp_path, undisturbed):
         in_saves += any(folder.glob("*tmp*"))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert process.returncode == -signal.SIGKILL  # it did not end by itself before
+        assert process.returncode == -signal.SIGKILL  # it did not end before
         kills += 1
     process = start(workdir)
     output, _ = process.communicate(timeout=1800)

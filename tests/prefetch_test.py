@@ -86,7 +86,7 @@ def test_only_what_comes_after_the_end_of_the_step_is_a_wait():
     assert lap_of(1, 9) == (10, 0.9)
     assert lap_of(9, 1) == (10, 0.1)
     assert lap_of(10, 0) == (10, 0)
-    assert lap_of(9, None) == (10, 0)  # nobody waited: the step went on
+    assert lap_of(9, None) == (10, 0)  # nobody waited: the step ran
 
 
 def test_a_lap_begins_with_no_wait_and_a_share_is_at_most_one():
@@ -133,7 +133,7 @@ def test_an_error_is_raised_when_its_batch_is_taken():
     feed.close()
 
 
-def test_workers_that_die_while_reading_ahead_are_told_with_their_batch():
+def test_workers_that_die_while_reading_ahead_are_reported_with_their_batch():
     left = {5: 1, 7: prefetch.WORKER_DEATHS}
 
     def reading(index):

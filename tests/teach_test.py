@@ -1,4 +1,4 @@
-"""A teacher of one's own: what it learns from, resuming, and Mirai-I with it."""
+"""A teacher trained on the data set: what it learns from, resuming, and Mirai-I with it."""
 
 import dataclasses
 import importlib
@@ -100,7 +100,7 @@ def test_imagenet_has_dinov2():
 
 
 @pytest.mark.parametrize(
-    "field, value, told",
+    "field, value, message",
     [
         ("objective", "clusters", "one of labels, masked, both"),
         ("network.width", 96, "a multiple of 64"),
@@ -303,7 +303,7 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(finished):
     assert "seed was 0, is 1" in refusal(run, tiny(objective="both", seed=1), folder)
 
 
-@pytest.mark.parametrize("how", ["killed", "told to stop"])
+@pytest.mark.parametrize("how", ["killed", "asked to stop"])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished, how):
     made = tiny(objective="both")
 

@@ -106,7 +106,7 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(tmp_path):
     heads = ["foresight_ema_r0c0", "foresight_ema_r0c1", "foresight_ema_r1c0"]
     expected = ["step", "loss", "cross_entropy", *heads, "grad_norm"]
     assert all(set(expected) <= set(entry) for entry in entries)
-    # Of a step that was compiled, the first or the first with foresight, no speed is told.
+    # Of a step that was compiled, the first or the first with foresight, no speed is logged.
     timed = [entry for entry in entries if entry["step"] not in (1, 3)]
     assert timed == [entry for entry in entries if "images_per_second" in entry]
     steps = [line for line in lines if line.startswith("step ")]
@@ -412,16 +412,16 @@ def test_a_data_worker_that_dies_is_named_and_started_again(tmp_path, capfd, par
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     config = tiny(llamagen, log_every=8, checkpoint_every=2)
     config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
-    with pytest.raises(TrainingError, match="at step 2, whose batch is of records ") as error:
+    with pytest.raises(TrainingError, match="at step 2, with the records ") as error:
         run(config, tmp_path)
-    assert "the last checkpoint is of no step yet" in str(error.value)
+    assert "no step yet" in str(error.value)
     message = json.loads((tmp_path / "nonfinite_step_0000002.json").read_text())
     assert len(message["records"]) == 16 and str(message["records"][0]) in str(error.value)
     assert not list((tmp_path / "checkpoints").glob("step_*"))
 
 
 def sigterm_at(step, lines=None):
-    """A `log` under which the run is told to stop, as a cluster does it, when it shows a step."""
+    """A `log` under which the run is asked to stop, as a cluster does it, when it shows a step."""
 
     def log(line):
         if lines is not None:
@@ -432,12 +432,12 @@ def sigterm_at(step, lines=None):
     return log
 
 
-def test_told_to_stop_it_saves_and_goes_on_without_repeating_a_step(tmp_path):
+def test_asked_to_stop_it_saves_and_resumes_without_repeating_a_step(tmp_path):
     config = tiny(mirai_e)
     run(config, tmp_path / "whole")
     steps = []
     for at in (1, 3, 6):  # between checkpoints, and before one
-        with pytest.raises(Preempted, match="is saved, the same command goes on") as error:
+        with pytest.raises(Preempted, match="is saved, the same command resumes") as error:
             run(config, tmp_path / "stopped", log=sigterm_at(at, steps))
         assert error.value.status == 75
     run(config, tmp_path / "stopped", log=steps.append)
@@ -454,7 +454,7 @@ def test_told_to_stop_it_saves_and_goes_on_without_repeating_a_step(tmp_path):
     assert kinds == ["started", *["preempted", "resumed"] * 3, "finished"]
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path):
     config = tiny(llamagen)
     run(config, tmp_path / "whole")
     config.num_steps = 10

@@ -2,7 +2,7 @@
 
     labels   a linear classifier of the patch features, averaged over the patches: each of them must
              say something of the whole image
-    masked   no labels: some patches are hidden behind the mask token, and a linear head tells the
+    masked   no labels: some patches are hidden behind the mask token, and a linear head predicts the
              code of each from its feature (BEiT, arXiv 2106.08254, with this project's codebook)
     both     the sum of the two losses; the labels are asked of the whole image
 
@@ -116,7 +116,7 @@ def _rescaled(network: Any) -> Any:
     """Fresh parameters of a DinoV2 for a narrow network and a short run.
 
     DINOv2's deviation, the same everywhere, makes small steps of both. Here each product keeps the
-    size of what goes into it, and attention can tell places apart from the start.
+    size of what goes into it, and attention can distinguish places from the start.
     """
 
     def one(path: tuple, x: jax.Array) -> jax.Array:

@@ -144,7 +144,7 @@ class Checkpoints:
         except Exception as error:  # whatever Orbax and TensorStore make of a full disk
             message = (
                 f"a checkpoint could not be written at step {step} ({_reason(error)}); the last "
-                f"whole one in {self._folder} is of {last_whole(self._folder)}"
+                f"whole one in {self._folder}: {last_whole(self._folder)}"
             )
             # Orbax's processes wait for each other: in vain for one that is gone.
             lost = distributed.means_lost(error) or "barrier" in str(error).lower()
@@ -166,7 +166,7 @@ class Checkpoints:
             The state and its step; None if there is no checkpoint, or none that is whole.
 
         Raises:
-            ConfigError: they are of another program, or a process does not see what process 0 sees.
+            ConfigError: another program wrote them, or a process does not see what process 0 sees.
             TrainingError: one may not be read, or does not fit in memory.
         """
         steps = self._agreed_steps(warn)
@@ -179,7 +179,7 @@ class Checkpoints:
             damaged[step], others = why, others + (worst == _OTHER)
         if steps and others == len(steps):
             raise ConfigError(
-                f"{self._folder}: its checkpoints are of another program ({damaged[steps[0]]}); use "
+                f"{self._folder}: another program wrote its checkpoints ({damaged[steps[0]]}); use "
                 "the version that wrote them, or another --workdir"
             )
         for step, why in damaged.items():
@@ -213,8 +213,8 @@ class Checkpoints:
         anything that they do together.
 
         A checkpoint that a process does not see at all ends the run, and is not taken for damaged:
-        process 0 sees it, so it is likely whole, and what is wrong is the storage. The one before it
-        would cost a good checkpoint and its steps, because of a mount.
+        process 0 sees it, so it is likely whole and the storage is wrong. Going back to the one before it
+        would lose a good checkpoint and its steps because of a mount.
         """
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -339,7 +339,7 @@ def _check_marks(marks: Any, found: dict[str, int], step: int) -> None:
     except (TypeError, KeyError) as error:
         raise _Damaged("its marks cannot be read") from error
     if index != step:
-        raise _Damaged(f"its marks are of step {index}")
+        raise _Damaged(f"its marks name step {index}")
     changed = [name for name, value in found.items() if saved.get(name) != value]
     if changed:
         raise _Damaged(f"{len(changed)} arrays differ from what was saved, such as {changed[0]}")

@@ -1,4 +1,4 @@
-"""What a run is made of besides its state: data, frozen networks, and the recipe of the step."""
+"""What a run is made of, except for its state: data, frozen networks, and the recipe of the step."""
 
 import dataclasses
 import hashlib

@@ -31,7 +31,7 @@ def _fingerprint(x: Any, xp: Any) -> Any:
     """uint32 that changes with any bit of `x`, and not with how `x` lies on devices.
 
     The bits of each element times an odd number of its position, summed modulo 2**32: a changed bit
-    k changes the sum by 2**k times something odd. The sum is of integers, so its order is of no
+    k changes the sum by 2**k times something odd. Integers are summed, so the order does not
     matter. `xp` is jax.numpy or NumPy.
     """
     bits = x.view(f"uint{8 * x.dtype.itemsize}").astype("uint32")

@@ -96,7 +96,7 @@ class Task:
         """Writes pictures of the state."""
 
     def last(self, run: "Run") -> None:
-        """What the finished state is asked, on all processes, while its checkpoint is written."""
+        """Uses the finished state while its checkpoint is written; all processes call."""
 
     def finish(self, run: "Run") -> str:
         """Writes what marks the run as finished, on process 0; returns a line about it."""
@@ -157,7 +157,7 @@ class Run:
                 raise explained from error
             except OSError as error:
                 raise TrainingError(
-                    f"the run cannot continue ({error}); the last checkpoint in {self.workdir} is of "
+                    f"the run cannot continue ({error}); the last checkpoint in {self.workdir}: "
                     f"{self._last_checkpoint()}"
                 ) from error
 
@@ -289,15 +289,15 @@ class Run:
             found = {"step": step, **values, "records": keys}
             files.write_text(path, json.dumps(found, indent=2) + "\n")
         message = (
-            f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {step}, whose batch "
-            f"is of records {', '.join(keys[:3])} ... (all of them: {path})"
+            f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {step}, with the "
+            f"records {', '.join(keys[:3])} ... (all of them: {path})"
         )
         if self.settings.skip_nonfinite and self._skipped_in_a_row <= SKIPPED_IN_A_ROW:
             self.warn(f"{message}: its update is left out, {values['skipped']:.0f} so far")
             return
         self._note("not_finite", step=step)
         raise TrainingError(
-            f"{message}; the last checkpoint is of {self._last_checkpoint()} ({self.workdir}): a lower "
+            f"{message}; the last checkpoint: {self._last_checkpoint()} ({self.workdir}); a lower "
             "optimizer.learning_rate may help, or nonfinite=skip where it is a single batch"
         )
 
@@ -321,11 +321,11 @@ class Run:
             return TrainingError(f"out of memory ({reason}): {LESS_MEMORY}")
         if distributed.means_lost(error):
             return Lost(
-                f"another process is gone or cannot be reached ({reason}); the last checkpoint is of "
-                f"{self._last_checkpoint()}: start all processes again"
+                f"another process is gone or cannot be reached ({reason}); the last checkpoint: "
+                f"{self._last_checkpoint()}; start all processes again"
             )
         return TrainingError(
-            f"the devices failed ({reason}); the last checkpoint is of {self._last_checkpoint()}"
+            f"the devices failed ({reason}); the last checkpoint: {self._last_checkpoint()}"
         )
 
 

@@ -32,7 +32,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 
 class _Appended:
-    """A file to add to; whatever does not fit on the disk is told by `write`, at once.
+    """A file to append to; `write` raises at once where the disk is full.
 
     Nothing is kept in a buffer: closing would write it again, and its error replace the first.
     """
@@ -48,7 +48,7 @@ class _Appended:
     def close(self) -> None:
         if not self._file.closed:
             with self._file:
-                os.fsync(self._file.fileno())  # some file systems tell of a full disk only now
+                os.fsync(self._file.fileno())  # some file systems report a full disk only now
 
 
 def _record(event: Event) -> bytes:
@@ -62,7 +62,7 @@ def _record(event: Event) -> bytes:
 class MetricsWriter:
     """metrics.jsonl and TensorBoard event files, continued at a step.
 
-    Entries after `step` (of a run that went on past its last checkpoint) are dropped: they will be
+    Entries after `step` (of a run that continued past its last checkpoint) are dropped: they will be
     written again. All that was written is with the file system when a method returns, or it raises
     OSError.
     """
@@ -100,6 +100,6 @@ class MetricsWriter:
         self._events.write(b"".join(map(_record, events)))
 
     def close(self) -> None:
-        """Raises OSError where the file system tells only now of what it could not write."""
+        """Raises OSError where the file system reports only now what it could not write."""
         with contextlib.closing(self._lines), contextlib.closing(self._events):
             pass

@@ -1,6 +1,6 @@
 """Batches on their way to the devices: one is read and sent while the devices are at the step before.
 
-Besides, how long the devices stood still for want of one, which is what `wait_share` tells.
+It also measures how long the devices stood still for want of one: `wait_share`.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ class Prefetcher:
     Args:
         batches: what to read.
         put: begins to bring a batch to the devices, and returns it there.
-        watch: is told of waits.
+        watch: counts the waits.
         heartbeat: takes what the run is at.
-        died: is told of data workers that died: the error, and the number of the batch.
+        died: takes the error of a data worker that died, and the number of the batch.
         clock: seconds.
     """
 

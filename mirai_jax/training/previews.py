@@ -54,25 +54,27 @@ def grid_picture(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
 
 
 def judged_codes(components: Components, mesh: Mesh, ema: Any, heartbeat: Heartbeat) -> np.ndarray:
-    """Codes of `judged_samples` images, of all classes in turn."""
+    """Codes of `judged_samples` images, of class 0, 1, 2 and so on."""
     return _draw(components, mesh, ema, _judged_labels(components), JUDGED, heartbeat)
 
 
 def judge_samples(components: Components, codes_NxL: np.ndarray) -> dict[str, float]:
-    """Agreement of a classifier of the real images with the class asked for, and its own limits."""
+    """Class accuracy of the samples by a classifier of the real images, and of real images by it."""
     settings = components.settings
-    judge = fit_classifier(components.images.images, components.images.labels)
+    classifier = fit_classifier(components.images.images, components.images.labels)
     result = {
-        "samples": class_accuracy(judge, decode(components, codes_NxL), _judged_labels(components))
+        "samples": class_accuracy(
+            classifier, decode(components, codes_NxL), _judged_labels(components)
+        )
     }
     held_out = labelled_images(settings, "held_out")
     if len(held_out.labels):
         codes = batched.encode_images(
             components.tokenizer, components.tokenizer_params, held_out.images
         )
-        result["real"] = class_accuracy(judge, held_out.images, held_out.labels)
+        result["real"] = class_accuracy(classifier, held_out.images, held_out.labels)
         result["real_through_tokenizer"] = class_accuracy(
-            judge, decode(components, codes), held_out.labels
+            classifier, decode(components, codes), held_out.labels
         )
     return result
 

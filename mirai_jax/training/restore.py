@@ -25,7 +25,7 @@ def read_settings(field: str, workdir: str) -> Settings:
         raw = completed(
             json.loads((pathlib.Path(workdir).expanduser() / "config.json").read_text())
         )
-        # Its mesh is of no interest here: one device satisfies any other check.
+        # Its mesh does not matter here: one device satisfies any other check.
         raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
         return schema.read(raw, num_devices=1)
     except (OSError, ValueError, TypeError, RecursionError) as error:

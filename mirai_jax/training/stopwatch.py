@@ -23,7 +23,7 @@ class Stopwatch:
             self._begun = self._clock()
 
     def waited(self, seconds: float) -> None:
-        """So many of the seconds that pass here were waited for data."""
+        """Adds seconds that were spent waiting for data."""
         self._waited += seconds
 
     def lap(self) -> tuple[float, float]:

@@ -53,7 +53,7 @@ def train(
     begin = start.steps_done(title, settings.num_steps, folder, config, log)
     summary = folder / "summary.png"
     finished = begin == settings.num_steps and summary.exists()
-    # As process 0 sees it: where another sees less, or nothing, none may end or wait alone.
+    # As process 0 sees it: where another sees less, or nothing, no process may end or wait without the others.
     begin, finished = map(int, distributed.from_first((np.asarray(begin), np.asarray(finished))))
     if finished:
         log(f"this run is finished ({begin:,} steps); its figure: {summary}")

@@ -109,7 +109,7 @@ def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: boo
     """Refuses to continue a run on other data or with other frozen networks than it began with.
 
     Paths may change, since files move; parts.json says what they held: the `identity` of a run. A
-    tokenizer that only draws samples may also come later. `write` it where it is new.
+    tokenizer that only draws samples may also be added later. `write` adds what is new.
 
     Raises:
         ConfigError: names what differs.
