@@ -17,7 +17,7 @@ from configs import llamagen, mirai_e, mirai_i
 from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import schema
 from mirai_jax.data import pipeline, records, small_sets
-from mirai_jax.training import metrics_writer, train
+from mirai_jax.training import loop, metrics_writer, train
 from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils import progress
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, TrainingError
@@ -511,7 +511,7 @@ def test_begins_with_the_weights_of_another_run(tmp_path):
 
 
 def test_updates_that_are_not_finite_are_left_out_until_there_are_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(loop, "SKIPPED_IN_A_ROW", 3)
     config = tiny(llamagen, nonfinite="skip")
     config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
     lines = []
