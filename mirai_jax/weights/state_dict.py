@@ -155,7 +155,7 @@ def from_state(
     Raises:
         ConfigError: it is none of the networks, or names and shapes do not fit; all are listed.
     """
-    kind, file = kind_of(state), source.get("file", "")
+    kind, file, projectors = kind_of(state), source.get("file", ""), None
     try:
         if kind == "generator":
             if grid is None:
@@ -166,20 +166,20 @@ def from_state(
             own = {n: a for n, a in state.items() if n not in heads and n != "freqs_cis"}
             params = torch_names.generator_from_torch(config, own)
             projectors = torch_names.projectors_from_torch(heads) if heads else None
-            return Weights(kind, config, params, projectors, source)
-        if kind == "tokenizer":
+        elif kind == "tokenizer":
             config = vq.config_of(state)
-            return Weights(kind, config, torch_names.vq_from_torch(config, state), None, source)
-        if kind == "teacher":
+            params = torch_names.vq_from_torch(config, state)
+        elif kind == "teacher":
             config = vit.config_of(state, num_heads or None)
             params = torch_names.dinov2_from_torch(config, state)
-            return Weights(kind, config, params, None, source)
+        else:
+            raise ConfigError(
+                "none of a LlamaGen generator, a LlamaGen tokenizer and a DINOv2 encoder; its "
+                f"names begin {', '.join(sorted(state)[:5])}"
+            )
     except ValueError as error:
         raise ConfigError(f"{file}: {first_line(error)}") from error
-    raise ConfigError(
-        f"{file} is none of a LlamaGen generator, a LlamaGen tokenizer and a DINOv2 encoder; its "
-        f"names begin {', '.join(sorted(state)[:5])}"
-    )
+    return Weights(kind, config, params, projectors, source)
 
 
 def to_state(weights: Weights) -> dict[str, np.ndarray]:
