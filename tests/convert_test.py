@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from configs import llamagen, mirai_e
+from configs import mirai_e
 from mirai_jax import foresight
 from mirai_jax.config import schema
 from mirai_jax.data import records
@@ -397,6 +397,8 @@ def test_any_state_dict_is_a_network_or_refused_in_one_line(kind, changes, num_h
 def test_weights_of_another_kind_are_refused(tmp_path, state):
     paths = {kind: write(tmp_path / f"{kind}.pt", random_state(kind)) for kind in CONFIGS}
     conversion.from_torch(paths["teacher"], str(tmp_path / "folder"))
+    message = refused(conversion.from_torch, paths["tokenizer"], str(tmp_path / "b"), grid=4)
+    assert message.startswith("--grid has no meaning")
     for kind, path in [*paths.items(), ("teacher", str(tmp_path / "folder"))]:
         for wanted in CONFIGS:
             if kind == wanted:
@@ -440,106 +442,79 @@ def test_the_checksum_is_of_the_numbers(tmp_path, state):
 # Runs ---------------------------------------------------------------------------------------------
 
 
-def train_on(folder, module, name, **term):
-    """Trains for two steps on random codes of a 4x4 grid."""
-    run = module.get_config("imagenet_b")
-    run.update(num_steps=2, batch_size=8, log_every=1, checkpoint_every=2)
-    run.model.update(
-        size="", num_layers=2, num_heads=2, width=32, vocab_size=16, num_classes=4, grid=(4, 4)
-    )
-    run.tokenizer.image_size = 64
-    run.sample.classes = 4
-    run.data.update(path=str(folder), num_workers=0)
-    if run.foresight:
-        run.foresight[0].update(projector_width=16, start_epoch=0.0, **term)
-    lines = []
-    train.train(run, folder / name, devices=jax.devices()[:1], log=lines.append)
-    return run, lines
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run without foresight; converted; a run that it teaches."""
+def run(tmp_path_factory):
+    """The folder of a run of two steps on random codes, and the run in every other form."""
     folder = tmp_path_factory.mktemp("runs")
-    rng = np.random.RandomState(0)
-    codes = rng.randint(0, 16, (40, 10, 16)).astype(np.uint16)
+    codes = np.random.RandomState(0).randint(0, 16, (40, 10, 16)).astype(np.uint16)
     packed = (records.pack_record(one, k % 4, f"{k}") for k, one in enumerate(codes))
     records.write_shard(folder / "codes-0.array_record", packed)
-    train_on(folder, llamagen, "plain")
-    to_torch(str(folder / "plain"), str(folder / "plain.pt"))
-    conversion.from_torch(
-        str(folder / "plain.pt"), str(folder / "plain_folder"), **OPTIONS["generator"]
+    config = mirai_e.get_config("imagenet_b")
+    config.update(num_steps=2, batch_size=8, log_every=1, checkpoint_every=2)
+    config.model.update(
+        size="", num_layers=2, num_heads=2, width=32, vocab_size=16, num_classes=4, grid=(4, 4)
     )
-    teacher = {"source": "checkpoint", "checkpoint": str(folder / "plain_folder")}
-    run, lines = train_on(folder, mirai_e, "taught", **teacher)
-    (folder / "lines.txt").write_text("\n".join(lines))
-    return folder, schema.read(run, num_devices=1)
+    config.tokenizer.image_size = 64
+    config.sample.classes = 4
+    config.data.update(path=str(folder), num_workers=0)
+    config.foresight[0].update(projector_width=16, start_epoch=0.0)
+    train.train(config, folder / "run", devices=jax.devices()[:1], log=lambda line: None)
+    to_torch(str(folder / "run"), str(folder / "run.pt"))
+    conversion.from_torch(str(folder / "run.pt"), str(folder / "converted"))
+    return (
+        folder,
+        schema.read(config, num_devices=1),
+        restore_weights(folder / "run/checkpoints")[0],
+    )
 
 
-def saved(folder):
-    return restore_weights(folder / "checkpoints")[0]
-
-
-def test_a_run_goes_to_pytorch_and_back(runs, tmp_path):
-    folder, _ = runs
-    state = saved(folder / "taught")
+def test_a_run_goes_to_pytorch_and_back(run, tmp_path):
+    folder, _, state = run
     trained, average = state["params"]["generator"], state["ema"]
     assert not np.array_equal(trained["norm"]["scale"], average["norm"]["scale"])
 
     def there_and_back(name, **options):
         target = str(tmp_path / name)
-        to_torch(str(folder / "taught"), target, **options)
-        made = conversion.from_torch(target, f"{target}_folder", **OPTIONS["generator"])
-        assert (made.config.num_layers, made.config.vocab_size) == (2, 16)
+        to_torch(str(folder / "run"), target, **options)
+        conversion.from_torch(target, f"{target}_folder", **OPTIONS["generator"])
         return pretrained.load_converted(f"{target}_folder")
 
     assert_equal(there_and_back("ema.pt").tree, {"params": average})
     assert_equal(there_and_back("model.pth", state="model").params, trained)
-    both = there_and_back("both.safetensors", state="model", projectors="checkpoint")
+    both = there_and_back("both.safetensors", state="model", projectors="ema")
     assert_equal(both.params, trained)
-    assert_equal(both.projectors, state["params"]["foresight"]["checkpoint"])
+    assert_equal(both.projectors, state["params"]["foresight"]["ema"])
     names = list(torch_reader.read(tmp_path / "ema.pt")["model"])
     assert not any(name.startswith("projectors.") for name in names)
 
 
-def test_projectors_of_another_term_are_refused(runs, tmp_path):
-    folder, _ = runs
-    for run, options in (
-        ("taught", {"state": "model", "projectors": "ema"}),
-        ("plain", {"state": "model", "projectors": "ema"}),
-        ("taught", {"projectors": "checkpoint"}),  # with the average
-    ):
-        message = refused(to_torch, str(folder / run), str(tmp_path / "a.pt"), **options)
+def test_projectors_of_another_term_are_refused(run, tmp_path):
+    for options in ({"state": "model", "projectors": "other"}, {"projectors": "ema"}):
+        message = refused(to_torch, str(run[0] / "run"), str(tmp_path / "a.pt"), **options)
         assert message.startswith(f"--projectors is {options['projectors']!r}")
     assert files_in(tmp_path) == []
 
 
-def test_converted_weights_teach_as_the_run_they_are_of(runs):
-    folder, student = runs
-    average = saved(folder / "plain")["ema"]
-    for name in ("plain", "plain_folder"):
+def test_converted_weights_teach_as_the_run_they_are_of(run):
+    folder, student, state = run
+    for name in ("run", "converted", "run.pt"):
         made, params = restore.load_generator("f", str(folder / name), student, None)
         assert (made.num_layers, made.num_heads, made.grid) == (2, 2, (4, 4))
-        assert_equal(params, average)
-    message = (folder / "lines.txt").read_text()
-    assert f"teacher: generator of {folder / 'plain_folder'}, 2 layers of 32" in message
-    made, params = restore.load_generator("f", str(folder / "plain.pt"), student, None)
-    assert made.num_heads == 2
-    assert_equal(params, average)
+        assert_equal(params, state["ema"])
     # A file that others wrote does not hold the number of heads.
-    file = write(folder / "bare.pt", read(folder / "plain.pt"))
+    file = write(folder / "bare.pt", read(folder / "run.pt"))
     message = refused(restore.load_generator, "f", file, student, None)
     assert message.startswith(f"f is {file!r}") and "num_heads" in message
 
 
-def test_a_teacher_of_other_tokens_is_refused(runs, tmp_path):
-    folder, student = runs
-    made = pretrained.load_converted(folder / "plain_folder")
-    for k, change in enumerate(({"grid": (2, 8)}, {"num_classes": 3}, {"vocab_size": 15})):
-        other = dataclasses.replace(made, config=dataclasses.replace(made.config, **change))
-        pretrained.save(tmp_path / str(k), other)
+def test_a_teacher_of_other_tokens_is_refused(run, tmp_path):
+    folder, student, _ = run
+    made = pretrained.load_converted(folder / "converted")
+    for change in ({"grid": (2, 8)}, {"num_classes": 3}, {"vocab_size": 15}):
         (name,) = change
-        message = refused(restore.load_generator, "f", str(tmp_path / str(k)), student, None)
+        other = dataclasses.replace(made, config=dataclasses.replace(made.config, **change))
+        pretrained.save(tmp_path / name, other)
+        message = refused(restore.load_generator, "f", str(tmp_path / name), student, None)
         assert f"model.{name} is " in message
 
 

@@ -172,6 +172,10 @@ def test_handmade_files_are_read(make, tmp_path):
     np.testing.assert_array_equal(got, [1, 3])
     view = storage(view=("9", 1, 3))  # of early torch
     np.testing.assert_array_equal(read_bytes(make(tensor(view, 1, (2,))), tmp_path), [2, 3])
+    tree = {"a": (1, [2.5, "é"]), "b": collections.OrderedDict(c=None)}
+    for protocol in (2, 3, 4, 5):
+        program = pickle.dumps(tree, protocol)[2:-1]
+        assert_same(read_bytes(zip_file(program), tmp_path), tree)
 
 
 class Attack:
@@ -200,7 +204,7 @@ def test_nothing_is_run(make, tmp_path):
 
 DICT = b"}(" + b"".join(push(k) + b"N" for k in range(99)) + b"uq\1"
 AMPLIFIED = [  # small files of large results: a long path and a large dictionary many times over
-    push("x" * 2000) + call("pathlib.PosixPath", b"h\0h\0") * 50,
+    push("x" * 2000) + call("pathlib.PosixPath", b"h\0" * 90),
     DICT + (name("argparse.Namespace") + b")\x81h\1b") * 500,
 ]
 REFUSED = [

@@ -238,7 +238,8 @@ class _File:
 
     def _tensor(self, storage, offset, shape, strides, *unused) -> np.ndarray:
         """A view of a storage; refused if it would leave the storage."""
-        _require(all(type(n) is int and n >= 0 for n in (offset, *shape, *strides)))
+        whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
+        _require(whole and len(shape) <= 64)
         array, count, last = storage.array, math.prod(shape), offset - 1
         if count:
             last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -253,7 +254,7 @@ class _File:
         return kind if index is None else kind + f":{index:d}"
 
     def _path(self, *parts: str) -> str:
-        self._spend(len("/".join(parts)))
+        self._spend(sum(len(part) + 1 for part in parts))
         return str(pathlib.PurePosixPath(*parts))
 
     def _encode(self, text: str, encoding: str) -> bytes:
