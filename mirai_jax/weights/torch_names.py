@@ -200,12 +200,18 @@ def projectors_to_torch(params: Any) -> dict[str, np.ndarray]:
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight"}
 
 
-def _entries(module: Any, *arguments: jax.ShapeDtypeStruct) -> list[_Entry]:
-    """The entries of a module, whose `blocks` are stacked. Tracing it takes a second.
+@functools.cache
+def _entries(config: VQConfig | DinoConfig) -> list[_Entry]:
+    """The entries of the network, whose `blocks` are stacked. Tracing it takes a second.
 
     ('conv_blocks_0', 'conv1', 'kernel') is 'conv_blocks.0.conv1.weight' in PyTorch.
     """
-    tree = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x), *arguments)["params"]
+    if isinstance(config, VQConfig):
+        module, side, channels = VQModel(config), config.downsample, config.channels
+    else:
+        module, side, channels = DinoV2(config), config.patch, 3
+    image = jax.ShapeDtypeStruct((1, side, side, channels), np.float32)
+    tree = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     entries = []
     for path, leaf in traverse_util.flatten_dict(tree).items():
         stacked = path[0] == "blocks"
@@ -222,12 +228,6 @@ def _entries(module: Any, *arguments: jax.ShapeDtypeStruct) -> list[_Entry]:
 _CODEBOOK_USED = "quantize.codebook_used"
 
 
-@functools.cache
-def _vq_entries(config: VQConfig) -> list[_Entry]:
-    image = (1, config.downsample, config.downsample, config.channels)
-    return _entries(VQModel(config), jax.ShapeDtypeStruct(image, np.float32))
-
-
 def vq_from_torch(config: VQConfig, state: Arrays) -> Any:
     """LlamaGen's tokenizer -> parameters of `VQModel(config)`.
 
@@ -235,19 +235,13 @@ def vq_from_torch(config: VQConfig, state: Arrays) -> Any:
         NamesError: names or shapes differ from `config`; all of them are listed.
     """
     own = {name: array for name, array in state.items() if name != _CODEBOOK_USED}
-    return _from_torch(_vq_entries(config), own)
+    return _from_torch(_entries(config), own)
 
 
 def vq_to_torch(config: VQConfig, params: Any) -> dict[str, np.ndarray]:
     """The inverse of `vq_from_torch`, with the buffer that the official model also loads."""
-    state = _to_torch(_vq_entries(config), params)
+    state = _to_torch(_entries(config), params)
     return state | {_CODEBOOK_USED: np.zeros(65536, np.float32)}
-
-
-@functools.cache
-def _dinov2_entries(config: DinoConfig) -> list[_Entry]:
-    image = (1, config.patch, config.patch, 3)
-    return _entries(DinoV2(config), jax.ShapeDtypeStruct(image, np.float32))
 
 
 def dinov2_from_torch(config: DinoConfig, state: Arrays) -> Any:
@@ -256,9 +250,9 @@ def dinov2_from_torch(config: DinoConfig, state: Arrays) -> Any:
     Raises:
         NamesError: names or shapes differ from `config`; all of them are listed.
     """
-    return _from_torch(_dinov2_entries(config), state)
+    return _from_torch(_entries(config), state)
 
 
 def dinov2_to_torch(config: DinoConfig, params: Any) -> dict[str, np.ndarray]:
     """The inverse of `dinov2_from_torch`."""
-    return _to_torch(_dinov2_entries(config), params)
+    return _to_torch(_entries(config), params)

@@ -101,7 +101,7 @@ class _File:
             "collections.OrderedDict": lambda: collections.OrderedDict(),
             "collections.defaultdict": lambda factory=None: {},
             "argparse.Namespace": lambda: {},
-            "numpy.dtype": _number_dtype,
+            "numpy.dtype": lambda code, *unused: code,
             "numpy.core.multiarray.scalar": _number,
             "numpy._core.multiarray.scalar": _number,
             "_codecs.encode": self._encode,
@@ -210,7 +210,7 @@ class _File:
         if type(target) is dict and type(state) is dict:
             self._spend(len(state))  # a file could have one large dict copied many times
             target.update(state)
-        elif isinstance(target, np.dtype):
+        elif type(target) is str:
             _require(state[1] in ("<", "|"), "it holds a big-endian number")
         else:
             _require(type(target) is collections.OrderedDict)  # drops a module's _metadata
@@ -263,14 +263,9 @@ class _File:
         return text.encode("latin1")
 
 
-def _number_dtype(code: str, *unused) -> np.dtype:
+def _number(code: str, data: bytes) -> bool | int | float:
     _require(_NUMBER.fullmatch(code), f"it holds a NumPy scalar of dtype {code!r:.100}")
-    return np.dtype(code)
-
-
-def _number(dtype: np.dtype, data: bytes) -> bool | int | float:
-    _require(isinstance(dtype, np.dtype))
-    return np.frombuffer(data, dtype)[0].item()
+    return np.frombuffer(data, code)[0].item()
 
 
 def _plain(value: Any) -> Any:
