@@ -229,7 +229,7 @@ REFUSED = [
     b"}" + tensor(storage()) + b"Ns",  # an array as a key
     push({1: b"bytes"}),
     call(SCALAR, call("numpy.dtype", push("O8")), push("abcdefgh")),
-    call(SCALAR, push("f8"), call("_codecs.encode", push("abcdefgh"), push("latin1"))),
+    call(SCALAR, push("f8"), call("_codecs.encode", push("abcdefg"), push("latin1"))),
     call("torch.device", push([1]), push(2)),
     push(None) + b"r\xff\xff\xff\x7f" + b"R",
     b"\x8d" + b"\xff" * 7 + b"\x0f",  # a text that claims exabytes
