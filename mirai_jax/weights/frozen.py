@@ -1,4 +1,4 @@
-"""The parts of a run that are never trained: tokenizer, teachers, pretrained generators."""
+"""The parts of a run that are never trained: its tokenizer and its bidirectional teacher."""
 
 import pathlib
 from typing import Any
@@ -10,9 +10,9 @@ from flax import linen as nn
 from mirai_jax.config.schema import Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
 from mirai_jax.utils.errors import ConfigError, first_line
-from mirai_jax.weights import efficientnet, patch_codebook, pretrained, torch_reader
+from mirai_jax.weights import efficientnet, patch_codebook, pretrained
 
-# Not the run's: runs of several seeds speak of the same tokens, and their losses can be compared.
+# Not the run's: runs of several seeds share their tokens, so that their losses can be compared.
 _CODEBOOK_SEED = 0
 
 # Tokenizers ---------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
         )
         try:
             return module, {"network": efficientnet.load_efficientnet_lite0()}
-        except (ModuleNotFoundError, torch_reader.TorchFileError) as error:
+        except ConfigError as error:
             raise ConfigError(f"teacher.name {wanted.name!r}: {error}") from error
     loaded = pretrained.load("teacher.path", wanted.path, "teacher")
     config = loaded.config
@@ -159,7 +159,7 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
         )
     data, source = settings.data, loaded.source
     if source.get("data") == data.name and source.get("held_out") != str(data.held_out):
-        raise ConfigError(  # else what is held out of this run was not held out of its teacher
+        raise ConfigError(  # the teacher has learned from images that this run holds out
             f"data.held_out is {data.held_out}; it must be {source.get('held_out')}, as {wanted.path} "
             "learned"
         )
@@ -189,6 +189,3 @@ def _dino_teacher(settings: Settings, config: vit.DinoConfig) -> teacher.DinoTea
         dtype=settings.teacher.dtype,
         attention=settings.generator.attention,
     )
-
-
-# Pretrained generators ----------------------------------------------------------------------------

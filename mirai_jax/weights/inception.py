@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from mirai_jax.models.inception import BATCH_NORM_EPSILON, NUM_CLASSES, InceptionV3
 from mirai_jax.utils.errors import ConfigError, first_line
-from mirai_jax.weights import pretrained, torch_names
+from mirai_jax.weights import pretrained, state_dict, torch_names
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -38,7 +38,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has SHA-256 {found[:8]}...; that of {FILE} begins {SHA256_START}: fetch it "
             f"again from {URL}"
         )
-    state, _, _ = pretrained.read_state(path)
+    state, _, _ = state_dict.read_state(path)
     try:
         return inception_from_torch(state)
     except torch_names.NamesError as error:
@@ -64,39 +64,22 @@ def inception_from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         if not name.endswith(".num_batches_tracked") and not name.startswith("AuxLogits.")
     }
     kernels = _kernel_shapes()
-    expected = {"fc.bias": (NUM_CLASSES,)}
-    for path, shape in kernels.items():
-        name = ".".join(path)
-        if len(shape) == 2:
-            expected[f"{name}.weight"] = shape[::-1]
-            continue
-        height, width, inputs, outputs = shape
-        expected[f"{name}.conv.weight"] = (outputs, inputs, height, width)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            expected[f"{name}.bn.{part}"] = (outputs,)
+    expected = {"fc.weight": kernels.pop(("fc",))[::-1], "fc.bias": (NUM_CLASSES,)}
+    for path, kernel in kernels.items():
+        expected |= torch_names.folded_shapes(*_names(path), kernel)
     torch_names.check_shapes(own, expected)
+    params = {path: torch_names.folded(own, *_names(path), BATCH_NORM_EPSILON) for path in kernels}
+    params["fc",] = {"kernel": np.ascontiguousarray(own["fc.weight"].T, np.float32)}
+    return traverse_util.unflatten_dict(params)
 
-    def array(name: str) -> np.ndarray:
-        return np.asarray(own[name], np.float64)
 
-    params = {}
-    for path, shape in kernels.items():
-        name = ".".join(path)
-        if len(shape) == 2:
-            params[*path, "kernel"] = array(f"{name}.weight").T
-            continue
-        scale = array(f"{name}.bn.weight") / np.sqrt(
-            array(f"{name}.bn.running_var") + BATCH_NORM_EPSILON
-        )
-        params[*path, "kernel"] = array(f"{name}.conv.weight").transpose(2, 3, 1, 0) * scale
-        params[*path, "bias"] = array(f"{name}.bn.bias") - array(f"{name}.bn.running_mean") * scale
-    return traverse_util.unflatten_dict(
-        {path: np.ascontiguousarray(value, np.float32) for path, value in params.items()}
-    )
+def _names(path: tuple[str, ...]) -> tuple[str, str]:
+    """PyTorch's names of a layer's convolution and batch normalisation."""
+    return ".".join((*path, "conv")), ".".join((*path, "bn"))
 
 
 def _kernel_shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
-    """{path of a layer: shape of its kernel}, without allocating: 94 convolutions and 'fc'."""
+    """{path of a layer: shape of its kernel} of 94 convolutions and 'fc', without allocating."""
     image = jax.ShapeDtypeStruct((1, 299, 299, 3), np.uint8)
     tree = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
     flat = traverse_util.flatten_dict(tree)

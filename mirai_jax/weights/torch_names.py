@@ -8,9 +8,8 @@ ones: nothing is copied that need not be.
 
 import functools
 import re
-import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,32 +40,102 @@ def check_shapes(state: Arrays, expected: Shapes) -> None:
         raise NamesError("parameters do not fit: " + "; ".join(problems))
 
 
+# Convolutions with batch normalisation ------------------------------------------------------------
+
+_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def folded_shapes(conv: str, norm: str, kernel: tuple[int, ...]) -> Shapes:
+    """The names that `folded` takes, with their shapes, for a Flax `kernel` (h, w, in, out)."""
+    shapes = {f"{norm}.{part}": kernel[-1:] for part in _NORM}
+    return {f"{conv}.weight": tuple(kernel[i] for i in (3, 2, 0, 1)), **shapes}
+
+
+def folded(state: Arrays, conv: str, norm: str, epsilon: float) -> dict[str, np.ndarray]:
+    """A convolution and the batch normalisation after it, as one convolution with bias (float32)."""
+    weight, bias, mean, variance = (np.asarray(state[f"{norm}.{p}"], np.float64) for p in _NORM)
+    scale = weight / np.sqrt(variance + epsilon)
+    kernel = np.asarray(state[f"{conv}.weight"], np.float64).transpose(2, 3, 1, 0)
+    return {
+        "kernel": np.ascontiguousarray(kernel * scale, np.float32),
+        "bias": np.asarray(bias - mean * scale, np.float32),
+    }
+
+
+# One table, two directions ------------------------------------------------------------------------
+
+
+class _Entry(NamedTuple):
+    """A parameter here and in PyTorch, where each block of a stacked one has its own name."""
+
+    path: tuple[str, ...]
+    names: list[str]
+    stacked: bool
+    shape: tuple[int, ...]  # in PyTorch
+    flax_shape: tuple[int, ...]  # without the axis of blocks
+
+
+def _turned(path: tuple[str, ...], array: np.ndarray, back: bool = False) -> np.ndarray:
+    """A Flax kernel as PyTorch keeps it (or `back`); anything else as it is."""
+    if path[-1] != "kernel":
+        return array
+    if array.ndim == 4:
+        return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
+    return array.T
+
+
+def _from_torch(entries: list[_Entry], state: Arrays) -> Any:
+    check_shapes(state, {name: entry.shape for entry in entries for name in entry.names})
+    flat = {}
+    for path, names, stacked, _, flax_shape in entries:
+        rows = [_turned(path, np.asarray(state[n]), back=True).reshape(flax_shape) for n in names]
+        flat[path] = np.stack(rows) if stacked else rows[0]
+    return traverse_util.unflatten_dict(flat)
+
+
+def _to_torch(entries: list[_Entry], params: Any) -> dict[str, np.ndarray]:
+    """The inverse of `_from_torch`."""
+    flat = {"/".join(path): array for path, array in traverse_util.flatten_dict(params).items()}
+    blocks = {entry.path: (len(entry.names),) * entry.stacked for entry in entries}
+    check_shapes(flat, {"/".join(e.path): blocks[e.path] + e.flax_shape for e in entries})
+    state = {}
+    for path, names, stacked, shape, _ in entries:
+        array = np.asarray(flat["/".join(path)])
+        turned = _turned(path, np.broadcast_to(np.float32(0), shape), back=True).shape
+        for name, row in zip(names, array if stacked else [array], strict=True):
+            state[name] = _turned(path, row.reshape(turned))
+    return state
+
+
 # The generator -----------------------------------------------------------------------------------
 
 
-def _generator_shapes(config: GeneratorConfig) -> Shapes:
-    """Every name of LlamaGen's state dict with its shape."""
-    width, ffn = config.width, config.ffn_width
-    shapes = {
-        "cls_embedding.embedding_table.weight": (
-            config.num_classes + config.has_null_class,
-            width,
-        ),
-        "tok_embeddings.weight": (config.vocab_size, width),
-        "norm.weight": (width,),
-        "output.weight": (config.vocab_size, width),
-    }
-    for i in range(config.num_layers):
-        shapes |= {
-            f"layers.{i}.attention.wqkv.weight": (3 * width, width),
-            f"layers.{i}.attention.wo.weight": (width, width),
-            f"layers.{i}.feed_forward.w1.weight": (ffn, width),
-            f"layers.{i}.feed_forward.w3.weight": (ffn, width),
-            f"layers.{i}.feed_forward.w2.weight": (width, ffn),
-            f"layers.{i}.attention_norm.weight": (width,),
-            f"layers.{i}.ffn_norm.weight": (width,),
-        }
-    return shapes
+def _generator_entries(config: GeneratorConfig) -> list[_Entry]:
+    """LlamaGen's state dict without projectors. Its attention kernels have axes of heads here."""
+    width, ffn, heads = config.width, config.ffn_width, (config.num_heads, config.head_dim)
+    table = (config.num_classes + config.has_null_class, width)
+    tokens = (config.vocab_size, width)
+    once = [
+        ("cls_embedding/embedding", "cls_embedding.embedding_table.weight", table, table),
+        ("tok_embeddings/embedding", "tok_embeddings.weight", tokens, tokens),
+        ("norm/scale", "norm.weight", (width,), (width,)),
+        ("output/kernel", "output.weight", tokens, tokens[::-1]),
+    ]
+    blocks = [
+        ("attention_norm/scale", (width,), (width,)),
+        ("attention/wqkv/kernel", (3 * width, width), (width, 3, *heads)),
+        ("attention/wo/kernel", (width, width), (*heads, width)),
+        ("ffn_norm/scale", (width,), (width,)),
+        ("feed_forward/w1/kernel", (ffn, width), (width, ffn)),
+        ("feed_forward/w3/kernel", (ffn, width), (width, ffn)),
+        ("feed_forward/w2/kernel", (width, ffn), (ffn, width)),
+    ]
+    entries = [_Entry(tuple(p.split("/")), [name], False, *rest) for p, name, *rest in once]
+    for path, *shapes in blocks:
+        *modules, leaf = path.split("/")
+        names = [f"layers.{i}.{'.'.join(modules)}.weight" for i in range(config.num_layers)]
+        entries.append(_Entry(("layers", *modules, leaf), names, True, *shapes))
+    return entries
 
 
 def generator_from_torch(config: GeneratorConfig, state: Arrays) -> Any:
@@ -75,64 +144,12 @@ def generator_from_torch(config: GeneratorConfig, state: Arrays) -> Any:
     Raises:
         NamesError: names or shapes differ from `config`; all of them are listed.
     """
-    check_shapes(state, _generator_shapes(config))
-    width, heads, head_dim = config.width, config.num_heads, config.head_dim
-
-    def stacked(name: str, layout=lambda w: w) -> np.ndarray:
-        return np.stack(
-            [layout(np.asarray(state[f"layers.{i}.{name}"])) for i in range(config.num_layers)]
-        )
-
-    def kernel(name: str) -> dict[str, np.ndarray]:
-        return {"kernel": stacked(f"{name}.weight", np.transpose)}
-
-    return {
-        "cls_embedding": {"embedding": state["cls_embedding.embedding_table.weight"]},
-        "tok_embeddings": {"embedding": state["tok_embeddings.weight"]},
-        "layers": {
-            "attention_norm": {"scale": stacked("attention_norm.weight")},
-            "attention": {
-                "wqkv": {
-                    "kernel": stacked(
-                        "attention.wqkv.weight", lambda w: w.T.reshape(width, 3, heads, head_dim)
-                    )
-                },
-                "wo": {
-                    "kernel": stacked(
-                        "attention.wo.weight", lambda w: w.T.reshape(heads, head_dim, width)
-                    )
-                },
-            },
-            "ffn_norm": {"scale": stacked("ffn_norm.weight")},
-            "feed_forward": {name: kernel(f"feed_forward.{name}") for name in ("w1", "w2", "w3")},
-        },
-        "norm": {"scale": state["norm.weight"]},
-        "output": {"kernel": np.transpose(state["output.weight"])},
-    }
+    return _from_torch(_generator_entries(config), state)
 
 
 def generator_to_torch(config: GeneratorConfig, params: Any) -> dict[str, np.ndarray]:
     """The inverse of `generator_from_torch`."""
-    width, layers = config.width, params["layers"]
-    state = {
-        "cls_embedding.embedding_table.weight": params["cls_embedding"]["embedding"],
-        "tok_embeddings.weight": params["tok_embeddings"]["embedding"],
-        "norm.weight": params["norm"]["scale"],
-        "output.weight": np.transpose(params["output"]["kernel"]),
-    }
-    for i in range(config.num_layers):
-        qkv = np.asarray(layers["attention"]["wqkv"]["kernel"][i]).reshape(width, 3 * width)
-        out = np.asarray(layers["attention"]["wo"]["kernel"][i]).reshape(width, width)
-        state[f"layers.{i}.attention.wqkv.weight"] = qkv.T
-        state[f"layers.{i}.attention.wo.weight"] = out.T
-        for name in ("w1", "w2", "w3"):
-            kernel = np.asarray(layers["feed_forward"][name]["kernel"][i])
-            state[f"layers.{i}.feed_forward.{name}.weight"] = kernel.T
-        for name in ("attention_norm", "ffn_norm"):
-            state[f"layers.{i}.{name}.weight"] = layers[name]["scale"][i]
-    state = {name: np.asarray(value) for name, value in state.items()}
-    check_shapes(state, _generator_shapes(config))
-    return state
+    return _to_torch(_generator_entries(config), params)
 
 
 _PROJECTOR = re.compile(r"projectors\.(\d+)\.([024])\.(weight|bias)")
@@ -143,39 +160,28 @@ def projectors_from_torch(state: Arrays, num_heads: int | None = None) -> Any:
 
     Args:
         state: a state dict; names of other parts are ignored.
-        num_heads: take the first so many (default: all).
+        num_heads: how many to take, from the first on (default: all).
 
     Raises:
         NamesError: a projector is incomplete, or fewer than `num_heads` are there.
     """
-    found = {m.groups() for m in map(_PROJECTOR.fullmatch, state) if m}
-    count = len({head for head, _, _ in found})
-    wanted = count if num_heads is None else num_heads
-    missing = [
-        f"projectors.{k}.{i}.{part}"
-        for k in range(wanted)
-        for i in (0, 2, 4)
-        for part in ("weight", "bias")
-        if (str(k), str(i), part) not in found
-    ]
-    if missing or not wanted:
-        raise NamesError("parameters do not fit: missing " + "; ".join(missing or ["projectors"]))
-    own = {name: array for name, array in state.items() if _PROJECTOR.fullmatch(name)}
-    first = {m.groups()[1:]: own[m[0]].shape for m in map(_PROJECTOR.fullmatch, own) if m[1] == "0"}
-    check_shapes(own, {name: first[_PROJECTOR.fullmatch(name).groups()[1:]] for name in own})
-
-    def stacked(i: int, part: str) -> np.ndarray:
-        return np.stack(
-            [np.asarray(state[f"projectors.{k}.{2 * i}.{part}"]) for k in range(wanted)]
-        )
-
-    return {
-        f"linear_{i}": {
-            "kernel": stacked(i, "weight").transpose(0, 2, 1),
-            "bias": stacked(i, "bias"),
-        }
+    heads = {m[1] for m in map(_PROJECTOR.fullmatch, state) if m}
+    count = len(heads) if num_heads is None else num_heads
+    rows = {
+        (i, part): [f"projectors.{k}.{2 * i}.{part}" for k in range(count)]
         for i in range(3)
+        for part in ("weight", "bias")
     }
+    missing = sorted({name for names in rows.values() for name in names} - state.keys())
+    if missing or not count:
+        raise NamesError("parameters do not fit: missing " + "; ".join(missing or ["projectors"]))
+    entries = []
+    for (i, part), names in rows.items():
+        path = (f"linear_{i}", "kernel" if part == "weight" else part)
+        shape = tuple(state[names[0]].shape)
+        entries.append(_Entry(path, names, True, shape, shape[::-1]))
+    own = {name: state[name] for names in rows.values() for name in names}
+    return _from_torch(entries, own)
 
 
 def projectors_to_torch(params: Any) -> dict[str, np.ndarray]:
@@ -194,81 +200,32 @@ def projectors_to_torch(params: Any) -> dict[str, np.ndarray]:
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight"}
 
 
-def _named(module: Any, *arguments: jax.ShapeDtypeStruct) -> Mapping[tuple[str, ...], tuple]:
-    """{path in the Flax tree: shape} of a module, without allocating. Tracing it takes a second."""
-    tree = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x), *arguments)["params"]
-    shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
-    return types.MappingProxyType(shapes)
-
-
-def _torch_leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """('conv_blocks_0', 'conv1', 'kernel') -> 'conv_blocks.0.conv1.weight' and its shape there."""
-    *modules, leaf = path
-    name = ".".join([re.sub(r"_(\d+)$", r".\1", m) for m in modules] + [_LEAVES.get(leaf, leaf)])
-    return name, _turned(leaf, np.broadcast_to(np.float32(0), shape)).shape
-
-
-def _turned(leaf: str, array: np.ndarray, back: bool = False) -> np.ndarray:
-    """A Flax kernel as PyTorch keeps it (or `back`); anything else as it is."""
-    if leaf != "kernel":
-        return array
-    if array.ndim == 4:
-        return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
-    return array.T
-
-
-def _from_torch(shapes: Mapping[tuple, tuple], state: Arrays) -> Any:
-    """`shapes` as `_named` gives them; what is under 'blocks' is stacked."""
-    expected = {}
-    for path, shape in shapes.items():
-        if path[0] == "blocks":
-            name, own = _torch_leaf(path[1:], shape[1:])
-            expected |= {f"blocks.{i}.{name}": own for i in range(shape[0])}
-        else:
-            name, own = _torch_leaf(path, shape)
-            expected[name] = own
-    check_shapes(state, expected)
-    flat = {}
-    for path, shape in shapes.items():
-        if path[0] == "blocks":
-            name = _torch_leaf(path[1:], shape[1:])[0]
-            rows = [state[f"blocks.{i}.{name}"] for i in range(shape[0])]
-            flat[path] = np.stack([_turned(path[-1], np.asarray(row), back=True) for row in rows])
-        else:
-            name = _torch_leaf(path, shape)[0]
-            flat[path] = _turned(path[-1], np.asarray(state[name]), back=True)
-    return traverse_util.unflatten_dict(flat)
-
-
-def _to_torch(shapes: Mapping[tuple, tuple], params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `_from_torch`."""
-    flat = traverse_util.flatten_dict(params)
-    check_shapes(
-        {"/".join(path): array for path, array in flat.items()},
-        {"/".join(path): shape for path, shape in shapes.items()},
-    )
-    state = {}
-    for path, shape in shapes.items():
-        array = np.asarray(flat[path])
-        if path[0] == "blocks":
-            name = _torch_leaf(path[1:], shape[1:])[0]
-            for i in range(shape[0]):
-                state[f"blocks.{i}.{name}"] = _turned(path[-1], array[i])
-        else:
-            state[_torch_leaf(path, shape)[0]] = _turned(path[-1], array)
-    return state
-
-
-# A buffer of the official tokenizer: which codes its training used of late. Of no use here.
-_CODEBOOK_USED = "quantize.codebook_used"
-
-
 @functools.cache
-def _vq_shapes(config: VQConfig) -> Mapping[tuple[str, ...], tuple]:
-    side = config.downsample
-    return _named(
-        VQModel(config), jax.ShapeDtypeStruct((1, side, side, config.channels), np.float32)
-    )
+def _entries(config: VQConfig | DinoConfig) -> list[_Entry]:
+    """The entries of the network, whose `blocks` are stacked. Tracing it takes a second.
+
+    ('conv_blocks_0', 'conv1', 'kernel') is 'conv_blocks.0.conv1.weight' in PyTorch.
+    """
+    if isinstance(config, VQConfig):
+        module, side, channels = VQModel(config), config.downsample, config.channels
+    else:
+        module, side, channels = DinoV2(config), config.patch, 3
+    image = jax.ShapeDtypeStruct((1, side, side, channels), np.float32)
+    tree = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    entries = []
+    for path, leaf in traverse_util.flatten_dict(tree).items():
+        stacked = path[0] == "blocks"
+        shape = leaf.shape[stacked:]
+        modules = [re.sub(r"_(\d+)$", r".\1", module) for module in path[stacked:-1]]
+        name = ".".join([*modules, _LEAVES.get(path[-1], path[-1])])
+        names = [f"blocks.{i}.{name}" for i in range(leaf.shape[0])] if stacked else [name]
+        turned = _turned(path, np.broadcast_to(np.float32(0), shape)).shape
+        entries.append(_Entry(path, names, stacked, turned, shape))
+    return entries
+
+
+# A buffer of the official tokenizer: the codes that its training used last. Not needed here.
+_CODEBOOK_USED = "quantize.codebook_used"
 
 
 def vq_from_torch(config: VQConfig, state: Arrays) -> Any:
@@ -278,20 +235,13 @@ def vq_from_torch(config: VQConfig, state: Arrays) -> Any:
         NamesError: names or shapes differ from `config`; all of them are listed.
     """
     own = {name: array for name, array in state.items() if name != _CODEBOOK_USED}
-    return _from_torch(_vq_shapes(config), own)
+    return _from_torch(_entries(config), own)
 
 
 def vq_to_torch(config: VQConfig, params: Any) -> dict[str, np.ndarray]:
     """The inverse of `vq_from_torch`, with the buffer that the official model also loads."""
-    state = _to_torch(_vq_shapes(config), params)
+    state = _to_torch(_entries(config), params)
     return state | {_CODEBOOK_USED: np.zeros(65536, np.float32)}
-
-
-@functools.cache
-def _dinov2_shapes(config: DinoConfig) -> Mapping[tuple[str, ...], tuple]:
-    return _named(
-        DinoV2(config), jax.ShapeDtypeStruct((1, config.patch, config.patch, 3), np.float32)
-    )
 
 
 def dinov2_from_torch(config: DinoConfig, state: Arrays) -> Any:
@@ -300,9 +250,9 @@ def dinov2_from_torch(config: DinoConfig, state: Arrays) -> Any:
     Raises:
         NamesError: names or shapes differ from `config`; all of them are listed.
     """
-    return _from_torch(_dinov2_shapes(config), state)
+    return _from_torch(_entries(config), state)
 
 
 def dinov2_to_torch(config: DinoConfig, params: Any) -> dict[str, np.ndarray]:
     """The inverse of `dinov2_from_torch`."""
-    return _to_torch(_dinov2_shapes(config), params)
+    return _to_torch(_entries(config), params)

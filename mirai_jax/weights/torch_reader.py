@@ -2,62 +2,59 @@
 
 A checkpoint is a pickle that refers to blocks of numbers ("storages") kept beside it. Two layouts
 exist: a zip archive (torch >= 1.6), and the older stream of pickles followed by the raw blocks.
-An ordinary unpickler calls whatever a file names. The one here knows a dozen names, for each of
-which it has a callable of its own, and all that it gives the pickle machine to work on is inert.
+
+Python's unpickler calls the functions that a file names. The interpreter here builds plain data
+only: a name stays a `_Global`, which nothing can call, and a call is one of `_File.calls`. Every
+allocation is bounded by the size of the file.
 """
 
 import collections
 import io
 import math
+import mmap
 import os
 import pathlib
-import pickle
 import pickletools
+import re
 import zipfile
-from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from mirai_jax.weights.safetensors import not_weights
+from mirai_jax.utils.errors import DataError
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-STORAGE_DTYPES = {
-    "DoubleStorage": "<f8",
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "i1",
-    "ByteStorage": "u1",
-    "BoolStorage": "?",
-    "ComplexFloatStorage": "<c8",
-    "ComplexDoubleStorage": "<c16",
-}
-_DTYPE_NAMES = [
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint8",
-    "bool",
-    "complex64",
-    "complex128",
-]
-_FACTORIES = ["dict", "float", "int", "list", "long", "set"]  # "long": Python 2's name of int
-_NUMBERS = ["b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
-_BIG_ENDIAN = "big-endian PyTorch files are not supported"
-_LEAVES = (str, int, float, bool, type(None), np.ndarray)
+_KINDS = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16, "Long": "i8",
+          "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?", "ComplexFloat": "c8",
+          "ComplexDouble": "c16"}  # fmt: skip
+STORAGE_DTYPES = {f"{kind}Storage": np.dtype(code) for kind, code in _KINDS.items()}
+_STORAGES = {f"torch.{name}": dtype for name, dtype in STORAGE_DTYPES.items()}
+_DTYPES = {f"torch.{dtype}": str(dtype) for dtype in STORAGE_DTYPES.values()}
+_FACTORY = re.compile(r"(builtins|__builtin__)\.(dict|float|int|list|long|set)")  # of a defaultdict
+_NUMBER = re.compile("b1|f[248]|[iu][1248]")  # the dtype of a NumPy scalar
+
+# Pickle instructions that push a value.
+_VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_ARGUMENT = re.compile(
+    "BININT[12]?|LONG[14]|BINFLOAT|(SHORT_)?(BINUNICODE|BINSTRING)|SHORT_BINBYTES"
+)
+# How many values an instruction takes from the stack; _FROM_MARK: all since the last MARK.
+_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "APPEND": 1, "STACK_GLOBAL": 2,
+          "REDUCE": 2, "NEWOBJ": 2, "BUILD": 1, "BINPERSID": 1}  # fmt: skip
+_FROM_MARK = ("TUPLE", "SETITEMS", "APPENDS")
+
+_Global = collections.namedtuple("_Global", "name")  # a name inside a pickle
+_Storage = collections.namedtuple("_Storage", "array")  # what tensors are views of
+_KEYS = (str, int, float, bool, type(None))
+_PLAIN = (*_KEYS, dict, collections.OrderedDict, list, tuple, np.ndarray)
 
 
-class TorchFileError(ValueError):
+class _Arguments(tuple):
+    """A tuple that holds more than plain data: the arguments of a call."""
+
+
+class TorchFileError(DataError):
     """Not a readable or writable PyTorch checkpoint. The message is one line and names the file."""
 
 
@@ -65,349 +62,218 @@ def read(path: str | os.PathLike) -> Any:
     """Reads a PyTorch checkpoint, either layout, into NumPy.
 
     Args:
-      path: a file that `torch.save` wrote.
+        path: a file that `torch.save` wrote.
+
     Returns:
-      What was saved, with each tensor as an ndarray: for a state dict a dict (OrderedDict) of
-      name -> array; in general nested dicts, lists and tuples of arrays, str, int, float, bool and
-      None. Shapes are torch's; bfloat16 is `ml_dtypes.bfloat16`. Arrays may be non-contiguous, and
-      tensors that shared memory still do. Of other things that training checkpoints hold, an
-      argparse.Namespace and a defaultdict become a dict, a torch.Size a tuple, a torch.dtype its
-      name ('float32'), a torch.device its name ('cuda:0'), a PosixPath its text, and a NumPy
-      number a Python one.
+        What was saved, with each tensor as an ndarray: for a state dict a dict (OrderedDict) of
+        name -> array; in general nested dicts, lists and tuples of arrays, str, int, float, bool
+        and None. Shapes are torch's; bfloat16 is `ml_dtypes.bfloat16`. Arrays may be
+        non-contiguous, and tensors that shared memory still do. An argparse.Namespace and a
+        defaultdict become a dict, a torch.Size a tuple, a torch.dtype its name ('float32'), a
+        torch.device its name ('cuda:0'), a PosixPath its text, and a NumPy number a Python one.
+
     Raises:
-      TorchFileError: the file is damaged, is something else, or holds anything but the above.
-      OSError: the file cannot be opened.
+        TorchFileError: the file is damaged, is something else, or holds anything but the above.
+        OSError: the file cannot be opened.
     """
     with open(path, "rb") as file:
         try:
-            return _Reader(file).read()
-        except TorchFileError as error:
-            raise TorchFileError(f"{os.fspath(path)}: {error}") from error
-        except Exception as error:  # on damaged bytes pickle and zipfile raise almost anything
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise TorchFileError(f"{os.fspath(path)}: damaged PyTorch file ({why})") from error
+            return _File(file).read()
+        except Exception as error:  # damaged bytes raise almost anything
+            message = str(error)
+            if not isinstance(error, TorchFileError):
+                message = f"damaged PyTorch file ({type(error).__name__}: {message[:200]})"
+            raise TorchFileError(f"{os.fspath(path)}: {' '.join(message.split())}") from error
 
 
-class _Inert:
-    """What the pickle machine may hold besides plain data: a file can alter none of it."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state):  # pickle's default would let the file set any attribute
-        raise TorchFileError(f"refused: the pickle alters a {_kind(self)}")
-
-
-class _Storage(_Inert):
-    """A one-dimensional array that tensors look into."""
-
-    __slots__ = ("array",)
-
-
-class _Maker(_Inert):
-    """A function in a shell, since Python's functions have attributes that a file could set."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
-
-
-class _Namespace(_Inert):
-    """An argparse.Namespace; `_checked` puts `values` in its place. A class: pickle insists."""
-
-    __slots__ = ("values",)
-
-    def __new__(cls):
-        namespace = super().__new__(cls)
-        namespace.values = {}
-        return namespace
-
-    def __setstate__(self, state):
-        _require(type(state) is dict, "damaged PyTorch file (state of a Namespace)")
-        # Not a copy: a file could have the same large dict copied any number of times.
-        self.values = state
-
-
-class _Factory(_Inert):
-    """The name of a builtin type, which a defaultdict may be given; nothing else may be done."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, *args):
-        raise _refusal(f"builtins.{self.name}")
-
-
-class _Dtype(_Inert):
-    """A numpy.dtype of one kind of number."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, code: str, *unused):
-        _require(code in _NUMBERS, "refused: a NumPy scalar that is no real number")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state):
-        order = state[1]
-        _require(
-            order in ("<", ">", "|") and state == (3, order, None, None, None, -1, -1, 0),
-            "damaged PyTorch file (state of a NumPy dtype)",
-        )
-        self.dtype = self.dtype.newbyteorder(order)
-
-
-def _number(kind: _Dtype, data: bytes) -> bool | int | float:
-    """numpy's multiarray.scalar."""
-    _require(
-        type(kind) is _Dtype and type(data) is bytes and len(data) == kind.dtype.itemsize,
-        "damaged PyTorch file (NumPy scalar)",
-    )
-    return np.frombuffer(data, kind.dtype)[0].item()
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """_codecs.encode, in which old pickle protocols wrap the bytes of a NumPy scalar."""
-    # Short, lest a file multiply what it holds.
-    _require(
-        type(text) is str and len(text) <= 8 and encoding == "latin1",
-        "refused: bytes that are no NumPy scalar",
-    )
-    return text.encode("latin1")
-
-
-def _size(shape: tuple[int, ...] = ()) -> tuple[int, ...]:
-    _require(
-        type(shape) is tuple and len(shape) <= 64 and all(type(n) is int for n in shape),
-        "damaged PyTorch file (torch.Size)",
-    )
-    return shape
-
-
-def _device(kind: str, index: int | None = None) -> str:
-    _require(
-        type(kind) is str
-        and len(kind) <= 32
-        and kind.isidentifier()
-        and (index is None or (type(index) is int and 0 <= index < 1000)),
-        "damaged PyTorch file (torch.device)",
-    )
-    return kind if index is None else f"{kind}:{index}"
-
-
-def _default_dict(factory: _Factory | None = None) -> dict:
-    _require(factory is None or type(factory) is _Factory, "refused: factory of a defaultdict")
-    return {}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Resolves the few known names and refuses all others without looking them up."""
-
-    reader: "_Reader"
-
-    def find_class(self, module: str, name: str) -> Any:
-        makers = {
-            ("torch._utils", "_rebuild_tensor_v2"): self.reader.tensor,
-            ("torch._utils", "_rebuild_parameter"): self.reader.parameter,
-            ("torch", "Size"): _size,
-            ("torch", "device"): _device,
-            ("collections", "defaultdict"): _default_dict,
-            ("numpy", "dtype"): _Dtype,
-            ("numpy.core.multiarray", "scalar"): _number,
-            ("numpy._core.multiarray", "scalar"): _number,
-            ("_codecs", "encode"): _encode,
-            ("pathlib", "PosixPath"): self.reader.path,
-            ("pathlib._local", "PosixPath"): self.reader.path,  # Python 3.13
-        }
-        if maker := makers.get((module, name)):
-            return _Maker(maker)
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("argparse", "Namespace"):
-            return _Namespace
-        if module in ("builtins", "__builtin__") and name in _FACTORIES:
-            return _Factory(name)
-        if module == "torch" and (name in STORAGE_DTYPES or name in _DTYPE_NAMES):
-            return name
-        raise _refusal(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        return self.reader.storage(*pid)
-
-
-class _Reader:
-    """One open file; `budget` is how many bytes of storages and paths it can still hold."""
+class _File:
+    """One open file. `budget` is how many bytes of storages and text it may still hold."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.zip, self.folder = file, None, ""
         self.size = self.budget = os.fstat(file.fileno()).st_size
         self.arrays: dict[str, np.ndarray] = {}
+        self.calls = {
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": lambda data, *unused: data,
+            "torch.Size": lambda shape=(): shape,
+            "torch.device": self._device,
+            "collections.OrderedDict": lambda: collections.OrderedDict(),
+            "collections.defaultdict": lambda factory=None: {},
+            "argparse.Namespace": lambda: {},
+            "numpy.dtype": lambda code, *unused: code,
+            "numpy.core.multiarray.scalar": _number,
+            "numpy._core.multiarray.scalar": _number,
+            "_codecs.encode": self._encode,
+            "pathlib.PosixPath": self._path,
+            "pathlib._local.PosixPath": self._path,  # Python 3.13
+        }
 
     def read(self) -> Any:
-        start = self.file.read(64)
+        start = self.file.read(16)
         self.file.seek(0)
-        if message := not_weights(start):
-            raise TorchFileError(message)
         if start.startswith(b"PK\x03\x04"):
-            return _checked(self._read_zip())
-        if start.startswith(b"\x80"):
-            return _checked(self._read_stream())
-        raise TorchFileError(f"not a PyTorch file (it starts with {start[:16]!r})")
+            return self._read_zip()
+        _require(start.startswith(b"\x80"), f"not a PyTorch file (it starts with {start!r})")
+        return self._read_stream()
 
     def _read_zip(self) -> Any:
         self.zip = zipfile.ZipFile(self.file)
-        names = [n for n in self.zip.namelist() if f"/{n}".endswith("/data.pkl")]
+        names = [name for name in self.zip.namelist() if f"/{name}".endswith("/data.pkl")]
         _require(len(names) == 1, f"not a PyTorch file (a zip with {len(names)} data.pkl)")
         self.folder = names[0].removesuffix("data.pkl")
         if self.folder + "byteorder" in self.zip.namelist():
-            _require(self._entry("byteorder").read() == b"little", _BIG_ENDIAN)
+            _require(self._entry("byteorder").read() == b"little", "a big-endian PyTorch file")
         return self._unpickle(io.BytesIO(self._entry("data.pkl").read()))
 
     def _entry(self, name: str) -> BinaryIO:
         info = self.zip.getinfo(self.folder + name)
-        # torch never compresses; insisting on that leaves no room for a small file that inflates.
-        _require(
-            info.compress_type == zipfile.ZIP_STORED and info.file_size <= self.size,
-            f"its entry {name!r} is compressed or longer than the file",
-        )
+        # torch never compresses, and a compressed entry could inflate to any size.
+        stored = info.compress_type == zipfile.ZIP_STORED and info.file_size <= self.size
+        _require(stored, f"its entry {name!r:.100} is compressed or longer than the file")
         return self.zip.open(info)
 
     def _read_stream(self) -> Any:
-        header = self._unpickle(self.file), self._unpickle(self.file)
-        _require(header == (_MAGIC, _VERSION), "not a PyTorch file (another kind of pickle)")
-        _require(self._unpickle(self.file)["little_endian"] is True, _BIG_ENDIAN)
-        tree, keys = self._unpickle(self.file), self._unpickle(self.file)
-        _require(sorted(keys) == sorted(self.arrays), "damaged PyTorch file (list of storages)")
-        for key in keys:  # the tensors of `tree` already look into the arrays filled here
-            _require(
-                int.from_bytes(self.file.read(8), "little") == self.arrays[key].size,
-                f"truncated or damaged PyTorch file (storage {key!r})",
-            )
-            _fill(self.arrays[key], self.file)
+        # Of a map, read(n) allocates no more than is left, whatever length a damaged pickle claims.
+        with mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as start:
+            header = self._unpickle(start), self._unpickle(start)
+            _require(header == (_MAGIC, _VERSION), "not a PyTorch file (another kind of pickle)")
+            little = self._unpickle(start)["little_endian"]
+            _require(little is True, "a big-endian PyTorch file")
+            tree, keys = self._unpickle(start), self._unpickle(start)
+            self.file.seek(start.tell())
+        _require(sorted(keys) == sorted(self.arrays))
+        for key in keys:  # the tensors of `tree` are views of the arrays filled here
+            _require(int.from_bytes(self.file.read(8), "little") == self.arrays[key].size)
+            self._fill(self.arrays[key], self.file)
         return tree
 
     def _unpickle(self, file: BinaryIO) -> Any:
-        """Reads one pickle and leaves `file` just behind it."""
-        start = file.tell()
-        for op, arg, position in pickletools.genops(file):
-            # The C unpickler allocates its memo up to the highest index that a file claims.
-            _require(
-                "PUT" not in op.name or arg <= position - start,
-                "damaged PyTorch file (pickle memo index)",
-            )
-        length = file.tell() - start
-        file.seek(start)
-        unpickler = _Unpickler(io.BytesIO(file.read(length)))
-        unpickler.reader = self
-        return unpickler.load()
+        """Reads one pickle, which `file` then stands just behind."""
+        stack, marks, memo = [], [], {}
+        for op, arg, _ in pickletools.genops(file):
+            name = op.name
+            start = marks.pop() if name in _FROM_MARK else len(stack) - _TAKES.get(name, 0)
+            items = stack[start:]
+            del stack[start:]
+            if name in _VALUES:
+                stack.append(_VALUES[name])
+            elif _ARGUMENT.fullmatch(name):
+                stack.append(arg)
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[arg])
+            elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
+            elif name == "MARK":
+                marks.append(len(stack))
+            elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+                stack.append({} if name == "EMPTY_DICT" else [])
+            elif "TUPLE" in name:
+                plain = all(type(item) in _PLAIN for item in items)
+                stack.append(tuple(items) if plain else _Arguments(items))
+            elif name in ("SETITEM", "SETITEMS"):
+                _require(type(stack[-1]) in (dict, collections.OrderedDict))
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    _require(type(key) in _KEYS)  # hashing deep tuples could overflow the C stack
+                    stack[-1][key] = _plain(value)
+            elif name in ("APPEND", "APPENDS"):
+                _require(type(stack[-1]) is list)
+                stack[-1].extend(map(_plain, items))
+            elif name == "GLOBAL":
+                stack.append(self._global(*arg.split(" ", 1)))
+            elif name == "STACK_GLOBAL":
+                stack.append(self._global(*items))
+            elif name in ("REDUCE", "NEWOBJ"):
+                function, arguments = items
+                _require(type(function) is _Global)
+                stack.append(self.calls[function.name](*arguments))
+            elif name == "BUILD":
+                self._set_state(stack[-1], *items)
+            elif name == "BINPERSID":
+                stack.append(self._storage(*items[0]))
+            else:
+                allowed = name in ("PROTO", "FRAME", "STOP")
+                _require(allowed, f"it holds a pickle instruction {name}, which is not read")
+        (tree,) = stack
+        return _plain(tree)
 
-    def storage(self, kind, storage_type, key, device, count, view=None) -> _Storage:
-        """What a persistent id refers to. `view`: (own key, offset, count), from early torch."""
-        dtype = np.dtype(STORAGE_DTYPES[storage_type])
-        _require(
-            kind == "storage" and type(key) is str and type(count) is int and count >= 0,
-            "damaged PyTorch file (reference to a storage)",
-        )
+    def _global(self, module: str, attribute: str) -> Any:
+        name = ".".join((module, attribute))
+        if name in _DTYPES:
+            return _DTYPES[name]
+        known = name in self.calls or name in _STORAGES or _FACTORY.fullmatch(name)
+        _require(known, f"it names {name!r:.200}; only tensors and plain containers are read")
+        return _Global(name)
+
+    def _set_state(self, target: Any, state: Any) -> None:
+        """What `__setstate__` would do to a Namespace, a numpy.dtype or an OrderedDict."""
+        if type(target) is dict and type(state) is dict:
+            self._spend(len(state))  # a file could have one large dict copied many times
+            target.update(state)
+        elif type(target) is str:
+            _require(state[1] in ("<", "|"), "it holds a big-endian number")
+        else:
+            _require(type(target) is collections.OrderedDict)  # drops a module's _metadata
+
+    def _spend(self, count: int) -> None:
+        self.budget -= count
+        _require(self.budget >= 0, "truncated or damaged: it declares more than its size can hold")
+
+    def _storage(self, kind, storage_type, key, device, count, view=None) -> _Storage:
+        """What a persistent id refers to. `view`: (name, offset, count), from early torch."""
+        dtype = _STORAGES[storage_type.name]
+        _require(type(key) is str and type(count) is int and count >= 0)
         if key not in self.arrays:
-            self.budget -= count * dtype.itemsize
-            _require(self.budget >= 0, f"truncated: {count} x {dtype} do not fit in the file")
+            self._spend(count * dtype.itemsize)
             self.arrays[key] = np.empty(count, dtype)
             if self.zip:
-                _fill(self.arrays[key], self._entry(f"data/{key}"))
-        storage = _Storage()
-        storage.array = self.arrays[key]
-        _require(
-            (storage.array.dtype, storage.array.size) == (dtype, count),
-            f"damaged PyTorch file (storage {key!r} is declared two ways)",
-        )
-        if view is not None:
-            storage.array = self.tensor(storage, view[1], (view[2],), (1,))
-        return storage
+                self._fill(self.arrays[key], self._entry(f"data/{key}"))
+        storage = _Storage(self.arrays[key])
+        _require((storage.array.dtype, storage.array.size) == (dtype, count))
+        return storage if view is None else _Storage(self._tensor(storage, view[1], view[2:], (1,)))
 
-    def tensor(self, storage, offset, shape, strides, *unused) -> np.ndarray:
-        """torch._utils._rebuild_tensor_v2: a view of a storage, refused if it would leave it."""
+    def _fill(self, array: np.ndarray, file: BinaryIO) -> None:
+        count = file.readinto(array.view(np.uint8))
+        _require(count == array.nbytes, "truncated: bytes of a storage are missing")
+
+    def _tensor(self, storage, offset, shape, strides, *unused) -> np.ndarray:
+        """A view of a storage; refused if it would leave the storage."""
         whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
-        _require(whole and len(shape) == len(strides), "damaged PyTorch file (shape of a tensor)")
-        array, count = storage.array, math.prod(shape)
-        last = (
-            offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-            if count
-            else offset - 1
-        )
-        _require(last < array.size, "damaged PyTorch file (a tensor reaches outside its storage)")
-        # torch's expand has stride 0, so that any number of elements would fit the storage.
-        _require(count <= self.size, f"a tensor of {count} elements is larger than the file")
+        _require(whole and len(shape) <= 64)
+        array, count, last = storage.array, math.prod(shape), offset - 1
+        if count:
+            last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        # An expanded tensor has stride 0: any number of elements would fit the storage.
+        inside = last < array.size and count <= self.size
+        _require(inside, "damaged PyTorch file (a tensor reaches outside its storage)")
         steps = [s * array.itemsize for s in strides]
         return np.lib.stride_tricks.as_strided(array[offset:], shape, steps)
 
-    def parameter(self, data, *unused) -> Any:
-        """torch._utils._rebuild_parameter: in NumPy nothing but the tensor."""
-        return data
+    def _device(self, kind: str, index: int | None = None) -> str:
+        self._spend(len(kind))
+        return kind if index is None else kind + f":{index:d}"
 
-    def path(self, *parts) -> str:
-        """pathlib.PosixPath: its text. A file could have the same parts joined many times."""
-        _require(all(type(part) is str for part in parts), "damaged PyTorch file (path)")
-        self.budget -= sum(len(part) + 1 for part in parts)
-        _require(self.budget >= 0, "refused: its paths are longer than the file")
+    def _path(self, *parts: str) -> str:
+        self._spend(sum(len(part) + 1 for part in parts))
         return str(pathlib.PurePosixPath(*parts))
 
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """The bytes of a NumPy number, which old pickle protocols keep as text."""
+        self._spend(len(text))
+        return text.encode("latin1")
 
-def _fill(array: np.ndarray, file: BinaryIO) -> None:
-    count = file.readinto(array.view(np.uint8))
-    _require(count == array.nbytes, "truncated: bytes of a storage are missing")
+
+def _number(code: str, data: bytes) -> bool | int | float:
+    _require(_NUMBER.fullmatch(code), f"it holds a NumPy scalar of dtype {code!r:.100}")
+    return np.frombuffer(data, code)[0].item()
 
 
-def _require(condition: bool, otherwise: str) -> None:
+def _plain(value: Any) -> Any:
+    """`value`, which a container or the whole file holds."""
+    _require(type(value) in _PLAIN, f"it holds a {type(value).__name__}, which is no plain data")
+    return value
+
+
+def _require(condition: Any, otherwise: str = "damaged PyTorch file") -> None:
     if not condition:
         raise TorchFileError(otherwise)
-
-
-def _refusal(name: str) -> TorchFileError:
-    return TorchFileError(f"refused: it names {name!r}; only tensors and plain containers are read")
-
-
-def _kind(node: Any) -> str:
-    return type(node).__name__.removeprefix("_").lower()
-
-
-def _checked(tree: Any) -> Any:
-    """Returns `tree`, with a dict for each Namespace, if it is what `read` promises.
-
-    A loop: files may nest deeper than Python.
-    """
-    root, seen, tuples = [tree], set(), {}
-
-    def plain(node):
-        if type(node) is _Namespace:
-            return node.values
-        if type(node) is not tuple:
-            return node
-        if id(node) not in tuples:
-            # With `node` itself: as long as it lives, nothing else has its id.
-            tuples[id(node)] = node, tuple(map(plain, node))
-        return tuples[id(node)][1]
-
-    todo = [root]
-    while todo:
-        node = todo.pop()
-        if type(node) in _LEAVES or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if type(node) is collections.OrderedDict:
-            vars(node).clear()  # a module's _metadata; it could also hide the methods
-        if type(node) in (dict, collections.OrderedDict):
-            for key, value in list(dict.items(node)):
-                node[key] = plain(value)
-            todo += [*dict.keys(node), *dict.values(node)]
-        elif type(node) is list:
-            node[:] = map(plain, node)
-            todo += node
-        elif type(node) is tuple:
-            todo += node
-        else:
-            raise TorchFileError(f"refused: it holds a {_kind(node)}, not plain data")
-    return root[0]
