@@ -188,7 +188,8 @@ def test_the_program_reads_what_the_launcher_checked():
     arguments += [f"--config.{f}={overrides.flag_text(f, v)}" for f, v in values.items()]
     program = (
         "import sys; from mirai_jax import main\nfrom mirai_jax.config import compare\n"
-        "main.parse_flags(sys.argv); print(compare.to_json(main._CONFIG.value))"
+        "main.train.train = lambda config, workdir: print(compare.to_json(config))\n"
+        "main.main(main.parse_flags(sys.argv))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120

@@ -22,7 +22,7 @@ from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.teaching import figures
 from mirai_jax.teaching import settings as settings_lib
-from mirai_jax.teaching.settings import Settings
+from mirai_jax.teaching.settings import TeacherRunConfig, TeacherRunSettings
 from mirai_jax.teaching.step import Recipe, init_state, make_measure, make_train_step
 from mirai_jax.training import components
 from mirai_jax.training.checkpoint import Checkpoints, last_whole
@@ -66,7 +66,7 @@ def teach(
     workdir = pathlib.Path(workdir).expanduser()
     config = fields.plain(config)
     title, last = f"{settings.name}-{settings.scale}", settings.num_steps
-    begin = steps_done(title, last, workdir, config, log)
+    begin = steps_done(title, last, workdir, config, log, TeacherRunConfig)
     if (
         begin == last
         and (workdir / "summary.png").exists()
@@ -111,7 +111,7 @@ def teach(
     _Run(settings, recipe, tokenizer_params, batches, held_out, workdir, devices, log).run()
 
 
-def make_batches(settings: Settings, train: LabelledImages) -> pipeline.Batches:
+def make_batches(settings: TeacherRunSettings, train: LabelledImages) -> pipeline.Batches:
     """The endless stream of {'image': uint8 (B, H, W, C), 'label': int32 (B,)}; raises DataError."""
     return pipeline.make_dataset(
         records.CodedImages(None, train.labels, train.images),
@@ -133,7 +133,7 @@ class _Run:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: TeacherRunSettings,
         recipe: Recipe,
         tokenizer_params: Any,
         batches: pipeline.Batches,
