@@ -41,9 +41,7 @@ def test_an_unknown_chip_is_one_line():
 
 @pytest.mark.skipif(HAS_CUDA, reason="the compiler for GPUs is installed")
 def test_without_the_compiler_for_gpus_it_says_how_to_get_it():
-    assert "--chip=h100: its compiler knows no such chip, or is not installed" in refusal(
-        "h100", 8
-    )
+    assert "--chip=h100: its compiler knows no such chip, or is not installed" in refusal("h100", 8)
     assert "'.[cuda]'" in refusal("a100", 1)
 
 

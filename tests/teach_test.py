@@ -98,7 +98,7 @@ def test_imagenet_has_dinov2():
 
 
 @pytest.mark.parametrize(
-    "field, value, told",
+    "field, value, message",
     [
         ("objective", "clusters", "one of labels, masked, both"),
         ("network.width", 96, "a multiple of 64"),
