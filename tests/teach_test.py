@@ -141,7 +141,7 @@ def test_the_program_tells_wrong_arguments_in_one_line(monkeypatch, tmp_path, ca
         ([f"--config={file}:imagenet_b"], "has no teacher of its own"),
         (
             [f"--config={file}", "--config.masked=1"],
-            "masked does not exist; the fields of the conf",
+            "masked (given '1') does not exist; the fields of conf",
         ),
         ([f"--config={file}", "--config.seed=1.5"], "seed"),
         ([f"--config={file}", "more"], "'more' is not understood"),

@@ -123,7 +123,7 @@ def complete(group: type, config: Any) -> Any:
         elif declared.default is not dataclasses.MISSING:
             made.setdefault(name, declared.default)
         if (inner := _entries_of(declared)) and isinstance(made[name], (tuple, list)):
-            made[name] = tuple(complete(inner, entry) for entry in made[name])
+            made[name] = type(made[name])(complete(inner, entry) for entry in made[name])
     return made
 
 

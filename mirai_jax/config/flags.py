@@ -1,6 +1,7 @@
 """The config of a command line, for every program that takes --config=FILE[:scale]."""
 
 import contextlib
+import pathlib
 import re
 
 from absl import flags
@@ -21,8 +22,11 @@ def parse_config(arguments: list[str]) -> ConfigDict:
     Raises:
         ConfigError: one line.
     """
-    if not arguments[0].removeprefix("--config="):
+    path = arguments[0].removeprefix("--config=").partition(":")[0]
+    if not path:
         raise ConfigError("--config is missing; it must be a file such as configs/mirai_e.py")
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"config is {path!r}, which is no file")
     try:
         return _parse(arguments)
     except Exception as error:  # a config file and its flags may raise anything
@@ -30,7 +34,8 @@ def parse_config(arguments: list[str]) -> ConfigDict:
         with contextlib.suppress(Exception):  # the first error is the one to report
             text = _unknown_field(arguments) or text
         # ml_collections wraps the error of a config file in its traceback: the last line.
-        raise ConfigError(text.splitlines()[-1].removeprefix("ValueError: ")) from error
+        line = text.splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise ConfigError(line.removeprefix("flag --config.")) from error
 
 
 def _parse(arguments: list[str]) -> ConfigDict:
