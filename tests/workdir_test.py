@@ -140,7 +140,7 @@ def test_a_full_disk_is_told_at_once_and_not_again_by_closing(tmp_path, pattern)
         fill_up(tmp_path, pattern)
         with pytest.raises(OSError, match="No space left"):
             writer.step(2, {"loss": 1.0})
-        raise TrainingError("the run cannot go on")
+        raise TrainingError("the run ends")
     writer.close()
     assert metrics_writer.read_metrics(tmp_path)[0] == {"step": 1, "loss": 1.0}
 

@@ -66,7 +66,7 @@ def _unknown_field(arguments: list[str]) -> str | None:
                 allowed = list(node.keys()) if hasattr(node, "keys") else []
             if key not in allowed:
                 listed = ", ".join(allowed) or "none"
-                return f"{flag} (given {value!r}) does not exist; the fields of {walked}: {listed}"
+                return f"{flag} does not exist (given {value!r}); the fields of {walked}: {listed}"
             walked += key if key.startswith("[") else f".{key}"
             node = node[int(key[1:-1])] if isinstance(node, tuple) else node[key]
     return None
