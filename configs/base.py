@@ -83,7 +83,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.name = "images"  # mnist, fashion_mnist (in memory), or images (the fields below)
     data.path = ""  # folder of shards of codes (python -m mirai_jax.extract), or of IDX files;
     #                 'tfds' lets tfds fetch fashion_mnist
-    data.images = ""  # where the images themselves are, for a teacher that looks at them and for
+    data.images = ""  # where the images themselves are, for a teacher that takes them and for
     #                   codes made online: a folder with a folder a class, tfds:NAME[:SPLIT], or
     #                   grain:MODULE:SOURCE (see mirai_jax/data/sources.py)
     data.codes = "stored"  # stored, or online: the tokenizer runs in the step, on the crop itself

@@ -1,10 +1,10 @@
-"""A teacher of one's own for Mirai-I: the frozen bidirectional encoder, trained on the data set itself.
+"""An encoder for Mirai-I, trained on the data set itself instead of taken from a file.
 
     python -m mirai_jax.teach --config=configs/teacher.py[:scale]          first, once
     python -m mirai_jax.main --config=configs/mirai_i.py[:scale] --config.teacher.name=dinov2 \\
         --config.teacher.path=runs/teacher-SCALE --config.teacher.image_size=0
 
-It is for data where DINOv2 does not fit or is not at hand: the same vision transformer, its patches
+It is for data where DINOv2 does not fit or is not available: the same vision transformer, its patches
 those of the tokenizer, so that it has one feature vector a token. It sees the images that the
 generator trains on, never the held-out ones. The scales are the small ones of configs/base.py: demo
 (also without a colon), fashion_mnist, fashion_mnist_medium.
@@ -24,7 +24,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     scale = scale or "demo"
     if scale not in SCALES:
         raise ValueError(
-            f"scale '{scale}' has no teacher of its own; after the colon goes one of "
+            f"scale '{scale}' has no encoder to train; after the colon goes one of "
             f"{', '.join(SCALES)} (at the imagenet scales DINOv2 is the teacher)"
         )
     generator = base.get_config(scale)  # what the encoder will be the teacher of

@@ -21,6 +21,7 @@ from typing import Any
 from launch import speedup, study
 from launch.study import Measure
 from mirai_jax.config import fields
+from mirai_jax.config.schema import RunConfig
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 
 MEASURED = (
@@ -215,7 +216,7 @@ def _read_run(folder: pathlib.Path) -> Run:
         seed=of_config("seed", int),
         steps=of_run("steps", int),
         batch_size=of_config("batch_size", int),
-        config=fields.completed(config),
+        config=fields.complete(RunConfig, config),
         command=of_run("command", str),
         seconds=seconds(folder / "run.json", message),
         machine=of_run("machine", str),

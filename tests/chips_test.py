@@ -41,9 +41,7 @@ def test_an_unknown_chip_is_one_line():
 
 @pytest.mark.skipif(HAS_CUDA, reason="the compiler for GPUs is installed")
 def test_without_the_compiler_for_gpus_it_says_how_to_get_it():
-    assert "--plan_for=h100: its compiler knows no such chip, or is not installed" in refusal(
-        "h100", 8
-    )
+    assert "--chip=h100: its compiler knows no such chip, or is not installed" in refusal("h100", 8)
     assert "'.[cuda]'" in refusal("a100", 1)
 
 
@@ -70,8 +68,8 @@ def plan(chip, count, *more, variant="mirai_e"):
     fields = [f"--config.model.{field}" for field in (*SMALL, "grid=(16,16)")]
     quick = {} if chip else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of the time
     done = subprocess.run(
-        [sys.executable, "-m", "mirai_jax.main", f"--config=configs/{variant}.py:imagenet_b", *fields,
-         f"--plan={count}", f"--plan_for={chip}", "--config.batch_size=32", *more],
+        [sys.executable, "-m", "mirai_jax.plan", f"--config=configs/{variant}.py:imagenet_b", *fields,
+         f"--devices={count}", f"--chip={chip}", "--config.batch_size=32", *more],
         cwd=ROOT, env={**os.environ, "XLA_FLAGS": "", **quick}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -106,5 +104,5 @@ def test_the_step_compiles_for_gpus(chip):
 @pytest.mark.skipif(not HAS_TPU, reason="the compiler for TPUs is not installed")
 def test_the_step_compiles_for_a_tpu_slice():
     assert 0 < plan("v5e:2x2", 4)["temporary"] < 1000
-    with pytest.raises(AssertionError, match="has 4 devices: --plan=4"):
+    with pytest.raises(AssertionError, match="has 4 devices: --devices=4"):
         plan("v5e:2x2", 8)

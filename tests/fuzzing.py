@@ -1,7 +1,8 @@
-"""What the tests of arbitrary input share: the same examples every time, and how many there were."""
+"""What the tests of arbitrary input share: reproducible examples, their count, and changes of nested trees."""
 
 import collections
 import copy
+import functools
 import json
 
 import pytest
@@ -92,3 +93,35 @@ def damaged_json(draw, whole):
 
 def flipped(raw, position, bit):
     return raw[:position] + bytes([raw[position] ^ 1 << bit]) + raw[position + 1 :]
+
+
+def children(tree):
+    return dict(enumerate(tree)) if isinstance(tree, tuple) else tree
+
+
+def paths_of(tree, path=()):
+    """The paths of all dictionaries, tuples and leaves; ('foresight', 0, 'offsets') is one."""
+    inner = children(tree) if isinstance(tree, (dict, tuple)) else {}
+    return [path] * bool(path) + [p for k in inner for p in paths_of(inner[k], (*path, k))]
+
+
+def at(tree, path):
+    return functools.reduce(lambda tree, key: children(tree)[key], path, tree)
+
+
+def changed(tree, path, change):
+    """A copy of the tree, with `change(dictionary, key)` applied where the path ends."""
+    inner = dict(children(tree))
+    if len(path) == 1:
+        change(inner, path[0])
+    else:
+        inner[path[0]] = changed(inner.get(path[0], {}), path[1:], change)
+    return tuple(inner.values()) if isinstance(tree, tuple) else inner
+
+
+def replaced(tree, path, value):
+    return changed(tree, path, lambda inner, key: inner.update({key: value}))
+
+
+def missing(tree, path):
+    return changed(tree, path, lambda inner, key: inner.pop(key))

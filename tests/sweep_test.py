@@ -188,7 +188,8 @@ def test_the_program_reads_what_the_launcher_checked():
     arguments += [f"--config.{f}={overrides.flag_text(f, v)}" for f, v in values.items()]
     program = (
         "import sys; from mirai_jax import main\nfrom mirai_jax.config import compare\n"
-        "main.parse_flags(sys.argv); print(compare.to_json(main._CONFIG.value))"
+        "main.train.train = lambda config, workdir: print(compare.to_json(config))\n"
+        "main.main(main.parse_flags(sys.argv))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120
@@ -297,15 +298,15 @@ def test_wrong_runs_are_told_together(tmp_path):
         plan.make_runs(entries, "demo", {}, tmp_path / "out")
     expected = [
         "student_layer=9: foresight[0].student_layer is 9; it must be a block of the model, 1 to 4",
-        "weight=3: foresight[0].weight does not exist; the fields of foresight[0]: anchor, borders",
-        "level=output: foresight[0].level does not exist; foresight has 0 entries",
+        "weight=3: config.foresight[0].weight does not exist (given '3'); the fields of config.foresight[0]",
+        "level=output: config.foresight[0].level does not exist (given 'output')",
         "seed=0.5: seed=0.5: invalid literal for int",
         "cached=1: teacher.cached is 1, which the program reads as True",
-        "depth=3: model.depth does not exist; the fields of model: attention, class_dropout",
+        "depth=3: config.model.depth does not exist (given '3'); the fields of config.model",
         "none: config is 'configs/none.py', which is no file",
         "llamagen-huge: scale 'huge' is unknown",
         "llamagen-imagenet_b: data.path is ''; it must be a folder of codes",
-        "'seed; rm' is no field",
+        "config.seed; rm does not exist (given '3')",
         "seed=2: there is no config",
         "is the same run as mirai_e-seed=1",
         "the sweep yields it twice",

@@ -95,7 +95,7 @@ def test_every_scale_reads_and_has_the_generators_grid_and_images(scale):
 
 
 def test_imagenet_has_dinov2():
-    with pytest.raises(ValueError, match="'imagenet_b' has no teacher of its own; .*DINOv2"):
+    with pytest.raises(ValueError, match="'imagenet_b' has no encoder to train; .*DINOv2"):
         teacher.get_config("imagenet_b")
 
 
@@ -140,10 +140,10 @@ def test_the_program_tells_wrong_arguments_in_one_line(monkeypatch, tmp_path, ca
     for arguments, message in [
         ([], "--config is missing"),
         (["--config=no_such.py"], "'no_such.py', which is no file"),
-        ([f"--config={file}:imagenet_b"], "has no teacher of its own"),
+        ([f"--config={file}:imagenet_b"], "has no encoder to train"),
         (
             [f"--config={file}", "--config.masked=1"],
-            "masked does not exist; the fields of the conf",
+            "masked does not exist (given '1'); the fields of conf",
         ),
         ([f"--config={file}", "--config.seed=1.5"], "seed"),
         ([f"--config={file}", "more"], "'more' is not understood"),

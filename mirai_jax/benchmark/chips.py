@@ -110,17 +110,15 @@ def devices(name: str, count: int) -> list[jax.Device]:
         given, extra = {"platform": "tpu", "topology_name": name}, "tpu"
     else:
         known = ", ".join(GPUS)
-        raise ConfigError(
-            f"--plan_for is {name!r}, must be {known}, or a TPU slice such as v5e:2x4"
-        )
+        raise ConfigError(f"--chip is {name!r}, must be {known}, or a TPU slice such as v5e:2x4")
     jax.config.update("jax_platforms", "cpu")
     try:
         found = list(topologies.get_topology_desc(**given).devices)
     except Exception as error:  # each plugin has its own
         raise ConfigError(
-            f"--plan_for={name}: its compiler knows no such chip, or is not installed (pip install "
+            f"--chip={name}: its compiler knows no such chip, or is not installed (pip install "
             f"'.[{extra}]'): {first_line(error)[:200]}"
         ) from error
     if len(found) != count:
-        raise ConfigError(f"--plan_for={name} has {len(found)} devices: --plan={len(found)}")
+        raise ConfigError(f"--chip={name} has {len(found)} devices: --devices={len(found)}")
     return found

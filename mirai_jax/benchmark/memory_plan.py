@@ -1,8 +1,8 @@
 """How much memory a device needs for a run, by its step, compiled ahead of time.
 
-`main --plan` compiles with XLA for CPUs and simulated devices. That splits arrays over them as for
+`mirai_jax.plan` compiles with XLA for CPUs and simulated devices. That splits arrays over them as for
 accelerators; it stores some bfloat16 numbers in 4 bytes, and orders work without regard to memory, so
-that an accelerator should need no more. With `--plan_for` it is the accelerator's own compiler (benchmark/chips.py).
+that an accelerator should need no more. With `--chip` it is the accelerator's own compiler (benchmark/chips.py).
 """
 
 import dataclasses

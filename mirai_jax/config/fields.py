@@ -1,181 +1,206 @@
-"""Typed, checked access to the fields of a nested dictionary; every refusal is one line.
+"""A config field in one line: its type, default, bounds, and whether a resumed run may change it.
 
-`config/schema.py` says which fields there are and what they may be; this file says how a wrong one is told:
-its name, its value and what is allowed.
+    @dataclasses.dataclass(frozen=True)
+    class OptimizerFields:
+        learning_rate: float = field(1e-4, at_least=0)
+        schedule: str = field("constant", choices=SCHEDULES)
+
+A group of fields is a dataclass. A field of it may be another group (`optimizer: OptimizerFields`) or
+a tuple of groups (`foresight: tuple[TermFields, ...]`). `read` checks a config against such a dataclass:
+a field that the config lacks takes its default, a field that the dataclass lacks is an error.
 """
 
+import dataclasses
 import math
+import re
 import typing
 import unicodedata
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from mirai_jax.utils.errors import ConfigError
+from mirai_jax.utils.trees import plain, shown
+
+T = TypeVar("T")
+Check = Callable[[str, Any, str], None]  # `check` of a config
 
 
-def shown(value: Any) -> str:
-    """The value as a message can hold it: its repr in one line, cut where it is long."""
+def field(
+    default: Any = dataclasses.MISSING,
+    *,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    choices: Iterable[str] = (),
+    resumable: bool = False,
+) -> Any:
+    """Declares a field of a config.
+
+    Args:
+        default: of a config without the field: what runs from before the field existed computed with.
+            A field without a default is required.
+        at_least, at_most, below: bounds of a number.
+        choices: the allowed strings.
+        resumable: whether a run may resume with another value.
+    """
+    bounds = {"at least": at_least, "at most": at_most, "less than": below}
+    allowed = " and ".join(f"{word} {n}" for word, n in bounds.items() if math.isfinite(n))
+    if choices:
+        allowed = "one of " + ", ".join(choice or "''" for choice in choices)
+
+    def good(value: Any) -> bool:
+        return value in choices if choices else at_least <= value <= at_most and value < below
+
+    metadata = {"good": good, "allowed": allowed, "resumable": resumable}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def read(group: type[T], config: Any) -> T:
+    """Reads a config: a ConfigDict, or the dictionary of a workdir's config.json.
+
+    Raises:
+        ConfigError: the first wrong, unknown or missing field, in one line.
+    """
     try:
-        text = " ".join(repr(value).splitlines())
-    except Exception:  # anything may be in a config file: an int of 5,000 digits has no repr
-        return f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
+        config = plain(config)
+    except RecursionError:
+        raise ConfigError("the config holds itself, or groups of fields nested too deep") from None
+    return _read(group, config, "")
 
 
-def require(good: bool, field: str, value: Any, allowed: str) -> None:
-    """Raises ConfigError("<field> is <value>; it must be <allowed>") unless `good`."""
+def _read(group: type[T], values: Any, path: str) -> T:
+    require(isinstance(values, Mapping), path or "the config", values, "a group of fields")
+    known = {declared.name: declared for declared in dataclasses.fields(group)}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(
+                f"config field {shown(_join(path, str(name)))} (given {shown(value)}) does not exist; "
+                f"the fields here are {', '.join(known)}"
+            )
+    made = {}
+    for name, declared in known.items():
+        where = _join(path, name)
+        if inner := _group_of(declared):
+            made[name] = _read(inner, values.get(name, {}), where)
+        elif name not in values:
+            if declared.default is dataclasses.MISSING:
+                raise ConfigError(f"config field {where} is missing")
+            made[name] = declared.default
+        elif inner := _entries_of(declared):
+            entries = enumerate(typed(where, values[name], tuple))
+            made[name] = tuple(_read(inner, entry, f"{where}[{i}]") for i, entry in entries)
+        else:
+            made[name] = typed(where, values[name], declared.type)
+            rule = declared.metadata
+            if rule["allowed"]:
+                require(rule["good"](made[name]), where, made[name], rule["allowed"])
+    return group(**made)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _group_of(declared: dataclasses.Field) -> type | None:
+    return declared.type if dataclasses.is_dataclass(declared.type) else None
+
+
+def _entries_of(declared: dataclasses.Field) -> type | None:
+    """The group of each entry, of a field that is a tuple of groups."""
+    entry = (*typing.get_args(declared.type), None)[0]
+    return entry if dataclasses.is_dataclass(entry) else None
+
+
+def complete(group: type, config: Any) -> Any:
+    """The config with the default of every field that it lacks. What has another shape is left as is."""
+    if not isinstance(config, Mapping):
+        return config
+    made = dict(config)
+    for declared in dataclasses.fields(group):
+        name = declared.name
+        if inner := _group_of(declared):
+            made[name] = complete(inner, config.get(name, {}))
+        elif declared.default is not dataclasses.MISSING:
+            made.setdefault(name, declared.default)
+        if (inner := _entries_of(declared)) and isinstance(made[name], (tuple, list)):
+            made[name] = type(made[name])(complete(inner, entry) for entry in made[name])
+    return made
+
+
+def resumable(group: type, path: str = "") -> Iterator[str]:
+    """The names of the fields that a resumed run may change; of terms 'foresight[].checkpoint'."""
+    for declared in dataclasses.fields(group):
+        where = _join(path, declared.name)
+        if inner := _group_of(declared):
+            yield from resumable(inner, where)
+        elif inner := _entries_of(declared):
+            yield from resumable(inner, f"{where}[]")
+        elif declared.metadata.get("resumable"):
+            yield where
+
+
+def fill(cls: type[T], given: Any, **more: Any) -> T:
+    """A dataclass made of the attributes of `given` that have its fields' names, and of `more`."""
+    names = {f.name for f in dataclasses.fields(cls)} - more.keys()
+    return cls(**{name: getattr(given, name) for name in names if hasattr(given, name)}, **more)
+
+
+def require(good: Any, name: str, value: Any, allowed: str) -> None:
+    """Raises ConfigError("<name> is <value>; it must be <allowed>") unless `good`."""
     if not good:
-        raise ConfigError(f"{field} is {shown(value)}; it must be {allowed}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be {allowed}")
 
 
-def choice(field: str, value: str, allowed: typing.Iterable[str], more: str = "") -> None:
-    """Requires one of `allowed`; `more` ends the message."""
-    require(
-        value in allowed, field, value, " ".join(["one of " + ", ".join(allowed), more]).strip()
-    )
+def check(config: Any, name: str, good: Any, allowed: str) -> None:
+    """`require`, with the value that the config (as `read` gives it) has at `name`."""
+    value = config
+    for key in re.findall(r"\w+", name):
+        value = value[int(key)] if key.isdigit() else getattr(value, key)
+    require(good, name, value, allowed)
 
 
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "a string",
-    tuple: "a tuple",
-}
+_ONE = {int: "a whole number of at most 31 bits", float: "a number: 0, or 1e-37 to 3e38 in size"}
+_ONE |= {bool: "True or False", str: "a string without control characters", tuple: "a tuple"}
+_MANY = {int: "whole numbers", float: "numbers"}
 _CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode: control, half a surrogate pair, ends of lines
 
 
-def typed(field: str, value: Any, kind: type) -> Any:
-    """The value as `kind`; an int passes for a float, a list for a tuple, nothing else is bent.
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """The value as `kind`: int, float, bool, str, tuple, or a tuple of one of these.
 
-    Numbers must be ones that the step can hold, in int32 and float32.
+    An int passes for a float and a list for a tuple. Numbers must fit in int32 and float32.
     """
+    try:
+        return _convert(value, kind)
+    except ValueError:
+        raise ConfigError(f"{name} is {shown(value)}; it must be {_words(kind)}") from None
+
+
+def _words(kind: Any, many: bool = False) -> str:
+    entries = typing.get_args(kind)
+    if not entries:
+        return (_MANY if many else _ONE)[kind]
+    shape = "tuple" if entries[-1] is ... else "pair"
+    return f"{f'{shape}s' if many else f'a {shape}'} of {_words(entries[0], many=True)}"
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Raises ValueError if the value is not of this kind."""
+    entries = typing.get_args(kind)
+    if kind is tuple or entries:
+        size = len(entries) if entries and entries[-1] is not ... else None
+        if not isinstance(value, (tuple, list)) or size not in (None, len(value)):
+            raise ValueError
+        return tuple(_convert(v, entries[0]) if entries else v for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) <= 3e38 else math.inf
-    if kind is tuple and isinstance(value, list):
-        value = tuple(value)
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    require(good, field, value, _KINDS[kind])
-    if kind is int:
-        require(abs(value) < 2**31, field, value, "a whole number of at most 31 bits")
-    if kind is float:
-        held = value == 0 or 1e-37 <= abs(value) <= 3e38  # not so of NaN
-        require(held, field, value, "a number: 0, or 1e-37 to 3e38 in size")
-    if kind is str:
+    if good and kind is int:
+        good = abs(value) < 2**31
+    elif good and kind is float:
+        good = value == 0 or 1e-37 <= abs(value) <= 3e38  # not NaN
+    elif good and kind is str:
         good = not any(unicodedata.category(c) in _CONTROL for c in value)
-        require(good, field, value, "a string without control characters")
+    if not good:
+        raise ValueError
     return value
-
-
-class Section:
-    """One level of the config: hands out typed fields, and knows which were asked for."""
-
-    def __init__(self, path: str, values: Any):
-        require(isinstance(values, Mapping), path, values, "a group of fields")
-        self._path, self._values = path, values
-        self._sections: list[Section] = []
-        self._asked: list[str] = []
-
-    def name(self, field: str) -> str:
-        """The whole path of a field here, as it is overridden."""
-        return f"{self._path}.{field}" if self._path else field
-
-    def raw(self, field: str) -> Any:
-        """The value as it is; a field that is not there is told by name."""
-        self._asked.append(field)
-        if field not in self._values:
-            raise ConfigError(f"config field {self.name(field)} is missing")
-        return self._values[field]
-
-    def get(self, field: str, kind: type) -> Any:
-        """The value as an int, float, bool, str or tuple."""
-        return typed(self.name(field), self.raw(field), kind)
-
-    def number(self, field: str, kind: type, low: float, high: float = math.inf) -> Any:
-        """An int or float between `low` and `high`, both allowed."""
-        value = self.get(field, kind)
-        top = "" if high == math.inf else f" and at most {high}"
-        require(low <= value <= high, self.name(field), value, f"at least {low}{top}")
-        return value
-
-    def choice(self, field: str, allowed: typing.Iterable[str]) -> str:
-        """A string that is one of `allowed`."""
-        value = self.get(field, str)
-        choice(self.name(field), value, allowed)
-        return value
-
-    def section(self, field: str) -> "Section":
-        """The group of fields below `field`."""
-        self._sections.append(Section(self.name(field), self.raw(field)))
-        return self._sections[-1]
-
-    def sections(self, field: str) -> list["Section"]:
-        """The entries of a tuple of groups: `field[0]`, `field[1]`, ..."""
-        entries = enumerate(self.get(field, tuple))
-        made = [Section(f"{self.name(field)}[{i}]", values) for i, values in entries]
-        self._sections += made
-        return made
-
-    def refuse_unknown(self) -> None:
-        """Raises for a field, here or below, that nothing asked for: it would be ignored."""
-        for field in self._values:
-            if field not in self._asked:
-                name = shown(self.name(str(field)))
-                raise ConfigError(
-                    f"config field {name} (given {shown(self._values[field])}) does not exist; the "
-                    f"fields here are {', '.join(self._asked)}"
-                )
-        for section in self._sections:
-            section.refuse_unknown()
-
-
-def probability(section: Section, field: str) -> float:
-    value = section.get(field, float)
-    require(0 <= value < 1, section.name(field), value, "at least 0 and less than 1")
-    return value
-
-
-def pair(field: str, value: Any) -> tuple[int, int]:
-    good = isinstance(value, (tuple, list)) and len(value) == 2
-    good = good and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    require(good, field, value, "a pair of whole numbers")
-    return tuple(typed(field, v, int) for v in value)
-
-
-def numbers(field: str, values: Any, size: int | None = None) -> tuple[float, ...]:
-    good = isinstance(values, (tuple, list)) and (size is None or len(values) == size)
-    require(good, field, values, "a tuple of numbers" if size is None else f"{size} numbers each")
-    return tuple(typed(field, v, float) for v in values)
-
-
-def plain(config: Any) -> Any:
-    """ConfigDicts inside tuples too, as plain dictionaries."""
-    if hasattr(config, "items"):
-        return {key: plain(value) for key, value in config.items()}
-    if isinstance(config, (tuple, list)):
-        return tuple(plain(value) for value in config)
-    return config
-
-
-# Fields that came later than some workdirs, with the value that these were computed with.
-_ADDED = {"model": {"attention": "auto"}}
-_ADDED_TO_TERMS = {"targets": "own"}
-
-
-def completed(config: Any) -> Any:
-    """What a config.json holds, with the fields that did not exist when it was written.
-
-    Anything that is not shaped like a config is left as it is, for the reader to refuse.
-    """
-    if not isinstance(config, Mapping):
-        return config
-    config = dict(config)
-    for name, added in _ADDED.items():
-        if isinstance(config.get(name), Mapping):
-            config[name] = {**added, **config[name]}
-    terms = config.get("foresight")
-    if isinstance(terms, (list, tuple)):
-        config["foresight"] = [
-            {**_ADDED_TO_TERMS, **term} if isinstance(term, Mapping) else term for term in terms
-        ]
-    return config

@@ -1,16 +1,22 @@
-"""Reads a config, once: every field checked and handed on in the frozen dataclasses that modules take.
+"""The fields of a run's config, one a line, and what they ask of each other.
 
-Nothing else reads the ConfigDict. Every mistake is a ConfigError of one line that names the field,
-its value and what is allowed, raised before anything is compiled.
+`read` gives the frozen dataclasses that the modules take; nothing else reads the ConfigDict. Every
+mistake is a ConfigError of one line that names the field, its value and what is allowed, raised before
+anything is compiled. What each field means stands in configs/base.py.
+
+A new field is a line here and a line there. Its default here is for configs of runs from before the
+field existed: the value that they computed with.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from mirai_jax import foresight, sharding
 from mirai_jax.config import fields
+from mirai_jax.config.fields import Check, field, fill
 from mirai_jax.models import attention
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
@@ -21,21 +27,84 @@ from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils.errors import ConfigError
 
 SMALL_SETS = ("mnist", "fashion_mnist")
+DTYPES = ("float32", "bfloat16")
 PATCH = 14  # pixels a side of a patch of every published DINOv2
-_LARGEST = 2**14  # of a model's dimensions: beyond it a slip would be told by a failed allocation
+LARGEST = 2**14  # of a model's dimensions: beyond it an allocation fails
+_LAST_EPOCH = 1e6  # more than any run has; in steps it must stay a finite number
+
+
+def probability(default: float) -> Any:
+    return field(default, at_least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFields:
+    """`model.*`; see GeneratorConfig."""
+
+    size: str = field("B", choices=("", *generator_lib.SIZES))
+    num_layers: int = field(0, at_least=0, at_most=LARGEST)
+    num_heads: int = field(0, at_least=0, at_most=LARGEST)
+    width: int = field(0, at_least=0, at_most=LARGEST)
+    vocab_size: int = field(16384, at_least=2, at_most=2**16)  # shards hold 16 bits a code
+    num_classes: int = field(1000, at_least=1, at_most=10**6)
+    grid: tuple[int, int] = field((16, 16))
+    token_dropout: float = probability(0.1)
+    residual_dropout: float = probability(0.1)
+    ffn_dropout: float = probability(0.1)
+    class_dropout: float = probability(0.1)
+    dtype: str = field("bfloat16", choices=DTYPES)
+    unroll: int = field(1, at_least=1, resumable=True)
+    remat: str = field("none", choices=tuple(generator_lib.REMAT), resumable=True)
+    attention: str = field("auto", choices=attention.KERNELS, resumable=True)  # changes rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class TermFields:
+    """`foresight[i].*`; see foresight.Term."""
+
+    name: str = field("")
+    source: str = field("ema", choices=foresight.SOURCES)
+    level: str = field("internal", choices=foresight.LEVELS)
+    layout: str = field("2d", choices=foresight.LAYOUTS)
+    offsets: tuple = field(((0, 0), (0, 1), (1, 0)))
+    targets: str = field("own", choices=foresight.TARGETS)
+    borders: str = field("wrap", choices=foresight.BORDERS)
+    anchor: str = field("consumed", choices=foresight.ANCHORS)
+    weights: tuple[float, ...] = field((2.0,))
+    reduction: str = field("sum", choices=foresight.REDUCTIONS)
+    student_layer: int = field(0, at_least=0)
+    teacher_layer: int = field(0, at_least=0)
+    start_epoch: float = field(15.0, at_least=0, at_most=_LAST_EPOCH)
+    schedule: tuple[tuple[float, float], ...] = field(((80.0, 0.5),))
+    projector_width: int = field(2048, at_least=1, at_most=LARGEST)
+    checkpoint: str = field("", resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerFields:
+    """`optimizer.*`; see OptimizerConfig."""
+
+    learning_rate: float = field(1e-4, at_least=0)
+    schedule: str = field("constant", choices=SCHEDULES)
+    warmup_steps: int = field(0, at_least=0)
+    b1: float = probability(0.9)
+    b2: float = probability(0.95)
+    eps: float = field(1e-8, at_least=1e-16)
+    weight_decay: float = field(0.05, at_least=0)
+    clip_norm: float = field(1.0, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     """`data.*`."""
 
-    name: str
-    path: str
-    images: str
-    codes: str
-    crop_range: float
-    held_out: int
-    num_workers: int
+    name: str = field("images", choices=(*SMALL_SETS, "images"))
+    path: str = field("", resumable=True)  # files may move: parts.json has the checksums of data
+    images: str = field("", resumable=True)
+    codes: str = field("stored", choices=("stored", "online"))
+    crop_range: float = field(1.1, at_least=1, at_most=4)
+    held_out: int = field(0, at_least=0)
+    num_workers: int = field(8, at_least=0, at_most=1024, resumable=True)
 
     @property
     def in_memory(self) -> bool:
@@ -50,52 +119,92 @@ class DataSettings:
 class TokenizerSettings:
     """`tokenizer.*`."""
 
-    name: str
-    path: str
-    image_size: int
-    patch: int
+    name: str = field("vq16", choices=("patch", *MULTIPLIERS))
+    path: str = field("", resumable=True)
+    image_size: int = field(256, at_least=1, at_most=4096)
+    patch: int = field(4, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSettings:
     """`teacher.*`."""
 
-    name: str
-    path: str
-    image_size: int
-    layer: int
-    stage: int
-    dtype: str
-    cached: bool
+    name: str = field("dinov2_vitb14", choices=TEACHERS)
+    path: str = field("", resumable=True)
+    image_size: int = field(0, at_least=0, at_most=4096)
+    layer: int = field(0, at_least=0)
+    stage: int = field(5, at_least=1, at_most=7)
+    dtype: str = field("float32", choices=DTYPES)
+    cached: bool = field(False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """A whole run, typed and checked. The fields are explained in configs/base.py."""
+class MeshFields:
+    """`mesh.*`; see sharding.mesh_shape."""
 
-    name: str
-    scale: str
-    seed: int
-    num_steps: int
-    batch_size: int
-    ema_decay: float
-    log_every: int
-    sample_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    keep_every: int
-    init_from: str
-    accumulate: int
-    nonfinite: str
-    hang_limit: int
-    judged_samples: int
+    data: int = field(-1, resumable=True)
+    fsdp: int = field(1, resumable=True)
+    tensor: int = field(1, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFields:
+    """`sample.*`; SampleOptions knows its bounds."""
+
+    guidance: float = field(2.0, resumable=True)
+    interval: int = field(-1, resumable=True)
+    temperature: float = field(1.0, resumable=True)
+    top_k: int = field(0, resumable=True)
+    top_p: float = field(1.0, resumable=True)
+    greedy: bool = field(False, resumable=True)
+    classes: int = field(10, at_least=1, at_most=100, resumable=True)
+    per_class: int = field(8, at_least=1, at_most=100, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TopFields:
+    """What RunConfig and Settings share."""
+
+    name: str = field()
+    scale: str = field()
+    seed: int = field(0, at_least=0)
+    num_steps: int = field(400_320, at_least=1, resumable=True)  # see compare.check_same_run
+    batch_size: int = field(256, at_least=1, at_most=2**20)
+    ema_decay: float = probability(0.9999)
+    log_every: int = field(100, at_least=1, resumable=True)
+    sample_every: int = field(10_000, at_least=0, resumable=True)
+    checkpoint_every: int = field(10_000, at_least=1, resumable=True)
+    keep_checkpoints: int = field(2, at_least=1, resumable=True)
+    keep_every: int = field(0, at_least=0, resumable=True)
+    init_from: str = field("")
+    accumulate: int = field(1, at_least=1, resumable=True)  # changes the draws of dropout
+    nonfinite: str = field("stop", choices=("stop", "skip"), resumable=True)
+    hang_limit: int = field(1800, at_least=0, at_most=10**7, resumable=True)
+    judged_samples: int = field(0, at_least=0, at_most=10**6, resumable=True)
+    data: DataSettings
+    tokenizer: TokenizerSettings
+    teacher: TeacherSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(_TopFields):
+    """A run's config as configs/base.py writes it."""
+
+    foresight: tuple[TermFields, ...] = field(())
+    model: ModelFields
+    optimizer: OptimizerFields
+    mesh: MeshFields
+    sample: SampleFields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_TopFields):
+    """A run's config as the modules take it."""
+
     terms: tuple[foresight.Term, ...]
     term_checkpoints: tuple[tuple[str, str], ...]  # (term name, workdir) of `checkpoint` terms
     generator: GeneratorConfig
     optimizer: OptimizerConfig
-    data: DataSettings
-    tokenizer: TokenizerSettings
-    teacher: TeacherSettings
     mesh: tuple[int, int, int]
     sample: SampleOptions
     sample_classes: int
@@ -103,212 +212,13 @@ class Settings:
 
     @property
     def needs_images(self) -> bool:
-        """Whether some term's teacher looks at the images."""
+        """Whether the teacher of some term takes images."""
         return any(t.source == "bidirectional" and t.level == "internal" for t in self.terms)
 
     @property
     def step_sees_images(self) -> bool:
         """Whether batches hold images."""
         return (self.needs_images and not self.teacher.cached) or self.data.online
-
-
-def _generator(model: fields.Section) -> GeneratorConfig:
-    size = model.get("size", str)
-    if size:
-        fields.choice(model.name("size"), size, generator_lib.SIZES, "or ''")
-    of_size = generator_lib.SIZES.get(size, (0, 0, 0))
-    numbers = {}
-    for field, default in zip(("num_layers", "num_heads", "width"), of_size, strict=True):
-        value = model.number(field, int, 0, _LARGEST)
-        fields.require(
-            not (size and value),
-            model.name(field),
-            value,
-            f"0 beside model.size {size!r}, which fixes it (with model.size '' it counts)",
-        )
-        value = value or default
-        fields.require(value > 0, model.name(field), value, "1 or more where model.size is ''")
-        numbers[field] = value
-    grid = fields.pair(model.name("grid"), model.get("grid", tuple))
-    fields.require(
-        min(grid) > 0 and 1 < grid[0] * grid[1] <= _LARGEST,
-        model.name("grid"),
-        grid,
-        f"2 to {_LARGEST} tokens",
-    )
-    config = GeneratorConfig(
-        **numbers,
-        vocab_size=model.number("vocab_size", int, 2, 2**16),  # shards hold 16 bits a code
-        num_classes=model.number("num_classes", int, 1, 10**6),
-        grid=grid,
-        token_dropout=fields.probability(model, "token_dropout"),
-        residual_dropout=fields.probability(model, "residual_dropout"),
-        ffn_dropout=fields.probability(model, "ffn_dropout"),
-        class_dropout=fields.probability(model, "class_dropout"),
-        dtype=model.choice("dtype", ("float32", "bfloat16")),
-        unroll=model.number("unroll", int, 1),
-        remat=model.choice("remat", generator_lib.REMAT),
-        attention=model.choice("attention", attention.KERNELS),
-    )
-    heads = config.num_heads
-    fields.require(
-        config.width % (4 * heads) == 0,
-        model.name("width"),
-        config.width,
-        f"a multiple of 4 * model.num_heads = {4 * heads} (rotary pairs for rows and columns)",
-    )
-    return config
-
-
-_LAST_EPOCH = 1e6  # more than any run has; in steps it must stay a finite number
-
-
-def two_thirds(num_layers: int) -> int:
-    """The default tap: block 8 of 12, 16 of 24, 24 of 36."""
-    return max(1, round(2 * num_layers / 3))
-
-
-def _offsets(term: fields.Section, layout: str, grid: tuple[int, int]) -> tuple:
-    """The offsets, each of which must leave some pair on the grid."""
-    name, offsets = term.name("offsets"), term.get("offsets", tuple)
-    fields.require(len(offsets) > 0, name, offsets, "one offset or more")
-    height, width = grid
-    if layout == "1d":
-        for n in offsets:
-            good = isinstance(n, int) and not isinstance(n, bool) and abs(n) < 2**31
-            fields.require(good, name, offsets, "whole numbers for layout '1d', such as (0, 1, 2)")
-            limit = height * width - 1
-            fields.require(
-                abs(n) < limit,
-                name,
-                offsets,
-                f"less than {limit} steps each on the {height}x{width} grid, but {n} leaves it",
-            )
-        fields.require(len(set(offsets)) == len(offsets), name, offsets, "each offset once")
-        return tuple(offsets)
-    pairs = []
-    for offset in offsets:
-        if not isinstance(offset, (tuple, list)):
-            fields.require(False, name, offsets, "(rows, columns) pairs for layout '2d'")
-        rows, columns = fields.pair(name, offset)
-        fields.require(
-            abs(rows) < height and abs(columns) < width,
-            name,
-            offsets,
-            f"less than {height} rows and {width} columns each, but ({rows}, {columns}) leaves the "
-            f"{height}x{width} grid entirely",
-        )
-        pairs.append((rows, columns))
-    fields.require(len(set(pairs)) == len(pairs), name, offsets, "each offset once")
-    return tuple(pairs)
-
-
-def _term(term: fields.Section, student: GeneratorConfig, ema_decay: float, taken: set) -> tuple:
-    """One term, and the workdir of its pretrained generator or ''."""
-    source = term.choice("source", foresight.SOURCES)
-    level = term.choice("level", foresight.LEVELS)
-    layout = term.choice("layout", foresight.LAYOUTS)
-    internal = level == "internal"
-    name = term.get("name", str)
-    if not name:
-        base = source if internal else level
-        candidates = itertools.chain([base], (f"{base}{i}" for i in itertools.count(2)))
-        name = next(candidate for candidate in candidates if candidate not in taken)
-    fields.require(
-        name.isidentifier() and name.isascii(),
-        term.name("name"),
-        name,
-        "letters, digits and underscores",
-    )
-    fields.require(name not in taken, term.name("name"), name, "used by one term only")
-    fields.require(
-        name not in ("tokenizer", "data", "image_set"),
-        term.name("name"),
-        name,
-        "another name: parts.json has this one for something else",
-    )
-    fields.require(
-        name != "bidirectional" or source == "bidirectional",
-        term.name("name"),
-        name,
-        "another name: this one is the frozen encoder's",
-    )
-    taken.add(name)
-    fields.require(
-        not (source == "ema" and internal and ema_decay == 0),
-        "ema_decay",
-        ema_decay,
-        f"above 0 for {term.name('source')} 'ema' (without an average there is no teacher)",
-    )
-    checkpoint = term.get("checkpoint", str)
-    pretrained = internal and source == "checkpoint"
-    fields.require(
-        bool(checkpoint) or not pretrained,
-        term.name("checkpoint"),
-        checkpoint,
-        "the workdir of a pretrained generator for source 'checkpoint'",
-    )
-    layers = student.num_layers
-    default = two_thirds(layers) if internal else layers
-    # A pretrained generator may be deeper than the student: checked when its config is read.
-    teacher_layers = 10_000 if pretrained else layers
-    weights = fields.numbers(term.name("weights"), term.get("weights", tuple))
-    offsets = _offsets(term, layout, student.grid)
-    fields.require(
-        len(weights) in (1, len(offsets)),
-        term.name("weights"),
-        weights,
-        f"one number for all, or one for each of the {len(offsets)} offsets",
-    )
-    fields.require(all(w >= 0 for w in weights), term.name("weights"), weights, "0 or more each")
-    schedule = tuple(
-        fields.numbers(term.name("schedule"), entry, 2) for entry in term.get("schedule", tuple)
-    )
-    epochs = [epoch for epoch, _ in schedule]
-    fields.require(
-        epochs == sorted(epochs) and all(0 <= epoch <= _LAST_EPOCH for epoch in epochs),
-        term.name("schedule"),
-        schedule,
-        "(epoch, multiplier) pairs in order",
-    )
-    made = foresight.Term(
-        name=name,
-        source=source,
-        level=level,
-        layout=layout,
-        offsets=offsets,
-        targets=term.choice("targets", foresight.TARGETS),
-        borders=term.choice("borders", foresight.BORDERS),
-        anchor=term.choice("anchor", foresight.ANCHORS),
-        weights=weights,
-        reduction=term.choice("reduction", foresight.REDUCTIONS),
-        student_layer=_layer(term, "student_layer", layers, default),
-        teacher_layer=_layer(
-            term, "teacher_layer", teacher_layers, 0 if pretrained else two_thirds(layers)
-        ),
-        start_epoch=term.number("start_epoch", float, 0, _LAST_EPOCH),
-        schedule=schedule,
-        projector_width=term.number("projector_width", int, 1, _LARGEST),
-    )
-    for offset in offsets:
-        fields.require(
-            foresight.alignment(made, offset, student.grid)[1].any(),
-            term.name("offsets"),
-            offsets,
-            f"offsets that leave some pair on the grid, but {offset} leaves none",
-        )
-    return made, checkpoint
-
-
-def _layer(term: fields.Section, field: str, num_layers: int, default: int) -> int:
-    value = term.get(field, int)
-    fields.require(
-        0 <= value <= num_layers,
-        term.name(field),
-        value,
-        f"a block of the model, 1 to {num_layers} (0: the default)",
-    )
-    return value or default
 
 
 def read(config: Mapping[str, Any], num_devices: int) -> Settings:
@@ -321,230 +231,169 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     Raises:
         ConfigError: the first wrong field, in one line.
     """
+    given = fields.read(RunConfig, config)
+    check = functools.partial(fields.check, given)
+    generator = _generator(given.model, check)
+    terms = _terms(given, generator, check)
     try:
-        config = fields.plain(config)
-    except RecursionError:
-        raise ConfigError("the config holds itself, or groups of fields nested too deep") from None
-    top = fields.Section("", config)
-    ema_decay = fields.probability(top, "ema_decay")
-    generator = _generator(top.section("model"))
-    taken: set[str] = set()
-    read_terms = [
-        _term(section, generator, ema_decay, taken) for section in top.sections("foresight")
-    ]
-    terms = tuple(term for term, _ in read_terms)
-    num_steps = top.number("num_steps", int, 1)
-    settings = Settings(
-        name=top.get("name", str),
-        scale=top.get("scale", str),
-        seed=top.number("seed", int, 0, 2**31 - 1),
-        num_steps=num_steps,
-        batch_size=top.number("batch_size", int, 1, 2**20),
-        ema_decay=ema_decay,
-        log_every=top.number("log_every", int, 1),
-        sample_every=top.number("sample_every", int, 0),
-        checkpoint_every=top.number("checkpoint_every", int, 1),
-        keep_checkpoints=top.number("keep_checkpoints", int, 1),
-        keep_every=top.number("keep_every", int, 0),
-        init_from=top.get("init_from", str),
-        accumulate=top.number("accumulate", int, 1),
-        nonfinite=top.choice("nonfinite", ("stop", "skip")),
-        hang_limit=top.number("hang_limit", int, 0, 10**7),
-        judged_samples=top.number("judged_samples", int, 0, 10**6),
+        mesh = sharding.mesh_shape(**vars(given.mesh), num_devices=num_devices)
+        sample = fill(SampleOptions, given.sample)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    settings = fill(
+        Settings,
+        given,
         terms=terms,
         term_checkpoints=tuple(
-            (term.name, workdir)
-            for term, workdir in read_terms
+            (term.name, entry.checkpoint)
+            for term, entry in zip(terms, given.foresight, strict=True)
             if term.source == "checkpoint" and term.level == "internal"
         ),
         generator=generator,
-        optimizer=read_optimizer(top.section("optimizer"), num_steps),
-        data=_data(top.section("data")),
-        tokenizer=_tokenizer(top.section("tokenizer"), generator),
-        teacher=_teacher(top.section("teacher"), terms),
-        mesh=_mesh(top.section("mesh"), num_devices),
-        **_sample(top.section("sample"), generator),
+        optimizer=read_optimizer(given.optimizer, given.num_steps, check),
+        mesh=mesh,
+        sample=sample,
+        sample_classes=given.sample.classes,
+        sample_per_class=given.sample.per_class,
     )
-    top.refuse_unknown()
-    ways = settings.mesh[0] * settings.mesh[1]
-    parts = f" times accumulate={settings.accumulate}" if settings.accumulate > 1 else ""
-    fields.require(
-        settings.batch_size % (ways * settings.accumulate) == 0,
-        "batch_size",
-        settings.batch_size,
-        f"a multiple of {ways * settings.accumulate}, the {ways} ways mesh.data * mesh.fsdp split "
-        f"it{parts} (there are {num_devices} devices)",
-    )
+    ways, parts = mesh[0] * mesh[1], given.accumulate
+    allowed = f"a multiple of {ways * parts}: mesh.data * mesh.fsdp={ways} times accumulate={parts}"
+    allowed = f"{allowed} (there are {num_devices} devices)"
+    check("batch_size", given.batch_size % (ways * parts) == 0, allowed)
     for i, term in enumerate(terms):
-        fields.require(
-            term.targets == "own" or settings.batch_size > settings.accumulate,
-            f"foresight[{i}].targets",
-            term.targets,
-            "own where a part of the batch is a single image",
-        )
-    fields.require(
-        settings.keep_every % settings.checkpoint_every == 0,
-        "keep_every",
-        settings.keep_every,
-        f"a multiple of checkpoint_every={settings.checkpoint_every}, or 0",
-    )
-    _check_data(settings)
+        good = term.targets == "own" or given.batch_size > parts
+        check(f"foresight[{i}].targets", good, "own where a part of the batch is a single image")
+    every = given.checkpoint_every
+    check("keep_every", given.keep_every % every == 0, f"a multiple of checkpoint_every={every}")
+    good = sample.guidance == 1 or generator.has_null_class
+    check("sample.guidance", good, "1 where model.class_dropout is 0 (there is no null class)")
+    classes = generator.num_classes
+    check("sample.classes", given.sample.classes <= classes, f"at most model.num_classes={classes}")
+    _check_data(settings, check)
+    _check_teacher(settings, check)
     return settings
 
 
-def read_optimizer(section: fields.Section, num_steps: int) -> OptimizerConfig:
-    """`optimizer.*`; raises ConfigError."""
-    schedule = section.choice("schedule", SCHEDULES)
-    warmup_steps = section.number("warmup_steps", int, 0)
-    fields.require(
-        schedule == "constant" or warmup_steps < num_steps,
-        section.name("warmup_steps"),
-        warmup_steps,
-        f"less than num_steps={num_steps} with optimizer.schedule {schedule!r}",
+def _generator(model: ModelFields, check: Check) -> GeneratorConfig:
+    shape = generator_lib.SIZES.get(model.size)
+    allowed = f"0 beside model.size {model.size!r}" if shape else "1 or more where model.size is ''"
+    for name in ("num_layers", "num_heads", "width"):
+        check(f"model.{name}", bool(getattr(model, name)) != bool(shape), allowed)
+    num_layers, num_heads, width = shape or (model.num_layers, model.num_heads, model.width)
+    rows, columns = model.grid
+    good = min(rows, columns) > 0 and 1 < rows * columns <= LARGEST
+    check("model.grid", good, f"2 to {LARGEST} tokens")
+    allowed = (
+        f"a multiple of 4 * model.num_heads={4 * num_heads}, rotary pairs for rows and columns"
     )
-    return OptimizerConfig(
-        learning_rate=section.number("learning_rate", float, 0),
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        num_steps=num_steps,
-        b1=fields.probability(section, "b1"),
-        b2=fields.probability(section, "b2"),
-        eps=section.number("eps", float, 1e-16),
-        weight_decay=section.number("weight_decay", float, 0),
-        clip_norm=section.number("clip_norm", float, 0),
+    check("model.width", width % (4 * num_heads) == 0, allowed)
+    return fill(GeneratorConfig, model, num_layers=num_layers, num_heads=num_heads, width=width)
+
+
+def read_optimizer(given: OptimizerFields, num_steps: int, check: Check) -> OptimizerConfig:
+    """The optimizer of a run of `num_steps`; raises ConfigError for a cosine all of whose steps warm up."""
+    good = given.schedule == "constant" or given.warmup_steps < num_steps
+    allowed = f"less than num_steps={num_steps} with optimizer.schedule {given.schedule!r}"
+    check("optimizer.warmup_steps", good, allowed)
+    return fill(OptimizerConfig, given, num_steps=num_steps)
+
+
+def two_thirds(num_layers: int) -> int:
+    """The default tap: block 8 of 12, 16 of 24, 24 of 36."""
+    return max(1, round(2 * num_layers / 3))
+
+
+def _terms(given: RunConfig, student: GeneratorConfig, check: Check) -> tuple[foresight.Term, ...]:
+    terms: list[foresight.Term] = []
+    for i, term in enumerate(given.foresight):
+        name = term.name or _default_name(term, {t.name for t in terms})
+        term = dataclasses.replace(term, name=name)
+        # The keys of parts.json, in which each term's teacher has its name.
+        taken = {"data", "image_set", "tokenizer", *(t.name for t in terms)}
+        taken |= {"bidirectional"} - {term.source}
+        good = name.isidentifier() and name.isascii() and name not in taken
+        allowed = f"letters, digits and underscores, and none of {', '.join(sorted(taken))}"
+        check(f"foresight[{i}].name", good, allowed)
+        good = given.ema_decay > 0 or term.source != "ema" or term.level != "internal"
+        check("ema_decay", good, f"above 0 for foresight[{i}].source 'ema': it is the teacher")
+        terms.append(_term(term, f"foresight[{i}]", student, check))
+    return tuple(terms)
+
+
+def _default_name(term: TermFields, taken: set[str]) -> str:
+    """The term's source (or 'output'), with a number from the second of its kind on."""
+    base = term.source if term.level == "internal" else term.level
+    names = itertools.chain([base], (f"{base}{i}" for i in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+def _term(term: TermFields, where: str, student: GeneratorConfig, check: Check) -> foresight.Term:
+    layers, internal = student.num_layers, term.level == "internal"
+    pretrained = internal and term.source == "checkpoint"
+    good = term.checkpoint or not pretrained
+    check(f"{where}.checkpoint", good, "the workdir of a generator for source 'checkpoint'")
+    # A pretrained generator may be deeper than the student: checked when its config is read.
+    deepest = {"student_layer": layers, "teacher_layer": 10_000 if pretrained else layers}
+    for name, last in deepest.items():
+        allowed = f"a block of the model, 1 to {last} (0: the default)"
+        check(f"{where}.{name}", getattr(term, name) <= last, allowed)
+    kind = tuple[int, ...] if term.layout == "1d" else tuple[tuple[int, int], ...]
+    offsets = fields.typed(f"{where}.offsets", term.offsets, kind)
+    good = offsets and len(set(offsets)) == len(offsets)
+    check(f"{where}.offsets", good, "one offset or more, each once")
+    made = fill(
+        foresight.Term,
+        term,
+        offsets=offsets,
+        student_layer=term.student_layer or (two_thirds(layers) if internal else layers),
+        teacher_layer=term.teacher_layer or (0 if pretrained else two_thirds(layers)),
     )
+    height, width = student.grid
+    for offset in offsets:
+        if term.layout == "1d":
+            inside = abs(offset) < height * width - 1
+        else:
+            inside = abs(offset[0]) < height and abs(offset[1]) < width
+        good = inside and foresight.alignment(made, offset, student.grid)[1].any()
+        allowed = f"offsets with pairs on the {height}x{width} grid, but {offset} leaves it"
+        check(f"{where}.offsets", good, allowed)
+    good = len(term.weights) in (1, len(offsets)) and min(term.weights) >= 0
+    allowed = f"one number for all, or one for each of the {len(offsets)} offsets, 0 or more"
+    check(f"{where}.weights", good, allowed)
+    epochs = [epoch for epoch, _ in term.schedule]
+    good = epochs == sorted(epochs) and all(0 <= epoch <= _LAST_EPOCH for epoch in epochs)
+    check(f"{where}.schedule", good, "(epoch, multiplier) pairs in order")
+    return made
 
 
-def _data(section: fields.Section) -> DataSettings:
-    return DataSettings(
-        name=section.choice("name", (*SMALL_SETS, "images")),
-        path=section.get("path", str),
-        images=section.get("images", str),
-        codes=section.choice("codes", ("stored", "online")),
-        crop_range=section.number("crop_range", float, 1, 4),
-        held_out=section.number("held_out", int, 0),
-        num_workers=section.number("num_workers", int, 0, 1024),
-    )
-
-
-def _tokenizer(section: fields.Section, generator: GeneratorConfig) -> TokenizerSettings:
-    settings = TokenizerSettings(
-        name=section.choice("name", ("patch", *MULTIPLIERS)),
-        path=section.get("path", str),
-        image_size=section.number("image_size", int, 1, 4096),
-        patch=section.number("patch", int, 1),
-    )
-    if settings.name == "patch":
-        side = settings.patch
-    else:
-        side = VQConfig(MULTIPLIERS[settings.name]).downsample
-    grid = (settings.image_size // side,) * 2
-    fields.require(
-        settings.image_size % side == 0 and grid == generator.grid,
-        "model.grid",
-        generator.grid,
-        f"{grid}, the tokens of tokenizer.image_size={settings.image_size} at {side} pixels each",
-    )
-    return settings
-
-
-def _teacher(section: fields.Section, terms: tuple[foresight.Term, ...]) -> TeacherSettings:
-    settings = TeacherSettings(
-        name=section.get("name", str),
-        path=section.get("path", str),
-        image_size=section.number("image_size", int, 0, 4096),
-        layer=section.number("layer", int, 0),
-        stage=section.number("stage", int, 1, 7),
-        dtype=section.choice("dtype", ("float32", "bfloat16")),
-        cached=section.get("cached", bool),
-    )
-    if not any(t.source == "bidirectional" and t.level == "internal" for t in terms):
-        return settings
-    fields.choice(section.name("name"), settings.name, TEACHERS)
-    if settings.name == "efficientnet_lite0":
-        fields.require(
-            settings.image_size >= 32,
-            section.name("image_size"),
-            settings.image_size,
-            "32 or more for efficientnet_lite0",
-        )
-    else:
-        fields.require(
-            settings.name == "dinov2" or settings.image_size % PATCH == 0,
-            section.name("image_size"),
-            settings.image_size,
-            f"a multiple of {PATCH}, DINOv2's patches (0: one patch a token)",
-        )
-        fields.require(
-            bool(settings.path),
-            section.name("path"),
-            settings.path,
-            f"the weights of {settings.name}: the published .pth, a converted folder, or a workdir "
-            "of mirai_jax.teach",
-        )
-    return settings
-
-
-def _check_data(settings: Settings) -> None:
-    """What data, tokenizer and teacher ask of each other."""
+def _check_data(settings: Settings, check: Check) -> None:
+    """Checks what data, tokenizer and grid ask of each other."""
     data, tokenizer = settings.data, settings.tokenizer
-    fields.require(
-        data.in_memory == (tokenizer.name == "patch"),
-        "tokenizer.name",
-        tokenizer.name,
-        f"{'patch' if data.in_memory else ' or '.join(MULTIPLIERS)} with data.name {data.name!r}",
-    )
-    fields.require(
-        data.in_memory or not settings.teacher.cached,
-        "teacher.cached",
-        settings.teacher.cached,
-        f"False with data.name {data.name!r} (features of all its crops would not fit in memory)",
-    )
-    if data.in_memory:
-        return
-    why = "data.codes 'online'" if data.online else "a term of source 'bidirectional'"
-    fields.require(
-        bool(data.images) or not settings.step_sees_images,
-        "data.images",
-        data.images,
-        f"a folder with a folder of images a class, or tfds:NAME[:SPLIT]: {why} looks at images",
-    )
-    fields.require(
-        bool(tokenizer.path) or not data.online,
-        "tokenizer.path",
-        tokenizer.path,
-        f"the weights of {tokenizer.name} with data.codes 'online'",
-    )
+    patch, size = tokenizer.name == "patch", tokenizer.image_size
+    side = tokenizer.patch if patch else VQConfig(MULTIPLIERS[tokenizer.name]).downsample
+    good = settings.generator.grid == (size / side, size / side)
+    tokens = f"({size}/{side}, {size}/{side})"
+    check("model.grid", good, f"{tokens}, the tokens of tokenizer.image_size={size}")
+    names = ("patch",) if data.in_memory else tuple(MULTIPLIERS)
+    allowed = f"{' or '.join(names)} with data.name {data.name!r}"
+    check("tokenizer.name", tokenizer.name in names, allowed)
+    good = tokenizer.path or data.in_memory or not data.online
+    check("tokenizer.path", good, f"the weights of {tokenizer.name} with data.codes 'online'")
 
 
-def _mesh(section: fields.Section, num_devices: int) -> tuple[int, int, int]:
-    try:
-        return sharding.mesh_shape(
-            *(section.get(axis, int) for axis in sharding.AXES), num_devices=num_devices
-        )
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _sample(section: fields.Section, generator: GeneratorConfig) -> dict[str, Any]:
-    values = {
-        field.name: section.get(field.name, type(field.default))
-        for field in dataclasses.fields(SampleOptions)
-    }
-    try:
-        options = SampleOptions(**values)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    fields.require(
-        options.guidance == 1 or generator.has_null_class,
-        "sample.guidance",
-        options.guidance,
-        "1 where model.class_dropout is 0 (there is no null class)",
-    )
-    return dict(
-        sample=options,
-        sample_classes=section.number("classes", int, 1, min(100, generator.num_classes)),
-        sample_per_class=section.number("per_class", int, 1, 100),
-    )
+def _check_teacher(settings: Settings, check: Check) -> None:
+    """Checks what the frozen encoder asks of its fields and of the data."""
+    teacher, data = settings.teacher, settings.data
+    if settings.needs_images and teacher.name == "efficientnet_lite0":
+        check("teacher.image_size", teacher.image_size >= 32, f"32 or more for {teacher.name}")
+    elif settings.needs_images:
+        good = teacher.name == "dinov2" or teacher.image_size % PATCH == 0
+        check("teacher.image_size", good, f"a multiple of {PATCH} (0: one patch a token)")
+        of = "the published .pth, a converted folder, or a workdir of mirai_jax.teach"
+        check("teacher.path", teacher.path, f"the weights of {teacher.name}: {of}")
+    if not data.in_memory:
+        allowed = f"False with data.name {data.name!r}: features of all crops do not fit in memory"
+        check("teacher.cached", not teacher.cached, allowed)
+        why = "data.codes 'online'" if data.online else "a term of source 'bidirectional'"
+        allowed = f"a folder with a folder a class, or tfds:NAME[:SPLIT]: {why} needs images"
+        check("data.images", data.images or not settings.step_sees_images, allowed)

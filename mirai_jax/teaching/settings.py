@@ -1,27 +1,84 @@
-"""Reads configs/teacher.py: every field checked, and handed on typed, as config/schema.py does for a run."""
+"""The fields of configs/teacher.py, read as config/schema.py reads those of a run."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from mirai_jax.config import fields, schema
+from mirai_jax.config.fields import field, fill
+from mirai_jax.config.schema import DTYPES, LARGEST, SMALL_SETS, OptimizerFields, probability
 from mirai_jax.data import small_sets
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models.vit import DinoConfig
 from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.teaching.step import OBJECTIVES
 
-_HEAD_WIDTH = 64  # as in every published DINOv2: a file of the encoder tells its heads by its width
+_HEAD_WIDTH = 64  # as in every published DINOv2: a file of the encoder has no number of heads
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSet:
+class NetworkFields:
+    """`network.*`; see DinoConfig."""
+
+    width: int = field(128, at_least=1, at_most=LARGEST)
+    num_layers: int = field(4, at_least=1, at_most=1000)
+    dtype: str = field("float32", choices=DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFields:
+    """`data.*`."""
+
+    name: str = field("mnist", choices=SMALL_SETS)
+    path: str = field("", resumable=True)
+    held_out: int = field(500, at_least=0)
+    num_workers: int = field(0, at_least=0, at_most=1024, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFields:
+    """`tokenizer.*`; the encoder has the same patches."""
+
+    image_size: int = field(32, at_least=1, at_most=4096)
+    patch: int = field(4, at_least=1)
+    vocab_size: int = field(128, at_least=2, at_most=2**16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TopFields:
+    """What TeacherRunConfig and TeacherRunSettings share."""
+
+    name: str = field()
+    scale: str = field()
+    seed: int = field(0, at_least=0)
+    num_steps: int = field(1_400, at_least=1, resumable=True)
+    batch_size: int = field(64, at_least=1, at_most=2**20)
+    log_every: int = field(25, at_least=1, resumable=True)
+    evaluate_every: int = field(350, at_least=1, resumable=True)
+    checkpoint_every: int = field(350, at_least=1, resumable=True)
+    keep_checkpoints: int = field(2, at_least=1, resumable=True)
+    objective: str = field("labels", choices=OBJECTIVES)
+    label_smoothing: float = probability(0.1)
+    masked_share: float = probability(0.4)
+    shift: int = field(2, at_least=0)
+    flip: bool = field(False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherRunConfig(_TopFields):
+    """A config of mirai_jax.teach as configs/teacher.py writes it."""
+
+    network: NetworkFields
+    optimizer: OptimizerFields
+    data: ImageFields
+    tokenizer: TokenizerFields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSet(ImageFields):
     """`data.*`, and the side in pixels of its images."""
 
-    name: str
-    path: str
-    held_out: int
-    num_workers: int
     image_size: int
 
     def load(self, split: str) -> LabelledImages:
@@ -29,24 +86,10 @@ class ImageSet:
         return small_sets.load_images(self.name, self.path, split, self.image_size, self.held_out)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """A run of mirai_jax.teach, typed and checked. The fields are explained in configs/teacher.py."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherRunSettings(_TopFields):
+    """A config of mirai_jax.teach as the modules take it."""
 
-    name: str
-    scale: str
-    seed: int
-    num_steps: int
-    batch_size: int
-    log_every: int
-    evaluate_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    objective: str
-    label_smoothing: float
-    masked_share: float
-    shift: int
-    flip: bool
     network: DinoConfig
     dtype: str
     vocab_size: int
@@ -54,7 +97,7 @@ class Settings:
     data: ImageSet
 
 
-def read(config: Mapping[str, Any], num_devices: int) -> Settings:
+def read(config: Mapping[str, Any], num_devices: int) -> TeacherRunSettings:
     """Checks every field of a config and returns it typed.
 
     Args:
@@ -64,82 +107,32 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     Raises:
         ConfigError: the first wrong field, in one line.
     """
-    top = fields.Section("", fields.plain(config))
-    num_steps = top.number("num_steps", int, 1)
-    tokenizer = top.section("tokenizer")
-    image_size = tokenizer.number("image_size", int, 1, 4096)
-    network = top.section("network")
-    settings = Settings(
-        name=top.get("name", str),
-        scale=top.get("scale", str),
-        seed=top.number("seed", int, 0, 2**31 - 1),
-        num_steps=num_steps,
-        batch_size=top.number("batch_size", int, 1, 2**20),
-        log_every=top.number("log_every", int, 1),
-        evaluate_every=top.number("evaluate_every", int, 1),
-        checkpoint_every=top.number("checkpoint_every", int, 1),
-        keep_checkpoints=top.number("keep_checkpoints", int, 1),
-        objective=top.choice("objective", OBJECTIVES),
-        label_smoothing=fields.probability(top, "label_smoothing"),
-        masked_share=fields.probability(top, "masked_share"),
-        shift=top.number("shift", int, 0, image_size),
-        flip=top.get("flip", bool),
-        network=_network(network, tokenizer, image_size),
-        dtype=network.choice("dtype", ("float32", "bfloat16")),
-        vocab_size=tokenizer.number("vocab_size", int, 2, 2**16),
-        optimizer=schema.read_optimizer(top.section("optimizer"), num_steps),
-        data=_data(top.section("data"), image_size),
-    )
-    top.refuse_unknown()
-    fields.require(
-        settings.batch_size % num_devices == 0,
-        "batch_size",
-        settings.batch_size,
-        f"a multiple of {num_devices}, the devices that share it",
-    )
-    fields.require(
-        settings.masked_share > 0 or settings.objective == "labels",
-        "masked_share",
-        settings.masked_share,
-        f"above 0 with objective {settings.objective!r}",
-    )
-    return settings
-
-
-def _network(section: fields.Section, tokenizer: fields.Section, image_size: int) -> DinoConfig:
-    """Its patches are the tokens."""
-    width = section.number("width", int, 1, 2**14)
-    fields.require(
-        width % _HEAD_WIDTH == 0, section.name("width"), width, f"a multiple of {_HEAD_WIDTH}"
-    )
-    patch = tokenizer.number("patch", int, 1)
-    fields.require(
-        image_size % patch == 0 and image_size > patch,
-        tokenizer.name("patch"),
-        patch,
-        f"a part of tokenizer.image_size={image_size}",
-    )
-    return DinoConfig(
-        width=width,
-        num_layers=section.number("num_layers", int, 1, 1000),
+    given = fields.read(TeacherRunConfig, config)
+    check = functools.partial(fields.check, given)
+    size, patch, width = given.tokenizer.image_size, given.tokenizer.patch, given.network.width
+    allowed = f"a multiple of {num_devices}, the devices that share it"
+    check("batch_size", given.batch_size % num_devices == 0, allowed)
+    good = given.masked_share > 0 or given.objective == "labels"
+    check("masked_share", good, f"above 0 with objective {given.objective!r}")
+    check("shift", given.shift <= size, f"at most tokenizer.image_size={size}")
+    check("network.width", width % _HEAD_WIDTH == 0, f"a multiple of {_HEAD_WIDTH}")
+    good = size % patch == 0 and size > patch
+    check("tokenizer.patch", good, f"a part of tokenizer.image_size={size}")
+    good = given.data.held_out > 0 or given.data.name != "mnist"
+    check("data.held_out", good, "10 or more with data.name 'mnist', to evaluate the encoder on")
+    network = fill(
+        DinoConfig,
+        given.network,
         num_heads=width // _HEAD_WIDTH,
-        pos_grid=(image_size // patch,) * 2,
+        pos_grid=(size // patch,) * 2,
         patch=patch,
     )
-
-
-def _data(section: fields.Section, image_size: int) -> ImageSet:
-    data = ImageSet(
-        name=section.choice("name", schema.SMALL_SETS),
-        path=section.get("path", str),
-        held_out=section.number("held_out", int, 0),
-        num_workers=section.number("num_workers", int, 0, 1024),
-        image_size=image_size,
+    return fill(
+        TeacherRunSettings,
+        given,
+        network=network,
+        dtype=given.network.dtype,
+        vocab_size=given.tokenizer.vocab_size,
+        optimizer=schema.read_optimizer(given.optimizer, given.num_steps, check),
+        data=fill(ImageSet, given.data, image_size=size),
     )
-    fields.require(
-        data.held_out > 0 or data.name != "mnist",
-        section.name("held_out"),
-        data.held_out,
-        "10 or more with data.name 'mnist': the encoder is measured on them",
-    )
-    return data

@@ -16,12 +16,11 @@ import numpy as np
 from clu import parameter_overview
 
 from mirai_jax import sharding
-from mirai_jax.config import fields
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.teaching import figures
 from mirai_jax.teaching import settings as settings_lib
-from mirai_jax.teaching.settings import Settings
+from mirai_jax.teaching.settings import TeacherRunConfig, TeacherRunSettings
 from mirai_jax.teaching.step import (
     Recipe,
     TeachState,
@@ -36,6 +35,7 @@ from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.training.start import restore_or_make, steps_done
 from mirai_jax.training.stopwatch import progress_line
 from mirai_jax.training.workdir import claim
+from mirai_jax.utils.trees import plain
 from mirai_jax.weights import frozen, pretrained
 
 Log = Callable[[str], None]
@@ -65,9 +65,9 @@ def teach(
     devices = jax.local_devices() if devices is None else devices
     settings = settings_lib.read(config, len(devices))
     workdir = pathlib.Path(workdir).expanduser()
-    config = fields.plain(config)
+    config = plain(config)
     title, last = f"{settings.name}-{settings.scale}", settings.num_steps
-    begin = steps_done(title, last, workdir, config, log)
+    begin = steps_done(title, last, workdir, config, log, TeacherRunConfig)
     if (
         begin == last
         and (workdir / "summary.png").exists()
@@ -108,7 +108,7 @@ def teach(
         loop.Run(task, workdir, guard, log).run()
 
 
-def make_batches(settings: Settings, train: LabelledImages) -> pipeline.Batches:
+def make_batches(settings: TeacherRunSettings, train: LabelledImages) -> pipeline.Batches:
     """The endless stream of {'image': uint8 (B, H, W, C), 'label': int32 (B,)}; raises DataError."""
     return pipeline.make_dataset(
         records.CodedImages(None, train.labels, train.images),
@@ -140,7 +140,7 @@ class TeacherTask(loop.Task):
 
     def __init__(
         self,
-        config: Settings,
+        config: TeacherRunSettings,
         recipe: Recipe,
         codebook: Any,
         batches: pipeline.Batches,

@@ -10,6 +10,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from mirai_jax import sharding
+from mirai_jax.config.schema import RunConfig
 from mirai_jax.step import TrainState, init_state
 from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import Checkpoints, steps_in
@@ -21,14 +22,19 @@ Log = Callable[[str], None]
 
 
 def steps_done(
-    title: str, num_steps: int, workdir: pathlib.Path, config: Mapping[str, Any], log: Log
+    title: str,
+    num_steps: int,
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    log: Log,
+    group: type = RunConfig,
 ) -> int:
     """How many steps the run of this config in the workdir has done. Nothing is written.
 
     Raises:
         ConfigError: the folder cannot be used, holds another run, or is beyond `num_steps`.
     """
-    changed = check_workdir(workdir, config)
+    changed = check_workdir(workdir, config, group)
     log(f"{title} in {workdir}")
     for field, (old, new) in changed.items():
         log(f"continuing with {field} {new!r} (was {old!r})")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mirai_jax import foresight, sharding
-from mirai_jax.config import fields, schema
+from mirai_jax.config import schema
 from mirai_jax.step import jit_train_step
 from mirai_jax.training import components, figures, loop, previews, start, workdir
 from mirai_jax.training.checkpoint import Checkpoints
@@ -19,6 +19,7 @@ from mirai_jax.training.guards import HangGuard
 from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.training.stopwatch import progress_line
 from mirai_jax.utils import distributed, files, pictures
+from mirai_jax.utils.trees import plain
 
 Log = Callable[[str], None]
 
@@ -48,7 +49,7 @@ def train(
     devices = jax.devices() if devices is None else devices
     settings = schema.read(config, len(devices))
     folder = pathlib.Path(folder).expanduser()
-    config = fields.plain(config)
+    config = plain(config)
     title = f"{settings.name}-{settings.scale}"
     begin = start.steps_done(title, settings.num_steps, folder, config, log)
     summary = folder / "summary.png"

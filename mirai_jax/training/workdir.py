@@ -19,13 +19,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from mirai_jax.config.compare import check_same_run, to_json
-from mirai_jax.config.fields import completed
+from mirai_jax.config.schema import RunConfig
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import patch_codebook
 
 
-def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def check_workdir(
+    workdir: pathlib.Path, config: Mapping[str, Any], group: type = RunConfig
+) -> dict[str, tuple[Any, Any]]:
     """Checks that the folder is new or holds the same run. Nothing is written.
 
     Returns:
@@ -40,10 +42,10 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str,
             raise ConfigError(f"workdir is {str(workdir)!r}; it must be a folder or not exist yet")
         if not path.exists():
             return {}
-        old = completed(json.loads(path.read_text()))
+        old = json.loads(path.read_text())
         if not isinstance(old, dict):
             raise ConfigError(f"{path} is damaged (it holds no config); remove it to start over")
-        return check_same_run(old, config, str(workdir))
+        return check_same_run(old, config, str(workdir), group)
     except ConfigError:
         raise
     except OSError as error:

@@ -1,0 +1,69 @@
+"""Plans the memory of a run: `python -m mirai_jax.plan --config=configs/mirai_e.py:imagenet_3b --devices=16`.
+
+Compiles the train step for 16 simulated devices, or with --chip for chips that need not be here, and
+prints what each device needs. Trains nothing, and reads neither data nor published weights.
+Exit status: 0 planned; 1 an error to mend.
+"""
+
+import functools
+
+import jax
+from absl import flags
+
+from mirai_jax import sharding
+from mirai_jax.benchmark import chips, memory_plan
+from mirai_jax.config import schema
+from mirai_jax.config.flags import parse_config
+from mirai_jax.utils import cli
+from mirai_jax.utils.errors import LESS_MEMORY, TrainingError, first_line
+
+_FLAGS = cli.flag_values(__name__)
+_CONFIG = flags.DEFINE_string(
+    "config", "", "FILE[:scale] of configs/; --config.field=value overrides.", flag_values=_FLAGS
+)
+_DEVICES = flags.DEFINE_integer("devices", 1, "Number of devices.", 1, flag_values=_FLAGS)
+_CHIP = flags.DEFINE_string(
+    "chip",
+    "",
+    "Compile for this chip: h100, h200, a100 (with jax[cuda12]) or a TPU slice such as v5e:2x4 (with "
+    "jax[tpu]); '': for simulated devices of this CPU.",
+    flag_values=_FLAGS,
+)
+
+parse_flags = functools.partial(cli.parse_known, _FLAGS)
+
+
+def main(argv: list[str]) -> None:
+    with cli.program(TrainingError):
+        config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
+        if _CHIP.value:
+            devices = chips.devices(_CHIP.value, _DEVICES.value)
+        else:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+            devices = jax.devices()
+        settings = schema.read(memory_plan.without_files(config), len(devices))
+        mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
+        print(
+            f"memory of each of {len(devices)} x {devices[0].device_kind}, mesh {mesh}, batch "
+            f"{settings.batch_size} in {settings.accumulate} part(s), model.remat "
+            f"{settings.generator.remat}; compiling"
+        )
+        try:
+            plan = memory_plan.plan(settings, devices)
+        except jax.errors.JaxRuntimeError as error:  # compilers for TPUs refuse what does not fit
+            raise TrainingError(
+                f"the compiler refuses the step ({first_line(error)[:300]}); if memory is the reason, "
+                f"{LESS_MEMORY}"
+            ) from error
+        print(*plan.lines(), sep="\n")
+        if _CHIP.value in chips.GPUS:
+            print(chips.verdict(_CHIP.value, plan.total))
+        elif not _CHIP.value:
+            print(
+                "by XLA's compiler for CPUs; mirai_jax/benchmark/memory_plan.py says how far it holds"
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main, flags_parser=parse_flags)
