@@ -70,17 +70,18 @@ def main(argv: list[str]) -> None:
         for path in (_JSON.value, _FIGURE.value):
             if not os.path.isdir(os.path.dirname(path) or "."):
                 raise ConfigError(f"--json or --figure is {path!r}, whose folder does not exist")
-        options = run_lib.Options(
-            config=_CONFIG.value,
+        results = run_lib.run(
+            _CONFIG.value,
+            argv[1:],
             compare=_COMPARE.value,
             measures=_MEASURE.value,
             repeats=_REPEATS.value,
             sample_batch=_SAMPLE_BATCH.value,
-            reference=_PEER.value,
+            reference_command=_PEER.value,
             peak_tflops=_PEAK.value,
             trace=_TRACE.value,
+            log=log,
         )
-        results = run_lib.run(options, argv[1:], log)
         log("\n" + "\n".join(report.lines(results)))
         if _JSON.value:
             files.write_text(_JSON.value, json.dumps(results, indent=1) + "\n")

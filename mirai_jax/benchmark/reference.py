@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shlex
 import subprocess
 
@@ -76,7 +77,7 @@ def start(command: str, settings: Settings, sample_batch: int) -> ReferenceProgr
             would mean nothing; or the program cannot be started.
     """
     config = settings.generator
-    if len(jax.devices()) > 1 or jax.default_backend() not in ("cpu", "gpu"):
+    if math.prod(settings.mesh) > 1 or jax.default_backend() not in ("cpu", "gpu"):
         raise ConfigError("--peer: the official code is measured on one CPU or one GPU")
     shape = (config.num_layers, config.num_heads, config.width)
     size = next((name for name, known in SIZES.items() if known == shape), None)

@@ -25,60 +25,54 @@ COMPARED = ("llamagen", "mirai_e", "mirai_i")
 MEASURES = ("compile", "step", "parts", "sampler", "input")
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to measure.
+def run(
+    config: str,
+    overrides: list[str],
+    *,
+    compare: bool = False,
+    measures: Collection[str] = MEASURES,
+    repeats: int = 5,
+    sample_batch: int = 0,
+    reference_command: str = "",
+    peak_tflops: float = 0.0,
+    trace: str = "",
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measures and returns the numbers.
 
-    Attributes:
+    Args:
         config: FILE[:scale] of configs/.
+        overrides: `--config.field=value`, for all variants.
         compare: measures COMPARED of the config's folder too.
         measures: of MEASURES; 'compile' is part of 'step'.
         repeats: timed rounds.
         sample_batch: images sampled at once; 0: 1 on a CPU, else 64.
-        reference: command of a reference program; '' for none.
+        reference_command: starts a reference program; '' for none.
         peak_tflops: of all devices, for MFU; 0: the datasheet's, else what matrix products reach.
         trace: folder for a profiler's trace; '' for none.
-    """
-
-    config: str
-    compare: bool = False
-    measures: Collection[str] = ("step", "parts", "sampler", "input")
-    repeats: int = 5
-    sample_batch: int = 0
-    reference: str = ""
-    peak_tflops: float = 0.0
-    trace: str = ""
-
-
-def run(options: Options, overrides: list[str], log: Callable[[str], None]) -> dict[str, Any]:
-    """Measures what the options ask for and returns the numbers.
-
-    Args:
-        options: what to measure.
-        overrides: `--config.field=value`, for all variants.
         log: called with lines of progress.
 
     Raises:
         ConfigError: wrong options or settings; one line.
     """
-    chosen, devices = set(options.measures), jax.devices()
+    chosen, devices = set(measures), jax.devices()
     if "parts" in chosen and "step" not in chosen:
         raise ConfigError("--measure=parts goes with --measure=step, whose state they use")
-    variants = read_settings(options.config, options.compare, overrides)
+    variants = read_settings(config, compare, overrides)
     first = next(iter(variants.values()))
     if "parts" in chosen and (first.accumulate > 1 or first.data.online):
         raise ConfigError("--measure=parts goes without accumulate and online codes")
-    sample_batch = options.sample_batch or (1 if devices[0].platform == "cpu" else 64)
+    sample_batch = sample_batch or (1 if devices[0].platform == "cpu" else 64)
     program = None
-    if options.reference:
+    if reference_command:
         official = variants.get("mirai_e", first)
-        program = reference.start(options.reference, official, sample_batch)
+        program = reference.start(reference_command, official, sample_batch)
     results: dict[str, Any] = {"about": about(first), "variants": {}}
     # A step out of the cache would compile in no time.
     jax.config.update("jax_enable_compilation_cache", False)
     if chosen - {"compile"}:
         log("rooflines: matrix products and memory")
-        results["roofs"] = rooflines(first, devices, options.peak_tflops)
+        results["roofs"] = rooflines(first, devices, peak_tflops)
 
     # What is timed, by its place in the results.
     tasks: dict[tuple[str, ...], Callable[[], float]] = {}
@@ -116,8 +110,8 @@ def run(options: Options, overrides: list[str], log: Callable[[str], None]) -> d
             else:
                 tasks["peer_seconds", name] = lambda task=task: program(task)
 
-    progress = Progress(options.repeats, "rounds", stream=sys.stderr if tasks else None)
-    taken = measure.interleaved(tasks, options.repeats, lambda: progress.advance(1))
+    progress = Progress(repeats, "rounds", stream=sys.stderr if tasks else None)
+    taken = measure.interleaved(tasks, repeats, lambda: progress.advance(1))
     progress.close()
     for place, values in taken.items():
         _put(results, place, values)
@@ -126,12 +120,12 @@ def run(options: Options, overrides: list[str], log: Callable[[str], None]) -> d
     if tasks and devices[0].platform == "cpu":
         # Once more: other programs may have slowed the first measurement.
         before = results["roofs"]
-        results["roofs"] = rooflines(first, devices, options.peak_tflops, before)
-    if options.trace and ours:
-        with jax.profiler.trace(options.trace):
+        results["roofs"] = rooflines(first, devices, peak_tflops, before)
+    if trace and ours:
+        with jax.profiler.trace(trace):
             for task in ours.values():
                 task()
-        log(f"trace: {options.trace}")
+        log(f"trace: {trace}")
     if "input" in chosen:
         log("input: reading batches without training")
         results["input"] = {"images_per_second": work.input_rate(first)}
