@@ -79,6 +79,14 @@ def test_a_plan_with_a_published_teacher_needs_neither_its_weights_nor_images():
     assert size > 300 * 2**20  # DINOv2 ViT-B
 
 
+def test_no_file_of_a_large_run_is_needed():
+    config = parse_config([f"--config={ROOT}/configs/mirai_i.py:imagenet_b"])
+    refusal(schema.read, config, 1)
+    assert schema.read(memory_plan.without_files(config), 1).needs_images
+    config.teacher.name = "dinov2"  # of any size: its file says which
+    assert "teacher.path" in refusal(schema.read, memory_plan.without_files(config), 1)
+
+
 PROGRAM = """
 import dataclasses, json, sys
 import chips_test

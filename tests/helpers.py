@@ -49,7 +49,7 @@ def environment(**more):
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **more}
 
 
-def program(module, *arguments, cwd=ROOT, timeout=300, **environ):
+def program(module, *arguments, cwd=ROOT, timeout=600, **environ):
     """Runs `python -m module` to its end and returns it: status, stdout and stderr as text."""
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
