@@ -22,14 +22,16 @@ SMALL = [
     *TINY,
     *(f"--config.{x}" for x in ("batch_size=8", "teacher.stage=1", "teacher.image_size=32")),
 ]
-OFFICIAL_SIZE = [
-    f"--config.model.{x}" for x in ("size=B", "num_layers=0", "num_heads=0", "width=0")
-]
 
 
-def settings_of(variant, *fields):
-    config = parse_config([f"--config={ROOT}/configs/{variant}.py:demo", *SMALL, *fields])
-    return schema.read(memory_plan.without_files(config), 1)
+@pytest.fixture
+def quick_run(monkeypatch):
+    """`run`, on one device and without measuring rooflines."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    monkeypatch.setattr(run_lib, "rooflines", lambda *_: RESULTS["roofs"])
+    yield lambda *args, **options: run_lib.run(*args, log=lambda line: None, **options)
+    jax.config.update("jax_enable_compilation_cache", True)  # a run turns it off
 
 
 # A reference program: knows the baseline, fails at E, and ends at "sample".
@@ -47,14 +49,8 @@ REFERENCE = shlex.join([sys.executable, "-c", REFERENCE])
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_run_measures_all(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
-    monkeypatch.setattr(run_lib, "rooflines", lambda *_: RESULTS["roofs"])
-    try:
-        results = run_lib.run(f"{LLAMAGEN}:demo", SMALL, repeats=2, log=lambda line: None)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)  # a run turns it off
+def test_a_run_measures_all(quick_run):
+    results = quick_run(f"{LLAMAGEN}:demo", SMALL, repeats=2)
     assert json.loads(json.dumps(results))
     found = results["variants"]["llamagen"]
     assert len(found["step_seconds"]) == 2 and min(found["step_seconds"]) > 0
@@ -84,20 +80,19 @@ def test_the_program(tmp_path):
 
 
 @pytest.mark.slow
-def test_three_variants_beside_a_reference_program(tmp_path):
-    numbers = tmp_path / "bench.json"
-    printed = output(
-        "mirai_jax.bench", "--config=configs/mirai_i.py:demo", "--compare", "--repeats=1",
-        "--measure=step", f"--json={numbers}", f"--peer={REFERENCE}", *SMALL,
-        f"--trace={tmp_path / 'trace'}", *OFFICIAL_SIZE, **QUICK,
+@pytest.mark.usefixtures("quick_compilation")
+def test_three_variants_beside_a_reference_program(tmp_path, monkeypatch, quick_run):
+    program = reference.ReferenceProgram(REFERENCE)
+    monkeypatch.setattr(reference, "start", lambda *_: program)
+    results = quick_run(
+        "configs/mirai_i.py:demo", SMALL, compare=True, measures=["step"], repeats=1,
+        reference_command="any", trace=str(tmp_path),
     )  # fmt: skip
-    assert any((tmp_path / "trace").rglob("*.pb"))
-    results = json.loads(numbers.read_text())
     assert list(results["variants"]) == list(run_lib.COMPARED)
     assert all(found["step_seconds"] for found in results["variants"].values())
     assert results["peer_seconds"] == {"step llamagen": [0.5]}
     assert "no E here" in results["peer_refused"]["step mirai_e"]
-    assert "official PyTorch, step mirai_e: --peer failed" in printed
+    assert any(tmp_path.rglob("*.pb"))
 
 
 def test_compared_variants(tmp_path, monkeypatch):
@@ -135,10 +130,16 @@ def test_wrong_options(options, overrides, field, monkeypatch):
     assert field in refusal(run_lib.run, **options)
 
 
-def test_the_reference_program_has_one_recipe():
-    settings = settings_of("llamagen", *OFFICIAL_SIZE, "--config.accumulate=2")
-    assert "accumulate" in refusal(reference.start, "none", settings, 1)
-    assert "generator" in refusal(reference.start, "none", settings_of("llamagen"), 1)
+def test_the_reference_program_runs_the_official_recipe_alone(capfd):
+    def start(*fields):
+        config = parse_config([f"--config={ROOT}/configs/mirai_e.py:imagenet_b", *fields])
+        settings = schema.read(memory_plan.without_files(config), 1)
+        return reference.start(REFERENCE, settings, 1)
+
+    start("--config.batch_size=4").close()
+    assert "'--size=B', '--tap=8', '--grid=16'" in capfd.readouterr().err
+    assert "accumulate" in refusal(start, "--config.accumulate=2")
+    assert "generator" in refusal(start, "--config.model.size=", *TINY)
 
 
 def test_files_need_a_folder_before_anything_is_measured():
