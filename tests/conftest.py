@@ -1,7 +1,6 @@
-"""Eight simulated devices for the mesh tests; numerics in full float32; what is compiled is kept.
+"""Eight simulated devices for the mesh tests, and a compilation cache of this test run.
 
-Tests, and the programs they start, compile the same small steps again and again: JAX keeps them in a
-folder of this test run alone.
+Tests and the programs that they start compile the same small steps again and again.
 """
 
 import atexit

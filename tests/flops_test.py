@@ -8,7 +8,6 @@ the program computes all pairs, as the formula does (`attention._QUERY_BLOCK`).
 """
 
 import dataclasses
-import functools
 import math
 
 import flax.linen as nn
@@ -233,24 +232,6 @@ def test_training_gpt_b_takes_six_operations_a_weight_and_those_of_attention():
 
 
 # Sampling -----------------------------------------------------------------------------------------
-
-
-def test_decode_against_xla():
-    cache = jax.eval_shape(lambda: decoding.empty_cache(CONFIG, BATCH, CONFIG.length))
-    params = jax.eval_shape(
-        lambda params: decoding.prepare(CONFIG, params), generator_params(CONFIG)
-    )
-    step = functools.partial(decoding.decode, CONFIG)
-    want = xla(step, params, array(BATCH), array(BATCH), cache, array())
-    # The program computes all L scores, valid or not: the mean over a sequence of 2 L - 1.
-    longer = dataclasses.replace(CONFIG, grid=(1, 2 * CONFIG.length - 1))
-    assert 0.99 < flops.decode_flops(longer, BATCH) / want < 1
-
-
-def test_token_by_token_costs_what_the_whole_image_does_without_masked_pairs():
-    masked = CONFIG.length * (CONFIG.length - 1) // 2
-    whole = flops.generator_forward(CONFIG) - 4 * masked * CONFIG.num_layers * CONFIG.width
-    assert CONFIG.length * flops.decode_flops(CONFIG, 1) == whole
 
 
 def test_decode_moves_the_weights_and_half_the_cache():

@@ -12,7 +12,7 @@ import pytest
 RUNS = """
 import resource
 import jax, jax.numpy as jnp
-from mirai_jax import host_memory
+from mirai_jax.utils import host_memory
 
 print(host_memory.keep_freed())
 
@@ -26,7 +26,7 @@ for _ in range(80):
     program(2.0).block_until_ready()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-ASKED = "from mirai_jax import host_memory; print(host_memory.keep_freed())"
+ASKED = "from mirai_jax.utils import host_memory; print(host_memory.keep_freed())"
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 
 

@@ -1,14 +1,14 @@
-"""The official PyTorch code as a peer of `mirai_jax.bench`: it does one step when it is asked.
+"""The official PyTorch code as a reference program of `mirai_jax.bench`: one step on request.
 
-Not a test. It needs torch, clones of FoundationVision/LlamaGen and (for Mirai-E) y0urOy/Mirai-Code, and
-is started by the benchmark, so that both sides are measured in turn on the same machine:
+Not a test. It needs torch and clones of FoundationVision/LlamaGen and (for Mirai-E) y0urOy/Mirai-Code.
+The benchmark starts it, so that both sides are timed interleaved on the same machine:
 
     python -m mirai_jax.bench --config=... --compare \
         --peer="python tests/official_peer.py --llamagen=FOLDER --mirai=FOLDER"
 
-The benchmark adds --size, --grid, --batch_size, --dtype, --device, --sample_batch and --guidance. Then
-each line on stdin is a task, each line on stdout its answer: `train llamagen`, `train mirai_e` (one
-step) and `sample` (one batch of whole sequences) are answered with {"seconds": s}, or with {"error": ...}.
+The benchmark adds the flags of sizes, dtype and device. Then each line on stdin is a task and each line on
+stdout its answer, {"seconds": s} or {"error": ...}: `train llamagen` and `train mirai_e` are one step,
+`sample` is one batch of whole sequences.
 
 The steps are those of train_c2i.py and train_c2i_Mirai_E.py: autocast, loss, gradients, clipping, fused
 AdamW, EMA, and for E the copy of the EMA into its teacher; sampling is `generate` of sample_c2i.py. On a

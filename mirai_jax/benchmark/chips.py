@@ -1,9 +1,8 @@
-"""Devices that are not here, to compile for: XLA's compilers need no chip, only their plugin.
+"""Chips to compile for without having them: XLA's compilers need only their plugin.
 
-What they make can be looked at (`memory.compile_step`), and cannot be run. On a GPU's own machine XLA
-also tries which kernel is fastest; here it takes its first choice. Attention is planned in the fused
-kernel of the one kind of chip whose plugin is installed (models/attention.py): not both kinds in one
-environment.
+The compiled programs can be inspected (`memory_plan.compile_step`), not run. On a GPU's own machine XLA
+also times kernels and takes the fastest; here it takes its first choice. Attention is planned with the
+fused kernel of the chip whose plugin is installed (models/attention.py): install one plugin, not both.
 """
 
 import dataclasses
@@ -19,20 +18,20 @@ from mirai_jax.utils.errors import ConfigError, first_line
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA's compiler asks about a GPU (its datasheet, and the limits of its compute capability)."""
+    """What XLA's compiler asks about a GPU: its datasheet and the limits of its compute capability."""
 
     name: str
     capability: tuple[int, int]
     cores: int  # streaming multiprocessors
     lanes: int  # float32 units of each
     clock: float  # GHz
-    memory: int  # GiB that programs find
+    memory: int  # GiB available to programs
     bandwidth: float  # GB/s
     cache: int  # MiB, level 2
-    shared: int  # KiB of shared memory a core, 1 more than a block may have
+    shared: int  # KiB of shared memory a core; a block gets 1 less
 
     def text(self) -> str:
-        """As a GpuTargetConfigProto of XLA in text form."""
+        """XLA's GpuTargetConfigProto in text form."""
         major, minor = self.capability
         return f"""
             platform_name: "CUDA"
@@ -72,35 +71,31 @@ _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 
 
 def verdict(gpu: str, needed: int) -> str:
-    """Whether `needed` bytes fit into what JAX takes of a GPU's memory: by default three quarters."""
-    has = GPUS[gpu].memory
-    try:
-        fraction = float(os.environ.get(_FRACTION, 0.75))
-    except ValueError:
-        fraction = 0.75
-    takes = fraction * has
-    message = f"of {has:,} GiB, {takes:.1f} of which JAX takes ({_FRACTION}={fraction:g})"
-    if needed < takes * 2**30:
+    """Whether `needed` bytes fit into the share of a GPU's memory that JAX takes, by default 3/4."""
+    has, fraction = GPUS[gpu].memory, float(os.environ.get(_FRACTION, 0.75))
+    message = f"of {has:,} GiB, {fraction * has:.1f} of which JAX takes ({_FRACTION}={fraction:g})"
+    needed_fraction = needed / (has << 30)
+    if needed_fraction < fraction:
         return message
-    if needed < 0.95 * has * 2**30:
-        more = math.ceil(100 * needed / (has << 30)) / 100
-        return f"{message}: it does not fit; {_FRACTION}={min(0.95, more + 0.01):.2f} would do"
+    if needed_fraction < 0.95:
+        enough = min(0.95, math.ceil(100 * needed_fraction) / 100 + 0.01)
+        return f"{message}: it does not fit; {_FRACTION}={enough:.2f} would do"
     return f"{message}: it does not fit"
 
 
 def devices(name: str, count: int) -> list[jax.Device]:
-    """`count` devices to compile for. To be called before JAX has looked for its own.
+    """`count` devices to compile for. Call it before JAX looks for its own devices.
 
     Args:
-        name: of GPUS, all of one host; or a TPU slice as XLA names it, 'v5e:2x4'.
-        count: how many; of a slice, as many as it has.
+        name: of GPUS, all of one host; or a TPU slice by its XLA name, 'v5e:2x4'.
+        count: number of devices; of a slice, all that it has.
 
     Raises:
-        ConfigError: there is no such chip, the slice has another number of devices, or the compiler is
+        ConfigError: an unknown chip, another number of devices in the slice, or a compiler that is
             not installed.
     """
     if name in GPUS:
-        # Only whoever runs its programs need have a driver, or GPUs to try kernels on.
+        # Compiling needs neither a driver nor GPUs to try kernels on.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
         given = {"platform": "cuda", "topology": f"1x1x{count}", "target_config": GPUS[name].text()}
@@ -110,15 +105,17 @@ def devices(name: str, count: int) -> list[jax.Device]:
         given, extra = {"platform": "tpu", "topology_name": name}, "tpu"
     else:
         known = ", ".join(GPUS)
-        raise ConfigError(f"--chip is {name!r}, must be {known}, or a TPU slice such as v5e:2x4")
+        raise ConfigError(
+            f"the chip is {name!r}; it must be {known} or a TPU slice such as v5e:2x4"
+        )
     jax.config.update("jax_platforms", "cpu")
     try:
         found = list(topologies.get_topology_desc(**given).devices)
     except Exception as error:  # each plugin has its own
         raise ConfigError(
-            f"--chip={name}: its compiler knows no such chip, or is not installed (pip install "
-            f"'.[{extra}]'): {first_line(error)[:200]}"
+            f"the chip is {name!r}, unknown to its compiler, or the compiler is not installed "
+            f"(pip install '.[{extra}]'): {first_line(error)[:200]}"
         ) from error
     if len(found) != count:
-        raise ConfigError(f"--chip={name} has {len(found)} devices: --devices={len(found)}")
+        raise ConfigError(f"the chip {name!r} has {len(found)} devices, not {count}")
     return found

@@ -1,14 +1,13 @@
-"""Operations of the matrix products of a train step, by formula: what a benchmark's MFU divides.
+"""Operations of a train step's matrix products by formula: the numerator of MFU.
 
-* A multiply-add is two operations, and only matrix products and convolutions count: no norm, no
-  softmax, no optimizer, no resizing of images. A convolution counts its taps on padding too.
-* A backward pass costs twice its forward pass. What is computed again to save memory (`remat`)
-  never counts.
+* A multiply-add is two operations. Only matrix products and convolutions count: no norm, softmax,
+  optimizer or resizing of images. A convolution counts its taps on padding too.
+* A backward pass costs twice its forward pass. Recomputation (`remat`) never counts.
 * Attention counts all pairs of positions although a causal mask drops half of them, as PaLM's MFU
-  does: an implementation that skips masked blocks, as ours does, executes fewer.
-* With online codes (`Recipe.tokenizer`) the tokenizer's work is not counted.
+  does. An implementation that skips masked blocks, such as ours, executes fewer.
+* The tokenizer's work for online codes (`Recipe.tokenizer`) is not counted.
 
-Sampling reads one token at a time, so that memory bounds it: `decode_bytes` is its roof.
+Sampling reads one token at a time and is bound by memory: `decode_bytes` is its roofline.
 
 Shape letters: B batch, L positions, D width, N layers, as in the modules counted.
 """
@@ -41,11 +40,11 @@ class StepFlops:
 
 
 def step_flops(recipe: step.Recipe, batch_size: int, *, cached_features: bool = False) -> StepFlops:
-    """Of a step in which all terms are active.
+    """Counts a step in which all terms are active.
 
     Args:
         recipe: what is trained.
-        batch_size: images of the whole batch, on all devices.
+        batch_size: images of the global batch.
         cached_features: batches hold the bidirectional teacher's features, which then cost nothing.
 
     Raises:
@@ -67,12 +66,12 @@ def generator_forward(
     layers: int | None = None,
     head: bool = True,
 ) -> int:
-    """One forward pass of one sequence.
+    """Counts one forward pass of one sequence.
 
     Args:
         config: of the generator.
         tokens: positions, the class among them; None for a whole image.
-        layers: how many blocks are run; None for all.
+        layers: number of blocks; None for all.
         head: whether logits are computed.
     """
     tokens = config.length if tokens is None else tokens
@@ -82,22 +81,12 @@ def generator_forward(
     return blocks + head * 2 * tokens * config.width * config.vocab_size
 
 
-def decode_flops(config: GeneratorConfig, batch: int) -> int:
-    """One step of cached generation: a further token of `batch` sequences, mean over positions.
-
-    `batch` counts the unconditional half of guidance too. Attention counts valid positions alone,
-    (L + 1) / 2 of them on average: a query sees itself and what lies before it.
-    """
-    attention = config.num_layers * 2 * (config.length + 1) * config.width
-    return batch * (2 * _decode_weights(config) + attention)
-
-
 def decode_bytes(config: GeneratorConfig, batch: int, itemsize: int) -> int:
     """The fewest bytes that a step of cached generation moves through memory, mean over positions.
 
-    Each weight of the blocks and of the output head is read once, and `batch` rows of the token
-    embedding. Of keys and values the valid positions are read and this position's written, which
-    makes (L + 1) / 2 on average. Activations and norms, small beside them, are left out.
+    A step reads each weight of the blocks and of the output head once, and `batch` rows of the token
+    embedding. It reads the keys and values of the valid positions and writes those of this position,
+    (L + 1) / 2 positions on average. Activations and norms are small and left out.
 
     Args:
         config: of the generator.
@@ -105,23 +94,20 @@ def decode_bytes(config: GeneratorConfig, batch: int, itemsize: int) -> int:
         itemsize: bytes of a weight and of a number in the cache.
     """
     cache = config.num_layers * batch * (config.length + 1) * config.width
-    return itemsize * (_decode_weights(config) + batch * config.width + cache)
+    weights = config.num_layers * _block_weights(config) + config.width * config.vocab_size
+    return itemsize * (weights + batch * config.width + cache)
 
 
 def _block_weights(config: GeneratorConfig) -> int:
-    """Of a block of the generator: queries, keys and values, their output, and SwiGLU."""
+    """Weights of one block of the generator: queries, keys and values, their output, and SwiGLU."""
     return config.width * (4 * config.width + 3 * config.ffn_width)
-
-
-def _decode_weights(config: GeneratorConfig) -> int:
-    return config.num_layers * _block_weights(config) + config.width * config.vocab_size
 
 
 # Teachers and heads -------------------------------------------------------------------------------
 
 
 def _teachers(recipe: step.Recipe, cached_features: bool) -> int:
-    """All targets of one image, each once if terms share it (as `step.teacher_targets` does)."""
+    """All targets of one image; a target that terms share counts once, as in `step.teacher_targets`."""
     targets = {}
     for term in recipe.terms:
         if term.level == "output":

@@ -1,13 +1,10 @@
-"""Measuring speed and memory: what a machine can do at most, work timed in turn, a peer beside it."""
+"""Measuring speed and memory: interleaved timing, what a machine can do at most, peak memory."""
 
 import concurrent.futures
 import contextlib
 import gc
-import json
 import os
 import pathlib
-import shlex
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,8 +15,8 @@ import numpy as np
 
 from mirai_jax.utils import host_memory
 
-# Dense bfloat16 operations a second, as the makers' datasheets say, by what a device's kind contains:
-# the first that fits.
+# Dense bfloat16 operations a second by the makers' datasheets. The first name that a device's kind
+# contains counts.
 DATASHEET = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -36,33 +33,36 @@ DATASHEET = {
 
 
 def seconds(function: Callable, *args: Any) -> tuple[float, Any]:
-    """How long a call takes until all that it returns is there, and what it returns."""
+    """Runs a function to the end of its device work; returns the seconds and its result."""
     begun = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return time.perf_counter() - begun, result
 
 
-def in_turn(
-    tasks: Mapping[str, Callable[[], float]],
+def interleaved(
+    tasks: Mapping[Any, Callable[[], float]],
     repeats: int,
-    tell: Callable[[int], None] = lambda done: None,
-) -> dict[str, list[float]]:
-    """Every task once, then every task again: what slows the machine for a while slows them all.
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[Any, list[float]]:
+    """Times all tasks once a round, so that a slow minute of the machine slows all of them.
 
-    A task's first run in a round is not timed: it finds caches and memory as another task left them,
-    while in its own loop a step follows a step.
+    In each round a task runs twice and the second run counts: the first finds caches and memory as
+    another task left them, while in training a step follows a step.
 
     Args:
         tasks: each does its work and returns the seconds that it took.
-        repeats: rounds.
-        tell: called after each round with their number.
+        repeats: number of rounds.
+        on_round: called after each round.
+
+    Returns:
+        The seconds of each task, one number a round.
     """
-    taken: dict[str, list[float]] = {name: [] for name in tasks}
-    for done in range(repeats):
+    taken: dict[Any, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats):
         for name, task in tasks.items():
             task()
             taken[name].append(task())
-        tell(done + 1)
+        on_round()
     return taken
 
 
@@ -70,92 +70,86 @@ def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
 
-def ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """The median over rounds of two tasks' ratio within the round."""
+def paired_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds of the ratio of two tasks within a round."""
     return float(np.median(np.divide(values, others)))
 
 
 # What the machine can do ---------------------------------------------------------------------------
 
 
+def _best_rate(work: float, function: Callable, *args: Any) -> float:
+    """Work a second, the best of five runs after a warm-up."""
+    function(*args)
+    return max(work / seconds(function, *args)[0] for _ in range(5))
+
+
 def matmul_rate(dtype: str, device: jax.Device) -> float:
-    """Operations a second of large matrix products, measured: the best of several sizes."""
-    sizes = (1024, 2048) if device.platform == "cpu" else (4096, 8192)
-    product = jax.jit(lambda a, b: a @ b)
-    best = 0.0
-    for size in sizes:
+    """Measured operations a second of large matrix products, the best of two sizes."""
+    product, best = jax.jit(lambda a, b: a @ b), 0.0
+    for size in (1024, 2048) if device.platform == "cpu" else (4096, 8192):
         keys = jax.random.split(jax.random.key(size))
-        a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
-        a, b = jax.device_put((a, b), device)
-        seconds(product, a, b)
-        for _ in range(5):
-            best = max(best, 2 * size**3 / seconds(product, a, b)[0])
+        pair = jax.device_put([jax.random.normal(key, (size, size), dtype) for key in keys], device)
+        best = max(best, _best_rate(2 * size**3, product, *pair))
     return best
 
 
 def datasheet_rate(device: jax.Device, dtype: str) -> float | None:
-    """Operations a second by the maker's word; None for other chips and dtypes."""
+    """Operations a second by the datasheet; None for other chips and dtypes than bfloat16."""
     if dtype != "bfloat16":
         return None
     return next((rate for name, rate in DATASHEET.items() if name in device.device_kind), None)
 
 
 def memory_rate(device: jax.Device) -> float:
-    """Bytes a second that can be read from memory, measured: the best of several ways."""
+    """Measured bytes a second that the device's memory delivers, the best of several ways."""
     if device.platform == "cpu":
-        return _host_memory_rate()
+        # NumPy's maximum reads faster than XLA's reductions; one array a thread, larger than caches.
+        threads = cpu_count()
+        arrays = [np.full(2**26, i, np.float32) for i in range(threads)]
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            return _best_rate(threads * arrays[0].nbytes, lambda: list(pool.map(np.max, arrays)))
     big = jax.device_put(jnp.ones((2**30,), jnp.float32), device)
-    ways = {
-        jax.jit(lambda x: jnp.sum(x.reshape(1024, -1), axis=1)): big.nbytes,
-        jax.jit(lambda x: x + 1): 2 * big.nbytes,  # read and written
-    }
-    best = 0.0
-    for way, moved in ways.items():
-        seconds(way, big)
-        best = max(best, *(moved / seconds(way, big)[0] for _ in range(5)))
-    return best
+    read = jax.jit(lambda x: jnp.sum(x.reshape(1024, -1), axis=1))
+    read_and_write = jax.jit(lambda x: x + 1)
+    return max(_best_rate(big.nbytes, read, big), _best_rate(2 * big.nbytes, read_and_write, big))
 
 
-def _host_memory_rate() -> float:
-    # NumPy's maximum reads faster than XLA's reductions; one array a thread, larger than caches.
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    arrays = [np.full(2**26, i, np.float32) for i in range(threads)]
-    best = 0.0
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for _ in range(6):  # the first touches the memory
-            begun = time.perf_counter()
-            list(pool.map(np.max, arrays))
-            best = max(best, sum(x.nbytes for x in arrays) / (time.perf_counter() - begun))
-    return best
+def cpu_count() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # Memory --------------------------------------------------------------------------------------------
 
 
 class PeakMemory:
-    """How much memory work needs at most, beyond what is in use when this is made: of one accelerator,
-    or of this process."""
+    """The most memory that work needs beyond what is in use at the start.
+
+    It is that of one accelerator where the device counts it, else that of this process.
+    """
 
     def __init__(self, device: jax.Device):
-        gc.collect()
         self._device = device
-        stats = device.memory_stats() or {}
-        self._counted = "peak_bytes_in_use" in stats
+        self._counted = "peak_bytes_in_use" in (device.memory_stats() or {})
+        gc.collect()
         if self._counted:
+            stats = device.memory_stats()
             self._before, self._peak_before = stats["bytes_in_use"], stats["peak_bytes_in_use"]
         else:
             host_memory.give_back_freed()
             self._before, self._peak_before = _resident("VmRSS"), 0
 
     def ready(self) -> None:
-        """What the work needs is there; on a CPU what making it needed is forgotten."""
+        """Marks the end of the preparation; on a CPU its own peak is forgotten."""
         gc.collect()
         if not self._counted:
             host_memory.give_back_freed()
-            _forget_peak()
+            with contextlib.suppress(OSError):  # not Linux: the peak of the whole process stays
+                pathlib.Path("/proc/self/clear_refs").write_text("5")
 
     def __call__(self) -> int | None:
-        """Bytes beyond those at the start; None where earlier work needed more than this did."""
+        """Bytes beyond those at the start; None where earlier work needed more than this work."""
         if self._counted:
             peak = self._device.memory_stats()["peak_bytes_in_use"]
         else:
@@ -165,69 +159,10 @@ class PeakMemory:
         return peak - self._before
 
 
-def _forget_peak() -> None:
-    with contextlib.suppress(OSError):  # not Linux: the peak of the whole process stays
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
 def _resident(field: str) -> int | None:
+    """Bytes of this process by a field of /proc/self/status; None on other systems than Linux."""
     try:
-        text = pathlib.Path("/proc/self/status").read_text()
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next(
-        int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field + ":")
-    )
-
-
-# A peer --------------------------------------------------------------------------------------------
-
-
-class PeerError(RuntimeError):
-    """The peer cannot do a task: one line."""
-
-    status = 1
-
-
-class Peer:
-    """Another program that does the same work when it is asked (see tests/official_peer.py).
-
-    It reads a task a line and answers each with a line of JSON: {"seconds": s} or {"error": text}.
-    """
-
-    def __init__(self, command: str, *more: str):
-        self._command = [*shlex.split(command), *more]
-        try:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        except OSError as error:
-            raise PeerError(f"--peer cannot be started: {error}") from error
-
-    def __call__(self, task: str) -> float:
-        """Seconds of a task.
-
-        Raises:
-            PeerError: the peer failed at it, or ended.
-        """
-        try:
-            self._process.stdin.write(f"{task}\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise PeerError(f"the peer ended (status {self._process.wait()}) at {task!r}")
-        try:
-            answer = json.loads(line)
-            taken = answer.get("seconds")
-        except (ValueError, AttributeError):
-            answer, taken = {"error": f"answered {line.strip()!r}"}, None
-        if not isinstance(taken, float):
-            raise PeerError(f"the peer at {task!r}: {answer.get('error')}")
-        return taken
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # it ended before it read all that it was asked
-            self._process.stdin.close()
-        self._process.wait()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field + ":"))

@@ -1,8 +1,8 @@
-"""How much memory a device needs for a run, by its step, compiled ahead of time.
+"""Memory that a run needs on each device, from its train step compiled ahead of time.
 
-`mirai_jax.plan` compiles with XLA for CPUs and simulated devices. That splits arrays over them as for
-accelerators; it stores some bfloat16 numbers in 4 bytes, and orders work without regard to memory, so
-that an accelerator should need no more. With `--chip` it is the accelerator's own compiler (benchmark/chips.py).
+By default XLA compiles for CPUs and simulated devices. It splits arrays over them as over accelerators;
+it stores some bfloat16 numbers in 4 bytes and orders work without regard to memory, so that an
+accelerator should need no more. For a named chip its own compiler does it (mirai_jax.plan --chip, benchmark/chips.py).
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Plan:
     Attributes:
         parameters, ema, optimizer: of the train state.
         frozen: teachers, and the tokenizer of online codes.
-        batch: what the step is fed.
-        temporary: gradients, activations and the like, at their most.
+        batch: the step's input.
+        temporary: gradients, activations and the like, at their peak.
     """
 
     parameters: int
@@ -56,9 +56,9 @@ class CompiledStep:
     Attributes:
         mesh: of the devices.
         recipe: of the step.
-        state, frozen, batch: shapes, dtypes and shardings of what it takes.
+        state, frozen, batch: shapes, dtypes and shardings of its arguments.
         run: the program: (state, frozen, batch) -> (state, metrics); the state is donated.
-        seconds: that tracing and compiling took.
+        seconds: of tracing and compiling.
     """
 
     mesh: Mesh
@@ -72,7 +72,7 @@ class CompiledStep:
     @property
     def plan(self) -> Plan:
         analysis = self.run.memory_analysis()
-        # Donated: what comes out takes the place of what went in.
+        # Donated arguments share their memory with outputs.
         beyond = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return Plan(
             parameters=_share(self.state.params),
@@ -85,7 +85,7 @@ class CompiledStep:
 
 
 def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as a dictionary, names of files that compiling a step does not open filled in."""
+    """The config as a dictionary, with placeholders for files that compiling a step does not open."""
     config = dict(config.items())
 
     def fill(section: str, field: str, names: Container[str]) -> None:
@@ -94,7 +94,7 @@ def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
             config[section] = {**dict(found.items()), field: "not read"}
 
     fill("data", "images", ("images",))
-    fill("teacher", "path", vit.NAMES)  # of the others their weights tell the shape
+    fill("teacher", "path", vit.NAMES)  # other teachers' shapes are those of their weights
     return config
 
 
@@ -121,12 +121,12 @@ def compile_step(settings: Settings, devices: list[jax.Device]) -> CompiledStep:
 
 
 def plan(settings: Settings, devices: list[jax.Device]) -> Plan:
-    """What the step of a config needs on each of `devices`; see `compile_step`."""
+    """The memory of a config's step on each of `devices`; see `compile_step`."""
     return compile_step(settings, devices).plan
 
 
 def recipe_and_frozen(settings: Settings) -> tuple[step.Recipe, dict]:
-    """The recipe of a config, and the shapes of what is frozen in it (weights where they are at hand)."""
+    """The recipe of a config and the shapes of its frozen networks (or their weights, where read)."""
     shapes, teacher, tokenizer = {}, None, None
     if settings.needs_images and not settings.teacher.cached:
         teacher, shapes["bidirectional"] = frozen.teacher_shapes(settings)
@@ -156,11 +156,10 @@ def _batch(settings: Settings, recipe: step.Recipe) -> dict[str, jax.ShapeDtypeS
 
 
 def _placed(tree, shardings):
-    def one(where, part):
-        put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-        return jax.tree.map(put, part)
+    def place(where, part):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part)
 
-    return jax.tree.map(one, shardings, tree)
+    return jax.tree.map(place, shardings, tree)
 
 
 def _share(tree) -> int:

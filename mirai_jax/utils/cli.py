@@ -1,4 +1,4 @@
-"""What the programs share: how they start, errors of one line, and a quiet screen."""
+"""What all programs share: their start, errors of one line, and a quiet screen."""
 
 import contextlib
 import functools
@@ -15,20 +15,20 @@ from mirai_jax.utils.errors import ConfigError, DataError, Lost, Preempted, firs
 
 
 def run(main: Callable[[list[str]], None], **options: Any) -> None:
-    """Starts a program: `app.run`, before which a process on a CPU is told to keep its memory."""
+    """Starts a program with `app.run`, after `host_memory.keep_freed`."""
     host_memory.keep_freed()
     app.run(main, **options)
 
 
 @contextlib.contextmanager
 def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
-    """Ends with "error: ..." in one line, and the error's `status`, where a traceback says no more.
+    """Turns expected errors into one line, "error: ...", and the error's exit `status`.
 
-    So do errors of the devices, whose memory may not suffice.
+    Expected are ConfigError, DataError, errors of the devices (such as too little memory) and `more`.
 
     Args:
-        more: kinds of errors that are told so, besides ConfigError and DataError.
-        interrupted: what to say after Ctrl-C.
+        more: further expected kinds of errors.
+        interrupted: the message after Ctrl-C.
     """
     if not flags.FLAGS["verbosity"].present:
         _quieten()
@@ -45,7 +45,7 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
         _fail(f"{what} ({first_line(error)[:200]})", Lost.status if lost else 1)
     except Preempted as stop:
         print(first_line(stop), file=sys.stderr)
-        sys.exit(stop.status)  # all processes are here: they part in good order
+        sys.exit(stop.status)  # all processes stop together and shut down in order
     except KeyboardInterrupt:
         sys.exit(interrupted)
 
@@ -59,46 +59,46 @@ def _fail(message: str, status: int) -> NoReturn:
 
 @functools.cache
 def _quieten() -> None:
-    """Once: leaves out what Orbax says of files beyond its exceptions, which end in one line here.
+    """Silences Orbax beyond its exceptions, which end in one line here. Takes effect once.
 
     It reads and writes all arrays at once: where one fails, the others end with pages of tracebacks.
     """
-    logging.set_verbosity(logging.WARNING)  # it tells every file it writes
-    unheard = "exception was never retrieved"  # asyncio's, of arrays after the first
+    logging.set_verbosity(logging.WARNING)  # it logs every file that it writes
+    unretrieved = "exception was never retrieved"  # asyncio's, of arrays after the first
     logging.get_absl_handler().addFilter(
-        lambda record: "/orbax/" not in record.pathname and unheard not in record.getMessage()
+        lambda record: "/orbax/" not in record.pathname and unretrieved not in record.getMessage()
     )
-    tell, tell_unraisable = sys.excepthook, sys.unraisablehook
+    show, show_unraisable = sys.excepthook, sys.unraisablehook
 
     def too_late(error: BaseException | None) -> bool:  # TensorStore's threads, in either way
         return str(error) == "Event loop is closed"
 
     def excepthook(kind: type, error: BaseException, where: types.TracebackType | None) -> None:
         if not too_late(error):
-            tell(kind, error, where)
+            show(kind, error, where)
 
     def unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
         code = getattr(unraisable.object, "cr_code", None)
         of_orbax = code is not None and "/orbax/" in code.co_filename
         if not of_orbax and not too_late(unraisable.exc_value):
-            tell_unraisable(unraisable)
+            show_unraisable(unraisable)
 
     sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
 
 
 def flag_values(module: str) -> flags.FlagValues:
-    """Where a program defines its flags: on the command line, if it is the one that runs.
+    """The flags of a program: the command line's if it runs, separate ones if it is imported.
 
-    Where it is only imported they are its own, so that programs may share names.
+    Separate flags let programs share names.
 
     Args:
-        module: its `__name__`.
+        module: the program's `__name__`.
     """
     return flags.FLAGS if module == "__main__" else flags.FlagValues()
 
 
 def parse_known(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """The arguments that are no flags of the program: those of its config. An error is one line."""
+    """Parses the program's flags and returns the other arguments, its config's. Errors are one line."""
     try:
         return values(argv, known_only=True)
     except flags.Error as error:
@@ -106,10 +106,10 @@ def parse_known(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
 
 def share(process_index: int | None, process_count: int | None) -> tuple[int, int]:
-    """Which share of a work this process does: (index, count), as the flags say or as JAX knows.
+    """This process's share of the work: (index, count), from the flags or else from JAX.
 
     Raises:
-        ConfigError: there is no such share.
+        ConfigError: the flags do not name a share.
     """
     if (process_index is None) != (process_count is None):
         raise ConfigError("--process_index and --process_count go together; one is missing")

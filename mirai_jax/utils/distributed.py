@@ -1,8 +1,8 @@
-"""Several processes as one run: starting JAX's distributed runtime, and doing things alike.
+"""Several processes as one run: starting JAX's distributed runtime, and agreeing on values.
 
-A run on several hosts is the same program started once on each; every process executes the same
-steps, and JAX carries arrays between them. What leaves the program (files, the screen) is the first
-process's to write. Files that all read (data, workdir) lie on storage that all hosts see.
+A run on several hosts is the same program started once on each. Every process executes the same steps,
+and JAX moves arrays between them. The first process alone writes files and prints. Files that all
+processes read (data, workdir) lie on storage that all hosts share.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from mirai_jax.utils.errors import ConfigError, Lost, first_line
 
 MODES = ("auto", "on", "off")
 
-# Seconds that storage is given to show what another host wrote: NFS shows it after a while.
+# Seconds to wait for what another host wrote: NFS shows it after a while.
 PATIENCE = 10.0
 
 NOT_SHARED = "the workdir must be on storage that all processes share"
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """What a launcher says about the processes, as arguments of `jax.distributed.initialize`.
+    """Arguments for `jax.distributed.initialize` from a launcher's variables; None for one process.
 
-    SLURM (srun) and Open MPI (mpirun) are read as JAX reads them; TPU_WORKER_HOSTNAMES is set on
-    hosts of a TPU slice by GKE. Returns None where there is one process.
+    Variables of SLURM (srun) and Open MPI (mpirun) are read as JAX reads them. GKE sets
+    TPU_WORKER_HOSTNAMES on hosts of a TPU slice.
     """
     if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
         return {}  # JAX finds the rest
@@ -44,8 +44,8 @@ def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
         found = {
             "num_processes": int(environ["OMPI_COMM_WORLD_SIZE"]),
             "process_id": int(environ["OMPI_COMM_WORLD_RANK"]),
-        }  # since Open MPI 5 it does not say where the first process runs
-        if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # of several GPUs each process takes one
+        }  # Open MPI 5 has no variable for the first process's address
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # each process takes one of a host's GPUs
             found["local_device_ids"] = [int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])]
         if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environ["OMPI_COMM_WORLD_SIZE"]:
             found["coordinator_address"] = f"localhost:{20_000 + os.getppid() % 10_000}"
@@ -64,21 +64,21 @@ def start(
     heartbeat: int = 100,
     timeout: int = 300,
 ) -> None:
-    """Joins the other processes of the run; nothing of JAX may have been used before.
+    """Joins the other processes of the run. Call it before anything else of JAX.
 
     Args:
-        mode: 'auto' joins where the environment or the next three say that there are several
-            processes; 'on' always (a Cloud TPU slice says so only when asked); 'off' never.
+        mode: 'auto' joins if the environment or the next three arguments describe several processes;
+            'on' always joins (needed on a Cloud TPU slice); 'off' never does.
         coordinator: 'HOST:PORT' of the first process.
-        num_processes: how many there are.
-        process_id: which this is, from 0.
+        num_processes: number of processes.
+        process_id: this process's number, from 0.
         heartbeat: seconds of silence after which a process counts as dead.
         timeout: seconds to wait for the others at the start.
 
-    Where others do not come in time JAX's runtime ends the process by itself (status 134).
+    If others do not join in time, JAX's runtime ends the process (status 134).
 
     Raises:
-        ConfigError: arguments that do not go together, or nobody at the coordinator's address.
+        ConfigError: arguments that do not go together, or no answer at the coordinator's address.
     """
     given = {
         "coordinator_address": coordinator,
@@ -123,7 +123,7 @@ def start(
 
 
 def _wait_for(address: str, timeout: float) -> None:
-    """Until somebody listens there: JAX's own wait for it ends with a page of its stack."""
+    """Waits until a process listens there: JAX's own wait ends with a page of its stack."""
     host, port = address.rsplit(":", 1)
     end = time.monotonic() + timeout
     while True:
@@ -140,12 +140,12 @@ def _wait_for(address: str, timeout: float) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes files and speaks to the screen."""
+    """Whether this process writes files and prints."""
     return jax.process_index() == 0
 
 
 def means_lost(error: Exception) -> bool:
-    """Whether an error tells that another process cannot be reached."""
+    """Whether an error means that another process cannot be reached."""
     words = ("unavailable", "deadline", "gloo", "nccl", "heartbeat", "connection", "coordination")
     text = str(error).lower()
     return jax.process_count() > 1 and any(word in text for word in words)
@@ -153,11 +153,7 @@ def means_lost(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """What all processes do together fails where one of them is gone.
-
-    Raises:
-        Lost
-    """
+    """Raises Lost where a collective operation fails: another process is gone."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -165,7 +161,7 @@ def _together() -> Iterator[None]:
 
 
 def worst(here: int) -> int:
-    """The largest of the numbers that the processes give; all must ask."""
+    """The largest of the processes' numbers; all processes must call it."""
     if jax.process_count() == 1:
         return here
     with _together():
@@ -173,10 +169,10 @@ def worst(here: int) -> int:
 
 
 def from_first(tree: Any) -> Any:
-    """The first process's arrays (NumPy), in every process; all must ask."""
+    """The first process's NumPy arrays, in every process; all processes must call it."""
     if jax.process_count() == 1:
         return tree
-    # As bytes: what is sent is a sum over processes, and -0.0 + 0.0 is 0.0.
+    # As bytes: the broadcast is a sum over processes, and -0.0 + 0.0 is 0.0.
     raw = jax.tree.map(lambda x: np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8), tree)
     with _together():
         sent = jax.device_get(multihost_utils.broadcast_one_to_all(raw))
@@ -190,7 +186,7 @@ def from_first(tree: Any) -> Any:
 
 
 def whole(array: jax.Array) -> np.ndarray:
-    """An array, however it lies on the devices of all processes, on every host; all must ask."""
+    """A global array, however sharded, on every host; all processes must call it."""
     if jax.process_count() == 1:
         return np.asarray(array)
     with _together():
@@ -198,18 +194,18 @@ def whole(array: jax.Array) -> np.ndarray:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits for every process."""
     if jax.process_count() > 1:
         with _together():
             multihost_utils.sync_global_devices(name)
 
 
 def sees(path: pathlib.Path) -> bool:
-    """Whether this process sees it, now or before PATIENCE ends."""
+    """Whether this process sees a path now or within PATIENCE seconds."""
     end = time.monotonic() + PATIENCE
     while True:
-        # The folder is listed, not the path looked up: opening a folder makes NFS ask its server,
-        # where that a name is not there may be cached for half a minute.
+        # Lists the folder: opening a folder makes NFS ask its server, while the absence of a name may
+        # stay cached for half a minute.
         with contextlib.suppress(OSError):
             if path.name in os.listdir(path.parent):
                 return True
@@ -219,19 +215,19 @@ def sees(path: pathlib.Path) -> bool:
 
 
 def blind(path: pathlib.Path) -> int:
-    """A process that does not see a path which process 0 sees; 0 if all do. All must ask."""
+    """A process that does not see a path of process 0; 0 if all do. All processes must call it."""
     return worst(0 if is_first() or sees(path) else jax.process_index())
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Ends all processes alike where one does not see what the first writes; all must ask.
+    """Checks that all processes see what the first writes; all processes must call it.
 
     Raises:
         ConfigError: the folder is not shared, or cannot be written.
     """
     if jax.process_count() == 1:
         return
-    # A name that nobody has asked for: no cache and no copy of the folder can know it.
+    # A random name, so that no cache or copy of the folder has it.
     token = from_first(np.frombuffer(secrets.token_bytes(8), np.uint8))
     path = folder.absolute() / f"shared_{token.tobytes().hex()}.tmp"
     try:
@@ -251,13 +247,13 @@ def check_shared(folder: pathlib.Path) -> None:
 
 
 def leave(status: int) -> None:
-    """Ends this process at once, and those that it started: nobody is waited for."""
+    """Ends this process and its child processes at once, without waiting for others."""
     for child in multiprocessing.active_children():  # data workers would live on
         child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_count() > 1 and is_first():
-        # JAX's runtime ends the others as soon as its coordinator, which is here, is gone: where
-        # all of them end for the same reason, they tell it first.
+        # JAX's runtime ends the others as soon as its coordinator, in this process, is gone. If all
+        # end for the same reason, this leaves them time to report it.
         time.sleep(1)
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Errors told in one line, without a traceback, by the programs; `status` is the exit status."""
+"""Errors that programs report in one line without a traceback; `status` is the exit status."""
 
 
 class ConfigError(ValueError):
@@ -14,19 +14,19 @@ class DataError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on: one line with the step and what to do."""
+    """A run cannot continue: one line with the step and what to do."""
 
     status = 1
 
 
 class Preempted(RuntimeError):
-    """A run was told to stop and has saved its state: the same command goes on."""
+    """A run was asked to stop and has saved its state: the same command resumes it."""
 
     status = 75  # "try again" among the statuses of sysexits.h
 
 
 class Lost(RuntimeError):
-    """Another process of the run died or hangs: start all of them again."""
+    """Another process of the run died or hangs: restart all of them."""
 
     status = 76
 

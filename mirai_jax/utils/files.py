@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process is killed or the disk is full."""
+"""Files that are either complete or absent, even if the process is killed or the disk is full."""
 
 import contextlib
 import os
@@ -9,15 +9,15 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A name beside `path` to write to; at the end it becomes `path`, or goes if there was an error.
+    """Yields a temporary name beside `path`, renamed to `path` at the end or removed after an error.
 
-    The name is of this writer alone: processes of several hosts may write the same file.
+    Each writer has another name: processes of several hosts may write the same file.
     """
     unfinished = f"{os.fspath(path)}.{secrets.token_hex(4)}.tmp"
     try:
         yield unfinished
         with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())  # some file systems tell of a full disk only now
+            os.fsync(file.fileno())  # some file systems report a full disk only here
         os.replace(unfinished, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -26,23 +26,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """`atomic_path`, opened for writing."""
+    """Yields a binary file to write; it becomes `path` as in `atomic_path`."""
     with atomic_path(path) as unfinished, open(unfinished, "wb") as file:
         yield file
         file.flush()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file (UTF-8)."""
+    """Writes a text file (UTF-8) atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
 def closing(thing: Any) -> Iterator[Any]:
-    """As contextlib.closing, but an error on its way is never replaced by one of closing.
+    """As contextlib.closing, but an error in the block is never replaced by an error of closing.
 
-    On a full disk what could not be written is often told again then.
+    On a full disk closing often fails again with what could not be written.
     """
     try:
         yield thing

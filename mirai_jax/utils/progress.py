@@ -1,4 +1,4 @@
-"""How far a long work is, and how long it will take."""
+"""Progress of long tasks and the time left."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ from typing import TextIO
 
 
 def duration(seconds: float) -> str:
-    """E.g. 45s, 3m05s, 2h07m, 3d04h."""
+    """Formats a duration, e.g. 45s, 3m05s, 2h07m, 3d04h."""
     seconds = round(seconds)
     for unit, size, sub, sub_size in (
         ("d", 86400, "h", 3600),
@@ -19,14 +19,15 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows items done, speed and time left: a line that renews itself on a terminal, else one now
-    and then.
+    """Shows items done, speed and time left.
+
+    A terminal gets one line, updated twice a second; other streams get a line every 30 seconds.
 
     Args:
-        total: how many items there are.
-        unit: what they are called.
-        done: how many were done before (speed is told without them).
-        stream: where it is shown; None shows nothing.
+        total: number of items.
+        unit: their name, in the plural.
+        done: items done earlier, which do not count for the speed.
+        stream: where to write; None for nowhere.
     """
 
     def __init__(self, total: int, unit: str, done: int = 0, stream: TextIO | None = sys.stderr):
@@ -37,20 +38,20 @@ class Progress:
         self._every = 0.5 if self._live else 30.0
 
     def advance(self, count: int) -> None:
-        """`count` more items are done."""
+        """Counts `count` more items as done."""
         self._done += count
         if time.monotonic() - self._shown >= self._every:
             self._show("")
 
     def close(self) -> None:
-        """Shows where it ended."""
+        """Shows the last state."""
         self._show("\n" if self._live else "")
 
     def line(self) -> str:
         seconds = time.monotonic() - self._begun
         speed = (self._done - self._first) / max(seconds, 1e-9)
-        message = f"{speed:.1f}" if speed >= 1 or not speed else f"{speed:.2g}"
-        text = f"{self._done:,}/{self._total:,} {self._unit}  {message} {self._unit}/s"
+        rate = f"{speed:.1f}" if speed >= 1 or not speed else f"{speed:.2g}"
+        text = f"{self._done:,}/{self._total:,} {self._unit}  {rate} {self._unit}/s"
         if speed and self._done < self._total:
             text += f"  {duration((self._total - self._done) / speed)} left"
         return text

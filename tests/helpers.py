@@ -1,0 +1,97 @@
+"""What several test files need: errors of one line, programs in a subprocess, small configs and networks."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mirai_jax.models import vq
+from mirai_jax.utils.errors import ConfigError, DataError
+from mirai_jax.weights import torch_names, torch_writer
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for programs whose compiling is most of the time
+
+# The smallest generator on real digits; `tiny` is the same for a config in this process.
+TINY_MODEL = {"num_layers": 2, "num_heads": 2, "width": 32, "vocab_size": 16, "unroll": 1}
+TINY = [f"--config.model.{name}={value}" for name, value in TINY_MODEL.items()]
+TINY_VQ = vq.VQConfig(multipliers=(1, 2), width=32, z_channels=16, vocab_size=24)
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+def refusal(function, *arguments, error=(ConfigError, DataError), **options):
+    """Calls a function that must raise `error` and returns the message, which must be one line."""
+    with pytest.raises(error) as caught:
+        function(*arguments, **options)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def exit_message(main, *arguments):
+    """As `refusal`, for a program's main in this process: it exits with "error: MESSAGE"."""
+    message = refusal(main, *arguments, error=SystemExit)
+    assert message.startswith("error: ")
+    return message
+
+
+# Programs -----------------------------------------------------------------------------------------
+
+
+def environment(**more):
+    """The environment of a program on one CPU device."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **more}
+
+
+def program(module, *arguments, cwd=ROOT, timeout=600, **environ):
+    """Runs `python -m module` to its end and returns it: status, stdout and stderr as text."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=cwd, env=environment(**environ), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def output(module, *arguments, **options):
+    """As `program`, which must succeed; returns what it prints."""
+    done = program(module, *arguments, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def error_line(module, *arguments, **options):
+    """As `program`, which must fail with status 1; returns its last line, "error: MESSAGE"."""
+    done = program(module, *arguments, **options)
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    assert done.returncode == 1 and last.startswith("error: "), done.stderr[-2000:]
+    return last
+
+
+# Small configs and networks -----------------------------------------------------------------------
+
+
+def tiny(module, steps=8, **fields):
+    """The demo of a module of configs/ with the smallest generator; `fields` are updates of its top."""
+    config = module.get_config("demo")
+    config.update(num_steps=steps, batch_size=16, log_every=1, judged_samples=0)
+    config.model.update(TINY_MODEL)
+    config.optimizer.update(warmup_steps=2)
+    for i, _ in enumerate(config.foresight):
+        config.foresight[i].update(projector_width=16)
+    config.update(fields)
+    return config
+
+
+def vq_file(folder, config=TINY_VQ):
+    """A PyTorch file with a VQ of random weights, such as LlamaGen publishes."""
+    module = vq.VQModel(config)
+    images = np.zeros((1, config.downsample, config.downsample, config.channels), np.float32)
+    params = jax.device_get(jax.jit(module.init)(jax.random.key(0), images)["params"])
+    path = folder / "vq.pt"
+    torch_writer.write(path, {"model": torch_names.vq_to_torch(config, params)})
+    return path
