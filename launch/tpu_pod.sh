@@ -23,7 +23,10 @@
 # the program's; 1 also where the launcher gave up.
 set -uo pipefail
 
-fail() { printf 'error: %s\n' "$2" >&2 && exit "$1"; }
+fail() {
+  printf 'error: %s\n' "$2" >&2
+  exit "$1"
+}
 
 # On every worker, in ~/mirai-jax: `pid` is the program's, `owner` names its launcher ----------------
 
@@ -53,21 +56,24 @@ worker_setup() { # LAUNCH ATTEMPT COMMAND
 }
 
 # ATTEMPT COMMAND...: starts the attempt or, where a broken connection makes gcloud repeat this, follows
-# it. Its status is 76 (lost) where no shell of ours saw the end.
+# it; its status is then 76 (lost).
 worker_run() {
-  local at=attempts/$1 lines=50 status=76
+  local log=$1.log lines=50 tail=() status=76
   shift
-  if mkdir -p attempts && mkdir "$at" 2>/dev/null; then
+  if (set -o noclobber && : >"$log") 2>/dev/null; then
     lines=+1
-    : >"$at/log"
-    (cd code && exec setsid "$@" >>"../$at/log" 2>&1 </dev/null) &
-    echo "$!" | tee pid >"$at/pid"
+    (cd code && exec setsid "$@" >>"../$log" 2>&1 </dev/null) &
+    echo "$!" >pid
   fi
-  tail -n "$lines" -f -s 0.2 --pid="$(cat "$at/pid")" "$at/log"
-  [ "$lines" = 50 ] || { wait "$(cat "$at/pid")" && status=0 || status=$?; }
-  kill -KILL -- "-$(cat "$at/pid")" 2>/dev/null # what the program left behind
+  ! worker_is_running || tail=(-f -s 0.2 --pid="$(cat pid)")
+  tail -n "$lines" "${tail[@]}" "$log"
+  if [ "$lines" = +1 ]; then
+    wait "$!"
+    status=$?
+    kill -KILL -- "-$!" 2>/dev/null # what the program left behind
+  fi
   echo "worker $(hostname) ended with status $status"
-  return "$status"
+  exit "$status"
 }
 
 case ${1-} in worker_*)
