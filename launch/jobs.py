@@ -71,12 +71,8 @@ def only_launcher(out: pathlib.Path) -> Iterator[None]:
 class Process:
     """A run's program, started again when it ends with one of RETRYABLE.
 
-    Its log is locked as long as a process of the run lives, so that no two work on one folder.
-
-    Args:
-        run: the run.
-        log: takes a line at each restart.
-        environment: added to that of this process.
+    Its log is locked as long as a process of the run lives, so that no two work on one folder. `log` takes
+    a line at each restart; `environment` adds to that of this process.
 
     Raises:
         AlreadyRunning: another process works on the run.

@@ -64,17 +64,11 @@ def test_product_zipped_and_chain(chosen):
     assert all(list(entry) == [field for field, _ in chosen] for entry in made)
     assert chain(*entries) == [entry for part in entries for entry in part]
     if len({len(part) for part in entries}) > 1:
-        with pytest.raises(ConfigError, match="zipped"):
+        with pytest.raises(ConfigError):
             zipped(*entries)
     else:
         columns = zip(*(values for _, values in chosen), strict=True)
         assert [tuple(entry.values()) for entry in zipped(*entries)] == list(columns)
-
-
-@pytest.mark.parametrize("combine", [product, zipped])
-def test_a_field_in_two_parts_is_refused(combine):
-    with pytest.raises(ConfigError, match="model.width"):
-        combine(over("model.width", [1]), over("seed", [2]), over("model.width", [3]))
 
 
 # Names --------------------------------------------------------------------------------------------
@@ -123,16 +117,6 @@ def test_names_are_what_differs():
     assert names([{"config": "c/a.py"}, {"config": "c/a.py:big"}]) == ["a", "a-big"]
     assert names([{"config": "c/a.py", "name": "K = 1"}, {"name": "K = 2"}]) == ["K-=-1", "K-=-2"]
     assert names([{"config": "c/a.py", "seed": 7}]) == ["a"]
-
-
-def test_long_and_clashing_names_get_a_hash():
-    long = over("data.path", ["x" * 300, "y" * 300])
-    clash = over("data.path", ["/a", ":a"])
-    for entries in (long, clash):
-        made = overrides.names(product(entries, over("seed", [0, 1])))
-        assert len({name for name, _ in made}) == 4
-        assert len({setting for _, setting in made}) == 2
-        assert all(re.search(r"-[0-9a-f]{8}$", name) for name, _ in made)
 
 
 # Values through the program's flags ---------------------------------------------------------------
@@ -563,13 +547,6 @@ def test_the_figure_is_drawn_of_whatever_there_is(tmp_path, begun):
     assert (coloured.sum() > 500) == begun
 
 
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.integers(0, 9))
-def test_smoothing_is_the_mean_of_the_neighbours(numbers, width):
-    half = width // 2
-    means = [np.mean(numbers[max(0, i - half) : i + half + 1]) for i in range(len(numbers))]
-    np.testing.assert_allclose(curves.smooth(np.array(numbers), width), means, atol=1e-9)
-
-
 # The program --------------------------------------------------------------------------------------
 
 
@@ -611,16 +588,11 @@ def test_a_dry_run_prints_commands_and_wrong_runs_start_nothing(tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("flag", ["--time=60", "--gpus=8", "--nowait", "--sbatch=account=me"])
-def test_flags_that_would_be_ignored_are_refused(set_flags, flag):
-    set_flags(flag)
-    with pytest.raises(ConfigError, match="needs --slurm"):
+def test_wrong_flags(set_flags):
+    set_flags("--gpus=8")
+    with pytest.raises(ConfigError, match="--gpus"):  # it would be ignored
         sweep_program._check_slurm_flags()
-
-
-def test_pairs_of_a_flag():
-    assert sweep_program._pairs("set", ["a=", "b=c=d"]) == {"a": "", "b": "c=d"}
-    for wrong in (["seed=3", "seed=4"], ["seed"], ["=3"], [""], ["seed; rm=3"]):
+    for wrong in (["seed=3", "seed=4"], ["seed"], ["=3"], ["seed; rm=3"]):
         with pytest.raises(ConfigError, match="--set"):
             sweep_program._pairs("set", wrong)
 
@@ -637,17 +609,16 @@ def interrupted(sweep, out, *arguments):
     assert not (out / "table.md").exists()
 
 
-def test_an_interrupted_sweep_resumes(tmp_path):
-    body = "CONFIG = 'configs/llamagen.py'\nget_sweep = lambda scale: over('seed', [1])"
-    sweep, out = sweep_file(tmp_path, body), tmp_path / "out"
-    interrupted(sweep, out)
-    assert "told to stop: step" in (out / "llamagen.log").read_text()
-    done = launch(sweep, out)
-    assert done.returncode == 0, done.stderr + done.stdout
-    log = (out / "llamagen.log").read_text()
-    assert "resumed at step" in log and log.count("launch: exit status") == 2
-    assert len((out / "llamagen" / "metrics.jsonl").read_text().splitlines()) == 150
-    assert "| 150 |" in (out / "table.md").read_text()
+def test_report_writes_the_tables_so_far(tmp_path, set_flags, capsys):
+    sweep, out = sweep_file(tmp_path, TWO), tmp_path / "out"
+    (run, _) = runs_of(sweep, out=out)
+    run.workdir.mkdir(parents=True)
+    line = {"step": 7, "loss": 1.0, "cross_entropy": 1.0}
+    (run.workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    set_flags(f"--sweep={sweep}", f"--out={out}", "--report")
+    sweep_program.main(["sweep"])
+    assert capsys.readouterr().out.count("written: ") == 4
+    assert "| 0 | 7 of " in (out / "table.md").read_text()
     assert (out / "curves.png").stat().st_size > 10_000
 
 
@@ -661,5 +632,6 @@ def test_six_runs_interrupted_end_with_the_same_table(tmp_path):
     for out in (whole, broken):
         done = launch(sweep, out, "--parallel=2")
         assert done.returncode == 0, done.stderr + done.stdout
+    assert any("resumed at step" in log.read_text() for log in broken.glob("*.log"))
     for name in ("table.md", "table.csv"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
