@@ -76,11 +76,11 @@ def _command(log: pathlib.Path, workdir: str, machine: Machine) -> str:
         raise DataError("it does not tell the command of the run")
     words = shlex.split(started[-1])
     words = words[words.index("-m") :]
-    told = [
+    words = [
         f"--workdir={workdir}" if word.startswith("--workdir=") else machine.portable(word)
         for word in words
     ]
-    return shlex.join(["python", *told])
+    return shlex.join(["python", *words])
 
 
 def unfinished(folder: pathlib.Path, config: Mapping[str, Any]) -> str:
@@ -100,7 +100,7 @@ def write(folder: pathlib.Path, texts: Mapping[str, str]) -> None:
         files.write_text(folder / name, text)
 
 
-def _texts(folder: pathlib.Path, sweep: str, machine: Machine, told: str) -> dict[str, str]:
+def _texts(folder: pathlib.Path, sweep: str, machine: Machine, description: str) -> dict[str, str]:
     """{name of a file: its text} of a finished run."""
     config = collected.read_object(folder / "config.json")
     log = folder.with_name(f"{folder.name}.log")
@@ -111,7 +111,7 @@ def _texts(folder: pathlib.Path, sweep: str, machine: Machine, told: str) -> dic
             path = folder / name
             lines = collected.read_lines(path)
             for line in lines if name == "assessment.jsonl" else ():
-                collected.assessment(*line)  # what the report could not read is told now
+                collected.assessment(*line)  # what the report could not read raises now
             entries = [machine.portable(entry) for _, entry in lines]
             if entries:
                 texts[name] = "".join(json.dumps(entry) + "\n" for entry in entries)
@@ -121,7 +121,7 @@ def _texts(folder: pathlib.Path, sweep: str, machine: Machine, told: str) -> dic
             "command": _command(log, f"{_RUNS}/{sweep}/{folder.name}", machine),
             "steps": config["num_steps"],
             "seconds": jobs.seconds(log),
-            "machine": told,
+            "machine": description,
         }
     except DataError as error:
         message = first_line(error)
@@ -129,7 +129,7 @@ def _texts(folder: pathlib.Path, sweep: str, machine: Machine, told: str) -> dic
     return {**texts, "run.json": json.dumps(run, indent=2) + "\n"}
 
 
-def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> Iterator[str]:
+def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, description: str) -> Iterator[str]:
     """Copies the finished runs of sweep folders; yields a line for each run, also for those that `out`
     holds of these sweeps from before: they may have another name now.
 
@@ -138,7 +138,7 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> It
     Args:
         folders: of sweeps.
         out: results/runs.
-        told: the machine in words.
+        description: of the machine, in words.
 
     Raises:
         DataError: one line; a folder holds no runs, or a file cannot be shown to others.
@@ -156,7 +156,7 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, told: str) -> It
             if left := unfinished(folder, config):
                 lines.append(f"left out: {folder}: {left}")
                 continue
-            texts = _texts(folder, name, machine, told)
+            texts = _texts(folder, name, machine, description)
             if out / name / folder.name in planned:
                 raise DataError(f"{folder}: another sweep folder has a run {name}/{folder.name}")
             planned[out / name / folder.name] = texts

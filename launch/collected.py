@@ -121,14 +121,14 @@ def typed(where: str, value: Any, kind: type) -> Any:
         raise DataError(str(error)) from error
 
 
-def field(path: pathlib.Path, message: Mapping[str, Any], key: str, kind: type) -> Any:
+def field(path: pathlib.Path, content: Mapping[str, Any], key: str, kind: type) -> Any:
     """A field of a JSON file's object, as this kind; raises DataError."""
-    return typed(f"{path}: {key}", message.get(key), kind)
+    return typed(f"{path}: {key}", content.get(key), kind)
 
 
-def seconds(path: pathlib.Path, message: Mapping[str, Any]) -> float | None:
+def seconds(path: pathlib.Path, content: Mapping[str, Any]) -> float | None:
     """Of a run.json: of its processes; None where they are not known."""
-    return None if message.get("seconds") is None else field(path, message, "seconds", float)
+    return None if content.get("seconds") is None else field(path, content, "seconds", float)
 
 
 def _object(where: str, value: Any) -> dict[str, Any]:
@@ -205,8 +205,8 @@ def _logged(where: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_run(folder: pathlib.Path) -> Run:
-    config, message = read_object(folder / "config.json"), read_object(folder / "run.json")
-    of_run = functools.partial(field, folder / "run.json", message)
+    config, content = read_object(folder / "config.json"), read_object(folder / "run.json")
+    of_run = functools.partial(field, folder / "run.json", content)
     of_config = functools.partial(field, folder / "config.json", config)
     lines = read_lines(folder / "assessment.jsonl")
     return Run(
@@ -218,7 +218,7 @@ def _read_run(folder: pathlib.Path) -> Run:
         batch_size=of_config("batch_size", int),
         config=fields.complete(RunConfig, config),
         command=of_run("command", str),
-        seconds=seconds(folder / "run.json", message),
+        seconds=seconds(folder / "run.json", content),
         machine=of_run("machine", str),
         metrics=[_logged(*line) for line in read_lines(folder / "metrics.jsonl")],
         assessments=[assessment(where, entry) for where, entry in lines],
@@ -330,12 +330,12 @@ class Results:
 def _read_bench(path: pathlib.Path) -> Bench | None:
     if not path.exists():
         return None
-    message = read_object(path)
-    about = _object(f"{path}: about", message.get("about"))
+    content = read_object(path)
+    about = _object(f"{path}: about", content.get("about"))
     if about.get("scale") != study.SCALE:
         raise DataError(f"{path} is of scale {about.get('scale')!r}; it must be {study.SCALE!r}")
     found: dict[str, list[float]] = {}
-    for name, variant in _object(f"{path}: variants", message.get("variants")).items():
+    for name, variant in _object(f"{path}: variants", content.get("variants")).items():
         where = f"{path}: variants.{name}"
         values = typed(where, _object(where, variant).get("step_seconds"), tuple)
         taken = found[f"{study.MAIN}/{name}"] = [typed(where, value, float) for value in values]

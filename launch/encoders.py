@@ -56,11 +56,11 @@ def _command(name: str, config: Mapping[str, Any]) -> str:
     try:
         base = teacher.get_config(scale)
         changed = compare.differences(base, config)
-        message = [f"--config.{f}={flag_text(f, new)}" for f, (_, new) in changed.items()]
+        fields = [f"--config.{f}={flag_text(new)}" for f, (_, new) in changed.items()]
     except ValueError as error:  # also ConfigError: a field that is missing
         raise DataError(f"no command makes its config: {first_line(error)}") from error
     words = ["-m", "mirai_jax.teach", f"--config=configs/teacher.py:{scale}"]
-    return shlex.join(["python", *words, f"--workdir=runs/{name}", *message])
+    return shlex.join(["python", *words, f"--workdir=runs/{name}", *fields])
 
 
 def _seconds(path: pathlib.Path) -> float | None:
@@ -78,7 +78,7 @@ def _seconds(path: pathlib.Path) -> float | None:
     return total if total and begun is None else None
 
 
-def _texts(folder: pathlib.Path, message: str) -> dict[str, str]:
+def _texts(folder: pathlib.Path, machine: str) -> dict[str, str]:
     """{name of a file: its text} of a finished workdir."""
     config = collected.read_object(folder / "config.json")
     entries = [entry for _, entry in collected.read_lines(folder / "metrics.jsonl")]
@@ -88,7 +88,7 @@ def _texts(folder: pathlib.Path, message: str) -> dict[str, str]:
         run = {
             "command": _command(folder.name, config),
             "seconds": _seconds(folder / "events.jsonl"),
-            "machine": message,
+            "machine": machine,
         }
         config = Machine(folder.parent, folder.parent.name).portable(config)
     except (DataError, ValueError, KeyError, TypeError) as error:
@@ -100,7 +100,7 @@ def _texts(folder: pathlib.Path, message: str) -> dict[str, str]:
     }
 
 
-def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, message: str) -> Iterator[str]:
+def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, machine: str) -> Iterator[str]:
     """Copies what the report needs of finished workdirs; yields a line for each.
 
     Nothing is written before every one was read.
@@ -108,12 +108,12 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, message: str) ->
     Args:
         folders: workdirs of mirai_jax.teach.
         out: results/encoders.
-        message: the machine in words.
+        machine: the machine in words.
 
     Raises:
         DataError: one line; a folder is none, is unfinished, or cannot be shown to others.
     """
-    planned = {folder: _texts(folder, message) for folder in folders}
+    planned = {folder: _texts(folder, machine) for folder in folders}
     for folder, texts in planned.items():
         write(out / folder.name, texts)
         yield f"collected: {out / folder.name}"

@@ -1,7 +1,8 @@
-"""Runs on this machine: each a process with a log, several at once, started again where that helps."""
+"""Runs on this machine: each is a process with a log, and several run at once."""
 
 import contextlib
 import fcntl
+import functools
 import os
 import pathlib
 import re
@@ -14,32 +15,32 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from launch.board import Board
-from launch.plan import Run
-from mirai_jax.utils.errors import Lost, Preempted
+from launch.dashboard import Dashboard
+from launch.plan import SweepRun
+from mirai_jax.utils.errors import ConfigError, Lost, Preempted
 
-# Exit statuses after which the same command goes on from the last checkpoint: told to stop, another
-# process lost, and ends that a crowded machine brings (SIGABRT of JAX's runtime, SIGKILL of a full
-# memory, SIGTERM before the program could catch it).
-AGAIN = (
+# Exit statuses after which the same command resumes from the last checkpoint: stopped, another process
+# lost, and what a crowded machine causes (SIGABRT of JAX's runtime, SIGKILL of a full memory, SIGTERM
+# before the program could catch it).
+RETRYABLE = (
     Preempted.status,
     Lost.status,
     *(128 + s for s in (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)),
 )
 RESTARTS = 10  # without a new step, after which a run has failed
-GRACE = 120.0  # seconds that a run told to stop has for saving
+GRACE = 120.0  # seconds that a stopped run has to save
 _TICK = 0.2  # seconds between looks at the processes
-_OURS = b"launch: "  # begins our own lines in a log
+_OURS = b"launch: "  # begins the launcher's lines in a log
 
 Log = Callable[[str], None]
 
 
-class Busy(Exception):
+class AlreadyRunning(Exception):
     """Another process works on the run, such as one that a killed launcher left and that saves."""
 
 
 def _lock(file) -> bool:
-    """Whether the file is ours now: until it is closed here and in every process that inherits it."""
+    """Locks the file until it is closed here and in every child; False if another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -50,123 +51,111 @@ def _lock(file) -> bool:
 
 
 @contextlib.contextmanager
-def only_launcher(out: pathlib.Path) -> Iterator[str | None]:
-    """Holds the folder's lock; gives the process ("1234 on host") that does, or None.
+def only_launcher(out: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a sweep's folder. The kernel drops it with the process.
 
-    The lock is the kernel's and goes with the process: a file that is left behind locks nothing.
+    Raises:
+        ConfigError: another launcher holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("a+") as file:
         if not _lock(file):
             file.seek(0)
-            yield file.read().strip() or "?"
-            return
+            raise ConfigError(f"{out} is in use by launcher {file.read().strip()}")
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield None
+        yield
 
 
 class Process:
-    """A run's program, started again when it ends with one of AGAIN.
+    """A run's program, started again when it ends with one of RETRYABLE.
 
-    Its log is locked as long as a process of the run lives, so that no two work on one folder.
-
-    Args:
-        run: what to run.
-        log: takes the line that tells of another start.
-        environment: beside what this process has.
+    Its log is locked as long as a process of the run lives, so that no two work on one folder. `log` takes
+    a line at each restart; `environment` adds to that of this process.
 
     Raises:
-        Busy: another process works on the run.
+        AlreadyRunning: another process works on the run.
     """
 
-    def __init__(self, run: Run, log: Log = print, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self, run: SweepRun, log: Log = print, environment: Mapping[str, str] | None = None
+    ):
         self._run, self._log_line = run, log
         self._environment = {**os.environ, **(environment or {})}
+        self._status: int | None = None
         self._stopped, self._restarts, self._best = False, 0, run.step()
         run.log.parent.mkdir(parents=True, exist_ok=True)
         self._log = run.log.open("ab", buffering=0)
         if not _lock(self._log):
             self._log.close()
-            raise Busy
+            raise AlreadyRunning
         self._start()
 
     def _start(self) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         self._note(f"{now} {shlex.join(self._run.command)}")
         self._begun = time.monotonic()
-        guard = pathlib.Path(__file__).with_name("child.py")
+        guard = pathlib.Path(__file__).with_name("die_with_parent.py")
         self._process = subprocess.Popen(
             [sys.executable, "-IS", str(guard), str(os.getpid()), *self._run.command],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=self._environment,
-            start_new_session=True,  # Ctrl-C is for the launcher, which tells it to save
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which stops the run
         )
-        self.pid = self._process.pid
 
     def _note(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the run itself will tell
+        with contextlib.suppress(OSError):  # on a full disk the run itself fails
             self._log.write(_OURS + line.encode() + b"\n")
 
     def poll(self) -> int | None:
-        """The exit status when the run has ended for good (128 + n after signal n), else None."""
+        """Returns the exit status once the run has ended for good (128 + n after signal n)."""
         status = self._process.poll()
-        if status is None:
-            return None
-        self._kill_group()  # readers of data may have been left behind
+        if status is None or self._status is not None:
+            return self._status
+        self.kill()  # the program may have left readers of data behind
         status = 128 - status if status < 0 else status
         self._note(f"exit status {status} after {time.monotonic() - self._begun:.1f} s")
         step = self._run.step()
         if step > self._best:
             self._best, self._restarts = step, 0
-        if status in AGAIN and not self._stopped and self._restarts < RESTARTS:
+        if status in RETRYABLE and not self._stopped and self._restarts < RESTARTS:
             self._restarts += 1
-            self._log_line(
-                f"{self._run.name}: exit status {status} at step {step:,}; started again"
-            )
+            self._log_line(f"{self._run.name}: exit status {status} at step {step:,}; restarting")
             self._start()
             return None
         self._log.close()
+        self._status = status
         return status
 
     def stop(self) -> None:
-        """Tells it, once, to save and end; it is not started again."""
+        """Sends SIGTERM once, at which the program saves; it does not start again."""
         if not self._stopped and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         self._stopped = True
 
     def kill(self) -> None:
-        """Ends it and all its processes."""
-        self._stopped = True
-        self._kill_group()
-
-    def _kill_group(self) -> None:
+        """Kills all processes of the run."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def failure(run: Run, status: int) -> str | None:
-    """Why a run that has ended is not finished, in one line; None if it is."""
+def failure(run: SweepRun, status: int) -> str | None:
+    """Why an ended run is not finished, in one line; None if it is."""
     if status == 0 and run.finished():
         return None
     what = "ended before its last step" if status == 0 else f"exit status {status}"
-    return f"{what}: {last_line(run.log) or 'its log is empty'}"
-
-
-def last_line(log: pathlib.Path) -> str:
-    """The last thing the program itself said."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 20_000))
+    with run.log.open("rb") as file:
+        file.seek(max(0, run.log.stat().st_size - 20_000))
         lines = [line.strip() for line in file.read().splitlines()]
-    said = [line for line in lines if line and not line.startswith(_OURS)]
-    return said[-1].decode(errors="replace") if said else ""
+    printed = [line for line in lines if line and not line.startswith(_OURS)]
+    return f"{what}: {printed[-1].decode(errors='replace') if printed else 'its log is empty'}"
 
 
 def seconds(log: pathlib.Path) -> float | None:
-    """How long all of a run's processes have run; None where one was not seen to end, or none began."""
+    """Seconds that a run's processes took; None if none started, or the end of one is not logged."""
     pattern = rb"^launch: (?:exit status \d+ after ([\d.]+) s$|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d )"
     marks = re.findall(pattern, log.read_bytes(), re.MULTILINE) if log.exists() else []
     begun, spans = marks[::2], marks[1::2]  # a start has no span
@@ -175,34 +164,23 @@ def seconds(log: pathlib.Path) -> float | None:
     return sum(map(float, spans))
 
 
-class StopSignals:
-    """Notes requests to stop (Ctrl-C, SIGTERM, a closed terminal) instead of dying of them.
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[tuple[int, float]]]:
+    """Records requests to stop as (signal, time): Ctrl-C, SIGTERM, a closed terminal."""
+    requests: list[tuple[int, float]] = []
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    wanted = [s for s in wanted if signal.getsignal(s) != signal.SIG_IGN]  # as under nohup
 
-    Attributes:
-        asked: to stop.
-        insisted: by another Ctrl-C, a second or more after the first request.
-    """
-
-    def __init__(self):
-        self.asked, self.insisted, self._first = False, False, 0.0
-
-    def __enter__(self) -> "StopSignals":
-        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # What is ignored stays ignored: nohup.
-        wanted = [s for s in wanted if signal.getsignal(s) != signal.SIG_IGN]
-        self._old = {s: signal.signal(s, self._on_signal) for s in wanted}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: object) -> None:
+    def record(number: int, frame: object) -> None:
         del frame
-        if not self.asked:
-            self.asked, self._first = True, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() > self._first + 1:
-            self.insisted = True
+        requests.append((number, time.monotonic()))
+
+    old = {number: signal.signal(number, record) for number in wanted}
+    try:
+        yield requests
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def gpus() -> list[str]:
@@ -215,7 +193,7 @@ def gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return [str(i) for i, _ in enumerate(re.findall(r"^GPU \d+:", listed, re.MULTILINE))]
+    return [str(i) for i in range(len(re.findall(r"^GPU \d+:", listed, re.MULTILINE)))]
 
 
 def gpu_share(all_gpus: list[str], slot: int, parallel: int) -> dict[str, str]:
@@ -231,36 +209,35 @@ def gpu_share(all_gpus: list[str], slot: int, parallel: int) -> dict[str, str]:
     return share
 
 
-def run_all(runs: Iterable[Run], parallel: int, board: Board) -> tuple[dict[str, str], bool]:
+def run_all(
+    runs: Iterable[SweepRun], parallel: int, dashboard: Dashboard
+) -> tuple[dict[str, str], bool]:
     """Runs what is not finished, up to `parallel` at once.
 
-    All share the cores: with cores of its own a run would take as long (measured: 54 and 64 s
-    against 64 and 57 s for two runs on two cores), and its numbers would depend on how many.
+    All runs share the cores: with separate cores two runs take as long (measured: 54 and 64 s against
+    64 and 57 s on two cores), and their numbers would depend on how many there are.
 
     Returns:
-        {name: why it failed} and whether it was stopped before the end.
+        {name: why it failed}, and whether a signal stopped it before the end.
     """
     waiting = [run for run in runs if not run.finished()]
-    running: dict[int, tuple[Run, Process]] = {}
+    running: dict[int, tuple[SweepRun, Process]] = {}  # by slot
     failed: dict[str, str] = {}
-    busy: set[str] = set()  # of which it was said that another process works on them
-    all_gpus, deadline = gpus(), None
-    with StopSignals() as stop:
-        while running or (waiting and not stop.asked):
-            free = [] if stop.asked else [s for s in range(parallel) if s not in running]
+    all_gpus, log_once = gpus(), functools.cache(dashboard.log)
+    with _stop_requests() as requests:
+        while running or (waiting and not requests):
+            free = [] if requests else [s for s in range(parallel) if s not in running]
             for run in list(waiting):
                 if not free:
                     break
                 try:
-                    process = Process(run, board.log, gpu_share(all_gpus, free[0], parallel))
-                except Busy:
-                    if run.name not in busy:
-                        board.log(f"{run.name}: waiting for another process that works on it")
-                    busy.add(run.name)
+                    process = Process(run, dashboard.log, gpu_share(all_gpus, free[0], parallel))
+                except AlreadyRunning:
+                    log_once(f"{run.name}: waiting for another process that works on it")
                     continue
                 waiting.remove(run)
                 running[free.pop(0)] = (run, process)
-                board.log(f"{run.name}: started, log {run.log}")
+                dashboard.log(f"{run.name}: started, log {run.log}")
             for slot, (run, process) in list(running.items()):
                 status = process.poll()
                 if status is None:
@@ -268,21 +245,22 @@ def run_all(runs: Iterable[Run], parallel: int, board: Board) -> tuple[dict[str,
                 del running[slot]
                 why = failure(run, status)
                 if why is None:
-                    board.log(f"{run.name}: finished")
-                elif stop.asked and status in AGAIN:
-                    board.log(f"{run.name}: stopped at step {run.step():,}")
+                    dashboard.log(f"{run.name}: finished")
+                elif requests and status in RETRYABLE:
+                    dashboard.log(f"{run.name}: stopped at step {run.step():,}")
                     waiting.append(run)
                 else:
-                    board.log(f"{run.name}: failed: {why}")
+                    dashboard.log(f"{run.name}: failed: {why}")
                     failed[run.name] = why
-            if stop.asked and deadline is None:
-                deadline = time.monotonic() + GRACE
-                board.log("stopping: the runs save what they have (Ctrl-C kills them)")
+            if requests:
+                log_once("stopping: the runs save (Ctrl-C kills them)")
+                first = requests[0][1]
+                late = time.monotonic() > first + GRACE
+                again = any(n == signal.SIGINT and at > first + 1 for n, at in requests)
                 for _, process in running.values():
                     process.stop()
-            if deadline is not None and (stop.insisted or time.monotonic() > deadline):
-                for _, process in running.values():
-                    process.kill()
-            board.show([run for run, _ in running.values()], waiting, failed)
+                    if late or again:
+                        process.kill()
+            dashboard.show([run for run, _ in running.values()], waiting, failed)
             time.sleep(_TICK)
     return failed, bool(waiting)

@@ -1,10 +1,9 @@
-"""What a sweep file is made of: override dictionaries, ways to combine them, and names for them.
+"""The parts of a sweep file: entries, ways to combine them, and names for them.
 
 An entry is a dictionary {field of the config: value}. Two keys are not fields: "config", the config
-file of the run, and "name", what to call its setting where the values alone would not read well.
+file of the run, and "name", a name of the setting that reads better than its values.
 """
 
-import ast
 import hashlib
 import pathlib
 import re
@@ -20,12 +19,12 @@ _TAKEN = ("jobs", "jobs.json", "lock", "table.md", "table.csv", "timing.csv", "c
 
 
 def over(field: str, values: Iterable[Any]) -> list[Entry]:
-    """One entry a value: over("seed", [0, 1]) is [{"seed": 0}, {"seed": 1}]."""
+    """Returns an entry for each value: over("seed", [0, 1]) is [{"seed": 0}, {"seed": 1}]."""
     return [{field: value} for value in values]
 
 
 def product(*parts: Iterable[Entry]) -> list[Entry]:
-    """Every entry of the first with every one of the second, and so on; the last changes fastest."""
+    """Returns every combination of one entry from each part; the last part changes fastest."""
     entries: list[Entry] = [{}]
     for part in map(list, parts):
         entries = [_joined("product", entry, more) for entry in entries for more in part]
@@ -33,18 +32,17 @@ def product(*parts: Iterable[Entry]) -> list[Entry]:
 
 
 def zipped(*parts: Iterable[Entry]) -> list[Entry]:
-    """The first entries of all together, then the second ones, and so on."""
+    """Returns the first entries of all parts joined, then the second ones, and so on."""
     lists = [list(part) for part in parts]
     if len({len(part) for part in lists}) > 1:
         raise ConfigError(
-            f"zipped: parts of {', '.join(str(len(part)) for part in lists)} entries; all must be "
-            "of one length"
+            f"zipped: parts of {[len(part) for part in lists]} entries; all must match"
         )
     return [_joined("zipped", *entries) for entries in zip(*lists, strict=True)]
 
 
 def chain(*parts: Iterable[Entry]) -> list[Entry]:
-    """The entries of the first, then those of the second, and so on."""
+    """Returns the entries of the first part, then those of the second, and so on."""
     return [entry for part in parts for entry in part]
 
 
@@ -59,34 +57,18 @@ def _joined(how: str, *entries: Entry) -> Entry:
 
 
 def seeds(scale: str) -> list[Entry]:
-    """Three at scales of minutes and hours; at ImageNet's one run a setting, as was published."""
+    """Three seeds at small scales; one at ImageNet's, as published."""
     return over("seed", [0] if scale.startswith("imagenet") else [0, 1, 2])
 
 
 def plain(value: Any) -> Any:
-    """Lists inside as tuples: on the command line they are the same."""
+    """The value with lists as tuples, which the command line does not distinguish."""
     return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def flag_text(field: str, value: Any) -> str:
-    """The text that the program's flag --config.field reads as exactly this value.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    text = value if isinstance(value, str) else repr(plain(value))
-    good = "\0" not in text
-    if not isinstance(value, str):
-        try:
-            good = value is not None and ast.literal_eval(text) == plain(value)
-        except (ValueError, SyntaxError):
-            good = False
-    if not good:
-        raise ConfigError(
-            f"{field} is {value!r} ({type(value).__name__}); it must be a plain string, number, "
-            "True, False, or a tuple of such"
-        )
-    return text
+def flag_text(value: Any) -> str:
+    """The text that a flag --config.FIELD reads as this value, if it is one that a flag can carry."""
+    return value if isinstance(value, str) else repr(plain(value))
 
 
 def _safe(text: str) -> str:
@@ -102,57 +84,57 @@ def _word(value: Any) -> str:
     return _safe(str(value)) or "none"
 
 
-def _config_word(config: str) -> str:
-    path, _, scale = config.partition(":")
+def _config_word(config: Any) -> str:
+    path, _, scale = str(config).partition(":")
     return _safe(pathlib.PurePath(path).stem + (f"-{scale}" if scale else ""))
 
 
-def _told(entries: list[Entry]) -> list[str]:
-    """The fewest keys that tell all entries apart and leave none that sets something without a word:
-    one that follows from those before it is left out. The seed comes last, so that what is left of a
-    name without it is the setting.
+def _distinctive(entries: list[Entry]) -> list[str]:
+    """The fewest keys that distinguish all entries and hide nothing that only some of them set.
+
+    A key that follows from those before it is left out. The seed comes last, so that a name without it
+    is the setting.
     """
-    keys = dict.fromkeys(
-        ["name", "config", *(k for e in entries for k in e if k != "seed"), "seed"]
-    )
-    message: list[str] = []
-    count = lambda keys: len({tuple(repr(e.get(k, ...)) for k in keys) for e in entries})  # noqa: E731
-    for key in keys:
-        alone = any(key in e and not any(k in e for k in message) for e in entries)
-        if count([*message, key]) > count(message) or (alone and count([key]) > 1):
-            message.append(key)
-    return message
+
+    def count(keys: list[str]) -> int:
+        return len({tuple(repr(entry.get(key, ...)) for key in keys) for entry in entries})
+
+    fields = [key for entry in entries for key in entry if key != "seed"]
+    chosen: list[str] = []
+    for key in dict.fromkeys(["name", "config", *fields, "seed"]):
+        alone = any(key in e and not any(k in e for k in chosen) for e in entries)
+        if count([*chosen, key]) > count(chosen) or (alone and count([key]) > 1):
+            chosen.append(key)
+    return chosen
 
 
 def columns(entries: list[Entry]) -> dict[str, str]:
     """{key: short title} of what differs between the entries."""
-    message = _told(entries)
-    last = [key.rpartition(".")[2] for key in message]
+    keys = _distinctive(entries)
+    last = [key.rpartition(".")[2] for key in keys]
     return {
         key: short if last.count(short) == 1 else re.sub(r"[\[\]]", "", key)
-        for key, short in zip(message, last, strict=True)
+        for key, short in zip(keys, last, strict=True)
     }
 
 
 def names(entries: list[Entry]) -> list[tuple[str, str]]:
-    """(name, setting) of each entry, both made of what differs; the setting is without the seed.
+    """(name, setting) of each entry, both made of what differs; the setting leaves out the seed.
 
     A name is safe as a folder and inside a list with commas. The same entries have the same names. A
-    hash is added where one is too long or not unique.
+    name that is too long or not unique ends with a hash.
     """
     titles = columns(entries)
     made = []
     for entry in entries:
         words = {}
         for key, title in titles.items():
-            if key == "name" and key in entry:
-                words[key] = _safe(str(entry[key]))
-            elif key == "config" and key in entry:
-                words[key] = _config_word(str(entry[key]))
+            if key in ("name", "config") and key in entry:
+                words[key] = _config_word(entry[key]) if key == "config" else _safe(str(entry[key]))
             elif key in entry:
                 words[key] = f"{_safe(title)}={_word(entry[key])}"
         setting = ", ".join(word for key, word in words.items() if key != "seed")
-        name = "-".join(words.values()) or _config_word(str(entry.get("config", "run")))
+        name = "-".join(words.values()) or _config_word(entry.get("config", "run"))
         made.append((name, setting, _digest(entry), _digest({**entry, "seed": None})))
     found = []
     for name, setting, digest, of_setting in made:

@@ -1,9 +1,10 @@
-"""From a sweep file to runs: every one named, parsed by the program's own flag parser and checked."""
+"""From a sweep file to runs: names them, parses them as the training program does and checks them."""
 
 import dataclasses
 import json
 import math
 import pathlib
+import runpy
 import sys
 import traceback
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from mirai_jax.utils.errors import ConfigError, first_line
 
 
 class WrongRuns(Exception):
-    """Runs that cannot be started: a line each."""
+    """Runs that cannot start: a line for each."""
 
     def __init__(self, lines: list[str]):
         super().__init__("\n".join(lines))
@@ -27,7 +28,7 @@ class WrongRuns(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One run of a sweep.
 
     Attributes:
@@ -35,8 +36,8 @@ class Run:
         setting: the name without the seed.
         shown: {title of a column: value} of what differs between the runs.
         arguments: of the training program.
-        workdir: its folder.
-        num_steps: how many it takes.
+        workdir: the folder.
+        num_steps: the run's length.
     """
 
     name: str
@@ -52,20 +53,20 @@ class Run:
 
     @property
     def log(self) -> pathlib.Path:
-        """What the program prints."""
+        """The file with what the program prints."""
         return self.workdir.with_name(f"{self.name}.log")
 
     def step(self) -> int:
-        """The last step it logged."""
+        """The last logged step."""
         return last_step(self.workdir / "metrics.jsonl")
 
     def finished(self) -> bool:
-        """As the program decides it: the figure, its last act, and all the steps."""
+        """Whether all steps are done and summary.png, which the program writes last, is there."""
         return (self.workdir / "summary.png").exists() and self.step() == self.num_steps
 
 
 def last_step(path: pathlib.Path) -> int:
-    """Of the last whole line of a metrics.jsonl; 0 where there is none."""
+    """The step in the last whole line of a metrics.jsonl; 0 without one."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 20_000))
@@ -80,29 +81,21 @@ def last_step(path: pathlib.Path) -> int:
 
 
 def read_sweep(path: str, scale: str) -> list[Entry]:
-    """The entries of a sweep file, each with its config.
+    """Returns the entries of a sweep file, each with its config.
 
     Raises:
-        ConfigError: the file cannot be read, or does not yield entries.
+        ConfigError: the file cannot be read, or yields no entries.
     """
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(
-            f"--sweep is {path!r}, which is no file; it must be one such as launch/sweeps/variants.py"
-        )
     try:
-        found = {"__name__": "sweep_file", "__file__": path}
-        exec(compile(pathlib.Path(path).read_text(), path, "exec"), found)
+        found = runpy.run_path(path)
         if "get_sweep" not in found:
             raise ConfigError("it has no function get_sweep(scale)")
         entries = [dict(entry) for entry in found["get_sweep"](scale)]
         if not all(isinstance(field, str) for entry in entries for field in entry):
             raise ConfigError("get_sweep must yield dictionaries {field: value}")
     except Exception as error:  # whatever the file raises
-        if isinstance(error, SyntaxError):
-            line = error.lineno
-        else:
-            frames = traceback.extract_tb(error.__traceback__)
-            line = next((f.lineno for f in reversed(frames) if f.filename == path), None)
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if f.filename == path), None)
         where = path if line is None else f"{path}, line {line}"
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         raise ConfigError(f"{where}: {kind}{first_line(error)}") from error
@@ -118,7 +111,7 @@ def _exact(value: Any, parsed: Any) -> bool:
     return repr(plain(value)) == repr(plain(parsed))
 
 
-def _arguments(entry: Entry, common: Mapping[str, str], scale: str, folder: str) -> list[str]:
+def _config_flags(entry: Entry, common: Mapping[str, str], scale: str) -> list[str]:
     if not isinstance(entry.get("config"), str):
         raise ConfigError('there is no config: neither CONFIG of the file nor "config" of the run')
     config = entry["config"] if ":" in entry["config"] else f"{entry['config']}:{scale}"
@@ -127,15 +120,15 @@ def _arguments(entry: Entry, common: Mapping[str, str], scale: str, folder: str)
         if field in ("name", "config"):
             continue
         if field in common:
-            raise ConfigError(f"--set={field}={common[field]}: the sweep itself sets {field}")
-        values[field] = flag_text(field, value)
+            raise ConfigError(f"--set={field}={common[field]}: the sweep sets {field} too")
+        values[field] = flag_text(value)
     overrides = [f"--config.{field}={text}" for field, text in values.items()]
-    return [f"--config={config}", f"--workdir={folder}", *overrides]
+    return [f"--config={config}", *overrides]
 
 
 def _check(entry: Entry, arguments: list[str], folder: pathlib.Path) -> Mapping[str, Any]:
-    """The whole config of a run that may be started."""
-    config = parse_config([a for a in arguments if not a.startswith("--workdir=")])
+    """Returns the whole config of a run, once it is checked."""
+    config = parse_config(arguments)
     for field, value in entry.items():
         if field not in ("name", "config"):
             parsed = config_path.get_value(field, config)
@@ -143,7 +136,7 @@ def _check(entry: Entry, arguments: list[str], folder: pathlib.Path) -> Mapping[
                 raise ConfigError(f"{field} is {value!r}, which the program reads as {parsed!r}")
     mesh = fields.plain(config).get("mesh")
     sizes = mesh.values() if isinstance(mesh, Mapping) else ()
-    # Where a run gets more devices than its mesh asks for, the program itself will say so.
+    # Only the program itself knows whether it has more devices than the mesh needs.
     devices = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
     schema.read(config, num_devices=devices)
     settled = fields.plain(config)
@@ -151,34 +144,28 @@ def _check(entry: Entry, arguments: list[str], folder: pathlib.Path) -> Mapping[
     if data["name"] == "images" and data["codes"] == "stored" and not data["path"]:
         raise ConfigError("data.path is ''; it must be a folder of codes: --set=data.path=FOLDER")
     workdir.check_workdir(folder, settled)
-    steps = last_step(folder / "metrics.jsonl")
-    if (folder / "summary.png").exists() and steps > settled["num_steps"]:
-        raise ConfigError(
-            f"num_steps is {settled['num_steps']}; {folder} is already at step {steps}: it must "
-            f"be {steps} or more"
-        )
     return settled
 
 
 def make_runs(
     entries: list[Entry], scale: str, common: Mapping[str, str], out: pathlib.Path
-) -> list[Run]:
-    """The runs of a sweep.
+) -> list[SweepRun]:
+    """Returns the checked runs of a sweep.
 
     Args:
         entries: of the sweep file.
-        scale: of every config that does not name its own.
+        scale: of every config that names none.
         common: {field: text} of all runs.
         out: the folder of the sweep.
 
     Raises:
-        WrongRuns: names every run that cannot be started, with the reason.
+        WrongRuns: every run that cannot start, with the reason.
     """
     titles = columns(entries)
     runs, wrong, seen = [], [], {}
     for entry, (name, setting) in zip(entries, names(entries), strict=True):
         try:
-            arguments = _arguments(entry, common, scale, str(out / name))
+            arguments = _config_flags(entry, common, scale)
             config = _check(entry, arguments, out / name)
             twin = seen.setdefault(compare.to_json(config), name)
             if name in (run.name for run in runs):
@@ -189,15 +176,15 @@ def make_runs(
             wrong.append(f"{name}: {first_line(error)}")
             continue
         shown = {title: _shown(entry, config, key) for key, title in titles.items()}
-        num_steps = config["num_steps"]
-        runs.append(Run(name, setting, shown, tuple(arguments), out / name, num_steps))
+        command = (arguments[0], f"--workdir={out / name}", *arguments[1:])
+        runs.append(SweepRun(name, setting, shown, command, out / name, config["num_steps"]))
     if wrong:
         raise WrongRuns(wrong)
     return runs
 
 
 def _shown(entry: Entry, config: Mapping[str, Any], key: str) -> str:
-    """A run's value; where it does not set the field, the one that its config has."""
+    """A run's value of a field, or its config's where the run does not set it."""
     if key == "config":
         path, colon, scale = entry[key].partition(":")
         return pathlib.PurePath(path).stem + colon + scale

@@ -32,21 +32,17 @@ def seeds(results: Results, setting: str, only: Collection[int] | None = None) -
 
 def mean(measure: Measure, values: Mapping[int, float]) -> str:
     """The mean over seeds."""
-    shard_activation = speedup.shard_activation(values.values())
-    return NOT_RUN if shard_activation is None else measure.shown(shard_activation.mean)
+    spread = speedup.spread(values.values())
+    return NOT_RUN if spread is None else measure.shown(spread.mean)
 
 
 def plus_minus(measure: Measure, values: Mapping[int, float]) -> str:
     """Mean and standard deviation over seeds; of one seed the value alone."""
-    shard_activation = speedup.shard_activation(values.values())
-    if shard_activation is None:
+    spread = speedup.spread(values.values())
+    if spread is None:
         return NOT_RUN
-    deviation = (
-        ""
-        if shard_activation.deviation is None
-        else f" ± {measure.shown(shard_activation.deviation)}"
-    )
-    return measure.shown(shard_activation.mean) + deviation
+    deviation = "" if spread.deviation is None else f" ± {measure.shown(spread.deviation)}"
+    return measure.shown(spread.mean) + deviation
 
 
 def verdict(measure: Measure, differences: Mapping[int, float], noise: float | None) -> bool | None:
@@ -55,12 +51,12 @@ def verdict(measure: Measure, differences: Mapping[int, float], noise: float | N
     None: within it, or there is no yardstick. The yardstick for a mean over n seeds is smaller by the
     root of n.
     """
-    shard_activation = speedup.shard_activation(differences.values())
-    if shard_activation is None or noise is None:
+    spread = speedup.spread(differences.values())
+    if spread is None or noise is None:
         return None
-    if abs(shard_activation.mean) <= study.YARDSTICK * noise / math.sqrt(shard_activation.count):
+    if abs(spread.mean) <= study.YARDSTICK * noise / math.sqrt(spread.count):
         return None
-    return measure.better(shard_activation.mean)
+    return measure.better(spread.mean)
 
 
 def difference(measure: Measure, differences: Mapping[int, float], noise: float | None) -> str:
@@ -71,17 +67,15 @@ def difference(measure: Measure, differences: Mapping[int, float], noise: float 
         differences: one a seed.
         noise: the standard deviation over seeds.
     """
-    shard_activation = speedup.shard_activation(differences.values())
-    if shard_activation is None:
+    spread = speedup.spread(differences.values())
+    if spread is None:
         return NOT_RUN
-    text = measure.signed(shard_activation.mean)
+    text = measure.signed(spread.mean)
     good = verdict(measure, differences, noise)
     if good is not None:
         text = f"**{text}** {'better' if good else 'worse'}"
-    if shard_activation.count > 1:
-        text += (
-            f" ({measure.signed(shard_activation.low)} to {measure.signed(shard_activation.high)})"
-        )
+    if spread.count > 1:
+        text += f" ({measure.signed(spread.low)} to {measure.signed(spread.high)})"
     return text
 
 

@@ -176,12 +176,12 @@ def _step_times(results: Results, variant: str) -> dict[int, float]:
 
 
 def _span(values: list[float], form: str) -> str:
-    shard_activation = speedup.shard_activation(values)
-    if shard_activation is None:
+    spread = speedup.spread(values)
+    if spread is None:
         return cells.NOT_RUN
-    text = format(shard_activation.mean, form)
-    if shard_activation.count > 1:
-        text += f" ({format(shard_activation.low, form)} to {format(shard_activation.high, form)})"
+    text = format(spread.mean, form)
+    if spread.count > 1:
+        text += f" ({format(spread.low, form)} to {format(spread.high, form)})"
     return text
 
 

@@ -69,7 +69,7 @@ def _band(
     """A curve of means, with the range of the seeds behind it."""
     if not values:
         return
-    spreads = {x: speedup.shard_activation(values[x]) for x in sorted(values)}
+    spreads = {x: speedup.spread(values[x]) for x in sorted(values)}
     axis.plot(list(spreads), [s.mean for s in spreads.values()], label=name, **look)
     if any(s.count > 1 for s in spreads.values()):
         low, high = ([getattr(s, e) for s in spreads.values()] for e in ("low", "high"))
@@ -113,7 +113,7 @@ def _comparison(plt: Any, results: Results) -> Any:
     base_name = study.VARIANTS[study.BASELINE]
     for measure, (axis, less) in zip(study.MEASURES, axes.T, strict=True):
         base = results.curves(study.BASELINE, measure.key)
-        finals = speedup.shard_activation(results.finals(study.BASELINE, measure.key).values())
+        finals = speedup.spread(results.finals(study.BASELINE, measure.key).values())
         if finals is not None:  # where a curve crosses it, it is as good as the baseline in the end
             axis.axhline(measure.scale * finals.mean, color="#777777", linewidth=1, linestyle=":")
         less.axhline(0, color=_LOOKS[study.BASELINE]["color"], linewidth=1.8)
@@ -206,11 +206,9 @@ def _strokes(
     """The variants, each less the baseline, over these seeds."""
     for variant, name in study.VARIANTS.items():
         differences = cells.against(results, variant, study.BASELINE, measure)
-        shard_activation = speedup.shard_activation(
-            [d for seed, d in differences.items() if seed in seeds]
-        )
-        if shard_activation is not None:
-            x, color = measure.scale * shard_activation.mean, _LOOKS[variant]["color"]
+        spread = speedup.spread([d for seed, d in differences.items() if seed in seeds])
+        if spread is not None:
+            x, color = measure.scale * spread.mean, _LOOKS[variant]["color"]
             axis.plot([x, x], [row - 0.5, row + 0.5], "-", color=color, linewidth=2, label=name)
 
 

@@ -160,12 +160,12 @@ def _terms(results: Results) -> str:
         run = next(iter(results.seeds(variant).values()), None)
         terms = _field(run, "foresight") if run else None
         for term in terms if isinstance(terms, list) else ():
-            message = [
+            changed = [
                 f"{field}={overrides.plain(term[field])}"
                 for field in ("source", "offsets", "weights", "start_epoch", "student_layer")
                 if field in term
             ]
-            lines.append(f"* {name}: `{', '.join(message)}`")
+            lines.append(f"* {name}: `{', '.join(changed)}`")
     if not lines:
         return ""
     what = "(start_epoch: from when on; student_layer=0: the block at two thirds of the depth)"
@@ -179,10 +179,10 @@ def _real(results: Results, measure: str, form: str, images: str) -> str:
         for variant in study.VARIANTS
         for value in results.finals(variant, f"real_{measure}").values()
     ]
-    shard_activation = speedup.shard_activation(values)
-    if shard_activation is None:
+    spread = speedup.spread(values)
+    if spread is None:
         return ""
-    low, high = form.format(shard_activation.low), form.format(shard_activation.high)
+    low, high = form.format(spread.low), form.format(spread.high)
     span = low if low == high else f"{low} to {high}"
     return f" As many real {images} that passed through the tokenizer have {span}."
 

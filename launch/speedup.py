@@ -25,7 +25,7 @@ class Spread:
     high: float
 
 
-def shard_activation(values: Collection[float]) -> Spread | None:
+def spread(values: Collection[float]) -> Spread | None:
     """The spread of the values; None where there are none."""
     if not values:
         return None

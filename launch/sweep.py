@@ -1,88 +1,60 @@
-"""Starts the runs of a sweep, and only those that are missing: `python -m launch.sweep`.
+"""Starts the missing runs of a sweep: `python -m launch.sweep`.
 
     python -m launch.sweep --sweep=launch/sweeps/variants.py --parallel=2
     python -m launch.sweep --sweep=launch/sweeps/layer.py --scale=imagenet_b --slurm --gpus=8 \\
         --partition=long --time=1440 --set=data.path=codes/imagenet
 
-Every run is checked before any starts. The same command again goes on: finished runs stay, others
-go on from their last checkpoint. In the sweep's folder lie, for each run, its workdir and its log,
-and at the end (with --report: at any time) table.md, table.csv, timing.csv and curves.png.
+The launcher checks every run before it starts any. The same command again skips finished runs and
+resumes the others from their last checkpoint. The sweep's folder holds the workdir and the log of each
+run, and at the end (with --report: at any time) table.md, table.csv, timing.csv and curves.png.
 
-Exit status: 0 all runs are finished, 1 some failed or are wrong, 75 stopped: the same command goes on.
+Exit status: 0 all runs are finished, 1 some failed or are wrong, 75 stopped: the same command resumes.
 """
 
+import functools
 import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
 from launch import curves, jobs, plan, slurm, tables
-from launch.board import Board
+from launch.dashboard import Dashboard
 from mirai_jax.config.flags import FIELD
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, Preempted
 
 _FLAGS = cli.flag_values(__name__)
-_SWEEP = flags.DEFINE_string(
-    "sweep", None, "FILE with get_sweep(scale), see launch/sweeps/.", flag_values=_FLAGS
+_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
+_strings = functools.partial(flags.DEFINE_multi_string, flag_values=_FLAGS)
+_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
+_bool = functools.partial(flags.DEFINE_bool, flag_values=_FLAGS)
+
+_SWEEP = _string("sweep", None, "FILE with get_sweep(scale), see launch/sweeps/.")
+_SCALE = _string("scale", "demo", "The part after the colon of every --config.")
+_OUT = _string("out", None, "The sweep's folder; default: runs/sweeps/<sweep>-<scale>.")
+_SET = _strings("set", [], "FIELD=VALUE for all runs; may be repeated.")
+_PARALLEL = _integer(
+    "parallel", 0, "How many runs at once, which share the GPUs. Default: one, with --slurm all.", 0
 )
-_SCALE = flags.DEFINE_string(
-    "scale", "demo", "The part after the colon of every --config.", flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string(
-    "out", None, "Folder of the sweep; default: runs/sweeps/<sweep>-<scale>.", flag_values=_FLAGS
-)
-_SET = flags.DEFINE_multi_string(
-    "set", [], "FIELD=VALUE for all runs; may be repeated.", flag_values=_FLAGS
-)
-_PARALLEL = flags.DEFINE_integer(
-    "parallel",
-    0,
-    "How many runs at once; GPUs are shared out among them. Default: one, with --slurm all.",
-    lower_bound=0,
-    flag_values=_FLAGS,
-)
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print the commands and do nothing.", flag_values=_FLAGS
-)
-_REPORT = flags.DEFINE_bool(
-    "report", False, "Write the tables and the figure of what is there.", flag_values=_FLAGS
-)
-_SLURM = flags.DEFINE_bool("slurm", False, "Submit the runs as jobs.", flag_values=_FLAGS)
-_CLUSTER = flags.DEFINE_enum(
-    "cluster",
-    "slurm",
-    slurm.CLUSTERS,
-    "Where --slurm submits: slurm, or to try it local (processes) or debug (this process).",
-    flag_values=_FLAGS,
-)
-_PARTITION = flags.DEFINE_string("partition", "", "SLURM's partition.", flag_values=_FLAGS)
-_TIME = flags.DEFINE_integer(
-    "time",
-    1440,
-    "Minutes of one stay of a job; it goes back into the queue until its run is finished.",
-    lower_bound=1,
-    flag_values=_FLAGS,
-)
-_GPUS = flags.DEFINE_integer("gpus", 1, "GPUs of a job.", lower_bound=0, flag_values=_FLAGS)
-_CPUS = flags.DEFINE_integer(
-    "cpus", 0, "CPU cores of a job; 0: the cluster's default.", lower_bound=0, flag_values=_FLAGS
-)
-_SBATCH = flags.DEFINE_multi_string(
-    "sbatch", [], "OPTION=VALUE of sbatch beyond these (account=me).", flag_values=_FLAGS
-)
-_WAIT = flags.DEFINE_bool(
-    "wait", True, "With --slurm: wait for the jobs; --nowait returns at once.", flag_values=_FLAGS
-)
+_DRY_RUN = _bool("dry_run", False, "Print the commands and do nothing.")
+_REPORT = _bool("report", False, "Write the tables and the figure of the runs so far.")
+_SLURM = _bool("slurm", False, "Submit the runs as SLURM jobs.")
+_PARTITION = _string("partition", "", "SLURM's partition.")
+_TIME = _integer("time", 1440, "Minutes of a job, which returns to the queue until it is done.", 1)
+_GPUS = _integer("gpus", 1, "GPUs of a job.", 0)
+_CPUS = _integer("cpus", 0, "CPU cores of a job; 0: the cluster's default.", 0)
+_SBATCH = _strings("sbatch", [], "OPTION=VALUE of sbatch beyond these (account=me).")
+_WAIT = _bool("wait", True, "With --slurm: wait for the jobs; --nowait returns at once.")
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for text in given:
         name, equals, value = text.partition("=")
-        if not (name and equals):
+        if not (name and equals) or (flag == "set" and not FIELD.fullmatch(name)):
             raise ConfigError(f"--{flag} is {text!r}; it must be NAME=VALUE")
         if name in pairs:
             raise ConfigError(f"--{flag} gives {name} twice: {pairs[name]!r} and {value!r}")
@@ -90,54 +62,44 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _common() -> dict[str, str]:
-    common = _pairs("set", _SET.value)
-    for field in common:
-        if not FIELD.fullmatch(field):
-            raise ConfigError(
-                f"--set names {field!r}; it must be a field such as num_steps or model.width"
-            )
-    return common
-
-
-def _check_cluster_flags() -> None:
-    """A flag that would be ignored is a mistake."""
-    for name in ("cluster", "partition", "time", "gpus", "cpus", "sbatch", "wait"):
+def _check_slurm_flags() -> None:
+    """Without --slurm its flags would be ignored."""
+    for name in ("partition", "time", "gpus", "cpus", "sbatch", "wait"):
         if _FLAGS[name].present and not _SLURM.value:
             raise ConfigError(f"--{name} is for jobs; it needs --slurm")
-    if _SLURM.value and _CLUSTER.value == "debug" and not _WAIT.value:
-        raise ConfigError("--nowait is for jobs of other processes; --cluster=debug has none")
 
 
-def _launch(runs: list[plan.Run], out: pathlib.Path) -> dict[str, str]:
-    """Runs what is missing; returns why runs failed."""
-    board = Board(runs)
+def _job_parameters() -> dict[str, Any]:
+    """The parameters of submitit's executor; None leaves one out."""
+    return {
+        "timeout_min": _TIME.value,
+        "gpus_per_node": _GPUS.value or None,
+        "cpus_per_task": _CPUS.value or None,
+        "slurm_partition": _PARTITION.value or None,
+        "slurm_array_parallelism": _PARALLEL.value or None,
+        "slurm_additional_parameters": {"requeue": True, **_pairs("sbatch", _SBATCH.value)},
+    }
+
+
+def _launch(runs: list[plan.SweepRun], out: pathlib.Path) -> dict[str, str]:
+    """Runs what is missing; returns {name: why it failed}."""
+    dashboard = Dashboard(runs)
     finished = sum(run.finished() for run in runs)
-    board.log(f"{out}: {finished} of {len(runs)} runs are finished")
+    dashboard.log(f"{out}: {finished} of {len(runs)} runs are finished")
     if not _SLURM.value:
-        failed, stopped = jobs.run_all(runs, _PARALLEL.value or 1, board)
+        failed, stopped = jobs.run_all(runs, _PARALLEL.value or 1, dashboard)
         if stopped:
-            print("stopped: the same command goes on from the checkpoints")
+            print("stopped: the same command resumes from the checkpoints")
             sys.exit(Preempted.status)
         return failed
-    wishes = slurm.Wishes(
-        cluster=_CLUSTER.value,
-        partition=_PARTITION.value,
-        minutes=_TIME.value,
-        gpus=_GPUS.value,
-        cpus=_CPUS.value,
-        sbatch=_pairs("sbatch", _SBATCH.value),
-        at_once=_PARALLEL.value,
-    )
-    cluster = slurm.Cluster(out, wishes)
-    cluster.submit(runs, board.log)
+    submitted = slurm.submit(runs, out, _job_parameters(), dashboard.log)
     if not _WAIT.value:
-        print("the same command with --wait shows how far the jobs are, --report what there is")
+        print("the same command with --wait follows the jobs, --report writes the tables so far")
         sys.exit(0)
     try:
-        return cluster.wait(runs, board)
+        return slurm.wait(runs, submitted, dashboard)
     except KeyboardInterrupt:
-        print("the jobs go on; the same command waits for them again, scancel ends them")
+        print("the jobs continue; the same command waits for them again, scancel ends them")
         sys.exit(Preempted.status)
 
 
@@ -149,12 +111,12 @@ def main(argv: list[str]) -> None:
             raise ConfigError(
                 "--sweep is missing; it must be a file such as those of launch/sweeps/"
             )
-        _check_cluster_flags()
+        _check_slurm_flags()
         title = f"{pathlib.Path(_SWEEP.value).stem}-{_SCALE.value}"
         out = pathlib.Path(_OUT.value or pathlib.Path("runs") / "sweeps" / title)
         entries = plan.read_sweep(_SWEEP.value, _SCALE.value)
         try:
-            runs = plan.make_runs(entries, _SCALE.value, _common(), out)
+            runs = plan.make_runs(entries, _SCALE.value, _pairs("set", _SET.value), out)
         except plan.WrongRuns as error:
             count = f"{len(error.lines)} of {len(entries)} runs are wrong; nothing was started"
             sys.exit("\n".join(f"error: {line}" for line in [*error.lines, count]))
@@ -164,14 +126,12 @@ def main(argv: list[str]) -> None:
             return
         failed = {}
         if not _REPORT.value:
-            with jobs.only_launcher(out) as other:
-                if other is not None:
-                    raise ConfigError(f"{out} is in use by another launcher (process {other})")
+            with jobs.only_launcher(out):
                 failed = _launch(runs, out)
         found = [tables.read(run) for run in runs]
-        written = tables.write_tables(out, title, found)
+        written = [*tables.write_tables(out, title, found), out / "curves.png"]
         curves.draw(out / "curves.png", title, found)
-        for path in (*written, out / "curves.png"):
+        for path in written:
             print(f"written: {path}")
         if failed:
             lines = [f"error: {name}: {why}" for name, why in failed.items()]

@@ -1,7 +1,7 @@
-"""What came out of a sweep: table.md and table.csv, and timing.csv.
+"""The results of a sweep: table.md, table.csv and timing.csv.
 
-table.* hold only what the runs computed, so that an interrupted sweep ends with the very same files;
-what depends on the machine is in timing.csv.
+The tables hold only what the runs computed, so that an interrupted sweep ends with the same files;
+timing.csv holds what depends on the machine.
 """
 
 import csv
@@ -11,11 +11,12 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from launch import jobs
-from launch.plan import Run
+from launch.plan import SweepRun
 from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.utils import files
 
@@ -24,18 +25,18 @@ TAIL = 0.1  # of the steps: what a final loss is the mean over
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one run has come to.
+    """The result of one run so far.
 
     Attributes:
-        run: which.
-        step: the last one.
+        run: the run.
+        step: the last step.
         steps: the logged steps (N).
-        cross_entropies: at those (N).
-        values: {title: number} for the table; a title is missing where there is no number yet.
+        cross_entropies: at these steps, in nats (N).
+        values: {title: number} for the table, without those that are not there yet.
         images_per_second: the mean; None before the first logged step.
     """
 
-    run: Run
+    run: SweepRun
     step: int
     steps: np.ndarray
     cross_entropies: np.ndarray
@@ -43,9 +44,9 @@ class Result:
     images_per_second: float | None
 
 
-def read(run: Run) -> Result:
-    """The result so far."""
-    # A step whose loss was not finite, and whose update was skipped, is in no mean.
+def read(run: SweepRun) -> Result:
+    """Reads the result so far."""
+    # The means leave out skipped updates, whose loss was not finite.
     entries = [
         e for e in read_metrics(run.workdir) if math.isfinite(e["loss"] + e["cross_entropy"])
     ]
@@ -70,11 +71,29 @@ def read(run: Run) -> Result:
 
 
 def write_tables(out: pathlib.Path, title: str, results: Sequence[Result]) -> list[pathlib.Path]:
-    """Writes the three files; returns where they are."""
+    """Writes the three files and returns their paths."""
+    rows = [
+        {
+            "run": result.run.name,
+            **result.run.shown,
+            "steps": result.step,
+            "of": result.run.num_steps,
+            **{measure: result.values.get(measure, "") for measure in _measured(results)},
+        }
+        for result in results
+    ]
+    timing = [
+        {
+            "run": result.run.name,
+            "images_per_second": _tenths(result.images_per_second),
+            "seconds": _tenths(jobs.seconds(result.run.log)),
+        }
+        for result in results
+    ]
     texts = {
         "table.md": markdown(title, results),
-        "table.csv": _csv(_rows(results)),
-        "timing.csv": _csv(_timing(results)),
+        "table.csv": _csv(rows),
+        "timing.csv": _csv(timing),
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -83,25 +102,11 @@ def write_tables(out: pathlib.Path, title: str, results: Sequence[Result]) -> li
 
 
 def settings(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """{name of a setting: its results, one a seed}, in the sweep's order."""
+    """{name of a setting: its results, one for each seed}, in the sweep's order."""
     found: dict[str, list[Result]] = {}
     for result in results:
         found.setdefault(result.run.setting, []).append(result)
     return found
-
-
-def _rows(results: Sequence[Result]) -> list[dict[str, str]]:
-    measured = _measured(results)
-    return [
-        {
-            "run": result.run.name,
-            **result.run.shown,
-            "steps": str(result.step),
-            "of": str(result.run.num_steps),
-            **{m: repr(result.values[m]) if m in result.values else "" for m in measured},
-        }
-        for result in results
-    ]
 
 
 def _measured(results: Sequence[Result]) -> list[str]:
@@ -110,22 +115,11 @@ def _measured(results: Sequence[Result]) -> list[str]:
     return [title for title in titles if any(title in result.values for result in results)]
 
 
-def _timing(results: Sequence[Result]) -> list[dict[str, str]]:
-    return [
-        {
-            "run": result.run.name,
-            "images_per_second": _number(result.images_per_second, "{:.1f}"),
-            "seconds": _number(jobs.seconds(result.run.log), "{:.1f}"),
-        }
-        for result in results
-    ]
+def _tenths(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _csv(rows: list[dict[str, str]]) -> str:
+def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -134,38 +128,40 @@ def _csv(rows: list[dict[str, str]]) -> str:
 
 
 def shown(measure: str, value: float) -> str:
-    """A number as tables and figures show it."""
+    """Formats a number as tables and figures show it."""
     return f"{value:.1%}" if measure == "agreement" else f"{value:.4f}"
 
 
 def markdown(title: str, results: Sequence[Result]) -> str:
-    """A row a run, and where there are several seeds a row a setting."""
+    """A row for each run and, with several seeds, a row for each setting."""
     measured = _measured(results)
+    names = [measure.replace("_", "-") for measure in measured]
     rows = []
-    for row, result in zip(_rows(results), results, strict=True):
-        cells = [row[column] or "-" for column in result.run.shown]
-        cells.append(row["steps"] + ("" if row["steps"] == row["of"] else f" of {row['of']}"))
-        cells += [shown(m, result.values[m]) if m in result.values else "-" for m in measured]
-        rows.append(cells)
-    titles = [*results[0].run.shown, "steps", *(m.replace("_", "-") for m in measured)]
-    text = f"# {title}\n\n{table(titles, rows)}\n"
+    for result in results:
+        of = "" if result.step == result.run.num_steps else f" of {result.run.num_steps}"
+        values = [shown(m, result.values[m]) if m in result.values else "-" for m in measured]
+        differing = [value or "-" for value in result.run.shown.values()]
+        rows.append([*differing, f"{result.step}{of}", *values])
+    text = f"# {title}\n\n{table([*results[0].run.shown, 'steps', *names], rows)}\n"
     if measured:
         text += "Losses are means over the logged steps of the last tenth of a run.\n"
-    if measured and len(settings(results)) < len(results):
-        rows = []
-        for setting, group in settings(results).items():
-            cells = [setting or "all", str(len(group))]
-            for measure in measured:
-                values = [r.values[measure] for r in group if measure in r.values]
-                span = (min(values), max(values)) if values else ()
-                text_span = " to ".join(shown(measure, value) for value in span)
-                cells.append(
-                    f"{shown(measure, float(np.mean(values)))} ({text_span})" if values else "-"
-                )
-            rows.append(cells)
-        titles = ["setting", "seeds", *(m.replace("_", "-") for m in measured)]
-        text += f"\nMean over seeds (lowest to highest):\n\n{table(titles, rows)}"
+    groups = settings(results)
+    if measured and len(groups) < len(results):
+        rows = [
+            [setting or "all", str(len(group)), *(_mean_and_range(m, group) for m in measured)]
+            for setting, group in groups.items()
+        ]
+        seeds = table(["setting", "seeds", *names], rows)
+        text += f"\nMean over seeds (lowest to highest):\n\n{seeds}"
     return text
+
+
+def _mean_and_range(measure: str, group: Sequence[Result]) -> str:
+    values = [result.values[measure] for result in group if measure in result.values]
+    if not values:
+        return "-"
+    low, high = shown(measure, min(values)), shown(measure, max(values))
+    return f"{shown(measure, float(np.mean(values)))} ({low} to {high})"
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,13 +1,12 @@
-"""What is left of Mirai's gain when what should make it is taken away, three seeds each.
+"""Mirai's gain without what should cause it, three seeds each.
 
     python -m launch.sweep --sweep=launch/sweeps/controls.py --scale=fashion_mnist --parallel=2
 
-Of Mirai-E: the future (offsets into the past; the EMA at the same position alone, with the weight of all
-three heads), the image (targets of another one) and the grid (the next positions of the raster, which is
-an axis of the paper too). Of Mirai-I: the image. And of what parts the two beside their targets, the
-start: Mirai-E from the first step on as Mirai-I, Mirai-I as late as Mirai-E (three heads of weight 2 against
-one remain). A run is compared with that of
-the same seed in variants.py, after as many steps as diagnostics.py trains.
+Mirai-E without the future (past offsets; the EMA at the same position, with the weight of all three
+heads), the image (targets of another one) and the grid (the next positions of the raster, an axis of the
+paper too). Mirai-I without the image. And the start, which differs between the two: Mirai-E from the
+first step on, Mirai-I as late as Mirai-E. Compare each run with the same seed of variants.py, after as
+many steps as diagnostics.py trains.
 """
 
 from configs import base

@@ -2,13 +2,10 @@
 
     python -m launch.sweep --sweep=launch/sweeps/diagnostics.py --scale=fashion_mnist --parallel=2
 
-One seed each; the run that each is compared with, Mirai-E itself (K = 3, internal, 2-D, wrap, two
-thirds of the depth, weight 2), is seed 0 of variants.py. Controls are controls.py, with more seeds.
-At the scale fashion_mnist the runs are shorter than those of variants.py and are compared with their
-checkpoints of the same step: nothing in a run depends on where it will end (the learning rate is
-constant).
-The paper's axes with several seeds are sweep files of their own: level.py, layout.py, source.py,
-layer.py, k.py and weight.py.
+One seed each; compare with seed 0 of Mirai-E in variants.py (K = 3, internal, 2-D, wrap, two thirds of
+the depth, weight 2). At the scale fashion_mnist these runs are shorter; compare with the checkpoint of
+the same step, since nothing in a run depends on where it ends (the learning rate is constant). The
+paper's axes with several seeds are level.py, layout.py, source.py, layer.py, k.py and weight.py.
 """
 
 from configs import base
@@ -16,13 +13,13 @@ from launch.overrides import Entry
 from launch.sweeps import k, layer
 from mirai_jax.config.schema import two_thirds
 
-STEPS = {"fashion_mnist": 2_000}  # of a run, where it is not the config's own number
+STEPS = {"fashion_mnist": 2_000}  # where it differs from the config's
 
 MIRAI_E, MIRAI_I = "configs/mirai_e.py", "configs/mirai_i.py"
 
 
 def change(name: str, config: str = MIRAI_E, **fields) -> Entry:
-    """An entry: the config with these fields of its first term of foresight."""
+    """An entry: the config with these fields of its first foresight term."""
     return {"name": name, "config": config, **{f"foresight[0].{f}": v for f, v in fields.items()}}
 
 
@@ -47,5 +44,5 @@ def get_sweep(scale: str):
 
 
 def steps(scale: str) -> dict[str, int]:
-    """The field of a run's length, where it is shorter than the scale's."""
+    """The field of a run's length where it is shorter than the scale's."""
     return {"num_steps": STEPS[scale]} if scale in STEPS else {}

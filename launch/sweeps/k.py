@@ -2,8 +2,8 @@
 
     python -m launch.sweep --sweep=launch/sweeps/k.py --parallel=2
 
-Published with K = 3 (FID 5.22, ImageNet 256, B, 80 epochs). Every head has the weight 2 and the heads
-are summed, so that more of them weigh more.
+Published with K = 3 (FID 5.22, ImageNet 256, B, 80 epochs). Every head has the weight 2 and the loss sums
+the heads, so that more heads weigh more.
 """
 
 from launch.overrides import product, seeds

@@ -2,8 +2,8 @@
 
     python -m launch.sweep --sweep=launch/sweeps/layer.py --parallel=2
 
-Published, ImageNet 256, B (12 blocks): block 8 is best. At most six blocks are tried, evenly spaced,
-among them always the last.
+Published, ImageNet 256, B (12 blocks): block 8 is best. The sweep has at most six blocks, evenly spaced,
+with the last one.
 """
 
 from configs import base

@@ -1,4 +1,4 @@
-"""Which positions are looked at: along the raster or on the grid, and what happens at its borders.
+"""Which positions are targets: along the raster or on the grid, and what happens at its borders.
 
     python -m launch.sweep --sweep=launch/sweeps/layout.py --parallel=2
 

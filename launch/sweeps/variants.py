@@ -2,9 +2,9 @@
 
     python -m launch.sweep --sweep=launch/sweeps/variants.py --parallel=2
 
-Published, ImageNet 256, B, 80 epochs, FID: LlamaGen 6.36, Mirai-E 5.22, Mirai-I 4.77; E and I
-together is not in the paper. On ImageNet (`--scale=imagenet_b`) the runs need `--set=data.path=...`,
-and those with Mirai-I `--set=data.images=...` and `--set=teacher.path=...`.
+Published, ImageNet 256, B, 80 epochs, FID: LlamaGen 6.36, Mirai-E 5.22, Mirai-I 4.77; E and I together is
+not in the paper. On ImageNet (`--scale=imagenet_b`) the runs need `--set=data.path=...`, and those with
+Mirai-I `--set=data.images=...` and `--set=teacher.path=...`.
 """
 
 from launch.overrides import over, product
@@ -14,7 +14,7 @@ VARIANTS = ("llamagen", "mirai_e", "mirai_i", "mirai_e_i")
 
 def get_sweep(scale: str):
     del scale
-    return product(  # seed by seed: what was stopped has whole comparisons
+    return product(  # seed by seed: a stopped sweep has whole comparisons
         over("seed", [0, 1, 2]),
         over("config", [f"configs/{variant}.py" for variant in VARIANTS]),
     )
