@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from mirai_jax.models import batched
 from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
-from mirai_jax.sampling.on_mesh import GRID, JUDGED, draw
+from mirai_jax.sampling.keys import CLASSIFIED, GRID
+from mirai_jax.sampling.on_mesh import draw
 from mirai_jax.training.components import Components, labelled_images
 from mirai_jax.utils import pictures
 
@@ -55,24 +56,26 @@ def grid_picture(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
 
 def judged_codes(components: Components, mesh: Mesh, ema: Any, heartbeat: Heartbeat) -> np.ndarray:
     """Codes of `judged_samples` images, of all classes in turn."""
-    return _draw(components, mesh, ema, _judged_labels(components), JUDGED, heartbeat)
+    return _draw(components, mesh, ema, _judged_labels(components), CLASSIFIED, heartbeat)
 
 
 def judge_samples(components: Components, codes_NxL: np.ndarray) -> dict[str, float]:
     """Agreement of a classifier of the real images with the class asked for, and its own limits."""
     settings = components.settings
-    judge = fit_classifier(components.images.images, components.images.labels)
+    classifier = fit_classifier(components.images.images, components.images.labels)
     result = {
-        "samples": class_accuracy(judge, decode(components, codes_NxL), _judged_labels(components))
+        "samples": class_accuracy(
+            classifier, decode(components, codes_NxL), _judged_labels(components)
+        )
     }
     held_out = labelled_images(settings, "held_out")
     if len(held_out.labels):
         codes = batched.encode_images(
             components.tokenizer, components.tokenizer_params, held_out.images
         )
-        result["real"] = class_accuracy(judge, held_out.images, held_out.labels)
+        result["real"] = class_accuracy(classifier, held_out.images, held_out.labels)
         result["real_through_tokenizer"] = class_accuracy(
-            judge, decode(components, codes), held_out.labels
+            classifier, decode(components, codes), held_out.labels
         )
     return result
 
