@@ -1,4 +1,4 @@
-"""Assessment: what its numbers mean, and that a stopped one goes on."""
+"""Assessment: what its numbers mean, and that a stopped one resumes."""
 
 import json
 
@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import mirai_e, mirai_i
-from mirai_jax import assess
 from mirai_jax.config import schema
-from mirai_jax.evaluation import probe, runs
+from mirai_jax.evaluation import assessments, probe, runs
 from mirai_jax.evaluation.runs import Protocol
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
 from mirai_jax.training import restore, train
@@ -64,9 +63,9 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     rng = np.random.RandomState(0)
     labels = rng.randint(4, size=600)
     noise = rng.normal(size=(600, 8))
-    message = noise + 4 * np.eye(4, 8)[labels]
-    share = lambda x: probe.accuracy(x[:400], labels[:400], x[400:], labels[400:])  # noqa: E731
-    assert share(message) > 0.95
+    signal = noise + 4 * np.eye(4, 8)[labels]
+    share = lambda x: probe.accuracy(x[:400], labels[:400], x[400:], labels[400:])
+    assert share(signal) > 0.95
     assert share(noise) < 0.4
 
 
@@ -88,35 +87,35 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def said():
-    """What the assessor has printed."""
+def lines():
+    """What the assessor has logged."""
     return []
 
 
 @pytest.fixture(scope="module")
-def assessor(workdir, said):
+def assessor(workdir, lines):
     """One for all tests: its classifier takes long."""
-    return runs.Assessor(restore.read_settings("", str(workdir)), QUICK, said.append)
+    return runs.Assessor(restore.read_settings("", str(workdir)), QUICK, lines.append)
 
 
-def test_what_the_teacher_knows_of_the_class(workdir, assessor, said):
+def test_what_the_teacher_knows_of_the_class(workdir, assessor, lines):
     config = mirai_i.get_config("demo")
     config.teacher.image_size = 32
-    of_teacher = lambda: assessor.of_teacher(schema.read(config, num_devices=1))  # noqa: E731
+    of_teacher = lambda: assessor.of_teacher(schema.read(config, num_devices=1))
     assert 0.5 < of_teacher()["teacher_probe"] <= 1
-    # An encoder that is not there any more keeps nothing else from being assessed.
+    # Without its encoder the other measures are still assessed.
     config.teacher.update(name="dinov2", path="gone", image_size=0)
     assert of_teacher() == {}
-    assert "no probe of the teacher: teacher.path" in said[-1]
+    assert "no probe of the teacher: teacher.path" in lines[-1]
     assert assessor.of_teacher(restore.read_settings("", str(workdir))) == {}  # Mirai-E has none
 
 
 @pytest.mark.slow
-def test_a_stopped_assessment_goes_on(workdir, assessor, capsys, monkeypatch):
-    monkeypatch.setattr(assess, "Assessor", lambda *args: assessor)
-    assess.run([str(workdir)], "kept", QUICK)
-    whole = (workdir / runs.FILE).read_text()
-    entries = runs.read(workdir)
+def test_a_stopped_assessment_resumes(workdir, assessor, capsys, monkeypatch):
+    monkeypatch.setattr(assessments, "Assessor", lambda *args: assessor)
+    assessments.assess([str(workdir)], "kept", QUICK)
+    whole = (workdir / assessments.FILE).read_text()
+    entries = assessments.read(workdir)
     assert [e["step"] for e in entries] == [2, 4]
     assert all(e["protocol"]["samples"] == 60 for e in entries)
     for entry in entries:
@@ -125,54 +124,50 @@ def test_a_stopped_assessment_goes_on(workdir, assessor, capsys, monkeypatch):
         assert 0 <= entry["agreement"] <= 1
         assert entry["real_agreement"] > 0.5  # ten classes: it does see digits
         assert 0 < entry["real_frechet"] < entry["frechet"]
-        assert entry["real_frechet"] < entry["real_frechet_images"]  # the tokenizer's own error
+        assert entry["real_frechet"] < entry["real_frechet_images"]  # the tokenizer's error
         assert entry["frechet_images"] > 0
     assert "probe" not in entries[0] and "teacher_probe" not in entries[1]
     assert set(entries[1]["probe"]) == {"1", "2"}
     assert all(0 <= a <= 1 for row in entries[1]["probe"].values() for a in row)
 
-    (workdir / runs.FILE).write_text(whole.splitlines(keepends=True)[0] + '{"step": 4, "pro')
-    assess.run([str(workdir)], "kept", QUICK)
-    assert (workdir / runs.FILE).read_text() == whole
+    (workdir / assessments.FILE).write_text(whole.splitlines(keepends=True)[0] + '{"step": 4, "pro')
+    assessments.assess([str(workdir)], "kept", QUICK)
+    assert (workdir / assessments.FILE).read_text() == whole
 
-    monkeypatch.setattr(assess, "Assessor", None)  # nothing is left to do
-    assess.run([str(workdir)], "kept", QUICK)
-    assert (workdir / runs.FILE).read_text() == whole
+    monkeypatch.setattr(assessments, "Assessor", None)  # nothing is left to do
+    assessments.assess([str(workdir)], "kept", QUICK)
+    assert (workdir / assessments.FILE).read_text() == whole
     assert "0 checkpoints of 1 runs to assess" in capsys.readouterr().out
 
 
 def test_another_protocol_is_another_line(workdir):
-    message = json.loads(json.dumps(vars(QUICK)))
-    line = json.dumps({"step": 4, "protocol": message}) + "\n"
-    (workdir / runs.FILE).write_text(line)
-    assert runs.missing(workdir, [2, 4], QUICK) == [2]
-    assert runs.missing(workdir, [2, 4], Protocol(samples=61)) == [2, 4]
+    line = json.dumps({"step": 4, "protocol": vars(QUICK)}) + "\n"
+    (workdir / assessments.FILE).write_text(line)
+    assert assessments.missing(workdir, [2, 4], QUICK) == [2]
+    assert assessments.missing(workdir, [2, 4], Protocol(samples=61)) == [2, 4]
 
 
 @given(st.lists(st.binary(max_size=20), max_size=4))
 @settings(deadline=None, derandomize=True, max_examples=200)
-def test_a_damaged_file_is_told_by_its_line(tmp_path_factory, lines):
+def test_a_damaged_file_is_named_with_its_line(tmp_path_factory, damage):
     folder = tmp_path_factory.mktemp("damaged")
     good = b'{"step": 1, "protocol": {}}\n'
-    (folder / runs.FILE).write_bytes(good + b"".join(line + b"\n" for line in lines) + good)
+    (folder / assessments.FILE).write_bytes(good + b"".join(line + b"\n" for line in damage) + good)
     try:
-        assert runs.read(folder)[0] == {"step": 1, "protocol": {}}
+        assert assessments.read(folder)[0] == {"step": 1, "protocol": {}}
     except DataError as error:
-        assert f"{runs.FILE}, line " in str(error)
+        assert f"{assessments.FILE}, line " in str(error)
         assert len(str(error).splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "samples, workdirs, expected",
-    [(60, [], "--workdir is missing"), (60, ["nowhere"], "not the workdir of a run")],
-)
-def test_wrong_arguments_are_one_line(samples, workdirs, expected):
-    with pytest.raises(ConfigError, match=expected):
-        assess.run(workdirs, "kept", Protocol(samples=samples))
+@pytest.mark.parametrize("workdirs", [[], ["nowhere"]])
+def test_wrong_arguments_are_one_line(workdirs):
+    with pytest.raises(ConfigError, match="--workdir"):
+        assessments.assess(workdirs, "kept", QUICK)
 
 
-def test_runs_without_images_in_memory_are_refused(workdir):
+def test_a_run_without_held_out_images_is_refused(workdir):
     settings = restore.read_settings("--workdir", str(workdir))
     data = settings.data.__class__(**{**vars(settings.data), "held_out": 0})
-    with pytest.raises(DataError, match="holds no images out"):
+    with pytest.raises(DataError, match="data.held_out"):
         runs.Assessor(settings.__class__(**{**vars(settings), "data": data}), QUICK, print)

@@ -14,13 +14,13 @@ def sweep_figure(
 ) -> None:
     """Distance against guidance, and precision against recall, of samples at several scales.
 
-    Samples whose protocols differ in no more than the scale are a curve, each of them named by what
-    sets it apart.
+    Samples whose protocols differ only in the scale form a curve; its label holds the fields in which
+    the curves differ.
 
     Args:
         path: the PNG to write.
         rows: each with 'protocol' (its 'guidance') and 'metrics'.
-        titles: what to call each metric.
+        titles: the label of each metric.
     """
     import matplotlib
 
@@ -56,7 +56,7 @@ def sweep_figure(
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{what sets it apart: rows} of those whose protocols are the same but for the guidance."""
+    """{label: rows whose protocols differ only in the guidance}."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         rest = {
@@ -65,8 +65,8 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         found.setdefault(json.dumps(rest), []).append(row)
     protocols = [json.loads(key) for key in found]
     names = [n for n in dict.fromkeys(itertools.chain(*protocols)) if not n.endswith("_sha256")]
-    split_outputs = [n for n in names if len({json.dumps(p.get(n)) for p in protocols}) > 1]
-    labels = [", ".join(f"{n} {p[n]}" for n in split_outputs if n in p) for p in protocols]
+    differing = [n for n in names if len({json.dumps(p.get(n)) for p in protocols}) > 1]
+    labels = [", ".join(f"{n} {p[n]}" for n in differing if n in p) for p in protocols]
     labels = [
         label if label and labels.count(label) == 1 else f"{label} ({i})".strip()
         for i, label in enumerate(labels, 1)

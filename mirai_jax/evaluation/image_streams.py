@@ -1,4 +1,6 @@
-"""Images to evaluate, in bounded memory: .npz files as ADM's evaluator reads them, and folders."""
+"""Images to evaluate, in bounded memory: .npz files as ADM's evaluator reads them, folders of image
+files, and the real images of a run.
+"""
 
 import dataclasses
 import os
@@ -11,7 +13,12 @@ import numpy as np
 from PIL import Image
 
 from mirai_jax.data import crops, folders
+from mirai_jax.training import restore
+from mirai_jax.training.components import labelled_images
 from mirai_jax.utils.errors import DataError, first_line
+
+# Of Inception's features: mean and covariance, pooled and spatial (for sFID).
+_SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +26,10 @@ class ImageStream:
     """A set of images of one size.
 
     Attributes:
-        name: what the user calls it.
+        name: the user's name of it.
         count: N.
         size: (height, width) in pixels.
-        chunks: gives uint8 (at most n, H, W, 3), in order; begins anew at each call.
+        chunks: n -> iterator of uint8 (at most n, H, W, 3), in order; starts anew at each call.
     """
 
     name: str
@@ -46,62 +53,64 @@ def of_array(name: str, pixels_NxHxWxC: np.ndarray) -> ImageStream:
     return ImageStream(name, len(pixels_NxHxWxC), pixels_NxHxWxC.shape[1:3], chunks)
 
 
-def open_stream(path: str) -> ImageStream:
-    """A .npz with `arr_0`, or a folder of image files (those of `image_folders.SUFFIXES`, at any depth).
+def open_stream(spec: str) -> ImageStream:
+    """Opens a set of images.
 
-    A folder with a samples.npz, as `mirai_jax.sample` writes them, stands for that file.
+    Args:
+        spec: a .npz with `arr_0`; a folder of image files (those of `data.folders.SUFFIXES`, at any
+            depth); a folder with a samples.npz, as `mirai_jax.sample` writes it; or
+            data:WORKDIR:train, data:WORKDIR:held_out, the real images of a run on a small set.
 
     Raises:
-        DataError: one line: no such thing, floats, another shape, no image, mixed sizes, damage.
+        DataError: one line: nothing of the kind, floats, another shape, mixed sizes, damage.
+        ConfigError: WORKDIR is not the workdir of a run.
     """
-    if os.path.isdir(path):
-        samples = os.path.join(path, "samples.npz")
+    if spec.startswith("data:"):
+        return _of_run(spec)
+    if os.path.isdir(spec):
+        samples = os.path.join(spec, "samples.npz")
         if os.path.isfile(samples):
             return _of_npz(samples)
-        if os.path.isfile(os.path.join(path, "protocol.json")):
-            raise DataError(f"{path} holds samples that are not finished: draw the rest first")
-        return _of_folder(path)
-    if not os.path.isfile(path):
-        raise DataError(f"{path} is neither a file nor a folder")
-    return _of_npz(path)
+        if os.path.isfile(os.path.join(spec, "protocol.json")):
+            raise DataError(f"{spec} holds samples that are not finished: draw the rest first")
+        return _of_folder(spec)
+    if not os.path.isfile(spec):
+        raise DataError(f"{spec} is neither a file nor a folder")
+    return _of_npz(spec)
 
 
 def statistics(path: str) -> dict[str, np.ndarray]:
-    """The stored moments of a .npz: those of 'mu', 'sigma', 'mu_s', 'sigma_s' that are there.
+    """Inception's statistics of a .npz: float64 'mu', 'sigma', 'mu_s' and 'sigma_s', or {}.
 
     Raises:
-        DataError: one line: damage, shapes that do not fit, numbers that are not finite.
+        DataError: one line: damage, some of them missing, other shapes, numbers that are not finite.
     """
     if not os.path.isfile(path):
         return {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = [n for n in ("mu", "sigma", "mu_s", "sigma_s") if n in file.files]
-            stored = {name: np.asarray(file[name], np.float64) for name in names}
+            stored = {n: np.asarray(file[n], np.float64) for n in _SHAPES if n in file.files}
     except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
         raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
-    for name, array in stored.items():
-        if not np.isfinite(array).all():
+    for name, shape in _SHAPES.items() if stored else ():
+        if name not in stored:
+            raise DataError(f"{path} holds no {name}; it must hold {', '.join(_SHAPES)}, or none")
+        if stored[name].shape != shape:
+            raise DataError(f"{path} holds {name} of shape {stored[name].shape}, not {shape}")
+        if not np.isfinite(stored[name]).all():
             raise DataError(f"{path} holds {name} with numbers that are not finite")
-        mean = stored.get(name.replace("sigma", "mu"), array)
-        axes = 2 if name.startswith("sigma") else 1
-        if not array.ndim or array.shape != mean.shape[:1] * axes:
-            raise DataError(
-                f"{path} holds {name} of shape {array.shape}; it must be (width,) of a mean and "
-                "(width, width) of its covariance"
-            )
     return stored
 
 
 def has_images(path: str) -> bool:
-    """Whether a .npz holds images, not statistics alone; anything else is said to."""
+    """False for a .npz without images, such as one of statistics; True for anything else."""
     if not os.path.isfile(path):
         return True
     try:
         with zipfile.ZipFile(path) as archive:
             return "arr_0.npy" in archive.namelist()
     except (OSError, zipfile.BadZipFile):
-        return True  # opening it will say what is wrong
+        return True  # opening it will raise
 
 
 def _check(name: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -129,7 +138,6 @@ def _of_npz(path: str) -> ImageStream:
 
     try:
         archive, file, shape, fortran, dtype = opened()
-        length = archive.getinfo("arr_0.npy").file_size - file.tell()
         file.close()
         archive.close()
     except KeyError as error:
@@ -139,8 +147,6 @@ def _of_npz(path: str) -> ImageStream:
     _check(path, shape, dtype)
     if fortran:
         raise DataError(f"{path} holds images in Fortran order; they must be in C order")
-    if length != np.prod(shape, dtype=np.int64):
-        raise DataError(f"{path} is cut off: arr_0 says {shape}, its bytes are {length}")
 
     def chunks(count: int) -> Iterator[np.ndarray]:
         archive, file, *_ = opened()
@@ -156,6 +162,19 @@ def _of_npz(path: str) -> ImageStream:
                 yield _in_colour(pixels)
 
     return ImageStream(path, shape[0], shape[1:3], chunks)
+
+
+def _of_run(spec: str) -> ImageStream:
+    workdir, _, split = spec.removeprefix("data:").rpartition(":")
+    if split not in ("train", "held_out") or not workdir:
+        raise DataError(f"{spec} must be data:WORKDIR:train or data:WORKDIR:held_out")
+    settings = restore.read_settings(spec, workdir)
+    if not settings.data.in_memory:
+        raise DataError(f"{spec}: that run's images are not in memory; give their folder or .npz")
+    images = labelled_images(settings, split).images
+    if not len(images):
+        raise DataError(f"{spec}: that run holds no images out (data.held_out is 0)")
+    return of_array(spec, images)
 
 
 def _of_folder(path: str) -> ImageStream:

@@ -20,12 +20,13 @@ from mirai_jax.weights import inception as inception_weights
 
 @dataclasses.dataclass
 class Features:
-    """Of one set of images.
+    """Features of one set of images.
 
     Attributes:
         moments: of the pooled features.
         spatial: of the spatial features (Inception only).
-        pooled: float32 (N, D), for precision and recall; None where there are statistics alone.
+        pooled: float32 (N, D), for precision and recall; None where only statistics
+            are known.
         probabilities: float32 (N, 1008) (Inception only).
     """
 
@@ -41,8 +42,8 @@ class Network:
     Args:
         inception: the file of Inception-v3's weights; '' for EfficientNet-Lite0.
         batch_size: images at once on each device.
-        pixels: a side of what EfficientNet-Lite0 is shown. It was trained at 224; fewer are
-            faster, and give another distance.
+        pixels: side of EfficientNet-Lite0's input. It was trained at 224; fewer are faster, and
+            give another distance.
 
     Raises:
         ConfigError, DataError: the weights cannot be read.
@@ -61,37 +62,37 @@ class Network:
         self._apply = jax.jit(apply)
 
     def __call__(self, images_BxHxWx3: np.ndarray) -> tuple[np.ndarray, ...]:
-        """At most `batch` images; they are filled up to it, so that one program serves all."""
+        """Runs on at most `batch` images; fills them up to it, so that one program serves all."""
         filled = np.resize(images_BxHxWx3, (self.batch, *images_BxHxWx3.shape[1:]))
         out = self._apply(self._params, self._devices.split(filled))
         return tuple(np.asarray(part)[: len(images_BxHxWx3)] for part in out)
 
     def features(self, stream: ImageStream) -> Features:
-        """Of a whole stream; holds the features, not the images."""
-        moments, spatial = metrics.Moments(), metrics.Moments()
+        """Features of a whole stream; holds them in memory, but not the images."""
+        spatial = metrics.Moments()
         pooled, probabilities, waiting = [], [], []
         progress = Progress(stream.count, "images")
         try:
             for images in stream.chunks(self.batch):
-                components = self(images)
-                pooled.append(components[0])
+                outputs = self(images)
+                pooled.append(outputs[0])
                 if self.is_inception:
-                    waiting.append(components[1])
-                    probabilities.append(components[2])
-                # A thousand at a time: each addition passes over the whole covariance.
+                    waiting.append(outputs[1])
+                    probabilities.append(outputs[2])
+                # A thousand at a time: each addition costs a pass over the whole covariance.
                 if sum(map(len, waiting)) >= 1000:
                     spatial.add(np.concatenate(waiting))
                     waiting = []
                 progress.advance(len(images))
         finally:
             progress.close()
-        made = Features(moments, pooled=np.concatenate(pooled))
-        moments.add(made.pooled)
+        features = Features(metrics.Moments(), pooled=np.concatenate(pooled))
+        features.moments.add(features.pooled)
         if self.is_inception:
             if waiting:
                 spatial.add(np.concatenate(waiting))
-            made.spatial, made.probabilities = spatial, np.concatenate(probabilities)
-        return made
+            features.spatial, features.probabilities = spatial, np.concatenate(probabilities)
+        return features
 
 
 def _inception(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -100,7 +101,7 @@ def _inception(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _efficientnet(pixels: int, params: Any, images: jax.Array) -> tuple[jax.Array]:
-    """Pooled features of images enlarged or reduced to so many pixels a side."""
+    """Pooled features of images resized to `pixels` a side."""
     images = images.astype(jnp.float32) / 255
     images = jax.image.resize(images, (len(images), pixels, pixels, 3), "linear", antialias=True)
     return (EfficientNetLite0().apply({"params": params}, images),)

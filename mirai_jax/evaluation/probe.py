@@ -1,7 +1,8 @@
-"""Linear probes: what a linear classifier reads in the generator's states, by block and position.
+"""Linear probes: the class that a linear classifier reads in the generator's states, by block and
+position.
 
-The generator is run unconditionally (the null class), so that it knows of an image's class only what
-the tokens so far tell; foresight should put it into earlier blocks, after fewer tokens.
+The generator runs unconditionally (the null class), so it knows an image's class only from the tokens
+so far. Foresight should make the class readable in earlier blocks, after fewer tokens.
 """
 
 import functools
@@ -39,15 +40,15 @@ def states(
 def accuracy(
     train_NxD: np.ndarray, train_labels: np.ndarray, test_MxD: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """Share of the test rows that a logistic regression on the train rows classifies rightly."""
+    """Share of the test rows that a logistic regression on the train rows classifies correctly."""
     from sklearn.linear_model import LogisticRegression  # here: slow to import
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
-    # Near enough to its end for a score: the last digits of the weights take as long again.
+    # Converged enough for a score: the last digits of the weights would take as long again.
     regression = LogisticRegression(C=0.01, tol=1e-3, max_iter=1000)
-    with threadpool_limits(1):  # matrices this small are faster so, and the same on any machine
+    with threadpool_limits(1):  # faster for small matrices, and the same on any machine
         probe = make_pipeline(StandardScaler(), regression).fit(train_NxD, train_labels)
         return float(probe.score(test_MxD, test_labels))
 
@@ -63,7 +64,7 @@ def by_layer(
     Args:
         config, params: of the generator, which must have a null class.
         train: codes (N, L) and labels (N,) that the probes are fitted to.
-        test: others, that they are measured on.
+        test: codes and labels to measure the accuracy on.
 
     Returns:
         {block, from "1": one accuracy a quarter}.

@@ -1,28 +1,25 @@
 """How good a run's weights are: held-out likelihood, samples beside real images, linear probes.
 
-assessment.jsonl in a workdir has a line for each checkpoint and protocol: {"step", "protocol",
-measures...}. The measures (means over images):
+The measures are means over images:
 
-cross_entropy   nats a token of held-out images, no dropout, labels known
-frechet         distance of the samples to the held-out images as the tokenizer gives them back, over
-                EfficientNet-Lite0's pooled features, shown `pixels` a side: another number than FID
-frechet_images  the same to the held-out images as they are; the tokenizer's own error is part of it
-agreement       share of the samples in which a classifier of real images sees the class asked for
-real_...        the last three of as many real images that passed through the tokenizer (of training;
-                held-out ones for agreement): what a perfect generator of its tokens would reach
+cross_entropy   nats a token of held-out images, without dropout, labels given
+frechet         distance of the samples to the tokenizer's reconstructions of the held-out images, over
+                EfficientNet-Lite0's pooled features of `pixels` a side: another number than FID
+frechet_images  the same to the held-out images as they are; includes the tokenizer's error
+agreement       class accuracy: share of the samples that a classifier of real images assigns to the
+                class asked for
+real_...        the last three for the tokenizer's reconstructions of as many real images (training
+                images; held-out ones for agreement): the limit of any generator of its tokens
 probe           accuracies of linear probes, see evaluation/probe.py (the last step only)
-teacher_probe   of a run with a bidirectional teacher that can be loaded: accuracy of a linear probe of
-                its features, averaged over the grid, of real images
+teacher_probe   accuracy of a linear probe of the bidirectional teacher's features of real images,
+                averaged over the grid, where the run has such a teacher and it can be loaded
 """
 
 import dataclasses
 import functools
-import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -34,31 +31,29 @@ from mirai_jax.evaluation.metrics import frechet_distance
 from mirai_jax.evaluation.network import Network
 from mirai_jax.models import batched
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.sampling import on_mesh
+from mirai_jax.sampling import keys, on_mesh
 from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.training.components import labelled_images
-from mirai_jax.utils import files
-from mirai_jax.utils.errors import ConfigError, DataError, first_line
+from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
 
-FILE = "assessment.jsonl"
 _CHUNK = 250  # images at once
 _PROBED_ON = 5_000  # training images
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a checkpoint is assessed; numbers of different protocols are not to be compared.
+    """How a checkpoint is assessed. Compare only numbers of one protocol.
 
     Attributes:
-        samples: how many are drawn, of all classes in turn.
+        samples: how many are drawn, with labels 0, 1, ..., and again from 0.
         guidance: their scale; 1 is none.
-        seed: of the samples, whatever the run's own is.
-        pixels: a side of what EfficientNet-Lite0 is shown.
-        held_out: the first so many of the held-out images, for cross-entropy and probes (those of
-            mnist are sorted by class: all, or numbers of a few classes).
-        weights: which of the run's.
+        seed: of the samples; independent of the run's seed.
+        pixels: side of EfficientNet-Lite0's input.
+        held_out: number of held-out images, from the first on, for cross-entropy and probes. Those of
+            mnist are sorted by class: take all, or know which classes the first ones show.
+        weights: which weights of the run.
     """
 
     samples: int = 2000
@@ -87,30 +82,30 @@ def cross_entropy(
 
 
 def spread_evenly(count: int, wanted: int) -> np.ndarray:
-    """Indices of `wanted` of `count` items (or of all), evenly: data may be sorted by class."""
+    """Indices of `wanted` of `count` items, evenly spaced: data may be sorted by class."""
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
-    """What one tokenizer makes of the real images.
+    """The real images through one tokenizer.
 
     Attributes:
         encode, decode: uint8 images to codes, and back.
-        held_out_codes: int32 (N, L), of the held-out images that likelihood and probes are of.
-        passed: moments of all held-out images that passed through it.
+        held_out_codes: int32 (N, L), of the held-out images for cross-entropy and probes.
+        reconstructed: moments of the reconstructions of all held-out images.
         real: the measures real_...
     """
 
     encode: Callable[[np.ndarray], np.ndarray]
     decode: Callable[[np.ndarray], np.ndarray]
     held_out_codes: np.ndarray
-    passed: Any
+    reconstructed: Any
     real: dict[str, float]
 
 
 class Assessor:
-    """Assesses runs on one data set; what does not depend on the run is made once.
+    """Assesses runs on one data set; computes once whatever does not depend on the run.
 
     Raises:
         ConfigError, DataError: the run's images are not in memory, or none are held out.
@@ -120,10 +115,10 @@ class Assessor:
         self.protocol = protocol
         if not settings.data.in_memory:
             raise ConfigError(
-                f"data.name is {settings.data.name!r}; assessed are runs on images in memory: for "
-                "others there are mirai_jax.sample and mirai_jax.evaluate"
+                f"data.name is {settings.data.name!r}; runs on images on disk need mirai_jax.sample and "
+                "mirai_jax.evaluate"
             )
-        self.train = labelled_images(settings, "train")
+        self._train = labelled_images(settings, "train")
         held_out = labelled_images(settings, "held_out")
         if len(held_out.labels) < 2:
             raise DataError(f"{settings.data.name}: the run holds no images out (data.held_out)")
@@ -132,59 +127,73 @@ class Assessor:
             held_out.labels[: protocol.held_out],
             held_out.class_names,
         )
+        some = spread_evenly(len(self._train.labels), _PROBED_ON)
+        self._probe_images = self._train.images[some], self._train.labels[some]
         log("fitting a classifier of the real images")
-        self.judge = fit_classifier(self.train.images, self.train.labels)
-        self.network = Network("", _CHUNK, protocol.pixels)
+        self._classifier = fit_classifier(self._train.images, self._train.labels)
+        self._network = Network("", _CHUNK, protocol.pixels)
         log(f"features of {len(held_out.labels):,} held-out images")
         self._reference = held_out.images, self._moments(held_out.images)
         if warning := self._reference[1].warning():
             log(f"warning: held-out images: {warning}")
         devices = jax.local_devices()
         self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
-        self._say = log
+        self._log = log
         self._tokenized: dict[str, Tokenized] = {}
         self._teachers: dict[TeacherSettings, dict[str, float]] = {}
 
-    def of_run(self, settings: Settings, workdir: str) -> "RunAssessor":
-        """For one run on these images: its tokens."""
-        tokenizer, params = frozen.load_codebook(settings, workdir)
-        checksum = pretrained.checksum(params)
-        if checksum not in self._tokenized:
-            self._tokenized[checksum] = self._tokenize(tokenizer, params)
-        tokens, of_teacher = self._tokenized[checksum], self.of_teacher(settings)
-        return RunAssessor(self, settings.generator, tokens, of_teacher)
+    def measure(
+        self, settings: Settings, workdir: str, params: Any, probed: bool
+    ) -> dict[str, Any]:
+        """The measures of the generator `params` of a run on these images, with probes or without."""
+        config, labels_N = settings.generator, self.held_out.labels
+        tokens, of_teacher = self._tokens_of(settings, workdir), self.of_teacher(settings)
+        params = jax.device_put(params)
+        codes_NxL = tokens.held_out_codes
+        measures = {"cross_entropy": cross_entropy(config, params, codes_NxL, labels_N)}
+        asked = np.arange(self.protocol.samples, dtype=np.int32) % config.num_classes
+        images = tokens.decode(self._draw(config, params, asked))
+        measures |= self._distances(images, tokens.reconstructed)
+        measures["agreement"] = class_accuracy(self._classifier, images, asked)
+        measures |= tokens.real | of_teacher
+        if probed and config.has_null_class:
+            images, labels = self._probe_images
+            train, test = (tokens.encode(images), labels), (codes_NxL, labels_N)
+            measures["probe"] = probe.by_layer(config, params, train, test)
+        return measures
 
     def _moments(self, images: np.ndarray) -> Any:
-        return self.network.features(image_streams.of_array("images", images)).moments
+        return self._network.features(image_streams.of_array("images", images)).moments
 
-    def samples(self, config: GeneratorConfig, params: Any, labels: np.ndarray) -> np.ndarray:
-        """int32 codes (N, L), over all local devices."""
+    def _draw(self, config: GeneratorConfig, params: Any, labels: np.ndarray) -> np.ndarray:
+        """int32 codes (N, L), drawn on all local devices."""
         params = sharding.place(params, sharding.replicated(self._mesh))
         options, seed = SampleOptions(guidance=self.protocol.guidance), self.protocol.seed
         return on_mesh.draw(
-            config, options, seed, self._mesh, params, labels, on_mesh.ASSESSED, chunk=_CHUNK
+            config, options, seed, self._mesh, params, labels, keys.ASSESSED, chunk=_CHUNK
         )
 
-    def _tokenize(self, tokenizer: nn.Module, params: Any) -> "Tokenized":
-        """Real images through a tokenizer: their codes, and what comes back of them."""
-        encode = functools.partial(batched.encode_images, tokenizer, params)
-        decode = functools.partial(batched.decode_codes, tokenizer, params)
-        codes = encode(self._reference[0])
-        passed = self._moments(decode(codes))
-        codes = codes[: len(self.held_out.labels)]
-        count = self.protocol.samples
-        train = self.train.images[spread_evenly(len(self.train.labels), count)]
-        agreed = class_accuracy(self.judge, decode(codes[:count]), self.held_out.labels[:count])
-        real = {**self.distances(decode(encode(train)), passed), "agreement": agreed}
-        return Tokenized(encode, decode, codes, passed, {f"real_{k}": v for k, v in real.items()})
-
-    def some_of_training(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels that probes are fitted to."""
-        some = spread_evenly(len(self.train.labels), _PROBED_ON)
-        return self.train.images[some], self.train.labels[some]
+    def _tokens_of(self, settings: Settings, workdir: str) -> Tokenized:
+        """Codes and reconstructions of the real images, by the run's tokenizer."""
+        tokenizer, params = frozen.load_codebook(settings, workdir)
+        checksum = pretrained.checksum(params)
+        if checksum not in self._tokenized:
+            encode = functools.partial(batched.encode_images, tokenizer, params)
+            decode = functools.partial(batched.decode_codes, tokenizer, params)
+            codes, count = encode(self._reference[0]), self.protocol.samples
+            reconstructed = self._moments(decode(codes))
+            codes = codes[: len(self.held_out.labels)]
+            train = self._train.images[spread_evenly(len(self._train.labels), count)]
+            real = self._distances(decode(encode(train)), reconstructed)
+            real["agreement"] = class_accuracy(
+                self._classifier, decode(codes[:count]), self.held_out.labels[:count]
+            )
+            real = {f"real_{name}": value for name, value in real.items()}
+            self._tokenized[checksum] = Tokenized(encode, decode, codes, reconstructed, real)
+        return self._tokenized[checksum]
 
     def of_teacher(self, settings: Settings) -> dict[str, float]:
-        """The measure of a run's bidirectional teacher; {} where it has none that can be loaded."""
+        """{'teacher_probe': accuracy}; {} without a bidirectional teacher that can be loaded."""
         if settings.needs_images and settings.teacher not in self._teachers:
             self._teachers[settings.teacher] = self._probe_teacher(settings)
         return self._teachers[settings.teacher] if settings.needs_images else {}
@@ -192,10 +201,10 @@ class Assessor:
     def _probe_teacher(self, settings: Settings) -> dict[str, float]:
         try:
             teacher, params = frozen.make_teacher(settings)
-        except ConfigError as error:  # the run is whole without it
-            self._say(f"no probe of the teacher: {error}")
+        except ConfigError as error:  # the other measures do not need it
+            self._log(f"no probe of the teacher: {error}")
             return {}
-        images, labels = self.some_of_training()
+        images, labels = self._probe_images
         fitted, measured = (
             batched.teacher_features(teacher, params, some).mean(axis=1)
             for some in (images, self.held_out.images)
@@ -203,81 +212,10 @@ class Assessor:
         found = probe.accuracy(fitted, labels, measured, self.held_out.labels)
         return {"teacher_probe": found}
 
-    def distances(self, images: np.ndarray, passed: Any) -> dict[str, float]:
-        """Of uint8 images, to held-out ones that `passed` through the tokenizer and as they are."""
+    def _distances(self, images: np.ndarray, reconstructed: Any) -> dict[str, float]:
+        """Of uint8 images, to the held-out ones as `reconstructed` and as they are."""
         mine, (_, untouched) = self._moments(images), self._reference
         return {
             name: frechet_distance(mine.mean, mine.covariance, real.mean, real.covariance)
-            for name, real in (("frechet", passed), ("frechet_images", untouched))
+            for name, real in (("frechet", reconstructed), ("frechet_images", untouched))
         }
-
-
-class RunAssessor:
-    """Assesses the checkpoints of one run."""
-
-    def __init__(
-        self,
-        assessor: Assessor,
-        config: GeneratorConfig,
-        tokens: Tokenized,
-        of_teacher: dict[str, float],
-    ):
-        self._of, self._config, self._tokens = assessor, config, tokens
-        self._of_teacher = of_teacher
-
-    def __call__(self, params: Any, probed: bool) -> dict[str, Any]:
-        """The measures of the generator `params`, with probes or without."""
-        labels_N, codes_NxL = self._of.held_out.labels, self._tokens.held_out_codes
-        protocol, config = self._of.protocol, self._config
-        params = jax.device_put(params)
-        measures = {"cross_entropy": cross_entropy(config, params, codes_NxL, labels_N)}
-        asked = np.arange(protocol.samples, dtype=np.int32) % config.num_classes
-        images = self._tokens.decode(self._of.samples(config, params, asked))
-        measures |= self._of.distances(images, self._tokens.passed)
-        measures["agreement"] = class_accuracy(self._of.judge, images, asked)
-        measures |= self._tokens.real | self._of_teacher
-        if probed and config.has_null_class:
-            images, labels = self._of.some_of_training()
-            train, test = (self._tokens.encode(images), labels), (codes_NxL, labels_N)
-            measures["probe"] = probe.by_layer(config, params, train, test)
-        return measures
-
-
-# The file ----------------------------------------------------------------------------------------
-
-
-def read(workdir: str) -> list[dict[str, Any]]:
-    """The lines of assessment.jsonl; [] where there is none.
-
-    Raises:
-        DataError: a line is damaged, but for a last one that a stop cut off.
-    """
-    path = pathlib.Path(workdir) / FILE
-    text = path.read_text(errors="replace") if path.exists() else ""
-    *lines, unfinished = text.split("\n")  # '' unless a stop cut the last line off
-    del unfinished
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            if not (type(entry["step"]) is int and isinstance(entry["protocol"], dict)):
-                raise ValueError("no step or protocol")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DataError(
-                f"{path}, line {number}: not an assessment ({first_line(error)})"
-            ) from error
-        found.append(entry)
-    return found
-
-
-def write(workdir: str, entries: list[dict[str, Any]]) -> None:
-    """The whole file, whole or not at all."""
-    text = "".join(json.dumps(entry) + "\n" for entry in entries)
-    files.write_text(pathlib.Path(workdir) / FILE, text)
-
-
-def missing(workdir: str, steps: list[int], protocol: Protocol) -> list[int]:
-    """Of `steps`, those that the file does not hold under this protocol."""
-    message = dataclasses.asdict(protocol)
-    done = {entry["step"] for entry in read(workdir) if entry["protocol"] == message}
-    return [step for step in steps if step not in done]

@@ -1,6 +1,5 @@
 """Drawing tokens with all devices of all hosts, over which the parameters may be sharded."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +9,13 @@ from jax.sharding import Mesh
 
 from mirai_jax import sharding
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.sampling import sampler
+from mirai_jax.sampling import keys, sampler
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils import distributed
 
 Heartbeat = Callable[[str], None]  # takes what the run is at
 
-GRID, JUDGED, ASSESSED = 1, 2, 3  # purposes: each has keys of its own
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _keys(seed: int, purpose: int, indices: jax.Array) -> jax.Array:
-    return sampler.image_keys(jax.random.fold_in(jax.random.key(seed), purpose), indices)
+_keys = jax.jit(keys.image_keys, static_argnums=(0, 1))
 
 
 def draw(
@@ -35,9 +29,23 @@ def draw(
     heartbeat: Heartbeat = lambda what: None,
     chunk: int = 250,
 ) -> np.ndarray:
-    """int32 codes (N, L) of the labels, on every host; image i depends on seed, `purpose`, i alone.
+    """Draws one image of tokens for each label; all processes must call it.
 
-    All processes must ask. `params` are on the mesh; `heartbeat` is told of each chunk.
+    Image i depends on `params`, `options`, `seed`, `purpose` and i alone.
+
+    Args:
+        config: of the generator.
+        options: how to draw.
+        seed: of the tokens.
+        mesh: all devices of all hosts.
+        params: the generator's parameters, on the mesh.
+        labels: int32 (N,).
+        purpose: one of `sampling.keys`.
+        heartbeat: takes a line before each chunk.
+        chunk: images at once.
+
+    Returns:
+        int32 codes (N, L), on every host.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     chunk = -(-min(chunk, len(labels)) // ways) * ways
@@ -47,7 +55,7 @@ def draw(
         heartbeat(f"samples {start} to {min(start + chunk, len(labels))} of {len(labels)}")
         indices = np.arange(start, start + chunk, dtype=np.int32)
         some = np.resize(labels[start : start + chunk], chunk)  # one shape, one compilation
-        with jax.set_mesh(mesh):  # so that each device holds the cache of its own images alone
+        with jax.set_mesh(mesh):  # so that each device caches only its own images
             drawn = sampler.generate(
                 config,
                 params,

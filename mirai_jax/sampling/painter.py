@@ -15,21 +15,21 @@ from mirai_jax.models import batched
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.vit import resize_bicubic
-from mirai_jax.sampling import sampler
+from mirai_jax.sampling import keys, sampler
 
 _T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is sampled from.
+    """A generator and the tokenizer that decodes its codes.
 
     Attributes:
         config: of the generator.
         params: its parameters, float32.
-        tokenizer: decodes.
+        tokenizer: the module.
         tokenizer_params: its parameters.
-        about: where they came from, for the protocol.
+        about: where they came from and their checksums, for the protocol.
     """
 
     config: GeneratorConfig
@@ -40,11 +40,11 @@ class Source:
 
 
 class Painter:
-    """Draws images: (labels, indices) -> uint8, over all local devices.
+    """Draws images over all local devices: (labels, indices) -> uint8 pixels.
 
-    Each device runs the same programs, one that draws the codes of `batch_size` images and one that
-    decodes a few of them, so that their number and what else is drawn do not change an image. A
-    batch is drawn while the one before is brought to the host.
+    Every device runs the same two programs: one draws the codes of `batch_size` images, the other
+    decodes a few of them. So neither the number of devices nor the other images change an image. The
+    devices draw a batch while the one before is copied to the host.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Painter:
         mesh, self._batch = self._devices.mesh, batch_size * self._devices.count
         self._params = self._devices.copy(source.params)
         self._tokenizer_params = self._devices.copy(source.tokenizer_params)
-        # Decoded at once on each device; the same for every batch size, since another one rounds
-        # otherwise.
+        # Images decoded at once on each device. The number does not depend on the batch size:
+        # another number would round differently.
         side = source.config.grid[0] * source.tokenizer.downsample
         chunk = min(16, batched.images_at_once(side, side))
         split = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("batch"), check_vma=False)
@@ -70,15 +70,11 @@ class Painter:
         decode = functools.partial(_pixels, source.tokenizer, resize)
         self._decode = jax.jit(split(decode, in_specs=(P(), P("batch"))))
 
-    def __call__(self, labels_N: np.ndarray, indices_N: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3)."""
-        return next(self.stream([(labels_N, indices_N)]))
-
     def stream(self, asked: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
-        """The images of each of the (labels, indices), in order: uint8 (N, H, W, 3).
+        """Yields the images of each of the (labels, indices), in order: uint8 (N, H, W, 3).
 
-        Batches run across their borders, and the devices go on, by a batch at most, while the
-        caller uses what it was given.
+        Batches run across their borders. While the caller uses one array the devices draw on, by a
+        batch at most.
         """
         if not asked:
             return
@@ -93,10 +89,10 @@ class Painter:
             yield np.stack(list(itertools.islice(images, len(some))))
 
     def begin(self, labels: np.ndarray, indices: np.ndarray) -> list[jax.Array]:
-        """Begins to draw a batch, or less, which is filled up: one shape, one compilation.
+        """Starts to draw a batch. A smaller one is filled up: one shape, one compilation.
 
         Returns:
-            Its images for `fetch`, while the devices are still at them.
+            Its images for `fetch`; the devices are still computing them.
         """
         filled = [np.resize(x, self._batch).astype(np.int32) for x in (labels, indices)]
         chunks = self._draw(self._params, *self._devices.split(filled))
@@ -106,14 +102,14 @@ class Painter:
         return images
 
     def fetch(self, begun: list[jax.Array]) -> np.ndarray:
-        """uint8 (batch, H, W, 3): waits for what was begun."""
+        """Waits for a batch: uint8 (batch, H, W, 3)."""
         chunks = [np.asarray(x).reshape(self._devices.count, -1, *x.shape[1:]) for x in begun]
         images = np.concatenate(chunks, axis=1)[:, : self._batch // self._devices.count]
         return images.reshape(-1, *images.shape[2:])
 
 
 def _one_ahead(begun: Iterable[_T]) -> Iterator[_T]:
-    """The same, each when the next was begun."""
+    """Yields the same batches, each after the next one was begun."""
     before = []
     for now in begun:
         yield from before
@@ -131,16 +127,14 @@ def _codes(
     indices_B: jax.Array,
 ) -> list[jax.Array]:
     """One device's codes, in chunks of (chunk, L): the last is filled up."""
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    keys = sampler.image_keys(key, indices_B)
-    codes_BxL = sampler.generate(config, params, labels_B, keys, options)
+    keys_B = keys.image_keys(seed, keys.SAMPLES, indices_B)
+    codes_BxL = sampler.generate(config, params, labels_B, keys_B, options)
     count = len(codes_BxL)
     return [codes_BxL[np.arange(k, k + chunk) % count] for k in range(0, count, chunk)]
 
 
 def _pixels(module: Any, resize: int, params: Any, codes_BxL: jax.Array) -> jax.Array:
-    # As the official sampling script brings 384 to 256: torch's bicubic, of what the decoder gives
-    # before it is clipped.
+    # The official sampling script resizes 384 to 256 so: torch's bicubic, before pixels are clipped.
     method = "decode_unclipped" if hasattr(module, "decode_unclipped") else "decode"
     images = module.apply({"params": params}, codes_BxL, method=method)
     if resize:

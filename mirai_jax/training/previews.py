@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from mirai_jax.models import batched
 from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
-from mirai_jax.sampling.on_mesh import GRID, JUDGED, draw
+from mirai_jax.sampling.keys import CLASSIFIED, GRID
+from mirai_jax.sampling.on_mesh import draw
 from mirai_jax.training.components import Components, labelled_images
 from mirai_jax.utils import pictures
 
@@ -55,7 +56,7 @@ def grid_picture(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
 
 def judged_codes(components: Components, mesh: Mesh, ema: Any, heartbeat: Heartbeat) -> np.ndarray:
     """Codes of `judged_samples` images, of class 0, 1, 2 and so on."""
-    return _draw(components, mesh, ema, _judged_labels(components), JUDGED, heartbeat)
+    return _draw(components, mesh, ema, _judged_labels(components), CLASSIFIED, heartbeat)
 
 
 def judge_samples(components: Components, codes_NxL: np.ndarray) -> dict[str, float]:

@@ -35,7 +35,7 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
     try:
         yield
     except (ConfigError, DataError, *more) as error:
-        _fail(first_line(error), error.status)
+        _fail(first_line(error), getattr(error, "status", 1))
     except jax.errors.JaxRuntimeError as error:
         lost = distributed.means_lost(error)
         memory = "RESOURCE_EXHAUSTED" in str(error)

@@ -7,18 +7,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 4  # pixels of background around an image, after enlarging
-
-
 _BACKGROUND = (255, 255, 255)
 
 
 def sample_grid(images_BxHxWxC: np.ndarray, names: Sequence[str], side: int = 64) -> np.ndarray:
-    """One row a class with its name at the left.
+    """A row of images for each name, with the name at the left.
 
     Args:
         images_BxHxWxC: uint8, the images of the first name first; B is a multiple of len(names).
-        names: one a row.
-        side: images are enlarged by a whole factor to about so many pixels.
+        names: one for each row.
+        side: pixels; images are enlarged by a whole factor to about this side.
 
     Returns:
         uint8 (height, width, 3).

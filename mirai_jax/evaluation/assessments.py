@@ -1,0 +1,147 @@
+"""The kept checkpoints of runs, assessed one by one, and assessment.jsonl, the file of the results.
+
+assessment.jsonl in a workdir has a line for each checkpoint and protocol: {"step", "protocol",
+measures...}. The measures are those of evaluation/runs.py.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+from mirai_jax.config.schema import Settings
+from mirai_jax.evaluation.runs import Assessor, Protocol
+from mirai_jax.training import restore
+from mirai_jax.training.checkpoint import steps_in
+from mirai_jax.utils import files
+from mirai_jax.utils.errors import ConfigError, DataError, first_line
+from mirai_jax.utils.progress import duration
+
+FILE = "assessment.jsonl"
+_POLL_EVERY = 20.0  # seconds
+_Missing = list[tuple[str, Settings, list[int]]]  # the steps to assess, of each workdir
+
+
+def read(workdir: str) -> list[dict[str, Any]]:
+    """The lines of assessment.jsonl; [] where there is none.
+
+    Raises:
+        DataError: a line is damaged, except a last one that a stop cut off.
+    """
+    path = pathlib.Path(workdir) / FILE
+    text = path.read_text(errors="replace") if path.exists() else ""
+    entries = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # after the last \n: what was cut off
+        try:
+            entry = json.loads(line)
+            if not (type(entry["step"]) is int and isinstance(entry["protocol"], dict)):
+                raise ValueError("no step or protocol")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(
+                f"{path}, line {number}: not an assessment ({first_line(error)})"
+            ) from error
+        entries.append(entry)
+    return entries
+
+
+def missing(workdir: str, steps: list[int], protocol: Protocol) -> list[int]:
+    """Those of `steps` that assessment.jsonl does not hold under this protocol."""
+    wanted = dataclasses.asdict(protocol)
+    done = {entry["step"] for entry in read(workdir) if entry["protocol"] == wanted}
+    return [step for step in steps if step not in done]
+
+
+def assess(workdirs: list[str], which: str, protocol: Protocol, follow: bool = False) -> None:
+    """Assesses the missing checkpoints of all runs; if `follow`, until every run is finished.
+
+    Args:
+        workdirs: of the runs.
+        which: 'kept' checkpoints (those of `keep_every`), or the 'last' one.
+        protocol: how to assess.
+        follow: wait for runs that have not begun and for checkpoints that are still to come.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    if not workdirs:
+        raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
+    assessors: dict[tuple, Assessor] = {}
+    while True:
+        todo, finished = _todo(workdirs, which, protocol, follow)
+        count = sum(len(steps) for _, _, steps in todo)
+        if count or not follow:
+            print(f"{count} checkpoints of {len(workdirs)} runs to assess", flush=True)
+        _assess(todo, count, protocol, assessors)
+        if finished or not follow:
+            return
+        time.sleep(_POLL_EVERY)
+
+
+def _todo(
+    workdirs: list[str], which: str, protocol: Protocol, follow: bool
+) -> tuple[_Missing, bool]:
+    """The missing steps of each run, and whether all runs are finished."""
+    todo, finished = [], True
+    for workdir in workdirs:
+        folder = pathlib.Path(workdir)
+        if follow and not (folder / "config.json").exists():
+            finished = False
+            continue
+        settings = restore.read_settings("--workdir", workdir)
+        if protocol.guidance > 1 and not settings.generator.has_null_class:
+            raise ConfigError(
+                f"--guidance is {protocol.guidance}; it must be 1 for {workdir}, which has no null "
+                "class"
+            )
+        there = steps_in(folder / "checkpoints")
+        if not follow and not there:
+            raise ConfigError(f"--workdir: {workdir} holds no checkpoint yet")
+        finished = finished and settings.num_steps in there
+        steps = missing(workdir, _steps(settings, there, which, follow), protocol)
+        if steps:
+            todo.append((workdir, settings, steps))
+    return todo, finished
+
+
+def _steps(settings: Settings, there: list[int], which: str, follow: bool) -> list[int]:
+    """Those of the checkpoints that shall be assessed."""
+    every = settings.keep_every
+    kept = [s for s in there if s == settings.num_steps or (every and s % every == 0)]
+    if follow and which == "last":
+        return [s for s in kept if s == settings.num_steps]
+    # While a run trains, its newest checkpoint may be deleted before it is read.
+    return kept if follow or (which == "kept" and kept) else there[-1:]
+
+
+def _assess(
+    todo: _Missing, count: int, protocol: Protocol, assessors: dict[tuple, Assessor]
+) -> None:
+    def assessor_of(settings: Settings) -> Assessor:
+        data = settings.data
+        images = (data.name, data.path, data.held_out, settings.tokenizer.image_size)
+        if images not in assessors:
+            log = lambda line: print(line, flush=True)
+            assessors[images] = Assessor(settings, protocol, log)
+        return assessors[images]
+
+    for _, settings, _ in todo:
+        assessor_of(settings)
+    done, begun = 0, time.monotonic()  # after the assessors: the time left is for checkpoints only
+    for workdir, settings, steps in todo:
+        for step in steps:
+            _, saved, _ = restore.read_run("--workdir", workdir, step)
+            measures = assessor_of(settings).measure(
+                settings, workdir, saved[protocol.weights], probed=step == settings.num_steps
+            )
+            entry = {"step": step, "protocol": dataclasses.asdict(protocol), **measures}
+            text = "".join(json.dumps(line) + "\n" for line in (*read(workdir), entry))
+            files.write_text(pathlib.Path(workdir) / FILE, text)
+            done += 1
+            left = (time.monotonic() - begun) / done * (count - done)
+            print(
+                f"{done}/{count}  {pathlib.Path(workdir).name}  step {step}  "
+                f"ce {measures['cross_entropy']:.4f}  frechet {measures['frechet']:.2f}  "
+                f"agreement {measures['agreement']:.1%}  {duration(left)} left",
+                flush=True,
+            )

@@ -1,0 +1,213 @@
+"""Folders of samples: drawn in parts that survive a stop, then joined into one file."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mirai_jax.sampling import keys
+from mirai_jax.sampling.painter import Painter, Source
+from mirai_jax.sampling.sampler import SampleOptions
+from mirai_jax.utils import files, pictures
+from mirai_jax.utils.errors import ConfigError
+from mirai_jax.utils.progress import Progress
+
+_PART = 500  # images a file until all are there; fixed, so that stops leave no trace
+_GRID = 64  # images of grid.png at most
+
+
+def make_labels(how: str, count: int, num_classes: int, seed: int) -> np.ndarray:
+    """int32 (count,); label i depends on `how`, `num_classes`, `seed` and i alone.
+
+    Args:
+        how: 'random', 'balanced' (0, 1, ..., again from 0), or class ids to repeat: '0,207,360'.
+        count, num_classes, seed: of the labels; only random ones depend on the seed.
+
+    Raises:
+        ConfigError: `how` is neither 'random', 'balanced' nor class ids.
+    """
+    indices = np.arange(count)
+    if how == "balanced":
+        return (indices % num_classes).astype(np.int32)
+    if how == "random":
+        keys_N = keys.image_keys(seed, keys.LABELS, indices)
+        return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, num_classes))(keys_N))
+    try:
+        ids = np.array([int(text) for text in how.split(",")], np.int64)
+    except (ValueError, OverflowError):
+        ids = np.array([-1])
+    if ids.min() < 0 or ids.max() >= num_classes:
+        raise ConfigError(
+            f"--labels is {how!r}; it must be random, balanced, or ids from 0 to {num_classes - 1}"
+        )
+    return ids[indices % len(ids)].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingJob:
+    """One folder of samples; `begin` makes it.
+
+    Attributes:
+        out: the folder.
+        labels: int32 (N,), one an image.
+    """
+
+    out: pathlib.Path
+    labels: np.ndarray
+
+    @classmethod
+    def begin(
+        cls, out: pathlib.Path, labels: np.ndarray, protocol: dict[str, Any]
+    ) -> "SamplingJob":
+        """Begins a folder, or continues one that was begun with the same protocol.
+
+        Raises:
+            ConfigError: the folder holds samples of another protocol, or of none.
+        """
+        file = out / "protocol.json"
+        if file.exists():
+            try:
+                before = json.loads(file.read_text())
+            except ValueError:
+                before = {}
+            changed = [k for k in {**before, **protocol} if before.get(k) != protocol.get(k)]
+            if changed:
+                listed = "; ".join(
+                    f"{k} was {before.get(k)!r}, is {protocol.get(k)!r}" for k in changed
+                )
+                raise ConfigError(f"{out} holds samples of another protocol: {listed}")
+        elif found := [*out.glob("samples.npz"), *out.glob("parts/*.npy")]:
+            raise ConfigError(f"{out} holds a {found[0].name} without its protocol.json")
+        else:
+            (out / "parts").mkdir(parents=True, exist_ok=True)
+            files.write_text(file, json.dumps(protocol, indent=2) + "\n")
+        return cls(out, labels)
+
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self.labels) // _PART)
+
+    @property
+    def samples(self) -> pathlib.Path:
+        """The joined file."""
+        return self.out / "samples.npz"
+
+    def indices(self, k: int) -> np.ndarray:
+        """The images of part k."""
+        return np.arange(k * _PART, min((k + 1) * _PART, len(self.labels)))
+
+    def part(self, k: int) -> pathlib.Path:
+        """The file of part k."""
+        return self.out / "parts" / f"{k:05d}.npy"
+
+    def draw(self, painter: Painter, parts: Iterable[int], progress: Progress) -> None:
+        """Draws those of the parts that are missing.
+
+        The painter takes all of them at once, so that the devices draw while a part is written.
+        """
+        missing = [k for k in parts if not self.part(k).exists()]
+        requests = [(self.labels[self.indices(k)], self.indices(k)) for k in missing]
+        (self.out / "parts").mkdir(exist_ok=True)
+        for k, images in zip(missing, painter.stream(requests), strict=True):
+            with files.atomic_write(self.part(k)) as file:
+                np.save(file, images)
+            progress.advance(len(images))
+
+    def join(self) -> bool:
+        """Joins the parts into samples.npz if those of every host are there; returns whether.
+
+        Holds at most two parts in memory.
+        """
+        try:
+            whole = all(self.part(k).exists() for k in range(self.num_parts))
+            if whole and not self.samples.exists():
+                self._write()
+        except FileNotFoundError:
+            if not self.samples.exists():  # else another host joined them first, and removed them
+                raise
+        if not self.samples.exists():
+            return False
+        shutil.rmtree(self.out / "parts", ignore_errors=True)
+        return True
+
+    def _write(self) -> None:
+        first = np.load(self.part(0))
+        rows = [f"image {i}" for i in range(0, min(len(first), _GRID) // 8 * 8, 8)]
+        if rows:
+            grid = pictures.sample_grid(first[: 8 * len(rows)], rows)
+            pictures.save_picture(self.out / "grid.png", grid)
+        whole = self.out / "parts" / "samples.npz"  # a stop's leftover is removed with the parts
+        # ZipInfo without a date: the same bytes whenever they are written.
+        with files.atomic_write(whole) as raw, zipfile.ZipFile(raw, "w") as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                shape = (len(self.labels), *first.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for k in range(self.num_parts):
+                    file.write(np.load(self.part(k)).tobytes())
+            with archive.open(zipfile.ZipInfo("labels.npy"), "w") as file:
+                np.lib.format.write_array(file, self.labels)
+        os.replace(whole, self.samples)
+
+
+def sample_folder(
+    out: pathlib.Path,
+    source: Source,
+    options: SampleOptions,
+    share: tuple[int, int],
+    *,
+    num_images: int,
+    labels: str,
+    seed: int,
+    resize: int,
+    batch_size: int,
+) -> None:
+    """Draws one process's share of a folder, as far as it is missing; the last process joins the parts.
+
+    Args:
+        out: the folder.
+        source: the generator and its tokenizer.
+        options: how tokens are drawn.
+        share: (index, count) of the processes that divide the work.
+        num_images: in the whole folder.
+        labels: as `make_labels` takes them.
+        seed: of labels and tokens.
+        resize: pixels a side of the images kept; 0 keeps them as decoded.
+        batch_size: images drawn at once on each device; another size rounds differently in bfloat16.
+
+    Raises:
+        ConfigError: wrong labels, or a folder of another protocol.
+    """
+    labels_N = make_labels(labels, num_images, source.config.num_classes, seed)
+    protocol = source.about | {"num_images": num_images, "labels": labels, "seed": seed}
+    protocol |= dataclasses.asdict(options) | {"resize": resize, "batch_size": batch_size}
+    job = SamplingJob.begin(out, labels_N, protocol)
+    if job.samples.exists():
+        job.join()  # a stop may have left the parts
+        print(f"{job.samples} is there already", flush=True)
+        return
+    index, count = share
+    mine = range(index, job.num_parts, count)
+    before = sum(len(job.indices(k)) for k in mine if job.part(k).exists())
+    total = sum(len(job.indices(k)) for k in mine)
+    if before:
+        print(f"{before:,} of {total:,} images were drawn before", flush=True)
+    print(f"guidance {options.guidance:g}: {total:,} images to {out}", flush=True)
+    progress = Progress(total, "images", before)
+    painter = Painter(source, options, seed, batch_size, resize)
+    try:
+        job.draw(painter, mine, progress)
+    finally:
+        progress.close()
+    if job.join():
+        grid = out / "grid.png"  # of 8 images or more
+        print(f"written: {job.samples}" + f"; look at {grid}" * grid.exists(), flush=True)
+    else:
+        print("this share is done, others are not; the last to end writes samples.npz")
