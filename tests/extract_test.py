@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirai_jax import extract
 from mirai_jax.data import manifest, records
 from mirai_jax.data.crops import CropSpec, load_all_crops
 from mirai_jax.data.pipeline import CropLoader, OnlineImages, make_dataset
 from mirai_jax.data.sources import open_images
+from mirai_jax.extraction import job as jobs
+from mirai_jax.extraction import pictures, shards
 from mirai_jax.models import tokenizer, vq
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.utils.progress import Progress
@@ -59,12 +60,12 @@ def folder(tmp_path):
 
 def prepare(folder, tokenizer_file, out, spec=SPEC, **fields):
     fields = {"images_per_shard": PER_SHARD, "batch_size": BATCH, "num_workers": 2} | fields
-    return extract.prepare(str(folder), str(tokenizer_file), str(out), spec, **fields)
+    return jobs.prepare(str(folder), str(tokenizer_file), str(out), spec, **fields)
 
 
 def make(folder, tokenizer_file, out, index=0, count=1, **fields):
     job = prepare(folder, tokenizer_file, out, **fields)
-    return extract.run(job, index, count, shown=0)
+    return shards.run(job, index, count, reconstructions=0)
 
 
 def digests(folder):
@@ -129,7 +130,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(folder, tokenizer_file, tm
     for after in (1, 4, 5, 9):
         job = prepare(folder, tokenizer_file, tmp_path / "codes")
         with pytest.raises(KeyboardInterrupt):
-            extract.extract(job, list(range(job.num_shards)), Stop(after))
+            shards.write_shards(job, list(range(job.num_shards)), Stop(after))
         with pytest.raises(DataError, match="has not ended: start the same"):
             read_all(tmp_path / "codes")
     # Killed while it wrote: what lies there counts for nothing.
@@ -189,8 +190,8 @@ def test_a_source_that_vanishes_stops_the_work(folder, tokenizer_file, tmp_path)
     job = prepare(folder, tokenizer_file, tmp_path / "codes")
     (folder / "dogs" / "04.png").unlink()
     with pytest.raises(DataError, match=r"dogs/04\.png.*cannot be read"):
-        extract.run(job, 0, 1, shown=0)
-    assert extract.finish(job) is None
+        shards.run(job, 0, 1, reconstructions=0)
+    assert shards.finish(job) is None
 
 
 def test_a_full_disk_leaves_no_shard_that_passes_for_whole(folder, tokenizer_file, tmp_path):
@@ -200,7 +201,7 @@ def test_a_full_disk_leaves_no_shard_that_passes_for_whole(folder, tokenizer_fil
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a shard is larger
         with pytest.raises(OSError):
-            extract.run(job, 0, 1, shown=0)
+            shards.run(job, 0, 1, reconstructions=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "codes").glob("*.array_record*"))
@@ -263,7 +264,7 @@ def test_shards_that_are_missing_are_told(folder, tokenizer_file, tmp_path):
 
 def test_reconstructions_are_drawn_to_be_looked_at(folder, tokenizer_file, tmp_path):
     job = prepare(folder, tokenizer_file, tmp_path / "codes")
-    extract.run(job, 0, 1, shown=4)
+    shards.run(job, 0, 1, reconstructions=4)
     with Image.open(tmp_path / "codes" / "reconstructions.png") as image:
         assert image.mode == "RGB" and image.width > 4 * 100 and image.height > 2 * 100
         shown = np.asarray(image)
@@ -272,7 +273,7 @@ def test_reconstructions_are_drawn_to_be_looked_at(folder, tokenizer_file, tmp_p
     packed = [records.pack_record((codes + 1) % 64, 0, record["key"])
               for codes, record in zip(lines, read_all(tmp_path / "codes"), strict=True)]  # fmt: skip
     records.write_shard(tmp_path / "codes" / job.shard_name(0), packed[:6])
-    extract.draw_reconstructions(job, list(range(3)), 4)
+    pictures.draw_reconstructions(job, list(range(3)), 4)
     with Image.open(tmp_path / "codes" / "reconstructions.png") as image:
         other = np.asarray(image)
     upper = len(shown) // 2

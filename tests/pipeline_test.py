@@ -16,9 +16,10 @@ import skimage
 from PIL import Image
 
 from configs import mirai_i
-from mirai_jax import extract
 from mirai_jax.data import sources
 from mirai_jax.data.crops import CropSpec
+from mirai_jax.extraction import job as jobs
+from mirai_jax.extraction import shards
 from mirai_jax.models import vit, vq
 from mirai_jax.training import metrics_writer, train
 from mirai_jax.utils.errors import ConfigError, DataError
@@ -132,11 +133,11 @@ def losses(config, folder, devices=1):
 
 @pytest.fixture(scope="module")
 def stored(world):
-    job = extract.prepare(
+    job = jobs.prepare(
         str(world / "images"), str(world / "vq.pt"), str(world / "codes2"),
         CropSpec(image_size=64), batch_size=4,
     )  # fmt: skip
-    extract.run(job, 0, 1, shown=0)
+    shards.run(job, 0, 1, reconstructions=0)
     return losses(settings(world), world / "stored")
 
 
@@ -179,7 +180,8 @@ def test_another_tokenizer_or_other_images_are_refused(world, stored):
     with pytest.raises(ConfigError, match="not the tokenizer that made the codes"):
         losses(settings(world, tokenizer__path=str(world / "vq2.pt")), world / "refused")
     moved = world / "moved"
-    for i, key in enumerate(sources.open_images(str(world / "images")).key(i) for i in range(12)):
+    images = sources.open_images(str(world / "images"))
+    for i, key in enumerate(images.about(i)[1] for i in range(12)):
         (moved / key).parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.RandomState(i).randint(0, 256, (90, 90, 3)).astype(np.uint8)
         Image.fromarray(noise).save(moved / key)
