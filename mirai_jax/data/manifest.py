@@ -123,7 +123,8 @@ def from_dict(tree: Any) -> Manifest:
             value, kind = getattr(part, field.name), get_origin(field.type) or field.type
             if not isinstance(value, kind) or (kind is int and type(value) is not int):
                 raise DataError(f"not a manifest ({field.name} is {value!r:.100})")
-    if [type(side) for side in made.grid] != [int, int] or made.to_dict() != tree:
+    kinds = [type(value) for value in made.grid + made.class_names]
+    if kinds != [int, int] + [str] * len(made.class_names) or made.to_dict() != tree:
         raise DataError(f"not a manifest (fields {', '.join(made.to_dict())} are wanted)")
     return made
 
