@@ -17,14 +17,9 @@ from mirai_jax.utils.errors import DataError, first_line
 EXIF = ("ignore", "apply")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")  # Pillow's names
 NOTES = (  # what `decode` may note about an image
-    "animated",
-    "16-bit",
-    "palette",
-    "cmyk",
-    "alpha",
-    "exif orientation ignored",
-    "exif orientation applied",
-)
+    "animated", "16-bit", "palette", "cmyk", "alpha",
+    "exif orientation ignored", "exif orientation applied",
+)  # fmt: skip
 _ORIENTATION, _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 274, 258, 262, 284, 339  # TIFF tags
 _UPRIGHT = {  # what undoes each orientation except 1, which is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,16 +53,15 @@ class CropSpec:
     exif: str = "ignore"
 
     def __post_init__(self):
-        for field, valid, allowed in (
-            ("image_size", type(self.image_size) is int and 1 <= self.image_size <= 4096, "1 to 4096"),
-            ("crop_range", type(self.crop_range) in (int, float) and 1 <= self.crop_range <= 10,
-             "1 to 10"),
-            ("ten", type(self.ten) is bool, "true and false"),
-            ("exif", self.exif in EXIF, "'ignore' and 'apply'"),
-        ):  # fmt: skip
+        size, crop_range = self.image_size, self.crop_range
+        for field, valid in (
+            ("image_size", type(size) is int and 1 <= size <= 4096),
+            ("crop_range", type(crop_range) in (int, float) and 1 <= crop_range <= 10),
+            ("ten", type(self.ten) is bool),
+            ("exif", self.exif in EXIF),
+        ):
             if not valid:
-                value = getattr(self, field)
-                raise DataError(f"crop spec: {field} is {value!r}: allowed are {allowed}")
+                raise DataError(f"crop spec: {field} is {getattr(self, field)!r}, out of its range")
 
     @property
     def count(self) -> int:

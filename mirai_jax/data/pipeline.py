@@ -110,18 +110,10 @@ def make_dataset(
         (B, L), 'image': uint8 (B, H, W, C), 'features': float32 (B, L, Z); with B = len(rows).
 
     Raises:
-        DataError: a number is out of range, or there are fewer records than a batch.
+        DataError: there are fewer records than a batch, or no such rows.
     """
-    if batch_size <= 0:
-        raise DataError(f"batch_size {batch_size} is out of range: allowed are 1 or more")
-    if len(source) < batch_size:
-        raise DataError(
-            f"batch_size {batch_size} is larger than the data set: allowed are 1 to {len(source)}"
-        )
-    if not 0 <= seed < 2**32:
-        raise DataError(f"seed {seed} is out of range: allowed are 0 to 4294967295")
-    if num_workers < 0:
-        raise DataError(f"data.num_workers {num_workers} is out of range: allowed are 0 or more")
+    if not 0 < batch_size <= len(source):
+        raise DataError(f"batch_size {batch_size} does not fit a data set of {len(source)} records")
     records = (
         grain.MapDataset.source(source)
         .seed(seed)

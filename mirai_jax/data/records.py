@@ -25,36 +25,25 @@ SHARD_SUFFIXES = (".array_record", ".arrayrecord")
 
 
 def pack_record(codes_CxL: np.ndarray, label: int, key: str) -> bytes:
-    """Packs the codes of one image into the bytes of one ArrayRecord record.
+    """Packs the codes of one image; `unpack_record` reads the bytes.
 
     Args:
         codes_CxL: uint16; the codes, in row-major order, of each of C crops of the image.
         label: class id, 0 or more.
         key: names the image, such as its file.
 
-    Returns:
-        A msgpack map; `unpack_record` reads it.
-
     Raises:
         DataError: a wrong shape, dtype or label.
     """
     codes = np.asarray(codes_CxL)
-    if codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size:
+    if codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size or not 0 <= label < 2**31:
         raise DataError(
-            f"codes of record {key!r} are {codes.dtype} {codes.shape}: allowed is "
-            "uint16 (crops, length)"
+            f"record {key!r} has codes {codes.dtype} {codes.shape} and label {label}: allowed are "
+            "uint16 (crops, length) and 0 to 2147483647"
         )
-    if not 0 <= label < 2**31:
-        raise DataError(
-            f"label {label} of record {key!r} is out of range: allowed are 0 to 2147483647"
-        )
+    packed = codes.astype("<u2").tobytes()
     return msgpack.packb(
-        {
-            "shape": list(codes.shape),
-            "codes": codes.astype("<u2").tobytes(),
-            "label": int(label),
-            "key": key,
-        }
+        {"shape": list(codes.shape), "codes": packed, "label": int(label), "key": key}
     )
 
 

@@ -17,17 +17,9 @@ from mirai_jax.utils.errors import DataError, first_line
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 # The held-out digits must not depend on a run's seed, or a resumed or compared run would be judged
 # on digits that it was trained on.
 HELD_OUT_SEED = 20260114
@@ -65,16 +57,7 @@ class SmallSetFields(Protocol):
 
 
 def load_split(data: SmallSetFields, split: str, image_size: int) -> LabelledImages:
-    """The images of a config's `data` section; `load_images` says more.
-
-    Args:
-        data: the section.
-        split: 'train' or 'held_out'.
-        image_size: side in pixels.
-
-    Raises:
-        DataError: as `load_images`.
-    """
+    """`load_images` of a config's `data` section."""
     return load_images(data.name, data.path, split, image_size, data.held_out)
 
 
@@ -141,13 +124,9 @@ def _load_mnist(split: str, held_out: int) -> tuple[np.ndarray, np.ndarray]:
         )
     # RandomState, not Generator: numpy promises that its stream never changes.
     order = np.random.RandomState(HELD_OUT_SEED).permutation(len(labels))
-    kept_back = np.concatenate(
-        [order[labels[order] == digit][: held_out // 10] for digit in range(10)]
-    )
-    chosen = np.zeros(len(labels), bool)
-    chosen[kept_back] = True
-    if split == "train":
-        chosen = ~chosen
+    chosen = np.full(len(labels), split == "train")
+    for digit in range(10):
+        chosen[order[labels[order] == digit][: held_out // 10]] = split == "held_out"
     return images[chosen], labels[chosen]
 
 
@@ -188,9 +167,9 @@ def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
             raise DataError(f"{file}: cannot be read ({first_line(error)})") from error
         return parse_idx(raw, str(file), dimensions)
     raise DataError(
-        f"data.path {str(folder)!r} holds no {name} or {name}.gz: fashion_mnist reads its four IDX "
-        f'files from a folder (on Debian, "apt-get install dataset-fashion-mnist" puts them in '
-        f"{FASHION_MNIST_FOLDER}), or downloads them with --config.data.path=tfds"
+        f"data.path {str(folder)!r} holds no {name} or {name}.gz of fashion_mnist (on Debian, "
+        f'"apt-get install dataset-fashion-mnist" puts them in {FASHION_MNIST_FOLDER}); '
+        "--config.data.path=tfds downloads them"
     )
 
 
@@ -201,13 +180,11 @@ def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise DataError(
-            f"data.path {path!r}: {len(images)} {prefix} images but {len(labels)} "
-            "labels; there must be one label an image"
+            f"data.path {path!r}: {len(images)} {prefix} images but {len(labels)} labels"
         )
     if labels.max() >= len(FASHION_MNIST_CLASSES):
         raise DataError(
-            f"data.path {path!r}: {prefix} label {labels.max()} is out of range: "
-            f"allowed are 0 to {len(FASHION_MNIST_CLASSES) - 1}"
+            f"data.path {path!r}: {prefix} label {labels.max()} is out of range: allowed are 0 to 9"
         )
     return images, labels
 
@@ -221,9 +198,8 @@ def _load_fashion_mnist_tfds(split: str) -> tuple[np.ndarray, np.ndarray]:
         records = [source[k] for k in range(len(source))]
     except Exception as error:  # tfds does not wrap what its parts raise
         raise DataError(
-            f"data.path 'tfds': Fashion-MNIST could not be downloaded and prepared "
-            f"({first_line(error)}); without a network, give the folder of its IDX "
-            "files with --config.data.path=FOLDER"
+            f"data.path 'tfds': Fashion-MNIST could not be downloaded ({first_line(error)}); without "
+            "a network, pass the folder of its IDX files with --config.data.path=FOLDER"
         ) from error
     return (
         np.stack([record["image"][..., 0] for record in records]),
@@ -252,15 +228,12 @@ def _fashion_mnist_builder() -> type:
         )
 
         def _split_generators(self, dl_manager):
-            return {
-                split: self._generate_examples(
-                    *(
-                        dl_manager.download(f"{self.URL}{prefix}-{kind}-ubyte.gz")
-                        for kind in ("images-idx3", "labels-idx1")
-                    )
-                )
-                for split, prefix in (("train", "train"), ("test", "t10k"))
-            }
+            def generate(prefix):
+                kinds = ("images-idx3", "labels-idx1")
+                files = [dl_manager.download(f"{self.URL}{prefix}-{k}-ubyte.gz") for k in kinds]
+                return self._generate_examples(*files)
+
+            return {"train": generate("train"), "test": generate("t10k")}
 
         def _generate_examples(self, images_path, labels_path):
             images = parse_idx(gzip.decompress(images_path.read_bytes()), "images", 3)

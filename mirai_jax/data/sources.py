@@ -131,8 +131,9 @@ class _Folder(ImageSource):
             with open(os.path.join(self._root, key), "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            why = getattr(error, "strerror", None) or first_line(error)
-            raise DataError(f"images {self._spec!r}: {key!r} cannot be read ({why})") from error
+            raise DataError(
+                f"images {self._spec!r}: {key!r} cannot be read ({first_line(error)})"
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         name = os.path.basename(self._root)
@@ -197,11 +198,11 @@ class _Numbered(ImageSource):
 
     def about(self, index: int) -> tuple[int, str]:
         _, label, name = self._get(index)
-        return self._label(index, label), self._key(index, name)
+        return self._label(index, label), _key(index, name)
 
     def example(self, index: int) -> tuple[bytes | np.ndarray, int, str]:
         image, label, name = self._get(index)
-        return self._image(index, image), self._label(index, label), self._key(index, name)
+        return image, self._label(index, label), _key(index, name)
 
     def find(self, key: str) -> bytes | np.ndarray:
         found = _NUMBERED.fullmatch(key) if isinstance(key, str) else None
@@ -212,48 +213,41 @@ class _Numbered(ImageSource):
             )
         index = int(found[1])
         image, _, name = self._get(index)
-        if (actual := self._key(index, name)) != key:
+        if (actual := _key(index, name)) != key:
             raise DataError(
                 f"images {self._spec!r}: image {index} is {actual!r}, not {key!r}: the key is from "
                 "other images"
             )
-        return self._image(index, image)
-
-    def _label(self, index: int, label: Any) -> int:
-        try:
-            label = operator.index(label)
-        except TypeError as error:
-            raise DataError(
-                f"images {self._spec!r}: label {label!r} of image {index} is no integer"
-            ) from error
-        last = len(self.class_names) - 1 if self.class_names else 2**31 - 1
-        if not 0 <= label <= last:
-            raise DataError(
-                f"images {self._spec!r}: label {label} of image {index} is out of range: allowed "
-                f"are 0 to {last}"
-            )
-        return label
-
-    def _key(self, index: int, name: str | None) -> str:
-        return str(index) if name is None else f"{index}:{name}"
-
-    def _image(self, index: int, image: Any) -> bytes | np.ndarray:
-        if not isinstance(image, bytes | np.ndarray):
-            raise DataError(
-                f"images {self._spec!r}: image {index} is a {type(image).__name__}: allowed are "
-                "encoded bytes and arrays of pixels"
-            )
         return image
 
-    def _get(self, index: int) -> tuple[Any, Any, str | None]:
+    def _label(self, index: int, label: Any) -> int:
+        last = len(self.class_names) - 1 if self.class_names else 2**31 - 1
+        try:
+            number = operator.index(label)
+        except TypeError:
+            number = -1
+        if not 0 <= number <= last:
+            raise DataError(
+                f"images {self._spec!r}: label {label!r} of image {index}: allowed are 0 to {last}"
+            )
+        return number
+
+    def _get(self, index: int) -> tuple[bytes | np.ndarray, Any, str | None]:
         self._check(index)
         try:
-            return self._record(index)
+            image, label, name = self._record(index)
+            if not isinstance(image, bytes | np.ndarray):
+                raise TypeError(f"its image is a {type(image).__name__}, not bytes or pixels")
+            return image, label, name
         except Exception as error:  # from the data set's code and files
             raise DataError(
                 f"images {self._spec!r}: record {index} cannot be read "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
+
+
+def _key(index: int, name: str | None) -> str:
+    return str(index) if name is None else f"{index}:{name}"
 
 
 class _Tfds(_Numbered):

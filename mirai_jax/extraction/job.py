@@ -13,7 +13,7 @@ from mirai_jax.models import vq
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import pretrained
 
-_PARTS = "parts"  # folder with a JSON file for each finished shard, until all shards are finished
+PARTS = "parts"  # folder with a JSON file for each finished shard, until all shards are finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,6 @@ class ExtractionJob:
     def num_shards(self) -> int:
         return -(-len(self.images) // self.manifest.images_per_shard)
 
-    @property
-    def parts(self) -> pathlib.Path:
-        return self.out / _PARTS
-
     def shard_name(self, k: int) -> str:
         return f"codes-{k:05d}-of-{self.num_shards:05d}.array_record"
 
@@ -52,7 +48,7 @@ class ExtractionJob:
         return range(k * size, min((k + 1) * size, len(self.images)))
 
     def part_file(self, k: int) -> pathlib.Path:
-        return self.parts / f"{k:05d}.json"
+        return self.out / PARTS / f"{k:05d}.json"
 
     def part(self, k: int) -> dict[str, Any] | None:
         """What was noted about shard k when it was finished; None if it is not finished."""
@@ -117,7 +113,7 @@ def prepare(
     folder = pathlib.Path(out).expanduser()
     found = _found_or_written(folder, planned)
     if not found.complete:
-        (folder / _PARTS).mkdir(exist_ok=True)
+        (folder / PARTS).mkdir(exist_ok=True)
     return ExtractionJob(source, module, params, found, folder, num_workers)
 
 
@@ -131,7 +127,7 @@ def _found_or_written(folder: pathlib.Path, planned: Manifest) -> Manifest:
         changed = found.differences(planned)
         if not changed:
             return found
-        if has_shards or any((folder / _PARTS).glob("*.json")):
+        if has_shards or any((folder / PARTS).glob("*.json")):
             raise ConfigError(
                 f"--out is {str(folder)!r}, an extraction of something else: "
                 f"{'; '.join(changed)[:1000]}"

@@ -9,7 +9,7 @@ from mirai_jax.data import manifest, records
 from mirai_jax.data.manifest import Manifest, Shard
 from mirai_jax.extraction import pictures
 from mirai_jax.extraction.encode import encoded_batches
-from mirai_jax.extraction.job import ExtractionJob
+from mirai_jax.extraction.job import PARTS, ExtractionJob
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import DataError
 from mirai_jax.utils.progress import Progress
@@ -111,7 +111,7 @@ def finish(job: ExtractionJob) -> Manifest | None:
         shards=tuple(Shard(p["name"], p["records"], p["sha256"]) for p in parts),
     )
     manifest.write(job.out, final)
-    shutil.rmtree(job.parts, ignore_errors=True)  # another host may be removing it, too
+    shutil.rmtree(job.out / PARTS, ignore_errors=True)  # another host may be removing it, too
     for left in job.out.glob("*.tmp"):  # of writers that were killed
         left.unlink(missing_ok=True)
     return final
