@@ -127,21 +127,6 @@ def test_a_truncated_shard_is_refused(tmp_path, stride):
         assert check_shard(file, raw[:end], written) == (end >= len(raw)), end
 
 
-@amounts
-def test_any_bytes_are_a_whole_shard_or_refused(tmp_path, amount):
-    written = [some_records(5), some_records(5, 1), some_records(900, 2)]
-    shards = [write(tmp_path, some).read_bytes() for some in written]
-    cuts = st.tuples(st.sampled_from(shards), st.integers(0, 3), st.integers(0, 3))
-    blocks = cuts.map(lambda cut: cut[0][BLOCK * cut[1] : BLOCK * (cut[1] + cut[2])])
-
-    @fuzz(50 * amount)
-    @given(st.lists(blocks | st.binary(max_size=99), max_size=4).map(b"".join))
-    def run(raw):
-        check_shard(tmp_path / "codes-0.array_record", raw, *written)
-
-    run()
-
-
 # Records whose bytes are whole and whose content is not -------------------------------------------
 
 

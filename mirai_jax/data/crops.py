@@ -138,9 +138,7 @@ def _to_rgb(image: Image.Image, exif: str) -> tuple[Image.Image, tuple[str, ...]
     # Of bytes in an order, unlike BMP's 16 bits a pixel.
     sixteen_bit = image.mode.startswith("I") or bool(re.search(r";16[BLN]", str(image.tile)))
     if _is_misread(image):
-        raise DataError(
-            f"{image.format} image: its pixels are of a kind that cannot be read safely"
-        )
+        raise DataError(f"{image.format} image: this kind of pixels cannot be read safely")
     animated = getattr(image, "is_animated", False)
     is_tiff = image.format == "TIFF"
     tiff_orientation = image.tag_v2.get(_ORIENTATION) if is_tiff else None

@@ -75,9 +75,6 @@ class OnlineImages:
             )
         return {"crops": self._spec.count, "label": np.int32(label), "key": key}
 
-    def __repr__(self) -> str:
-        return f"OnlineImages({len(self)} images)"
-
 
 def make_dataset(
     source: CodeRecords | CodedImages | OnlineImages,

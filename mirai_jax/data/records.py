@@ -161,9 +161,6 @@ class CodeRecords:
             ) from error
         return {**record, "label": np.int32(record["label"])}
 
-    def __repr__(self) -> str:
-        return f"CodeRecords({self._path!r}, {len(self)} records)"
-
     def _check(self, record: dict[str, Any]) -> None:
         codes, label = record["codes"], record["label"]
         height, width = self._grid
@@ -238,6 +235,3 @@ class CodedImages:
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
         item = {"crops": 1, "label": self._labels[index], "key": str(index)}
         return item | {k: part[index] for k, part in self._parts.items() if part is not None}
-
-    def __repr__(self) -> str:
-        return f"CodedImages({len(self)} records)"

@@ -39,10 +39,9 @@ def run(
     if job.manifest.complete:
         _check_whole(job)
         return job.manifest
-    mine = [k for k in range(job.num_shards) if k % process_count == process_index]
-    sizes = {k: len(job.indices(k)) for k in mine}
-    before = sum(sizes[k] for k in mine if job.part(k) is not None)
-    total = sum(sizes.values())
+    mine = list(range(process_index, job.num_shards, process_count))
+    total = sum(len(job.indices(k)) for k in mine)
+    before = sum(len(job.indices(k)) for k in mine if job.part(k) is not None)
     if before:
         print(f"{before:,} of {total:,} images were done before", flush=True)
     progress = Progress(total, "images", before)
