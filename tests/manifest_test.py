@@ -1,4 +1,4 @@
-"""What a folder of shards says of itself, and how far a long work says it is."""
+"""The manifest of a folder of shards, and the progress line of a long work."""
 
 import copy
 import dataclasses
@@ -71,7 +71,7 @@ manifests = st.builds(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(made=manifests)
 def test_any_manifest_survives_the_file(tmp_path_factory, made):
     folder = tmp_path_factory.mktemp("folder")
@@ -81,14 +81,11 @@ def test_any_manifest_survives_the_file(tmp_path_factory, made):
     assert made.differences(manifest.read(folder)) == []
 
 
-def test_a_folder_without_one(tmp_path):
+def test_a_folder_without_one(tmp_path, monkeypatch):
     assert manifest.read(tmp_path) is None
     assert manifest.read(tmp_path / "nowhere") is None
     (tmp_path / "file").write_text("")
     assert manifest.read(tmp_path / "file") is None
-
-
-def test_the_home_folder_may_be_spelled_short(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     manifest.write(tmp_path, WHOLE)
     assert manifest.read("~") == WHOLE
@@ -111,7 +108,7 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "manifest.json").read_bytes() == before
     with open(tmp_path / "manifest.json", "rb") as reading:
         manifest.write(tmp_path, WHOLE)
-        assert reading.read() == before  # who had begun to read it goes on with the old one
+        assert reading.read() == before  # a reader that has opened it keeps the old one
     assert files_in(tmp_path) == ["manifest.json"] and manifest.read(tmp_path) == WHOLE
 
 
@@ -125,18 +122,16 @@ def refusal(folder):
 
 
 FIELDS = [field.name for field in dataclasses.fields(Manifest)]
-FOREIGN = ["", "{", "[]", "{}", "null", "3", '"text"', "NaN", '[["images", 1]]', "[" * 100_000]
+FOREIGN = ["", "{", "[]", "{}", "null", "3", '"text"', "NaN", "[" * 100_000, "\xff", "1" * 5000]
 
 
-@pytest.mark.parametrize("raw", FOREIGN + ["\xff", '{"shards": [], "\\n": 1}', "1" * 5000])
-def test_another_file_of_that_name_is_refused(tmp_path, raw):
-    (tmp_path / "manifest.json").write_bytes(raw.encode("latin-1"))
-    refusal(tmp_path)
-
-
-def test_a_folder_of_that_name_is_refused(tmp_path):
+def test_another_file_or_folder_of_that_name_is_refused(tmp_path):
+    for raw in FOREIGN:
+        (tmp_path / "manifest.json").write_bytes(raw.encode("latin-1"))
+        refusal(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").mkdir()
-    assert "cannot be read" in refusal(tmp_path)
+    refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -146,39 +141,31 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(tmp_path, name):
     del tree[name]
     file.write_text(json.dumps(tree))
     assert name in refusal(tmp_path)
-    for wrong in (None, "ab", ["a", "b"], {"a": 1}, 1.5, True, 7):
+    for wrong in (None, "ab", ["a", 3], {"a": 1}, 1.5, True, 7):
         if type(wrong) is not type(WHOLE.to_dict()[name]):
-            file.write_text(json.dumps(tree | {name: wrong}))
-            assert f"({name} is {wrong!r})" in refusal(tmp_path)
+            file.write_text(json.dumps(WHOLE.to_dict() | {name: wrong}))
+            refusal(tmp_path)
     file.write_text(json.dumps(WHOLE.to_dict() | {"more": 1}))
-    assert "'more'" in refusal(tmp_path)
+    assert "more" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"grid": [6]},
+def test_parts_that_are_wrong_are_refused(tmp_path):
+    for change in (
         {"grid": [6, "5"]},
         {"grid": [6, 5, 4]},
         {"class_names": ["a", 3]},
-        {"shards": ["codes-0"]},
         {"shards": [{"name": "a", "records": 1}]},
-        {"shards": [{"name": 3, "records": 1, "sha256": ""}]},
         {"shards": [{"name": "a", "records": "1", "sha256": ""}]},
-        {"shards": [{"name": "a", "records": 1, "sha256": None}]},
         {"crops": {"image_size": 0, "crop_range": 1.1, "ten": True, "exif": "ignore"}},
-        {"crops": {"image_size": 256}},
-    ],
-)
-def test_parts_that_are_wrong_are_refused(tmp_path, change):
-    (tmp_path / "manifest.json").write_text(json.dumps(WHOLE.to_dict() | change))
-    assert "not a manifest (" in refusal(tmp_path)
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(WHOLE.to_dict() | change))
+        refusal(tmp_path)
 
 
 @settings(deadline=None)
 @given(st.data())
 def test_damage_is_read_as_it_was_written_or_refused(data):
-    """Any one value of the file replaced by anything: never something half right."""
+    """One value of the file replaced by anything: refused, or read as it stands."""
     tree = copy.deepcopy(WHOLE.to_dict())
     node, path = tree, []
     while isinstance(node, dict | list) and node and (not path or data.draw(st.booleans())):
@@ -214,71 +201,49 @@ def test_what_fixes_the_bytes_is_compared_and_what_came_of_it_is_not(name):
     other = dataclasses.replace(
         WHOLE, **{name: others.get(name, old + 1 if type(old) is int else 0)}
     )
-    told = WHOLE.differences(other)
+    found = WHOLE.differences(other)
     if name in RESULT:
-        assert told == []
+        assert found == []
     else:
         was, now = WHOLE.to_dict()[name], other.to_dict()[name]
-        if type(was) is dict:  # the entry that differs alone
+        if type(was) is dict:  # its one entry that differs
             (key,) = (key for key in was if was[key] != now[key])
             name, was, now = f"{name}.{key}", was[key], now[key]
-        assert told == [f"{name} was {was!r}, is {now!r}"] and was != now
+        assert found == [f"{name} was {was!r}, is {now!r}"] and was != now
     assert WHOLE.differences(WHOLE) == BEGUN.differences(WHOLE) == []
 
 
-def test_tuples_and_lists_of_a_description_are_the_same():
-    other = dataclasses.replace(WHOLE, tokenizer=WHOLE.tokenizer | {"multipliers": (1, 2)})
-    assert WHOLE.differences(other) == []
-
-
-def test_names_of_what_keys_and_checksums_tell_may_differ():
+def test_names_of_what_keys_and_checksums_identify_may_differ():
     moved = WHOLE.images | {"name": "elsewhere"}
     other = dataclasses.replace(WHOLE, images=moved, tokenizer=WHOLE.tokenizer | {"file": "b.pt"})
     assert WHOLE.differences(other) == []
     numbered = dataclasses.replace(WHOLE, images={"kind": "tfds", "name": "a"})
     other = dataclasses.replace(WHOLE, images={"kind": "tfds", "name": "b"})
     assert numbered.differences(other) == ["images.name was 'a', is 'b'"]
+    # Tuples and lists are the same: JSON gives lists.
+    other = dataclasses.replace(WHOLE, tokenizer=WHOLE.tokenizer | {"multipliers": (1, 2)})
+    assert WHOLE.differences(other) == []
 
 
-def test_several_differences_are_all_told():
-    other = dataclasses.replace(BEGUN, vocab_size=65, precision="x")
-    assert WHOLE.differences(other) == [
-        "vocab_size was 64, is 65",
-        "precision was 'float32', is 'x'",
-    ]
-
-
-def test_an_extraction_that_has_not_ended_is_told():
+def test_an_extraction_that_has_not_ended_is_refused():
     WHOLE.check_complete("codes")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match="data.path 'codes'.*python -m mirai_jax.extract"):
         BEGUN.check_complete("codes")
-    assert str(error.value).startswith("data.path 'codes' is an extraction that has not ended")
-    assert "python -m mirai_jax.extract" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "files, told",
-    [
-        ([], "2 missing, such as codes-0.array_record"),
-        (["codes-0.array_record"], "1 missing, such as codes-1.array_record"),
-        (
-            ["codes-1.array_record", "a", "codes-0.array_record", "b"],
-            "2 of another, such as a",
-        ),
-        (
-            ["codes-1.array_record", "b"],
-            "1 missing, such as codes-0.array_record; 1 of another, such as b",
-        ),
-    ],
-)
-def test_other_files_than_its_shards_are_told(files, told):
-    whole = {shard.name: shard.records for shard in WHOLE.shards}
+def test_other_files_than_its_shards_are_refused():
+    one, two = whole = {shard.name: shard.records for shard in WHOLE.shards}
     WHOLE.check_files("codes", whole)
-    with pytest.raises(DataError) as error:
-        WHOLE.check_files("codes", {file: whole.get(file, 1) for file in files})
-    assert str(error.value) == f"codes must hold the 2 shards of its manifest: {told}"
-    with pytest.raises(DataError, match="codes-1.array_record holds 6 records, by its manifest 7"):
-        WHOLE.check_files("codes", whole | {"codes-1.array_record": 6})
+    for found, names in (
+        ({}, [one]),
+        ({one: 9}, [two]),
+        (whole | {"a": 1}, ["a"]),
+        ({two: 7, "b": 1}, [one, "b"]),
+        (whole | {two: 6}, [two]),
+    ):
+        with pytest.raises(DataError) as error:
+            WHOLE.check_files("codes", found)
+        assert all(name in str(error.value) for name in names)
 
 
 # Progress -----------------------------------------------------------------------------------------
@@ -297,31 +262,16 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_line_tells_number_speed_and_time_left(clock):
-    shown = progress.Progress(12_500, "images", stream=None)
-    assert shown.line() == "0/12,500 images  0.0 images/s"
+def test_the_line_has_number_speed_and_time_left(clock, capsys):
+    shown = progress.Progress(12_500, "images", done=100, stream=None)
+    assert shown.line() == "100/12,500 images  0.0 images/s"
     clock[0] += 10
-    assert shown.line() == "0/12,500 images  0.0 images/s"
     shown.advance(1000)
-    shown.advance(500)
-    assert shown.line() == "1,500/12,500 images  150.0 images/s  1m13s left"
+    shown.advance(400)  # what was done before is not part of the speed
+    assert shown.line() == "1,500/12,500 images  140.0 images/s  1m19s left"
     clock[0] += 90
     shown.advance(11_000)
-    assert shown.line() == "12,500/12,500 images  125.0 images/s"
-
-
-def test_what_was_done_before_is_no_speed(clock):
-    shown = progress.Progress(1000, "crops", done=900, stream=None)
-    clock[0] += 5
-    assert shown.line() == "900/1,000 crops  0.0 crops/s"
-    shown.advance(10)
-    assert shown.line() == "910/1,000 crops  2.0 crops/s  45s left"
-
-
-def test_nothing_is_shown_without_a_stream(clock, capsys):
-    shown = progress.Progress(10, "images", stream=None)
-    clock[0] += 1000
-    shown.advance(5)
+    assert shown.line() == "12,500/12,500 images  124.0 images/s"
     shown.close()
     assert capsys.readouterr() == ("", "")
 
@@ -332,11 +282,12 @@ def test_a_file_gets_a_line_now_and_then(clock):
     for _ in range(65):
         clock[0] += 1
         shown.advance(1)
-    assert stream.getvalue() == (
-        "30/100 images  1.0 images/s  1m10s left\n60/100 images  1.0 images/s  40s left\n"
-    )
     shown.close()
-    assert stream.getvalue().splitlines()[2:] == ["65/100 images  1.0 images/s  35s left"]
+    assert [line.split()[0] for line in stream.getvalue().splitlines()] == [
+        "30/100",
+        "60/100",
+        "65/100",
+    ]
 
 
 def test_a_terminal_gets_one_line_that_renews_itself(clock):
@@ -346,8 +297,5 @@ def test_a_terminal_gets_one_line_that_renews_itself(clock):
         clock[0] += 0.25
         shown.advance(1)
     shown.close()
-    assert stream.getvalue() == (
-        "\r\033[K2/4 images  4.0 images/s  0s left"
-        "\r\033[K4/4 images  4.0 images/s"
-        "\r\033[K4/4 images  4.0 images/s\n"
-    )
+    lines = stream.getvalue().split("\r\033[K")
+    assert [line[:3] for line in lines] == ["", "2/4", "4/4", "4/4"] and lines[-1].endswith("\n")

@@ -52,13 +52,21 @@ def same(a, b):
 
 
 def contents(source):
-    numbers = range(len(source))
-    for i in numbers:
-        key, label, image = source.key(i), source.label(i), source.read(i)
-        assert source.about(i) == (label, key)
-        seen, *about = source.example(i)
-        assert about == [label, key] and np.array_equal(seen, image)
-    return [(source.key(i), source.label(i), source.read(i)) for i in numbers]
+    """(key, label, image) of every image."""
+    found = []
+    for i in range(len(source)):
+        image, *about = source.example(i)
+        assert source.about(i) == tuple(about)
+        found.append((about[1], about[0], image))
+    return found
+
+
+def key(source, index):
+    return source.about(index)[1]
+
+
+def image(source, index):
+    return source.example(index)[0]
 
 
 # Folders -----------------------------------------------------------------------------------------
@@ -103,20 +111,6 @@ def test_a_folder_is_read_as_torchvision_reads_it(tmp_path):
     assert described == {"kind": "folder", "name": tmp_path.name, "split": "", "number": 12}
 
 
-def test_every_kind_of_file_can_be_cropped(tmp_path):
-    files, _ = write_tree(tmp_path)
-    source = sources.open_images(str(tmp_path))
-    spec = crops.CropSpec(image_size=5, crop_range=1.2)
-    for index, key in enumerate(files):
-        if "broken" in key:
-            refusal(crops.load_all_crops, source.read(index), spec)
-            continue
-        stored, notes = crops.load_all_crops(source.read(index), spec)
-        assert stored.shape == (10, 5, 5, 3)
-        assert notes == (("palette",) if key.endswith("GIF") else ())
-        np.testing.assert_array_equal(stored[7], crops.load_crop(source.find(key), 7, spec))
-
-
 def test_finding_by_key_lists_nothing(tmp_path, monkeypatch):
     files, _ = write_tree(tmp_path)
 
@@ -133,47 +127,29 @@ def test_finding_by_key_lists_nothing(tmp_path, monkeypatch):
         len(source)
 
 
-def test_listing_asks_the_system_about_folders_not_files(tmp_path, monkeypatch):
-    put(tmp_path, **{f"a__{number}.png": b"" for number in range(400)})
-    asked = []
-
-    def watch(name, real):
-        monkeypatch.setattr(os, name, lambda path, **how: asked.append(path) or real(path, **how))
-
-    for name in ("stat", "lstat"):
-        watch(name, getattr(os, name))
-    assert len(sources.open_images(str(tmp_path))) == 400 and 0 < len(asked) < 100
-
-
-def test_a_folder_that_moves_keeps_its_keys(tmp_path):
+def test_a_folder_may_move_and_the_program_may_change_its_folder(tmp_path, monkeypatch):
     write_tree(tmp_path / "one")
     before = contents(sources.open_images(str(tmp_path / "one")))
     (tmp_path / "one").rename(tmp_path / "two")
-    assert contents(sources.open_images(str(tmp_path / "two") + "/")) == before
-    assert sources.open_images(str(tmp_path / "two") + "/").describe()["name"] == "two"
-
-
-def test_a_relative_folder_stays_when_the_program_moves(tmp_path, monkeypatch):
-    write_tree(tmp_path / "one")
     monkeypatch.chdir(tmp_path)
-    source = sources.open_images("one")
+    source = sources.open_images("two/")
     monkeypatch.chdir("/")
-    assert len(source) == 12 and pickle.loads(pickle.dumps(source)).find("B/a.JPEG")
+    assert contents(source) == before and source.describe()["name"] == "two"
+    assert pickle.loads(pickle.dumps(source)).find("B/a.JPEG")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(sources.open_images("~/one")) == 12
+    assert len(sources.open_images("~/two")) == 12
 
 
 def test_linked_folders_and_files_are_followed(tmp_path):
-    put(tmp_path, store__x__1_png=b"", store__x__2_png=b"")
-    (tmp_path / "store/x/1_png").rename(tmp_path / "store/x/1.png")
+    put(tmp_path, **{"store__x__1.png": b"", "store__x__2": b""})
     root = tmp_path / "root"
     root.mkdir()
     (root / "a").symlink_to(tmp_path / "store")
     (root / "b").mkdir()
     (root / "b" / "one.png").symlink_to(tmp_path / "store/x/1.png")
     source = sources.open_images(str(root))
-    assert [source.key(i) for i in range(len(source))] == ["a/x/1.png", "b/one.png"]
-    assert source.read(1) == b""
+    assert [key(source, i) for i in range(len(source))] == ["a/x/1.png", "b/one.png"]
+    assert image(source, 1) == b""
 
 
 @pytest.mark.parametrize("target", [".", "..", "../b"])
@@ -181,26 +157,25 @@ def test_a_circle_of_links_is_refused(tmp_path, target):
     put(tmp_path, **{"a__1.png": b"", "b__1.png": b""})
     (tmp_path / "a" / "link").symlink_to(target)
     (tmp_path / "b" / "link").symlink_to("../a")
-    assert "links to a folder that it is in" in refusal(len, sources.open_images(str(tmp_path)))
+    assert "links to a folder that contains it" in refusal(len, sources.open_images(str(tmp_path)))
 
 
-def test_a_wrong_folder_is_told_what_is_expected(tmp_path):
+def test_a_wrong_folder_is_refused(tmp_path):
     def message():
         return refusal(len, sources.open_images(str(tmp_path)))
 
-    assert "holds none" in message() and "FOLDER/CLASS/IMAGE" in message()
+    assert "FOLDER/CLASS/IMAGE" in message()
     put(tmp_path, **{"1.png": b""})
-    assert "no class folders" in message() and ".jpeg" in message()
+    assert "FOLDER/CLASS/IMAGE" in message()
     put(tmp_path, **{"a__notes.txt": b"", "b__1.png": b""})
-    assert "class folder 'a' holds no image" in message()
-    assert sources.open_images(str(tmp_path)).class_names == ("a", "b")
+    assert "'a'" in message()
     put(tmp_path, **{"a__1.png": b""})
     with open(os.fsencode(tmp_path / "a") + b"/\xff.png", "wb"):
         pass
-    assert "not UTF-8" in message() and r"\xff" in message()
+    assert r"\xff" in message()
     gone = sources.open_images(str(tmp_path))
     shutil.rmtree(tmp_path)
-    assert "folder '.' cannot be listed (No such file or directory)" in refusal(len, gone)
+    assert "cannot be listed" in refusal(len, gone)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -208,33 +183,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     source = sources.open_images(str(tmp_path))
     assert len(source) == 2
     (tmp_path / "a" / "2.png").unlink()
-    message = refusal(source.read, 1)
-    assert "'a/2.png' cannot be read (No such file or directory)" in message
+    assert "'a/2.png'" in refusal(source.example, 1)
     refusal(source.find, "a")  # a folder
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "",
-        "/etc/passwd",
-        "../x.png",
-        "a/../../x.png",
-        "a/..",
-        "./a/1.png",
-        "a//1.png",
-        "a/",
-        "a\0",
-        3,
-    ],
-)
-def test_keys_never_leave_the_folder(tmp_path, key):
-    put(tmp_path, **{"root__a__1.png": b"", "x.png": b""})
-    refusal(sources.open_images(str(tmp_path / "root")).find, key)
 
 
 @examples
 @given(st.text() | st.lists(st.sampled_from(["..", ".", "a", "1.png", ""])).map("/".join))
+@example("/etc/passwd")
+@example("../x.png")
+@example("a/../../1.png")
+@example("a/")
+@example("a\0")
+@example(3)
 def test_any_key_is_an_image_of_the_folder_or_a_data_error(tmp_path_factory, key):
     root = tmp_path_factory.getbasetemp() / "keys"
     if not root.exists():
@@ -248,7 +208,7 @@ def test_any_key_is_an_image_of_the_folder_or_a_data_error(tmp_path_factory, key
 def test_an_index_out_of_range_is_an_index_error(tmp_path):
     put(tmp_path, **{"a__1.png": b""})
     source = sources.open_images(str(tmp_path))
-    for ask in (source.label, source.key, source.read):
+    for ask in (source.about, source.example):
         for index in (-1, 1):
             with pytest.raises(IndexError):
                 ask(index)
@@ -259,7 +219,7 @@ def test_an_index_out_of_range_is_an_index_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
-    """Small data sets, prepared as ArrayRecord (and one otherwise) without TensorFlow."""
+    """Small data sets, prepared as ArrayRecord without TensorFlow."""
     import tensorflow_datasets as tfds
 
     def builder(name, features, of):
@@ -292,13 +252,10 @@ def tfds_folder(tmp_path_factory):
         return io.BytesIO(encoded(pixels(seed=number), "PNG"))
 
     folder = str(tmp_path_factory.mktemp("tfds"))
+    classes = tfds.features.ClassLabel(names=["cat", "dog"])
     named = builder(
         "NamedPhotos",
-        lambda f: {
-            "image": f.Image(),
-            "label": f.ClassLabel(names=["cat", "dog"]),
-            "file_name": f.Text(),
-        },
+        lambda f: {"image": f.Image(), "label": classes, "file_name": f.Text()},
         lambda k: {"image": png(k), "label": k % 2, "file_name": f"img_{k}.png"},
     )
     plain = builder(
@@ -331,10 +288,6 @@ def test_tfds_without_tensorflow(tfds_dir):
     want = {"kind": "tfds", "name": "named_photos/1.2.0", "split": "train", "number": 5}
     assert source.describe() == want
     assert "tensorflow" not in sys.modules
-    np.testing.assert_array_equal(
-        np.asarray(crops.decode(source.read(0))[0]),
-        np.asarray(Image.open(io.BytesIO(source.read(0)))),
-    )
 
 
 def test_tfds_splits_and_versions(tfds_dir):
@@ -343,16 +296,15 @@ def test_tfds_splits_and_versions(tfds_dir):
     source = sources.open_images("tfds:named_photos:1.2.0:test")
     assert source.describe()["split"] == "test" and len(source) == 2
     assert len(sources.open_images("tfds:named_photos:1.*.*")) == 5
-    assert "'nope'" in refusal(sources.open_images, "tfds:named_photos:nope")
-    assert "train[" in refusal(sources.open_images, "tfds:named_photos:train[")
+    for wrong in ("nope", "train["):
+        assert "named_photos" in refusal(sources.open_images, f"tfds:named_photos:{wrong}")
 
 
 def test_tfds_without_names_of_files_and_classes(tfds_dir):
     source = sources.open_images("tfds:plain_photos")
-    assert [source.key(i) for i in range(5)] == list("01234") and source.class_names == ()
-    assert sorted(source.label(i) for i in range(5)) == list(range(5))
-    message = refusal(sources.open_images, "tfds:bare_photos")
-    assert "features are image" in message and "'label'" in message
+    assert [key(source, i) for i in range(5)] == list("01234") and source.class_names == ()
+    assert sorted(source.about(i)[0] for i in range(5)) == list(range(5))
+    assert "'label'" in refusal(sources.open_images, "tfds:bare_photos")
 
 
 def test_tfds_images_of_floats_are_refused(tfds_folder, tmp_path, monkeypatch):
@@ -364,26 +316,17 @@ def test_tfds_images_of_floats_are_refused(tfds_folder, tmp_path, monkeypatch):
     assert "of integers" in refusal(sources.open_images, "tfds:plain_photos")
 
 
-def test_tfds_that_is_not_prepared_says_how(tfds_dir, tfds_folder, monkeypatch):
-    for name in ("imagenet2012", "named_photos:9.9.9", "a/b", "N!"):
-        message = refusal(sources.open_images, f"tfds:{name}")
-        assert "not prepared on this machine" in message and "download_and_prepare()" in message
-        assert repr(name) in message and "array_record" in message
-    # Prepared, but not for random access.
-    from tensorflow_datasets.core import dataset_builder
-
-    def as_data_source(*args, **kwargs):
-        raise NotImplementedError("Random access data source for file format tfrecord ...")
-
-    monkeypatch.setattr(dataset_builder.DatasetBuilder, "as_data_source", as_data_source)
-    assert "ArrayRecord" in refusal(sources.open_images, "tfds:named_photos")
+@pytest.mark.parametrize("name", ["imagenet2012", "named_photos:9.9.9", "a/b", "N!"])
+def test_tfds_that_is_not_prepared_says_how(tfds_dir, name):
+    message = refusal(sources.open_images, f"tfds:{name}")
+    assert repr(name) in message and "download_and_prepare()" in message
 
 
 # Python objects ----------------------------------------------------------------------------------
 
 
 class Random:
-    """Random access to five items; also its own factory."""
+    """Random access to five items; the class is also a factory."""
 
     def __init__(self, **changes):
         self._changes = changes
@@ -424,10 +367,10 @@ def test_python_objects_and_what_makes_them(module):
         assert source.describe() == want
     assert sources.open_images("grain:my.photos:classes").class_names == ("x", "y", "z")
     arrays = sources.open_images("grain:my.photos:arrays")
-    np.testing.assert_array_equal(arrays.read(3), pixels(seed=3))
-    assert arrays.label(3) == 3 and type(arrays.label(3)) is int
+    np.testing.assert_array_equal(image(arrays, 3), pixels(seed=3))
+    assert arrays.about(3)[0] == 3 and type(arrays.about(3)[0]) is int
     named = sources.open_images("grain:my.photos:named")
-    assert named.key(2) == "2:photo/2:é" and named.find("2:photo/2:é") == named.read(2)
+    assert key(named, 2) == "2:photo/2:é" and named.find("2:photo/2:é") == image(named, 2)
 
 
 def test_an_image_with_all_that_belongs_to_it_is_fetched_once(module):
@@ -445,21 +388,15 @@ def test_a_grain_data_set_is_a_source(module):
 
     module.mapped = lambda: grain.MapDataset.source(Random()).map(lambda item: item | {"key": "k"})
     source = sources.open_images("grain:my.photos:mapped")
-    assert len(source) == 5 and source.key(4) == "4:k" and source.label(4) == 1
+    assert len(source) == 5 and key(source, 4) == "4:k" and source.about(4)[0] == 1
     with pytest.raises(IndexError):  # grain itself would go round
-        source.read(5)
+        image(source, 5)
 
 
 def test_python_objects_that_do_not_fit_are_refused(module):
-    def message(attribute, of="my.photos"):
-        return refusal(sources.open_images, f"grain:{of}:{attribute}")
-
-    assert "ModuleNotFoundError" in message("x", of="my.nowhere")
-    assert "AttributeError" in message("x")
-    assert "TypeError" in message("number")
-    assert "NoneType" in message("empty") and "len and []" in message("empty")
     module.broken = lambda: 1 / 0
-    assert "ZeroDivisionError" in message("broken")
+    for name in ("nowhere:x", "photos:x", "photos:number", "photos:empty", "photos:broken"):
+        assert name in refusal(sources.open_images, f"grain:my.{name}")
 
 
 @pytest.mark.parametrize("label", [-1, 3, 2.0, "1", None])
@@ -467,20 +404,19 @@ def test_labels_that_do_not_fit_are_refused(module, label):
     module.bad = Random(label=lambda k: label)
     module.bad.class_names = "xyz"
     source = sources.open_images("grain:my.photos:bad")
-    message = refusal(source.label, 1)
-    assert f"label {label!r} of image 1" in message
-    assert source.read(1) == source.find(source.key(1))  # which say nothing of labels
+    message = refusal(source.about, 1)
+    assert repr(label) in message and "image 1" in message
+    assert source.find("1") == encoded(pixels(seed=1), "PNG")  # which says nothing of labels
 
 
 def test_images_that_cannot_be_read_are_refused(module):
     module.text = Random(image=lambda k: "text")
     source = sources.open_images("grain:my.photos:text")
-    assert "image 1 is a str" in refusal(source.read, 1) == refusal(source.find, "1")
-    assert source.key(1) == "1"  # to say which one
+    assert "record 1" in refusal(source.example, 1) == refusal(source.find, "1")
     module.broken = Random(image=lambda k: 1 / 0)
     source = sources.open_images("grain:my.photos:broken")
-    for ask in (source.label, source.key, source.read):
-        assert "record 1 cannot be read (ZeroDivisionError" in refusal(ask, 1)
+    for ask in (source.about, source.example):
+        assert "record 1" in refusal(ask, 1)
     refusal(source.find, "1")
 
 
@@ -489,9 +425,8 @@ def test_images_that_cannot_be_read_are_refused(module):
 
 def test_a_key_of_other_images_is_refused(module):
     named = sources.open_images("grain:my.photos:named")
-    message = refusal(named.find, "2:photo/3:é")
-    assert "'2:photo/2:é', not '2:photo/3:é'" in message
-    refusal(named.find, "2")
+    for key in ("2:photo/3:é", "2"):
+        assert "'2:photo/2:é'" in refusal(named.find, key)
     plain = sources.open_images("grain:my.photos:ready")
     for key in ("5", "-1", "02", "2:", "2:x", " 2", "x", "", "٢", "9" * 5000, 2, None):
         refusal(plain.find, key)
@@ -506,7 +441,7 @@ def test_any_key_of_a_number_is_an_image_or_a_data_error(key):
     sys.modules["my_keys"] = made
     try:
         source = sources.open_images("grain:my_keys:ready")
-        assert source.find(key) == source.read(int(key)) and key in "01234"
+        assert source.find(key) == encoded(pixels(seed=int(key)), "PNG") and key in "01234"
     except DataError as error:
         assert "\n" not in str(error)
     finally:
@@ -528,12 +463,14 @@ def test_fashion_mnist(tmp_path):
     pixels_, labels = write_fashion(tmp_path)
     source = sources.open_images(f"fashion_mnist:{tmp_path}")
     for index in range(3):
-        assert same(source.read(index), pixels_[index]) and source.label(index) == labels[index]
-        assert source.key(index) == str(index) and same(source.find(str(index)), pixels_[index])
+        assert (
+            same(image(source, index), pixels_[index]) and source.about(index)[0] == labels[index]
+        )
+        assert key(source, index) == str(index) and same(source.find(str(index)), pixels_[index])
     assert len(source.class_names) == 10 and len(pickle.dumps(source)) < 500
     want = {"kind": "built-in", "name": "fashion_mnist", "split": "train", "number": 3}
     assert source.describe() == want and str(tmp_path) not in str(want)
-    crop, _ = crops.load_all_crops(source.read(1), crops.CropSpec(28, ten=False))
+    crop, _ = crops.load_all_crops(image(source, 1), crops.CropSpec(28, ten=False))
     np.testing.assert_array_equal(crop[0], np.repeat(pixels_[1], 3, -1))
     assert "holds no train-images" in refusal(len, sources.open_images("fashion_mnist:/nowhere"))
 
@@ -541,9 +478,9 @@ def test_fashion_mnist(tmp_path):
 def test_mnist_is_all_of_mnist():
     source = sources.open_images("mnist")
     assert len(source) == 5000 and source.class_names == tuple("0123456789")
-    labels = [source.label(i) for i in range(5000)]
+    labels = [source.about(i)[0] for i in range(5000)]
     assert np.bincount(labels).tolist() == [500] * 10
-    assert source.read(4999).shape == (28, 28, 1) and source.read(4999).dtype == np.uint8
+    assert image(source, 4999).shape == (28, 28, 1) and image(source, 4999).dtype == np.uint8
 
 
 # All ---------------------------------------------------------------------------------------------
@@ -560,29 +497,37 @@ def test_all_sources_find_what_they_read_pickle_and_serve_threads(kind, tmp_path
         spec = f"fashion_mnist:{tmp_path}"
     with futures.ThreadPoolExecutor(8) as pool:  # on a source that nobody has asked yet
         fresh = sources.open_images(spec)
-        keys = list(pool.map(lambda k: fresh.key(k % len(fresh)), range(64)))
+        keys = list(pool.map(lambda k: key(fresh, k % len(fresh)), range(64)))
         by_threads = list(pool.map(fresh.find, keys))
     source = sources.open_images(spec)
-    assert keys == [source.key(k % len(source)) for k in range(64)]
+    assert keys == [key(source, k % len(source)) for k in range(64)]
     assert len(set(keys)) == len(source)
     unpickled = pickle.loads(pickle.dumps(source))
-    for number, (key, found) in enumerate(zip(keys, by_threads, strict=True)):
-        wanted = source.read(number % len(source))
-        for other in (found, source.find(key), unpickled.find(key)):
+    for number, (name, found) in enumerate(zip(keys, by_threads, strict=True)):
+        wanted = image(source, number % len(source))
+        for other in (found, source.find(name), unpickled.find(name)):
             assert same(other, wanted)
     assert len(unpickled) == len(source)
     assert unpickled.describe() == source.describe()
 
 
-@pytest.mark.parametrize(
-    "spec",
-    ["", "nowhere", "/nowhere", "tfds:", "tfds::train", "grain:", "grain:x", "grain:x:", "mnist:",
-     "mnist:/x", "mnist ", "fashion_mnist:", "MNIST", "cifar10", "a\0b", "\ud800"],
-)  # fmt: skip
-def test_anything_else_is_told_the_forms(spec):
-    message = refusal(sources.open_images, spec)
-    for form in ("FOLDER", "tfds:NAME", "grain:package.module:attribute", "fashion_mnist"):
-        assert form in message
+WRONG = [
+    "",
+    "nowhere",
+    "/nowhere",
+    "tfds:",
+    "tfds::train",
+    "grain:",
+    "grain:x",
+    "grain:x:",
+    "mnist:",
+]
+WRONG += ["mnist:/x", "mnist ", "fashion_mnist:", "MNIST", "cifar10", "a\0b", "\ud800"]
+
+
+@pytest.mark.parametrize("spec", WRONG)
+def test_anything_else_is_refused_with_the_forms(spec):
+    assert sources.FORMS in refusal(sources.open_images, spec)
 
 
 @settings(examples, max_examples=60)
@@ -603,11 +548,16 @@ def test_any_spec_is_a_source_or_a_data_error(tfds_folder, spec):
             assert "\n" not in str(error)
 
 
-def test_crops_and_images_load_no_accelerator_and_no_data_sets():
+def test_data_loads_no_model_and_no_accelerator_that_grain_does_not_load():
     program = """
 import sys
-import mirai_jax.data.crops, mirai_jax.data.sources
+import mirai_jax.data.crops, mirai_jax.data.manifest, mirai_jax.data.sources
 print(*{"jax", "flax", "grain", "tensorflow_datasets", "torch"} & set(sys.modules))
+import grain
+before = set(sys.modules)
+import mirai_jax.data.pipeline, mirai_jax.data.records
+print(*(name for name in set(sys.modules) - before if name.startswith(("jax", "flax"))))
+print(*(name for name in sys.modules if name.startswith("mirai_jax.") and name[10:14] not in ("data", "util")))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout.split(), done

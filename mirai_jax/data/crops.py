@@ -1,11 +1,12 @@
 """Decodes an image and cuts the crops whose codes are trained on.
 
-Extraction turns crops into codes; training rebuilds the crop that stored codes came from. Both go
-through the functions here, so that both see the same pixels.
+Extraction turns crops into codes; training rebuilds the crop that stored codes came from. Both call
+the functions here, so both see the same pixels.
 """
 
 import dataclasses
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,13 @@ from PIL import Image
 from mirai_jax.utils.errors import DataError, first_line
 
 EXIF = ("ignore", "apply")
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")  # as Pillow calls them
-NOTES = (  # what `decode` may say of an image
-    "animated",
-    "16-bit",
-    "palette",
-    "cmyk",
-    "alpha",
-    "exif orientation ignored",
-    "exif orientation applied",
-)
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")  # Pillow's names
+NOTES = (  # what `decode` may note about an image
+    "animated", "16-bit", "palette", "cmyk", "alpha",
+    "exif orientation ignored", "exif orientation applied",
+)  # fmt: skip
 _ORIENTATION, _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 274, 258, 262, 284, 339  # TIFF tags
-_UPRIGHT = {  # what undoes each orientation but 1, which is upright
+_UPRIGHT = {  # what undoes each orientation except 1, which is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,7 +44,7 @@ class CropSpec:
             it by its EXIF orientation. (Pillow always turns TIFF files.)
 
     Raises:
-        DataError: a field that is none of these.
+        DataError: a field has another value.
     """
 
     image_size: int = 256
@@ -57,14 +53,15 @@ class CropSpec:
     exif: str = "ignore"
 
     def __post_init__(self):
-        if type(self.image_size) is not int or not 1 <= self.image_size <= 4096:
-            raise _wrong("image_size", self.image_size, "whole numbers from 1 to 4096")
-        if type(self.crop_range) not in (int, float) or not 1 <= self.crop_range <= 10:
-            raise _wrong("crop_range", self.crop_range, "numbers from 1 to 10")
-        if type(self.ten) is not bool:
-            raise _wrong("ten", self.ten, "true and false")
-        if self.exif not in EXIF:
-            raise _wrong("exif", self.exif, " and ".join(map(repr, EXIF)))
+        size, crop_range = self.image_size, self.crop_range
+        for field, valid in (
+            ("image_size", type(size) is int and 1 <= size <= 4096),
+            ("crop_range", type(crop_range) in (int, float) and 1 <= crop_range <= 10),
+            ("ten", type(self.ten) is bool),
+            ("exif", self.exif in EXIF),
+        ):
+            if not valid:
+                raise DataError(f"crop spec: {field} is {getattr(self, field)!r}, out of its range")
 
     @property
     def count(self) -> int:
@@ -88,95 +85,84 @@ class CropSpec:
             DataError: not a dictionary, or a field is missing, unknown or wrong.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(fields, dict):
-            raise DataError(f"a crop spec is a dictionary of {', '.join(names)}, not {fields!r}")
-        for name in names:
-            if name not in fields:
-                raise DataError(f"crop spec: {name} is missing")
-        for name in fields:
-            if name not in names:
-                raise DataError(f"crop spec: {name!r} is unknown: allowed are {', '.join(names)}")
+        if not isinstance(fields, dict) or fields.keys() != set(names):
+            raise DataError(f"a crop spec has the fields {', '.join(names)}, not {fields!r:.200}")
         return cls(**fields)
-
-
-def _wrong(field: str, value: Any, allowed: str) -> DataError:
-    return DataError(f"crop spec: {field} is {value!r}: allowed are {allowed}")
 
 
 # From bytes to pixels ----------------------------------------------------------------------------
 
 
 def decode(raw: bytes | np.ndarray, exif: str = "ignore") -> tuple[Image.Image, tuple[str, ...]]:
-    """Decodes an image of any kind to RGB; of an animation or a stack of pages, the first image.
+    """Decodes an image to RGB as Pillow does; of an animation or a stack of pages, the first image.
 
     Args:
         raw: a file in one of FORMATS; or pixels, uint8 (H, W), (H, W, 1) or (H, W, 3).
         exif: as in CropSpec.
 
     Returns:
-        The image (mode RGB), and which of NOTES were done to it: alpha is composited on white,
-        16-bit values are scaled from 0 .. 65535 to 0 .. 255. Nothing is noted of ordinary colour
-        or grey images.
+        The image (mode RGB), and those of NOTES that apply: alpha is composited on white, 16-bit
+        grey is scaled from 0 .. 65535 to 0 .. 255. Plain colour and grey images get no note.
 
     Raises:
-        DataError: damaged, cut off, empty, of another format, of more pixels than Pillow's
+        DataError: damaged, truncated, empty, of another format, of more pixels than Pillow's
             MAX_IMAGE_PIXELS, or of a kind whose range of values is unknown.
     """
-    if exif not in EXIF:
-        raise _wrong("exif", exif, " and ".join(map(repr, EXIF)))
     if isinstance(raw, np.ndarray):
         return _from_pixels(raw), ()
     try:
-        image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        return _to_rgb(image, exif)
+        return _to_rgb(Image.open(io.BytesIO(raw), formats=FORMATS), exif)
     except DataError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise DataError(
-            f"not an image, or one whose header is damaged (formats read: {', '.join(FORMATS)})"
-        ) from error
+    except Image.UnidentifiedImageError as error:  # its message holds an address in memory
+        raise DataError(f"not an image of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # on damaged bytes Pillow raises a dozen kinds
         raise DataError(f"image cannot be decoded ({first_line(error)})") from error
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
-    shape = pixels.shape
-    grey = len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
-    colour = len(shape) == 3 and shape[2] == 3
-    if pixels.dtype != np.uint8 or not pixels.size or not (grey or colour):
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    colour = pixels.ndim == 3 and pixels.shape[2] == 3
+    if pixels.dtype != np.uint8 or not pixels.size or not (colour or pixels.ndim == 2):
         raise DataError(
-            f"pixels are {pixels.dtype} {shape}: allowed is uint8 (H, W), (H, W, 1) or (H, W, 3)"
+            f"pixels are {pixels.dtype} {pixels.shape}: allowed is uint8 (H, W), (H, W, 1) or "
+            "(H, W, 3)"
         )
-    return Image.fromarray(pixels.reshape(shape[:2]) if grey else pixels).convert("RGB")
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def _to_rgb(image: Image.Image, exif: str) -> tuple[Image.Image, tuple[str, ...]]:
     """Loads an opened image and converts it; returns it with its notes."""
     _check_pixel_count(*image.size)
-    sixteen_bit = _is_16_bit(image)
-    _refuse_misread(image, sixteen_bit)
+    # Of bytes in an order, unlike BMP's 16 bits a pixel.
+    sixteen_bit = image.mode.startswith("I") or bool(re.search(r";16[BLN]", str(image.tile)))
+    if _is_misread(image):
+        raise DataError(f"{image.format} image: this kind of pixels cannot be read safely")
     animated = getattr(image, "is_animated", False)
     is_tiff = image.format == "TIFF"
     tiff_orientation = image.tag_v2.get(_ORIENTATION) if is_tiff else None
-    image.load()  # Pillow turns TIFF files here, and reads what a PNG file has after its pixels
+    image.load()  # turns TIFF files, and reads what a PNG file has after its pixels
     orientation = tiff_orientation if is_tiff else _orientation(image)
 
     palette, cmyk = image.mode in ("P", "PA"), image.mode == "CMYK"
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _scale_to_8_bit(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int32)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError(f"{image.format} image: its values exceed 0 to 65535")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     alpha = image.has_transparency_data
     if alpha:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    stored_turned = orientation in _UPRIGHT
-    applied = stored_turned and (is_tiff or exif == "apply")
+    turned = orientation in _UPRIGHT
+    applied = turned and (is_tiff or exif == "apply")
     if applied and not is_tiff:
         image = image.transpose(_UPRIGHT[orientation])
 
-    ignored = stored_turned and not applied
-    done = (animated, sixteen_bit, palette, cmyk, alpha, ignored, applied)
-    return image, tuple(note for note, is_done in zip(NOTES, done, strict=True) if is_done)
+    found = (animated, sixteen_bit, palette, cmyk, alpha, turned and not applied, applied)
+    return image, tuple(note for note, holds in zip(NOTES, found, strict=True) if holds)
 
 
 def _check_pixel_count(width: int, height: int) -> None:
@@ -186,56 +172,23 @@ def _check_pixel_count(width: int, height: int) -> None:
         raise DataError(f"image of {width}x{height} pixels: allowed are {limit} pixels")
 
 
-def _is_16_bit(image: Image.Image) -> bool:
-    """Whether an opened, not yet loaded image has more than 8 bits a channel."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return True
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(_BITS, (1,))) > 8
-    if image.format == "PNG":
-        return ";16" in image.tile[0][3]
-    if image.format == "PPM" and image.tile[0][0] != "raw":
-        return image.tile[0][3][1] > 255  # (mode, largest value)
-    return False
-
-
-def _refuse_misread(image: Image.Image, sixteen_bit: bool) -> None:
-    """Refuses the kinds of images that Pillow would get wrong, or that have no known range."""
-    reason = None
-    if image.mode == "F":
-        reason = "floating-point pixels have no known range"
-    elif image.format == "PNG" and "transparency" in image.info and image.mode != "P":
-        if ";" in image.tile[0][3]:  # Pillow compares it with the value scaled to 8 bits
-            reason = "a transparent colour (tRNS) needs 8 bits a channel"
-    elif image.format == "TIFF":
-        bits = max(image.tag_v2.get(_BITS, (1,)))
-        if bits == 12:
-            reason = "12 bits a channel are not supported"
-        elif 2 in image.tag_v2.get(_SAMPLE_FORMAT, ()) and bits <= 16:
-            reason = "signed pixels have no known range"
-        elif sixteen_bit and image.tag_v2.get(_PHOTOMETRIC) == 0:
-            reason = "white as zero with 16 bits is not supported"
-        elif sixteen_bit and image.tag_v2.get(_PLANES) == 2:
-            reason = "16-bit channels in separate planes are not supported"
-    if reason:
-        raise DataError(f"{image.format} image: {reason}")
+def _is_misread(image: Image.Image) -> bool:
+    """Whether Pillow would silently get the pixels wrong, or their range of values is unknown."""
+    if image.format == "PNG":  # Pillow compares a transparent colour with values scaled to 8 bits
+        return "transparency" in image.info and image.mode != "P" and ";" in image.tile[0][3]
+    if image.format == "TIFF" and image.mode != "F":
+        tags, bits = image.tag_v2, max(image.tag_v2.get(_BITS, (1,)))
+        signed = 2 in tags.get(_SAMPLE_FORMAT, ()) and bits <= 16
+        white_is_zero, planes = tags.get(_PHOTOMETRIC) == 0, tags.get(_PLANES) == 2
+        return bits == 12 or signed or (bits > 8 and (white_is_zero or planes))
+    return image.mode == "F"
 
 
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(_ORIENTATION)
-    except Exception:  # a damaged EXIF block: the pixels are whole, and nobody says how to turn
+    except Exception:  # a damaged EXIF block: the pixels are whole, their orientation unknown
         return None
-
-
-def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int32)
-    if values.min() < 0 or values.max() > 65535:
-        raise DataError(
-            f"{image.format} image: its values are {values.min()} to {values.max()}: "
-            "allowed are 0 to 65535"
-        )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 # From pixels to crops ----------------------------------------------------------------------------
@@ -286,13 +239,8 @@ def crop(resized_RxRx3: np.ndarray, index: int, spec: CropSpec) -> np.ndarray:
         uint8 (S, S, 3).
 
     Raises:
-        DataError: the image has another size, or there is no such crop.
+        DataError: there is no such crop.
     """
-    if resized_RxRx3.shape != (spec.resized, spec.resized, 3):
-        raise DataError(
-            f"crops are cut from {(spec.resized, spec.resized, 3)} pixels, "
-            f"not from {resized_RxRx3.shape}"
-        )
     if not 0 <= index < spec.count:
         raise DataError(f"crop {index} does not exist: allowed are 0 to {spec.count - 1}")
     mirrored, place = divmod(index, spec.count // 2)

@@ -1,4 +1,4 @@
-"""Folders of image files: what is in them, in the order of torchvision's ImageFolder."""
+"""Lists folders of image files in the order of torchvision's ImageFolder."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is taken for an image, by its name."""
+    """Whether a file is an image, by its name."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -17,12 +17,12 @@ def scan(spec: str, root: str, folder: str = "") -> tuple[list[str], list[str]]:
     """Names of the folders and of the files in root/folder, each sorted; no hidden ones.
 
     Args:
-        spec: what the user calls the root, for messages.
+        spec: the user's name of the root, for messages.
         root: a folder.
-        folder: one inside it, with slashes; "": the root itself.
+        folder: a folder inside it, with slashes; "": the root itself.
 
     Raises:
-        DataError: it cannot be listed.
+        DataError: the folder cannot be listed.
     """
     folders, files = [], []
     try:
@@ -40,18 +40,18 @@ def scan(spec: str, root: str, folder: str = "") -> tuple[list[str], list[str]]:
 def walk(
     spec: str, root: str, folder: str = "", above: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files) of `folder` and of all folders inside it, also where links lead.
+    """(folder, its files) of `folder` and of all folders inside it; follows links.
 
     Args:
         spec, root, folder: see `scan`.
-        above: the real paths of the folders that this one is in.
+        above: the real paths of the folders that contain it.
 
     Raises:
-        DataError: a folder cannot be listed, or links to one that it is in.
+        DataError: a folder cannot be listed, or links to a folder that contains it.
     """
     real = os.path.realpath(os.path.join(root, folder))
     if real in above:
-        raise DataError(f"images {spec!r}: {folder!r} links to a folder that it is in")
+        raise DataError(f"images {spec!r}: {folder!r} links to a folder that contains it")
     folders, files = scan(spec, root, folder)
     yield folder, files
     for name in folders:

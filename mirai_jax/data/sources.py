@@ -1,7 +1,7 @@
 """Where images come from: folders, tensorflow_datasets, Python objects and the small built-in sets.
 
-Extraction goes through a source by number; each image has a key that is stored with its codes.
-Training asks by that key alone, which lists and loads nothing else. Every source pickles: worker
+Extraction reads a source by number; each image has a key that is stored with its codes. Training
+finds an image by that key, without listing or loading anything else. Every source pickles: worker
 processes open it again.
 """
 
@@ -23,7 +23,7 @@ FORMS = (
     "FOLDER (with a folder of images for each class), tfds:NAME[:SPLIT], "
     "grain:package.module:attribute, mnist and fashion_mnist[:FOLDER]"
 )
-# A version belongs to the name: imagenet2012:5.1.0, or 5.*.*
+# A version is part of the name: imagenet2012:5.1.0, or 5.*.*
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+(:(\d+|\*)(\.(\d+|\*)){2})?)(:(?P<split>.+))?")
 _GRAIN = re.compile(r"grain:(?P<module>[\w.]+):(?P<attribute>\w+)")
 _BUILT_IN = re.compile(r"mnist|fashion_mnist(:.+)?", re.DOTALL)
@@ -37,7 +37,7 @@ class ImageSource(abc.ABC):
 
     Attributes:
         class_names: one name a class; () if the source does not name them.
-        skipped: keys of files that were found and left out, since they are no images.
+        skipped: keys of files that are left out, since they are no images.
     """
 
     class_names: tuple[str, ...]
@@ -48,28 +48,16 @@ class ImageSource(abc.ABC):
         """How many images there are."""
 
     @abc.abstractmethod
-    def label(self, index: int) -> int:
-        """The class of image `index`, 0 or more."""
-
-    @abc.abstractmethod
-    def key(self, index: int) -> str:
-        """A name of image `index` that stays the same."""
-
-    @abc.abstractmethod
-    def read(self, index: int) -> bytes | np.ndarray:
-        """Image `index`."""
-
     def about(self, index: int) -> tuple[int, str]:
-        """Label and key of image `index`, fetched once."""
-        return self.label(index), self.key(index)
+        """Label (0 or more) and key of image `index`; the key stays the same."""
 
+    @abc.abstractmethod
     def example(self, index: int) -> tuple[bytes | np.ndarray, int, str]:
         """Image, label and key of image `index`, fetched once."""
-        return self.read(index), *self.about(index)
 
     @abc.abstractmethod
     def find(self, key: str) -> bytes | np.ndarray:
-        """The image that `key` names, without listing the others.
+        """The image with this key; the others are not listed.
 
         Raises:
             DataError: there is no such image, or it cannot be read.
@@ -77,7 +65,7 @@ class ImageSource(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What this is, ready for JSON: kind, name, split and number. Names no path."""
+        """Kind, name, split and number, ready for JSON, without any path."""
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
@@ -95,10 +83,10 @@ def open_images(spec: str) -> ImageSource:
             grain:package.module:attribute: random access (len and []) to items {'image': encoded
                 bytes or uint8 pixels, 'label': int, optionally 'key': str}, or a callable that
                 returns it; it may have class_names;
-            mnist, fashion_mnist[:FOLDER]: the training images of `image_sets.load_images`.
+            mnist, fashion_mnist[:FOLDER]: the training images of `small_sets.load_images`.
 
     Raises:
-        DataError: none of these, or not there.
+        DataError: `spec` is none of these, or there is nothing there.
     """
     if found := _TFDS.fullmatch(spec):
         return _Tfds(spec, found["name"], found["split"] or "train")
@@ -119,7 +107,7 @@ def open_images(spec: str) -> ImageSource:
 
 
 class _Folder(ImageSource):
-    """ROOT/CLASS/.../IMAGE; listed when it is first asked for a number."""
+    """ROOT/CLASS/.../IMAGE, listed at the first use of a number."""
 
     def __init__(self, spec: str, root: str):
         self._spec, self._root = spec, root
@@ -127,16 +115,14 @@ class _Folder(ImageSource):
     def __len__(self) -> int:
         return len(self._listing[0])
 
-    def label(self, index: int) -> int:
+    def about(self, index: int) -> tuple[int, str]:
         self._check(index)
-        return int(self._listing[1][index])
+        keys, labels, _ = self._listing
+        return int(labels[index]), keys[index]
 
-    def key(self, index: int) -> str:
-        self._check(index)
-        return self._listing[0][index]
-
-    def read(self, index: int) -> bytes:
-        return self.find(self.key(index))
+    def example(self, index: int) -> tuple[bytes, int, str]:
+        label, key = self.about(index)
+        return self.find(key), label, key
 
     def find(self, key: str) -> bytes:
         if not isinstance(key, str) or {"", ".", ".."} & set(key.split("/")):
@@ -144,9 +130,10 @@ class _Folder(ImageSource):
         try:
             with open(os.path.join(self._root, key), "rb") as file:
                 return file.read()
-        except (OSError, ValueError) as error:  # ValueError: no name of a file at all
-            why = getattr(error, "strerror", None) or first_line(error)
-            raise DataError(f"images {self._spec!r}: {key!r} cannot be read ({why})") from error
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise DataError(
+                f"images {self._spec!r}: {key!r} cannot be read ({first_line(error)})"
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         name = os.path.basename(self._root)
@@ -154,12 +141,11 @@ class _Folder(ImageSource):
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        classes, files = folders.scan(self._spec, self._root)
+        classes, _ = folders.scan(self._spec, self._root)
         if not classes:
-            loose = any(map(folders.is_image, files))
             raise DataError(
-                f"images {self._spec!r} holds {'images but no class folders' if loose else 'none'}: "
-                f"expected are FOLDER/CLASS/IMAGE, with images of {' '.join(folders.SUFFIXES)}"
+                f"images {self._spec!r} holds no class folders: expected are FOLDER/CLASS/IMAGE, with "
+                f"images of {' '.join(folders.SUFFIXES)}"
             )
         return tuple(classes)
 
@@ -198,7 +184,7 @@ class _Folder(ImageSource):
 
 
 class _Numbered(ImageSource):
-    """Images that come by number. A key is the number, or number:name where images have names."""
+    """Images by number. A key is the number, or number:name where images have names."""
 
     def __init__(self, spec: str):
         self._spec = spec
@@ -210,75 +196,58 @@ class _Numbered(ImageSource):
     def _record(self, index: int) -> tuple[Any, Any, str | None]:
         """Image, label and name of record `index`; may raise anything."""
 
-    def label(self, index: int) -> int:
-        return self._label(index, self._get(index)[1])
-
-    def key(self, index: int) -> str:
-        return self._key(index, self._get(index)[2])
-
-    def read(self, index: int) -> bytes | np.ndarray:
-        return self._image(index, self._get(index)[0])
-
     def about(self, index: int) -> tuple[int, str]:
         _, label, name = self._get(index)
-        return self._label(index, label), self._key(index, name)
+        return self._label(index, label), _key(index, name)
 
     def example(self, index: int) -> tuple[bytes | np.ndarray, int, str]:
         image, label, name = self._get(index)
-        return self._image(index, image), self._label(index, label), self._key(index, name)
+        return image, self._label(index, label), _key(index, name)
 
     def find(self, key: str) -> bytes | np.ndarray:
         found = _NUMBERED.fullmatch(key) if isinstance(key, str) else None
         if not found or not int(found[1]) < len(self):
             raise DataError(
                 f"images {self._spec!r}: there is no image {key!r}: keys are 0 to {len(self) - 1}, "
-                "with a colon and a name behind where images have names"
+                "followed by a colon and a name where images have names"
             )
         index = int(found[1])
         image, _, name = self._get(index)
-        actual = self._key(index, name)
-        if actual != key:
+        if (actual := _key(index, name)) != key:
             raise DataError(
                 f"images {self._spec!r}: image {index} is {actual!r}, not {key!r}: the key is from "
                 "other images"
             )
-        return self._image(index, image)
-
-    def _label(self, index: int, label: Any) -> int:
-        try:
-            label = operator.index(label)
-        except TypeError as error:
-            raise DataError(
-                f"images {self._spec!r}: label {label!r} of image {index} is no integer"
-            ) from error
-        last = len(self.class_names) - 1 if self.class_names else 2**31 - 1
-        if not 0 <= label <= last:
-            raise DataError(
-                f"images {self._spec!r}: label {label} of image {index} is out of range: allowed "
-                f"are 0 to {last}"
-            )
-        return label
-
-    def _key(self, index: int, name: str | None) -> str:
-        return str(index) if name is None else f"{index}:{name}"
-
-    def _image(self, index: int, image: Any) -> bytes | np.ndarray:
-        if not isinstance(image, bytes | np.ndarray):
-            raise DataError(
-                f"images {self._spec!r}: image {index} is a {type(image).__name__}: allowed are "
-                "encoded bytes and arrays of pixels"
-            )
         return image
 
-    def _get(self, index: int) -> tuple[Any, Any, str | None]:
+    def _label(self, index: int, label: Any) -> int:
+        last = len(self.class_names) - 1 if self.class_names else 2**31 - 1
+        try:
+            number = operator.index(label)
+        except TypeError:
+            number = -1
+        if not 0 <= number <= last:
+            raise DataError(
+                f"images {self._spec!r}: label {label!r} of image {index}: allowed are 0 to {last}"
+            )
+        return number
+
+    def _get(self, index: int) -> tuple[bytes | np.ndarray, Any, str | None]:
         self._check(index)
         try:
-            return self._record(index)
-        except Exception as error:  # of data sets' own code and files
+            image, label, name = self._record(index)
+            if not isinstance(image, bytes | np.ndarray):
+                raise TypeError(f"its image is a {type(image).__name__}, not bytes or pixels")
+            return image, label, name
+        except Exception as error:  # from the data set's code and files
             raise DataError(
                 f"images {self._spec!r}: record {index} cannot be read "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
+
+
+def _key(index: int, name: str | None) -> str:
+    return str(index) if name is None else f"{index}:{name}"
 
 
 class _Tfds(_Numbered):
@@ -288,40 +257,31 @@ class _Tfds(_Numbered):
         super().__init__(spec)
         import tensorflow_datasets as tfds  # here, because it takes seconds to import
 
-        how = (
-            "prepare it once with Python's tensorflow_datasets.builder("
-            f"{name!r}, file_format='array_record').download_and_prepare(), under the same "
-            "TFDS_DATA_DIR"
-        )
         try:
             # From files alone: the data set's own code could start a download.
             builder = tfds.core.read_only_builder.builder_from_files(
                 name, data_dir=os.environ.get("TFDS_DATA_DIR")
             )
-            features = builder.info.features
-        except Exception as error:  # tfds lets pass whatever its parts raise
+            self._source = builder.as_data_source(
+                split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+        except Exception as error:  # tfds does not wrap what its parts raise
             raise DataError(
-                f"images {spec!r} are not prepared on this machine ({first_line(error)}): {how}"
+                f"images {spec!r} cannot be opened ({first_line(error)}); if they are not prepared "
+                "as ArrayRecord files on this machine, run Python's tensorflow_datasets.builder("
+                f"{name!r}, file_format='array_record').download_and_prepare() once, under the same "
+                "TFDS_DATA_DIR"
             ) from error
+        features = builder.info.features
         if (
             not {"image", "label"} <= set(features)
             or not isinstance(features["image"], tfds.features.Image)
-            or features["image"].np_dtype == np.float32  # stored as bytes that are no image
+            or features["image"].np_dtype == np.float32  # stored as the bytes of another image
         ):
             raise DataError(
                 f"images {spec!r}: its features are {', '.join(sorted(features))}: needed are "
                 "'image', of integers, and 'label'"
             )
-        try:
-            self._source = builder.as_data_source(
-                split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-        except NotImplementedError as error:
-            raise DataError(
-                f"images {spec!r} are not prepared as ArrayRecord files: {how}"
-            ) from error
-        except Exception as error:
-            raise DataError(f"images {spec!r}: {first_line(error)}") from error
         named = isinstance(features["label"], tfds.features.ClassLabel)
         self.class_names = tuple(features["label"].names) if named else ()
         self._name, self._split = builder.info.full_name, split
@@ -349,7 +309,7 @@ class _Grain(_Numbered):
             source = getattr(importlib.import_module(module), attribute)
             if isinstance(source, type) or not _is_random_access(source):
                 source = source()
-        except Exception as error:  # of somebody's own code
+        except Exception as error:  # from the user's code
             raise DataError(
                 f"images {spec!r} cannot be opened ({type(error).__name__}: {first_line(error)})"
             ) from error
@@ -376,7 +336,7 @@ def _is_random_access(source: Any) -> bool:
 
 
 class _BuiltIn(_Numbered):
-    """The training images of `image_sets.load_images`, loaded when they are first asked for."""
+    """The training images of `small_sets.load_images`, loaded at their first use."""
 
     def __init__(self, spec: str, name: str, path: str):
         super().__init__(spec)

@@ -1,0 +1,103 @@
+"""Images -> codes over the devices of this process: threads decode, the devices encode."""
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+
+from mirai_jax.data.crops import load_all_crops
+from mirai_jax.extraction.job import ExtractionJob
+from mirai_jax.models import batched, tokenizer, vq
+from mirai_jax.utils.errors import DataError, first_line
+
+
+@dataclasses.dataclass
+class LoadedImage:
+    """One image: its crops with the notes of `crops.decode`, or the problem that left none."""
+
+    key: str
+    label: int
+    crops: np.ndarray | None
+    notes: tuple[str, ...]
+    problem: str
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(module: vq.VQModel, params: Any, crops_BxSxSx3: jax.Array) -> jax.Array:
+    return module.apply({"params": params}, tokenizer.to_unit(crops_BxSxSx3), method="encode")
+
+
+def encoded_batches(
+    job: ExtractionJob, shards: list[int]
+) -> Iterator[tuple[int, list[LoadedImage], np.ndarray]]:
+    """(shard, images, codes (B, C, L) uint16), in order; the next batch is always queued.
+
+    Batches never cross a shard, so a shard's bytes depend on nothing outside it.
+
+    Raises:
+        DataError: an image cannot be read. (One that cannot be decoded has a `problem`.)
+    """
+    devices, spec, size = batched.LocalDevices(), job.manifest.crops, job.manifest.batch_size
+    params, rows = devices.copy(job.params), size * spec.count
+    filled = -(-rows // devices.count) * devices.count
+    waiting: tuple[int, list[LoadedImage], jax.Array] | None = None
+
+    def fetched(k: int, batch: list[LoadedImage], codes: jax.Array):
+        return k, batch, np.asarray(codes)[:rows].astype(np.uint16).reshape(size, spec.count, -1)
+
+    for k, batch in _batches(job, shards):
+        # All batches have one shape: missing images are black, and their codes are dropped.
+        pixels = np.zeros((filled, spec.image_size, spec.image_size, 3), np.uint8)
+        for i, image in enumerate(batch):
+            if image.crops is not None:
+                pixels[i * spec.count : (i + 1) * spec.count] = image.crops
+        started = (k, batch, _encode(job.module, params, devices.split(pixels)))
+        if waiting is not None:
+            yield fetched(*waiting)
+        waiting = started
+    if waiting is not None:
+        yield fetched(*waiting)
+
+
+def _batches(job: ExtractionJob, shards: list[int]) -> Iterator[tuple[int, list[LoadedImage]]]:
+    size = job.manifest.batch_size
+    stream = _loaded(job, (i for k in shards for i in job.indices(k)))
+    for k in shards:
+        left = len(job.indices(k))
+        while left:
+            batch = [next(stream) for _ in range(min(size, left))]
+            left -= len(batch)
+            yield k, batch
+
+
+def _loaded(job: ExtractionJob, indices: Iterator[int]) -> Iterator[LoadedImage]:
+    """The images in order, decoded by threads that run two batches ahead."""
+    ahead = 2 * job.manifest.batch_size + job.num_workers
+    with futures.ThreadPoolExecutor(job.num_workers) as pool:
+        waiting: deque[futures.Future] = deque()
+        try:
+            for index in indices:
+                waiting.append(pool.submit(_load, job, index))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _load(job: ExtractionJob, index: int) -> LoadedImage:
+    # An image that cannot be read ends the work: the disk may be lost, and the image is not to
+    # blame. An image that cannot be decoded is listed.
+    raw, label, key = job.images.example(index)
+    try:
+        crops, notes = load_all_crops(raw, job.manifest.crops)
+        return LoadedImage(key, label, crops, notes, "")
+    except DataError as error:
+        return LoadedImage(key, label, None, (), first_line(error))

@@ -1,0 +1,137 @@
+"""An extraction: what it is made from, which shards it has, and which of them are done."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from mirai_jax.data import manifest
+from mirai_jax.data.crops import CropSpec
+from mirai_jax.data.manifest import Manifest
+from mirai_jax.data.sources import ImageSource, open_images
+from mirai_jax.models import vq
+from mirai_jax.utils.errors import ConfigError, DataError
+from mirai_jax.weights import pretrained
+
+PARTS = "parts"  # folder with a JSON file for each finished shard, until all shards are finished
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractionJob:
+    """An extraction, the same for all hosts that share it.
+
+    Attributes:
+        images: the source.
+        module, params: the tokenizer, float32.
+        manifest: what fixes the bytes of the shards; complete once all of them are finished.
+        out: folder of the shards.
+        num_workers: decoding threads.
+    """
+
+    images: ImageSource
+    module: vq.VQModel
+    params: Any
+    manifest: Manifest
+    out: pathlib.Path
+    num_workers: int
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.images) // self.manifest.images_per_shard)
+
+    def shard_name(self, k: int) -> str:
+        return f"codes-{k:05d}-of-{self.num_shards:05d}.array_record"
+
+    def indices(self, k: int) -> range:
+        """The numbers of the images of shard k."""
+        size = self.manifest.images_per_shard
+        return range(k * size, min((k + 1) * size, len(self.images)))
+
+    def part_file(self, k: int) -> pathlib.Path:
+        return self.out / PARTS / f"{k:05d}.json"
+
+    def part(self, k: int) -> dict[str, Any] | None:
+        """What was noted about shard k when it was finished; None if it is not finished."""
+        if not (self.out / self.shard_name(k)).is_file():
+            return None
+        try:
+            return json.loads(self.part_file(k).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+
+def prepare(
+    images: str,
+    tokenizer_path: str,
+    out: str,
+    crops: CropSpec,
+    *,
+    images_per_shard: int = 4096,
+    batch_size: int = 4,
+    precision: str = "float32",
+    num_workers: int = 4,
+) -> ExtractionJob:
+    """Opens the source and the tokenizer; writes the manifest of `out`, or checks the one there.
+
+    Raises:
+        ConfigError, DataError: a wrong field or input; nothing was written.
+    """
+    for name, value in (("images_per_shard", images_per_shard), ("batch_size", batch_size),
+                        ("num_workers", num_workers)):  # fmt: skip
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be 1 or more")
+    loaded = pretrained.load("--tokenizer", tokenizer_path, "tokenizer")
+    module = vq.VQModel(loaded.config, precision=precision)
+    params = pretrained.float32(loaded.params)
+    try:
+        grid = module.grid((crops.image_size, crops.image_size))
+    except ValueError as error:
+        raise ConfigError(f"--image_size is {crops.image_size}: {error}") from error
+    if module.vocab_size > 2**16 or loaded.config.channels != 3:
+        raise ConfigError(
+            f"--tokenizer has {module.vocab_size} codes of {loaded.config.channels} channels; it "
+            "must have at most 65536, of 3"
+        )
+    source = open_images(images)
+    if not len(source):
+        raise DataError(f"--images is {images!r}, which holds no image")
+    planned = Manifest(
+        images=source.describe(),
+        crops=crops,
+        tokenizer={
+            "checksum": pretrained.checksum(params),
+            "file": loaded.source["file"],
+            **dataclasses.asdict(loaded.config),
+        },
+        grid=grid,
+        vocab_size=module.vocab_size,
+        class_names=tuple(source.class_names),
+        images_per_shard=images_per_shard,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    folder = pathlib.Path(out).expanduser()
+    found = _found_or_written(folder, planned)
+    if not found.complete:
+        (folder / PARTS).mkdir(exist_ok=True)
+    return ExtractionJob(source, module, params, found, folder, num_workers)
+
+
+def _found_or_written(folder: pathlib.Path, planned: Manifest) -> Manifest:
+    """The manifest of an extraction that this one continues, or `planned`, written."""
+    found = manifest.read(folder)
+    has_shards = folder.is_dir() and any(folder.glob("*.array_record"))
+    if found is None and has_shards:
+        raise ConfigError(f"--out is {str(folder)!r}, which holds shards without a manifest.json")
+    if found is not None:
+        changed = found.differences(planned)
+        if not changed:
+            return found
+        if has_shards or any((folder / PARTS).glob("*.json")):
+            raise ConfigError(
+                f"--out is {str(folder)!r}, an extraction of something else: "
+                f"{'; '.join(changed)[:1000]}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)  # nothing was finished: out of memory, perhaps
+    manifest.write(folder, planned)
+    return manifest.from_dict(planned.to_dict())  # with lists, as another start reads it
