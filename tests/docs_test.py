@@ -162,7 +162,7 @@ def check(command: str, folder: pathlib.Path) -> None:
         for extra in re.findall(r"\[(\w+)\]", command):
             assert extra in setup["options.extras_require"], f"there is no extra {extra}"
     elif program == "sbatch":
-        run("bash", *words[1:], "--dry_run")
+        run("bash", words[1], "--dry_run", *words[2:])
         check_program("mirai_jax.main", words[2:])
     elif program == "tpu_pod.sh":
         flags_end = words.index("--")
