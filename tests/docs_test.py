@@ -109,7 +109,7 @@ def check_program(name: str, arguments: list[str]) -> None:
 
 def run(*words: str, **environment: str) -> str:
     done = subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, timeout=120,
+        words, cwd=ROOT, capture_output=True, text=True, timeout=900,
         env={**os.environ, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
