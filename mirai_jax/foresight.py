@@ -144,7 +144,7 @@ class Projector(nn.Module):
     """Linear, SiLU, Linear, SiLU, Linear, with biases (the official `build_mlp`)."""
 
     width: int
-    features: int
+    target_width: int
     dtype: str = "float32"
 
     @nn.compact
@@ -152,58 +152,58 @@ class Projector(nn.Module):
         for i in range(2):
             hidden = (self.width,)
             x_MxD = nn.silu(Linear(hidden, self.dtype, use_bias=True, name=f"linear_{i}")(x_MxD))
-        return Linear((self.features,), self.dtype, use_bias=True, name="linear_2")(x_MxD)
+        return Linear((self.target_width,), self.dtype, use_bias=True, name="linear_2")(x_MxD)
 
 
 class TokenHead(nn.Module):
     """RMSNorm and a zero-initialised output layer, like the generator's own."""
 
-    features: int
+    target_width: int
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x_MxD):
         x_MxD = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x_MxD)
         zeros = nn.initializers.zeros
-        return Linear((self.features,), self.dtype, kernel_init=zeros, name="output")(x_MxD)
+        return Linear((self.target_width,), self.dtype, kernel_init=zeros, name="output")(x_MxD)
 
 
-def _head(term: Term, features: int, dtype: str) -> nn.Module:
+def _head(term: Term, target_width: int, dtype: str) -> nn.Module:
     if term.level == "output":
-        return TokenHead(features, dtype)
-    return Projector(term.projector_width, features, dtype)
+        return TokenHead(target_width, dtype)
+    return Projector(term.projector_width, target_width, dtype)
 
 
-def init_heads(term: Term, features: int, width: int, key: jax.Array) -> Any:
+def init_heads(term: Term, target_width: int, width: int, key: jax.Array) -> Any:
     """Fresh float32 parameters of the K heads of a term.
 
     Args:
         term: level `internal` gives projectors, `output` token heads.
-        features: the target's width Z, or the vocabulary size V.
+        target_width: the width Z of the target, or the vocabulary size V.
         width: D, of the states they look at.
         key: of all of them.
     """
     state = jnp.zeros((1, width))
-    head = _head(term, features, "float32")
+    head = _head(term, target_width, "float32")
     return jax.vmap(lambda key: head.init(key, state)["params"])(
         jax.random.split(key, len(term.offsets))
     )
 
 
 def apply_heads(
-    term: Term, features: int, dtype: str, params: Any, state_BxLxD: jax.Array
+    term: Term, target_width: int, dtype: str, params: Any, state_BxLxD: jax.Array
 ) -> list[jax.Array]:
-    """What each head makes of the states: K arrays (B, L, features); `dtype` is of the products.
+    """What each head makes of the states: K arrays (B, L, target_width); `dtype` is of the products.
 
     One head after the other, on one flat axis of tokens: as K batched products XLA would transpose
     activations and weights (a sixth of Mirai-E's extra time on CPU).
     """
-    head, x_MxD = _head(term, features, dtype), state_BxLxD.reshape(-1, state_BxLxD.shape[-1])
+    head, x_MxD = _head(term, target_width, dtype), state_BxLxD.reshape(-1, state_BxLxD.shape[-1])
     outputs = [
         head.apply({"params": jax.tree.map(lambda p: p[k], params)}, x_MxD)  # noqa: B023 (at once)
         for k in range(len(term.offsets))
     ]
-    return [out.reshape(*state_BxLxD.shape[:-1], features) for out in outputs]
+    return [out.reshape(*state_BxLxD.shape[:-1], target_width) for out in outputs]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -47,10 +47,10 @@ class Recipe:
         ema_decay: of the generator's parameters, from step 0. Projectors have no EMA: nothing
             would read it.
         steps_per_epoch: whole batches in an epoch, the unit of the terms' schedules.
-        teacher: the bidirectional encoder, image -> (B, L, Z), with a field `features` (Z).
+        teacher: the bidirectional encoder, image -> (B, L, Z), with a field `feature_width` (Z).
         teacher_dtype: of the matrix products of generators that teach; float32 officially, where
             teachers run outside autocast.
-        static: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
+        pretrained_configs: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
         tokenizer: makes the codes of a batch from its images; None: batches hold codes.
         accumulate: parts of a batch that are computed one after the other, for less memory; the
             update is that of the whole batch, with other draws of dropout.
@@ -64,7 +64,7 @@ class Recipe:
     steps_per_epoch: int = 1
     teacher: nn.Module | None = None
     teacher_dtype: str = "float32"
-    static: tuple[tuple[str, GeneratorConfig], ...] = ()
+    pretrained_configs: tuple[tuple[str, GeneratorConfig], ...] = ()
     tokenizer: nn.Module | None = None
     accumulate: int = 1
     skip_nonfinite: bool = False
@@ -92,9 +92,9 @@ def target_width(recipe: Recipe, term: foresight.Term) -> int:
     if term.level == "output":
         return recipe.generator.vocab_size
     if term.source == "bidirectional":
-        return recipe.teacher.features
+        return recipe.teacher.feature_width
     if term.source == "checkpoint":
-        return dict(recipe.static)[term.name].width
+        return dict(recipe.pretrained_configs)[term.name].width
     return recipe.generator.width
 
 
@@ -126,7 +126,7 @@ def init_state(recipe: Recipe, key: jax.Array, params: Any | None = None) -> Tra
 
 
 def teacher_targets(
-    recipe: Recipe, ema: Any, frozen: Any, batch: Batch, terms: tuple[foresight.Term, ...]
+    recipe: Recipe, ema: Any, teacher_params: Any, batch: Batch, terms: tuple[foresight.Term, ...]
 ) -> dict[str, jax.Array]:
     """Targets (B, L, Z) of each internal term by name, computed once for terms that share them."""
 
@@ -134,9 +134,9 @@ def teacher_targets(
         if term.source == "bidirectional" and "features" in batch:
             return batch["features"]  # computed once, before training
         if term.source == "bidirectional":
-            return recipe.teacher.apply({"params": frozen["bidirectional"]}, batch["image"])
+            return recipe.teacher.apply({"params": teacher_params["bidirectional"]}, batch["image"])
         if term.source == "checkpoint":
-            config, params = dict(recipe.static)[term.name], frozen[term.name]
+            config, params = dict(recipe.pretrained_configs)[term.name], teacher_params[term.name]
         else:
             config, params = recipe.generator, ema
         config = dataclasses.replace(config, dtype=recipe.teacher_dtype)
@@ -244,7 +244,7 @@ def foresight_loss(
 def train_step(
     recipe: Recipe,
     state: TrainState,
-    frozen: Any,
+    teacher_params: Any,
     batch: Batch,
     active: tuple[bool, ...],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -253,7 +253,7 @@ def train_step(
     Args:
         recipe: static.
         state: the state before.
-        frozen: parameters that are not trained: {'bidirectional': ..., term name: ..., and
+        teacher_params: parameters that are not trained: {'bidirectional': ..., term name: ..., and
             'tokenizer': ... where the step makes the codes}.
         batch: see `Batch`.
         active: static; `foresight.active_terms` of `state.step`. A term that has not started costs
@@ -263,7 +263,7 @@ def train_step(
         The state after, and float32 scalars: those of `loss_fn`, grad_norm (before clipping),
         learning_rate, and with `recipe.skip_nonfinite` how many updates were skipped so far.
     """
-    gradients, metrics = _gradients(recipe, state, frozen, batch, active)
+    gradients, metrics = _gradients(recipe, state, teacher_params, batch, active)
     params, opt_state, ema = update(recipe, state, gradients)
     metrics["grad_norm"] = optax.tree.norm(gradients)
     # The optimizer's own count: a skipped update does not move the schedule.
@@ -295,7 +295,7 @@ def update(recipe: Recipe, state: TrainState, gradients: Any) -> tuple[Any, Any,
 
 
 def _gradients(
-    recipe: Recipe, state: TrainState, frozen: Any, batch: Batch, active: tuple[bool, ...]
+    recipe: Recipe, state: TrainState, teacher_params: Any, batch: Batch, active: tuple[bool, ...]
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradients and metrics of a batch; both are means over `recipe.accumulate` parts of it."""
     terms = tuple(t for t, is_active in zip(recipe.terms, active, strict=True) if is_active)
@@ -303,10 +303,10 @@ def _gradients(
     def of_part(batch: Batch, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         if recipe.tokenizer is not None:
             images = tokenizer_lib.to_unit(batch["image"])
-            tokenizer_params = {"params": frozen["tokenizer"]}
+            tokenizer_params = {"params": teacher_params["tokenizer"]}
             codes = recipe.tokenizer.apply(tokenizer_params, images, method="encode")
             batch = {**batch, "codes": codes}
-        targets = teacher_targets(recipe, state.ema, frozen, batch, terms)
+        targets = teacher_targets(recipe, state.ema, teacher_params, batch, terms)
         # The student after its teachers: side by side they would hold more memory, and on CPU
         # compete for its caches.
         batch, targets = jax.lax.optimization_barrier((batch, targets))
@@ -331,7 +331,7 @@ def _gradients(
 
 
 def jit_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
-    """`train_step` as one program: `(state, frozen, batch, active) -> (state, metrics)`.
+    """`train_step` as one program: `(state, teacher_params, batch, active) -> (state, metrics)`.
 
     The state is donated, `active` static. Shardings are pytrees (or prefixes) of NamedSharding;
     metrics come back replicated. To be traced under `jax.set_mesh` of their mesh.
@@ -344,25 +344,25 @@ def jit_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: A
         in_shardings=(state_sharding, None, batch_sharding),
         out_shardings=(state_sharding, None),
     )
-    def jitted(state, frozen, batch, active):
-        return train_step(recipe, state, frozen, batch, active)
+    def jitted(state, teacher_params, batch, active):
+        return train_step(recipe, state, teacher_params, batch, active)
 
     return jitted
 
 
 def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
-    """The step of a run: `(state, frozen, batch, step) -> (state, metrics)`; see `jit_train_step`.
+    """The step of a run: `(state, teacher_params, batch, step) -> (state, metrics)`; see `jit_train_step`.
 
     `step` is `state.step` as a Python int: it picks the active terms, so that a run compiles once
     more at the step in which a term starts.
     """
     jitted = jit_train_step(recipe, state_sharding, batch_sharding)
 
-    def run(state: TrainState, frozen: Any, batch: Batch, step: int):
+    def run(state: TrainState, teacher_params: Any, batch: Batch, step: int):
         active = foresight.active_terms(recipe.terms, step, recipe.steps_per_epoch)
         if batch_sharding is None:
-            return jitted(state, frozen, batch, active)
+            return jitted(state, teacher_params, batch, active)
         with jax.set_mesh(batch_sharding.mesh):
-            return jitted(state, frozen, batch, active)
+            return jitted(state, teacher_params, batch, active)
 
     return run

@@ -33,13 +33,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 class Encoder(nn.Module):
     """A bidirectional teacher: every feature depends on the whole image."""
 
-    features: int = 6
+    feature_width: int = 6
 
     @nn.compact
     def __call__(self, images_BxHxWxC):
         x = images_BxHxWxC.reshape(len(images_BxHxWxC), -1).astype(jnp.float32) / 255
-        x = nn.tanh(nn.Dense(GRID[0] * GRID[1] * self.features)(x))
-        return x.reshape(len(x), -1, self.features)
+        x = nn.tanh(nn.Dense(GRID[0] * GRID[1] * self.feature_width)(x))
+        return x.reshape(len(x), -1, self.feature_width)
 
 
 def make_term(**fields):
@@ -73,7 +73,9 @@ def make_recipe(terms, **fields):
     """Of a variant's name or of terms; the same for all tests where it can be: compiled once."""
     terms = VARIANTS[terms] if isinstance(terms, str) else terms
     common = dict(generator=CONFIG, optimizer=OPTIMIZER, ema_decay=0.7, teacher=Encoder())
-    return step.Recipe(terms=terms, static=(("static", PRETRAINED),), **{**common, **fields})
+    return step.Recipe(
+        terms=terms, pretrained_configs=(("static", PRETRAINED),), **{**common, **fields}
+    )
 
 
 @functools.cache
@@ -124,13 +126,13 @@ def assert_close(one, other, atol):
         np.testing.assert_allclose(leaf, other[path], rtol=0, atol=atol, err_msg=str(path))
 
 
-def run(recipe, steps, frozen, batch):
+def run(recipe, steps, teacher_params, batch):
     """Trains on one batch: [((params, ema), metrics)] by step, the initial state first."""
     state = initialiser(recipe.terms)()
     train_step = step.make_train_step(recipe)
     log = [(host((state.params, state.ema)), None)]
     for i in range(steps):
-        state, metrics = train_step(state, frozen, batch, i)
+        state, metrics = train_step(state, teacher_params, batch, i)
         log.append((host((state.params, state.ema)), jax.device_get(metrics)))
     return log
 
@@ -148,8 +150,8 @@ def test_no_gradient_reaches_any_teacher():
     recipe = make_recipe((E, I, STATIC))
     state, batch = initialiser(recipe.terms)(), make_batch()
 
-    def total(params, ema, frozen):
-        targets = step.teacher_targets(recipe, ema, frozen, batch, recipe.terms)
+    def total(params, ema, teacher_params):
+        targets = step.teacher_targets(recipe, ema, teacher_params, batch, recipe.terms)
         return step.loss_fn(params, recipe, targets, batch, state.step, (True,) * 3, None)[0]
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(state.params, state.ema, teachers())
@@ -162,8 +164,8 @@ def test_teachers_products_are_not_left_to_the_devices_default():
     """A TPU's for float32 is one pass of bfloat16."""
     recipe, state = make_recipe((E, STATIC)), initialiser((E, STATIC))()
 
-    def targets(ema, frozen):
-        return step.teacher_targets(recipe, ema, frozen, make_batch(), recipe.terms)
+    def targets(ema, teacher_params):
+        return step.teacher_targets(recipe, ema, teacher_params, make_batch(), recipe.terms)
 
     found = []
 
@@ -412,10 +414,10 @@ def test_a_mesh_computes_what_one_device_does(shape, variant):
     mesh = sharding.make_mesh(shape)
     state, placement = placed(recipe, mesh)
     train_step = step.make_train_step(recipe, placement, sharding.batch_sharding(mesh))
-    frozen = jax.device_put(teachers(), sharding.replicated(mesh))
+    teacher_params = jax.device_put(teachers(), sharding.replicated(mesh))
     for i, (_, expected) in enumerate(on_one_device(variant)[1:4]):
         batch = sharding.put_batch(make_batch(), mesh)
-        old, (state, metrics) = state, train_step(state, frozen, batch, i)
+        old, (state, metrics) = state, train_step(state, teacher_params, batch, i)
         arrays = jax.tree.leaves((old.params, old.ema, old.opt_state))
         assert all(array.is_deleted() for array in arrays)  # donated
         for name, value in expected.items():

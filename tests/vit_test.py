@@ -274,7 +274,7 @@ def teach(images, grid, config=SMALL, **how):
 def test_teacher_gives_each_token_its_patch():
     images = random_pixels(2, 20, 30, 3)
     module = teacher.DinoTeacher((2, 3), SMALL, layer=1)
-    assert module.features == 16
+    assert module.feature_width == 16
     params = random_params(SMALL)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     assert jax.tree.map(np.shape, shapes) == {"network": jax.tree.map(np.shape, params)}

@@ -86,7 +86,7 @@ class Work:
             plain, (self._compiled.state, self._compiled.frozen, self._compiled.batch)
         )
         if "image" in batch:
-            shape = (settings.batch_size, recipe.generator.length, recipe.teacher.features)
+            shape = (settings.batch_size, recipe.generator.length, recipe.teacher.feature_width)
             features = jax.ShapeDtypeStruct(shape, np.float32)
             batch = {"codes": batch["codes"], "label": batch["label"], "features": features}
         active = tuple(True for _ in recipe.terms)

@@ -2,7 +2,7 @@
 
 The interface is a linen module with
 
-    features: int                         the width Z of what it returns
+    feature_width: int                    the width Z of what it returns
     __call__(images_BxHxWxC uint8) -> (B, L, Z) float32
 
 where L is the token grid in raster order: position n describes what token n covers. An encoder
@@ -43,7 +43,7 @@ class EfficientNetTeacher(nn.Module):
     dtype: str = "float32"
 
     @property
-    def features(self) -> int:
+    def feature_width(self) -> int:
         return STAGE_CHANNELS[self.stage - 1]
 
     @nn.compact
@@ -87,7 +87,7 @@ class DinoTeacher(nn.Module):
     attention: str = "auto"
 
     @property
-    def features(self) -> int:
+    def feature_width(self) -> int:
         return self.config.width
 
     @property
