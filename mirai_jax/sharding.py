@@ -100,7 +100,7 @@ def place(tree: Any, shardings: Any) -> Any:
     """Host arrays, the same in every process, on the devices as `shardings` (a prefix) says."""
 
     def one(sharding: NamedSharding, part: Any) -> Any:
-        put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])  # noqa: E731
+        put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
         return jax.tree.map(put, jax.tree.map(np.asarray, part))
 
     return jax.tree.map(one, shardings, tree)

@@ -273,7 +273,7 @@ def test_the_generator_takes_it_whatever_is_computed_again(remat, cudnn):
     shapes = jax.eval_shape(functools.partial(params_of, config))
     again = {} if remat == "none" else {"__cudnn$fmhaSoftmax": 2}
     with on_mesh():
-        of = lambda config: jax.grad(functools.partial(generator_loss, config))  # noqa: E731
+        of = lambda config: jax.grad(functools.partial(generator_loss, config))
         assert calls(lowered("cuda", of(config), shapes)) == CUDNN | again
         xla = dataclasses.replace(config, attention="xla")
         assert not calls(lowered("cuda", of(xla), shapes))

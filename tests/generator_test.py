@@ -163,7 +163,7 @@ def test_rope_turns_interleaved_pairs_as_complex_numbers():
 def test_rope_by_a_product_as_on_tpus_is_the_same(dtype):
     x = jax.random.normal(jax.random.key(0), (2, 7, 3, 8)).astype(dtype)
     table = jnp.asarray(generator_lib.rope_table((2, 3), 8))
-    by_product = lambda x, table: generator_lib._rope_by_product(  # noqa: E731
+    by_product = lambda x, table: generator_lib._rope_by_product(
         x, table[:, None, :, 0], table[:, None, :, 1]
     )
     (ours, to_x), (other, other_to_x) = (

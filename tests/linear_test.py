@@ -90,7 +90,7 @@ def test_apart_it_is_the_same_layer_slice_by_slice(dtype):
     np.testing.assert_allclose(of_params["kernel"], params_too["kernel"], rtol=1e-4, atol=1e-3)
     # Rounded once, after the sum over the slices.
     wanted = np.einsum("mabc,kabc->mk", exact(g, dtype), exact(params["kernel"], dtype))
-    error = lambda x: np.sqrt(np.mean((np.asarray(x, np.float64) - wanted) ** 2))  # noqa: E731
+    error = lambda x: np.sqrt(np.mean((np.asarray(x, np.float64) - wanted) ** 2))
     assert error(of_x) <= 1.01 * error(x_too) + 1e-6
 
 

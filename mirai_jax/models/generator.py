@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.attention import attend
-from mirai_jax.models.dropout import Dropout
 from mirai_jax.models.linear import Linear
 
 # name -> (layers, heads, width), the sizes LlamaGen publishes.
@@ -35,14 +34,13 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
     "3B": (24, 32, 3200),
 }
 
-# What the backward pass finds stored of each block, and what it computes again.
-_PRODUCTS = jax.checkpoint_policies.save_only_these_names("linear", "attention", "mask")
+# What the backward pass of a block finds stored; it computes the rest again.
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names("linear", "attention")
 REMAT: Mapping[str, Any] = {
-    "none": None,  # all is stored
-    # Products with weights, attention's output (fused kernels are run again all the same) and masks
-    # of dropout are.
+    "none": None,  # everything
+    # Products with weights and the output of attention (a fused kernel runs again nevertheless).
     "dots": _PRODUCTS,
-    "full": jax.checkpoint_policies.nothing_saveable,  # a block's input is
+    "full": jax.checkpoint_policies.nothing_saveable,  # the input of the block
 }
 
 _INIT = nn.initializers.normal(0.02)
@@ -239,7 +237,7 @@ class Attention(nn.Module):
         out = shard_activation(out, "batch", None, "heads", None)
         out = out.reshape(-1, heads, head_dim)
         out = Linear((width,), config.dtype, inputs=2, name="wo")(out)
-        return Dropout(config.residual_dropout)(out.reshape(x_BxTxD.shape)), cache
+        return _dropout(self, config.residual_dropout, out.reshape(x_BxTxD.shape)), cache
 
 
 class FeedForward(nn.Module):
@@ -261,7 +259,12 @@ class FeedForward(nn.Module):
             Linear(hidden, config.dtype, name="w3")(x_MxD), "batch", "features"
         )
         out = Linear((config.width,), config.dtype, name="w2")(nn.silu(gate) * value)
-        return Dropout(config.ffn_dropout)(out.reshape(x_BxTxD.shape))
+        return _dropout(self, config.ffn_dropout, out.reshape(x_BxTxD.shape))
+
+
+def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+    """Dropout inside a compact method of `module`, active exactly where it has a "dropout" rng."""
+    return nn.Dropout(rate)(x, deterministic=not module.has_rng("dropout"))
 
 
 def _norm(config: GeneratorConfig, name: str | None = None) -> nn.RMSNorm:
@@ -312,7 +315,7 @@ class Generator(nn.Module):
         )
         self.cls_embedding = embed(config.num_classes + config.has_null_class)
         self.tok_embeddings = embed(config.vocab_size)
-        self.token_dropout = Dropout(config.token_dropout)
+        self.token_dropout = nn.Dropout(config.token_dropout)
         block = Block
         if config.remat != "none":
             # What is unrolled may stand outside of any loop, where the compiler would undo it.
@@ -345,7 +348,8 @@ class Generator(nn.Module):
         x = jnp.concatenate(
             [self.cls_embedding(labels_B)[:, None], self.tok_embeddings(codes_BxT)], axis=1
         )
-        return self.token_dropout(shard_activation(x, "batch", None, None))
+        x = shard_activation(x, "batch", None, None)
+        return self.token_dropout(x, deterministic=not train)
 
     def _run(self, x_BxTxD):
         """All blocks. Returns x and {tap: state}."""

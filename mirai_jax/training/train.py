@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mirai_jax import foresight, sharding
+from mirai_jax import sharding
 from mirai_jax.config import fields, schema
 from mirai_jax.data.pipeline import WorkerDied
 from mirai_jax.step import make_train_step
@@ -184,7 +184,7 @@ class _Run:
         self.lap_steps, active = 0, None
         self.waiting: tuple[int, Any] | None = None  # a step dispatched and not yet looked at
         for i in range(begin, settings.num_steps):
-            now_active = foresight.active_terms(recipe.terms, i, recipe.steps_per_epoch)
+            now_active = train_step.active(i)
             compiles, active = now_active != active, now_active
             if compiles:
                 self._log()
