@@ -55,8 +55,8 @@ hidden_states = jax.jit(generator_lib.hidden_states, static_argnums=(0, 4))
 
 
 def test_no_logit_depends_on_a_token_at_its_position_or_later(params):
-    # Every token of both images has an id of its own, so that the gradient of a row of the
-    # embedding table is that of one token: the whole dependence, not a perturbation of it.
+    # All tokens of both images have different ids, so that the gradient of a row of the embedding
+    # table is that of one token: the whole dependence, not a perturbation of it.
     codes = np.random.RandomState(0).permutation(CONFIG.vocab_size)[: 2 * LAST].reshape(2, LAST)
     probe = np.random.RandomState(3).normal(size=(CONFIG.vocab_size,)).astype(np.float32)
 
@@ -297,14 +297,11 @@ def with_rates(**rates):
     )
 
 
-def test_without_an_rng_nothing_is_dropped(params, batch, tapped):
+def test_without_an_rng_or_with_rates_of_zero_nothing_is_dropped(params, batch, tapped):
     high = with_rates(**dict.fromkeys(RATES, 0.9))
-    np.testing.assert_allclose(logits_of(high, params, *batch), tapped[0], rtol=1e-5, atol=1e-5)
-
-
-def test_with_an_rng_and_rates_of_zero_nothing_is_dropped(params, batch, tapped):
-    logits = logits_of(with_rates(), params, *batch, key=jax.random.key(0))
-    np.testing.assert_allclose(logits, tapped[0], rtol=1e-5, atol=1e-5)
+    for config, key in ((high, None), (with_rates(), jax.random.key(0))):
+        logits = logits_of(config, params, *batch, key=key)
+        np.testing.assert_allclose(logits, tapped[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rate", RATES[:3])
@@ -337,9 +334,8 @@ def test_every_layer_drops_other_channels(params, batch):
     feed_forward = params["layers"]["feed_forward"]
     silent = {**feed_forward, "w2": jax.tree.map(jnp.zeros_like, feed_forward["w2"])}
     given = {**params, "layers": {**params["layers"], "feed_forward": silent}}
-    _, taps = Generator(config, taps=(1, 2, 3)).apply(
-        {"params": given}, *batch, rngs={"dropout": jax.random.key(0)}
-    )
+    run = jax.jit(Generator(config, taps=(1, 2, 3)).apply)
+    _, taps = run({"params": given}, *batch, rngs={"dropout": jax.random.key(0)})
     second, third = (np.asarray(taps[n] == taps[n - 1]) for n in (2, 3))
     assert second.mean() == pytest.approx(0.5, abs=0.05)
     assert third.mean() == pytest.approx(0.5, abs=0.05)
@@ -355,10 +351,8 @@ def test_round_trip_of_the_generator_through_torch_names(params):
     assert state["layers.0.feed_forward.w2.weight"].shape == (32, 256)
     assert len(state) == 4 + 7 * CONFIG.num_layers
     back = torch_names.generator_from_torch(CONFIG, state)
-    assert jax.tree.structure(back) == jax.tree.structure(jax.device_get(params))
-    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(one, other)
-    # Rows of wqkv are q, k, v; rows of one of them are its heads in turn.
+    jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(params))
+    # Rows of wqkv are q, k, v; the rows of each are its heads, one after the other.
     kernel = np.asarray(params["layers"]["attention"]["wqkv"]["kernel"])  # N D 3 H d
     key_row = state["layers.1.attention.wqkv.weight"][32 + 16 + 5]
     np.testing.assert_array_equal(key_row, kernel[1, :, 1, 1, 5])
@@ -373,28 +367,21 @@ def test_a_generator_that_does_not_fit_is_refused_with_every_name(params):
     state["layers.0.attention.wo.weight"] = np.zeros((32, 31))
     with pytest.raises(ValueError) as error:
         torch_names.generator_from_torch(CONFIG, state)
-    for message in (
-        "missing norm.weight (32,)",
-        "missing layers.1.ffn_norm.weight (32,)",
-        "unexpected layers.3.ffn_norm.weight",
-        "unexpected freqs_cis",
-        "output.weight is (32, 24), should be (24, 32)",
-        "layers.0.attention.wo.weight is (32, 31), should be (32, 32)",
-    ):
-        assert message in str(error.value)
-    assert "\n" not in str(error.value) and str(error.value).count(";") == 5
-
-
-def test_a_missing_null_class_is_named(params):
-    without = dataclasses.replace(CONFIG, class_dropout=0.0)
-    with pytest.raises(ValueError, match=r"embedding_table.weight is \(6, 32\), should be \(5, 32"):
+    for name in (
+        "norm.weight", "layers.1.ffn_norm.weight", "layers.3.ffn_norm.weight", "freqs_cis",
+        "output.weight", "layers.0.attention.wo.weight",
+    ):  # fmt: skip
+        assert name in str(error.value)
+    without = dataclasses.replace(CONFIG, class_dropout=0.0)  # no null class
+    with pytest.raises(ValueError, match="embedding_table.weight"):
         torch_names.generator_from_torch(without, torch_names.generator_to_torch(CONFIG, params))
 
 
 @pytest.fixture(scope="module")
 def projectors():
     term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=6)
-    return jax.device_get(foresight.init_heads(term, 7, 5, jax.random.key(0)))
+    init = jax.jit(lambda key: foresight.init_heads(term, 7, 5, key))
+    return jax.device_get(init(jax.random.key(0)))
 
 
 def test_round_trip_of_projectors_through_torch_names(projectors):
@@ -404,26 +391,20 @@ def test_round_trip_of_projectors_through_torch_names(projectors):
     assert state["projectors.0.4.weight"].shape == (7, 6)
     for count in (None, 3):
         back = torch_names.projectors_from_torch(state | {"norm.weight": np.ones(5)}, count)
-        assert jax.tree.structure(back) == jax.tree.structure(projectors)
-        for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(projectors), strict=True):
-            np.testing.assert_array_equal(one, other)
+        jax.tree.map(np.testing.assert_array_equal, back, projectors)
     first = torch_names.projectors_from_torch(state, 1)
     np.testing.assert_array_equal(first["linear_1"]["kernel"], projectors["linear_1"]["kernel"][:1])
 
 
-def test_incomplete_projectors_are_refused_with_every_name(projectors):
+def test_projectors_that_do_not_fit_are_refused_with_every_name(projectors):
     state = torch_names.projectors_to_torch(projectors)
-    del state["projectors.0.2.bias"], state["projectors.1.4.weight"]
-    with pytest.raises(ValueError, match="missing projectors.0.2.bias; projectors.1.4.weight"):
-        torch_names.projectors_from_torch(state)
-    with pytest.raises(ValueError, match="missing projectors.0.2.bias; .*projectors.3.0.weight"):
-        torch_names.projectors_from_torch(state, 4)
-    with pytest.raises(ValueError, match="missing projectors"):
-        torch_names.projectors_from_torch({"norm.weight": np.ones(5)})
-
-
-def test_misshapen_projectors_are_refused_by_name(projectors):
-    state = torch_names.projectors_to_torch(projectors)
-    state["projectors.1.2.weight"] = np.zeros((6, 5))
+    misshapen = state | {"projectors.1.2.weight": np.zeros((6, 5))}
     with pytest.raises(ValueError, match=r"projectors\.1\.2\.weight"):
+        torch_names.projectors_from_torch(misshapen)
+    del state["projectors.0.2.bias"], state["projectors.1.4.weight"]
+    with pytest.raises(ValueError, match="projectors.0.2.bias.*projectors.1.4.weight"):
         torch_names.projectors_from_torch(state)
+    with pytest.raises(ValueError, match="projectors.0.2.bias.*projectors.3.0.weight"):
+        torch_names.projectors_from_torch(state, 4)
+    with pytest.raises(ValueError, match="projectors"):
+        torch_names.projectors_from_torch({"norm.weight": np.ones(5)})

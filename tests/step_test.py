@@ -9,6 +9,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mirai_jax import foresight, sharding, step
@@ -70,12 +71,11 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-5, weight_decay=0.5, clip
 
 
 def make_recipe(terms, **fields):
-    """Of a variant's name or of terms; the same for all tests where it can be: compiled once."""
+    """The recipe of a variant's name or of terms; tests share recipes, which compile once."""
     terms = VARIANTS[terms] if isinstance(terms, str) else terms
     common = dict(generator=CONFIG, optimizer=OPTIMIZER, ema_decay=0.7, teacher=Encoder())
-    return step.Recipe(
-        terms=terms, pretrained_configs=(("static", PRETRAINED),), **{**common, **fields}
-    )
+    common["pretrained_configs"] = (("static", PRETRAINED),)
+    return step.Recipe(terms=terms, **{**common, **fields})
 
 
 @functools.cache
@@ -90,17 +90,16 @@ def make_batch(seed=0, size=8):
 
 @functools.cache
 def initialiser(terms):
-    """Compiled once; each call gives new buffers, which a step may take."""
+    """Compiled once; each call gives new buffers, which a step may donate."""
     recipe = make_recipe(terms)
 
     def make():
         state = step.init_state(recipe, jax.random.key(0))
         # The head starts at zero, which would hide most gradients of the first step.
         kernel = state.params["generator"]["output"]["kernel"]
-        drawn = 0.1 * jax.random.normal(jax.random.key(1), kernel.shape)
-        generator = {**state.params["generator"], "output": {"kernel": drawn}}
-        params = {**state.params, "generator": generator}
-        return step.init_state(recipe, jax.random.key(0), params)
+        drawn = {"kernel": 0.1 * jax.random.normal(jax.random.key(1), kernel.shape)}
+        generator = {**state.params["generator"], "output": drawn}
+        return step.init_state(recipe, jax.random.key(0), {**state.params, "generator": generator})
 
     return jax.jit(make)
 
@@ -161,7 +160,7 @@ def test_no_gradient_reaches_any_teacher():
 
 
 def test_teachers_products_are_not_left_to_the_devices_default():
-    """A TPU's for float32 is one pass of bfloat16."""
+    """The default of a TPU for float32 is one pass of bfloat16."""
     recipe, state = make_recipe((E, STATIC)), initialiser((E, STATIC))()
 
     def targets(ema, teacher_params):
@@ -210,18 +209,14 @@ def test_teachers_run_without_dropout_and_without_dropping_labels():
 
 def test_ema_follows_its_formula():
     log, decay = on_one_device("baseline"), make_recipe("baseline").ema_decay
+    blend = lambda e, p: decay * e.astype(np.float64) + (1 - decay) * p
     expected = log[0][0][0]["generator"]
     assert_close(log[0][0][1], expected, atol=0)
     for (params, ema), _ in log[1:4]:
-        expected = jax.tree.map(
-            lambda e, p: decay * e.astype(np.float64) + (1 - decay) * p,
-            expected,
-            params["generator"],
-        )
+        expected = jax.tree.map(blend, expected, params["generator"])
         assert_close(ema, expected, atol=1e-6)
-        assert (
-            np.abs(ema["output"]["kernel"] - params["generator"]["output"]["kernel"]).max() > 1e-3
-        )
+        of_ema, of_student = (p["output"]["kernel"] for p in (ema, params["generator"]))
+        assert np.abs(of_ema - of_student).max() > 1e-3
 
 
 # Variants ----------------------------------------------------------------------------------------
@@ -242,9 +237,7 @@ def test_every_variant_learns_and_adds_up(variant):
     recipe = make_recipe(variant)
     metrics = [m for _, m in on_one_device(variant)[1:]]
     heads = [name for term in recipe.terms for name in term.metric_names]
-    assert set(metrics[0]) == {
-        "loss", "cross_entropy", "grad_norm", "learning_rate", *heads,
-    }  # fmt: skip
+    assert set(metrics[0]) == {"loss", "cross_entropy", "grad_norm", "learning_rate", *heads}
     weights = [weight for term in recipe.terms for weight in term.head_weights]
     for m in metrics:
         assert all(np.isfinite(value) and value.dtype == np.float32 for value in m.values())
@@ -266,11 +259,10 @@ def test_inference_after_training_with_foresight_is_the_plain_generators():
     names = torch_names.generator_to_torch(CONFIG, ema)  # strict: LlamaGen's names and no others
     assert not any("projector" in name for name in names)
     keys = sampler.image_keys(jax.random.key(0), np.arange(2))
-    options = sampler.SampleOptions(guidance=2.0)
-    codes = sampler.generate(CONFIG, ema, jnp.array([0, 3]), keys, options)
-    again = sampler.generate(
-        CONFIG, torch_names.generator_from_torch(CONFIG, names), jnp.array([0, 3]), keys, options
-    )
+    options, labels = sampler.SampleOptions(guidance=2.0), jnp.array([0, 3])
+    codes = sampler.generate(CONFIG, ema, labels, keys, options)
+    back = torch_names.generator_from_torch(CONFIG, names)
+    again = sampler.generate(CONFIG, back, labels, keys, options)
     assert codes.shape == (2, CONFIG.length)
     np.testing.assert_array_equal(codes, again)
 
@@ -299,7 +291,7 @@ def test_before_its_start_a_term_costs_nothing_and_changes_nothing():
             np.testing.assert_array_equal(end[term.name][name]["bias"], dense["bias"])
 
 
-# Less memory, and steps that are left out ---------------------------------------------------------
+# Less memory, and updates that are skipped --------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", [pytest.param("e_and_i", marks=pytest.mark.slow), "output"])
@@ -314,8 +306,8 @@ def test_parts_of_a_batch_make_the_update_of_the_whole(variant):
         for i in range(2):
             state, metrics = train_step(state, teachers(), make_batch(), i)
         results.append((host((state.params, state.ema)), jax.device_get(metrics)))
-    (whole, expected), (components, metrics) = results
-    assert_close(components, whole, atol=1e-5)
+    (whole, expected), (parts, metrics) = results
+    assert_close(parts, whole, atol=1e-5)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
@@ -341,9 +333,9 @@ def test_computing_again_changes_nothing_but_memory(policy):
     recipe = make_recipe("e", generator=config)
     _, metrics = step.make_train_step(recipe)(state, {}, make_batch(), 0)
     _, expected = on_one_device("e")[1]
-    for name, value in expected.items():  # dropout too is drawn again, the same
+    for name, value in expected.items():  # the backward pass draws the same dropout again
         assert float(metrics[name]) == pytest.approx(value, rel=1e-5), name
-    large = dataclasses.replace(config, num_layers=8, residual_dropout=0.0)
+    large = dataclasses.replace(config, num_layers=4, residual_dropout=0.0)
 
     def stored(remat, unroll):
         generator = dataclasses.replace(large, remat=remat, unroll=unroll)
@@ -354,7 +346,7 @@ def test_computing_again_changes_nothing_but_memory(policy):
 
     assert stored(policy, unroll=1) < 0.8 * stored("none", unroll=1)
     # No loop; a loop and a rest outside of it.
-    for unroll in (8,) if policy == "dots" else (8, 6):
+    for unroll in (4,) if policy == "dots" else (4, 3):
         assert stored(policy, unroll) < 0.95 * stored("none", unroll), unroll
 
 
@@ -364,25 +356,17 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted():
     state, _ = train_step(initialiser(recipe.terms)(), {}, make_batch(), 0)
     before = host((state.params, state.ema, state.opt_state))
     bad = jax.tree.map(jnp.copy, state)
-    scale = bad.ema["layers"]["ffn_norm"]["scale"]
-    bad = bad.replace(
-        ema={**bad.ema, "layers": {**bad.ema["layers"], "ffn_norm": {"scale": scale * jnp.nan}}}
-    )
+    scale = {"scale": bad.ema["layers"]["ffn_norm"]["scale"] * jnp.nan}
+    bad = bad.replace(ema={**bad.ema, "layers": {**bad.ema["layers"], "ffn_norm": scale}})
     ema = host(bad.ema)
     bad, metrics = train_step(bad, {}, make_batch(), 1)  # the teacher's features are not numbers
     assert not np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
     assert bad.step == 2 and bad.skipped == 1
-    assert_same(host((bad.params, bad.ema, bad.opt_state)), (before[0], ema, before[2]))
+    assert_close(host((bad.params, bad.ema, bad.opt_state)), (before[0], ema, before[2]), atol=0)
     good, metrics = train_step(state, {}, make_batch(), 1)
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0 and good.skipped == 0
-    alone, _ = step.make_train_step(make_recipe("e"))(
-        initialiser(recipe.terms)(), {}, make_batch(), 0
-    )
-    assert_same(host(alone.params), before[0])  # a good update is the same with and without
-
-
-def assert_same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    # A good update is the same with and without the check.
+    assert_close(on_one_device("e")[1][0][0], before[0], atol=0)
 
 
 # Meshes ------------------------------------------------------------------------------------------
@@ -427,10 +411,8 @@ def test_a_mesh_computes_what_one_device_does(shape, variant):
     assert_close(host(state.ema), ema, atol=1e-5)
     # Each device holds its share and no more, after the step too.
     _, fsdp, tensor = shape
-    adam = next(
-        part for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part)
-    )
-    for tree in (state.params["generator"], state.ema, adam.mu["generator"], adam.nu["generator"]):
+    mu, nu = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
+    for tree in (state.params["generator"], state.ema, mu["generator"], nu["generator"]):
         attention = tree["layers"]["attention"]
         assert shard_shape(attention["wqkv"]["kernel"]) == (2, 64 // fsdp, 3, 8 // tensor, 8)
         assert shard_shape(attention["wo"]["kernel"]) == (2, 8 // tensor, 8, 64 // fsdp)
@@ -441,10 +423,6 @@ def test_a_mesh_computes_what_one_device_does(shape, variant):
         kernel = state.params["foresight"][term.name]["linear_1"]["kernel"]
         heads = len(term.offsets)
         assert shard_shape(kernel) == (heads, 32 // tensor, 32 // fsdp)
-
-
-def _is_adam(part):
-    return hasattr(part, "mu")
 
 
 def shard_shape(array):
@@ -461,9 +439,8 @@ def test_initialisation_over_a_mesh_is_that_of_one_device():
     alone = make()
     assert_close(host(state.params), host(alone.params), atol=1e-7)
     assert_close(host(state.ema), host(alone.ema), atol=1e-7)
-    assert (
-        state.step == 0 and (jax.random.key_data(state.key) == jax.random.key_data(alone.key)).all()
-    )
+    assert state.step == 0
+    assert (jax.random.key_data(state.key) == jax.random.key_data(alone.key)).all()
 
 
 @pytest.mark.parametrize("size", generator_lib.SIZES)
@@ -491,6 +468,5 @@ def test_axes_that_do_not_divide_are_replicated_and_meshes_resolved():
     assert sharding.mesh_shape(-1, 2, 2, 8) == (2, 2, 2)
     assert sharding.mesh_shape(2, -1, 1, 8) == (2, 4, 1)
     for wrong in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (8, 1, -2), (16, 1, 1)):
-        with pytest.raises(ValueError, match="mesh.data=") as error:
+        with pytest.raises(ValueError, match="mesh.data="):
             sharding.mesh_shape(*wrong, 8)
-        assert "\n" not in str(error.value)
