@@ -20,14 +20,10 @@ from mirai_jax.sampling import sampler
 from mirai_jax.weights import torch_names
 
 GRID = (3, 4)
-CONFIG = GeneratorConfig(
-    num_layers=2, num_heads=8, width=64, vocab_size=24, num_classes=5, grid=GRID
-)
-PRETRAINED = GeneratorConfig(
-    num_layers=3, num_heads=2, width=24, vocab_size=24, num_classes=5, grid=GRID
-)
-
-
+SHAPES = dict(vocab_size=24, num_classes=5, grid=GRID)
+CONFIG = GeneratorConfig(num_layers=2, num_heads=8, width=64, **SHAPES)
+PRETRAINED = GeneratorConfig(num_layers=3, num_heads=2, width=24, **SHAPES)
+RATES = ("token_dropout", "residual_dropout", "ffn_dropout", "class_dropout")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -107,10 +103,9 @@ def initialiser(terms):
 @functools.cache
 def teachers():
     """Parameters of the frozen teachers."""
-    encoder = Encoder().init(jax.random.key(2), jnp.asarray(make_batch()["image"]))["params"]
-    key = jax.random.key(3)
-    pretrained = jax.jit(generator_lib.init_params, static_argnums=0)(PRETRAINED, key)
-    return {"bidirectional": encoder, "static": pretrained}
+    encoder = jax.jit(Encoder().init)(jax.random.key(2), make_batch()["image"])["params"]
+    make = jax.jit(generator_lib.init_params, static_argnums=0)
+    return {"bidirectional": encoder, "static": make(PRETRAINED, jax.random.key(3))}
 
 
 def host(tree):
@@ -138,7 +133,7 @@ def run(recipe, steps, teacher_params, batch):
 
 @functools.cache
 def on_one_device(variant):
-    """Twenty steps."""
+    """The log of twenty steps."""
     return run(make_recipe(variant), 20, teachers(), make_batch())
 
 
@@ -154,7 +149,7 @@ def test_no_gradient_reaches_any_teacher():
         return step.loss_fn(params, recipe, targets, batch, state.step, (True,) * 3, None)[0]
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(state.params, state.ema, teachers())
-    to_student, *to_teachers = jax.tree.map(lambda g: bool(np.any(g)), gradients)
+    to_student, *to_teachers = jax.tree.map(np.any, gradients)
     assert not any(jax.tree.leaves(to_teachers))
     assert all(jax.tree.leaves(to_student)), to_student
 
@@ -166,16 +161,14 @@ def test_teachers_products_are_not_left_to_the_devices_default():
     def targets(ema, teacher_params):
         return step.teacher_targets(recipe, ema, teacher_params, make_batch(), recipe.terms)
 
-    found = []
-
-    def look(jaxpr):
+    def precisions(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
-                found.append(equation.params["precision"])
+                yield equation.params["precision"]
             for inner in jax.extend.core.jaxprs_in_params(equation.params):
-                look(inner)
+                yield from precisions(inner)
 
-    look(jax.make_jaxpr(targets)(state.ema, teachers()).jaxpr)
+    found = list(precisions(jax.make_jaxpr(targets)(state.ema, teachers()).jaxpr))
     assert len(found) > 10 and None not in found
 
 
@@ -192,16 +185,13 @@ def test_the_teacher_is_the_ema_before_the_step():
     for name, value in losses(before).items():
         assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
     for name, value in losses(after).items():
-        moved = abs(metrics[name] - value) > 1e-3
-        assert moved == (name != "cross_entropy"), name
+        assert (abs(metrics[name] - value) > 1e-3) == (name != "cross_entropy"), name
 
 
 def test_teachers_run_without_dropout_and_without_dropping_labels():
-    rates = ("token_dropout", "residual_dropout", "ffn_dropout", "class_dropout")
-    ema = initialiser((E,))().ema
-    targets = []
+    ema, targets = initialiser((E,))().ema, []
     for rate in (1e-9, 0.9):
-        wild = dataclasses.replace(CONFIG, **dict.fromkeys(rates, rate))
+        wild = dataclasses.replace(CONFIG, **dict.fromkeys(RATES, rate))
         recipe = make_recipe("e", generator=wild)
         targets.append(step.teacher_targets(recipe, ema, {}, make_batch(), recipe.terms)["ema"])
     np.testing.assert_array_equal(*targets)
@@ -246,15 +236,14 @@ def test_every_variant_learns_and_adds_up(variant):
     for name in ("loss", "cross_entropy", *heads):
         assert metrics[-1][name] < metrics[0][name] - 0.05, name
     for term in recipe.terms:
-        for name in term.metric_names if term.level == "internal" else ():
-            assert -1 <= metrics[-1][name] <= 1
+        if term.level == "internal":
+            assert all(-1 <= metrics[-1][name] <= 1 for name in term.metric_names)
 
 
 def test_inference_after_training_with_foresight_is_the_plain_generators():
     (params, ema), _ = on_one_device("e_and_i")[-1]
     plain = jax.eval_shape(lambda: generator_lib.init_params(CONFIG, jax.random.key(0)))
     for trained in (params["generator"], ema):
-        assert jax.tree.structure(trained) == jax.tree.structure(plain)
         assert jax.tree.map(jnp.shape, trained) == jax.tree.map(jnp.shape, plain)
     names = torch_names.generator_to_torch(CONFIG, ema)  # strict: LlamaGen's names and no others
     assert not any("projector" in name for name in names)
@@ -270,12 +259,11 @@ def test_inference_after_training_with_foresight_is_the_plain_generators():
 def test_before_its_start_a_term_costs_nothing_and_changes_nothing():
     later = tuple(dataclasses.replace(term, start_epoch=1.0) for term in (E, I))
     recipe = make_recipe(later, steps_per_epoch=3)
-    # No teacher is run: there are no teachers, and no images to look at.
+    # No teacher runs: there are neither teachers nor images.
     blind = {name: make_batch()[name] for name in ("codes", "label")}
-    log, plain = run(recipe, 3, {}, blind), on_one_device("baseline")
-    for ((params, ema), metrics), ((plain_params, plain_ema), plain_metrics) in zip(
-        log[1:], plain[1:4], strict=True
-    ):
+    log = run(recipe, 3, {}, blind)
+    pairs = zip(log[1:], on_one_device("baseline")[1:4], strict=True)
+    for ((params, ema), metrics), ((plain_params, plain_ema), plain_metrics) in pairs:
         assert_close(params["generator"], plain_params["generator"], atol=1e-7)
         assert_close(ema, plain_ema, atol=1e-7)
         assert plain_metrics["grad_norm"] > OPTIMIZER.clip_norm  # clipping counts, with one norm
@@ -296,8 +284,7 @@ def test_before_its_start_a_term_costs_nothing_and_changes_nothing():
 
 @pytest.mark.parametrize("variant", [pytest.param("e_and_i", marks=pytest.mark.slow), "output"])
 def test_parts_of_a_batch_make_the_update_of_the_whole(variant):
-    no_dropout = dict(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0, class_dropout=0.0)
-    config = dataclasses.replace(CONFIG, **no_dropout)
+    config = dataclasses.replace(CONFIG, **dict.fromkeys(RATES, 0.0))
     results = []
     for count in (1, 4):
         recipe = make_recipe(variant, generator=config, accumulate=count)
@@ -384,11 +371,10 @@ def placed(recipe, mesh):
 
 def mesh_cases():
     """Each variant on every mesh; E and I together on some of them is quick."""
-    for variant in ("e_and_i", "baseline", "e", "i"):
-        for shape in MESHES:
-            quick = variant == "e_and_i" and shape in QUICK
-            marks = () if quick else (pytest.mark.slow,)
-            yield pytest.param(shape, variant, marks=marks, id=f"{variant}-{shape}")
+    for variant, shape in itertools.product(("e_and_i", "baseline", "e", "i"), MESHES):
+        quick = variant == "e_and_i" and shape in QUICK
+        marks = () if quick else (pytest.mark.slow,)
+        yield pytest.param(shape, variant, marks=marks, id=f"{variant}-{shape}")
 
 
 @pytest.mark.parametrize("shape, variant", mesh_cases())
@@ -421,8 +407,7 @@ def test_a_mesh_computes_what_one_device_does(shape, variant):
         assert shard_shape(tree["layers"]["ffn_norm"]["scale"]) == (2, 64)
     for term in recipe.terms:
         kernel = state.params["foresight"][term.name]["linear_1"]["kernel"]
-        heads = len(term.offsets)
-        assert shard_shape(kernel) == (heads, 32 // tensor, 32 // fsdp)
+        assert shard_shape(kernel) == (len(term.offsets), 32 // tensor, 32 // fsdp)
 
 
 def shard_shape(array):
@@ -448,12 +433,13 @@ def test_every_matrix_of_a_named_size_is_split(size):
     recipe = step.Recipe(GeneratorConfig(*generator_lib.SIZES[size]), (foresight.Term(),))
     shapes = jax.eval_shape(lambda: step.init_state(recipe, jax.random.key(0)))
     placement = sharding.shardings(shapes, sharding.make_mesh((1, 4, 2)))
-    for (path, leaf), where in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placement), strict=True
-    ):
+
+    def check(path, leaf, where):
         share = np.prod(where.shard_shape(leaf.shape)) / np.prod(leaf.shape)
-        whole = path[-1].key in ("scale", "bias") if hasattr(path[-1], "key") else True
+        whole = getattr(path[-1], "key", "scale") in ("scale", "bias")
         assert whole or share <= 1 / 4, f"{path}: every device holds {share} of {leaf.shape}"
+
+    jax.tree_util.tree_map_with_path(check, shapes, placement)
 
 
 def test_axes_that_do_not_divide_are_replicated_and_meshes_resolved():

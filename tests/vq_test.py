@@ -112,7 +112,7 @@ def test_vq16_has_the_published_names_and_shapes():
     assert shapes(state) | {CODEBOOK_USED: expected[CODEBOOK_USED]} == expected
     assert count(state) == 71_883_403
     assert vq.config_of(state | {CODEBOOK_USED: np.zeros(65536)}) == vq.VQConfig()
-    # What is written for PyTorch has the buffer too: the official model loads strictly.
+    # Files for PyTorch have the buffer too: the official model loads strictly.
     params = torch_names.vq_from_torch(vq.VQConfig(), state)
     assert shapes(torch_names.vq_to_torch(vq.VQConfig(), params)) == expected
 
@@ -143,26 +143,24 @@ def test_dinov2_has_the_published_names_and_shapes(name):
 
 def every_layer(one, prefix, layers):
     """The names and shapes of a file of which some list only the first layer."""
-    first = {name: shape for name, shape in one.items() if name.startswith(f"{prefix}0.")}
-    more = {
-        name.replace(f"{prefix}0.", f"{prefix}{i}.", 1): shape
-        for i in range(layers)
-        for name, shape in first.items()
-    }
-    return one | more
+    first = [(name, shape) for name, shape in one.items() if name.startswith(f"{prefix}0.")]
+    for i in range(layers):
+        one |= {name.replace(f"{prefix}0.", f"{prefix}{i}.", 1): shape for name, shape in first}
+    return one
 
 
 def test_gpt_b_has_the_published_names_and_shapes():
     layers, heads, width = generator_lib.SIZES["B"]
     config = GeneratorConfig(num_layers=layers, num_heads=heads, width=width)
-    params = jax.eval_shape(functools.partial(generator_lib.init_params, config), jax.random.key(0))
-    params = jax.tree.map(lambda x: free(x.shape), params)
-    state = torch_names.generator_to_torch(config, params)
-    assert count(state) == 110_888_448
     term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=2048)
-    init = functools.partial(foresight.init_heads, term, width, width)
-    projectors = jax.eval_shape(init, jax.random.key(0))
-    projectors = jax.tree.map(lambda x: free(x.shape), projectors)
+
+    def both(key):
+        generator = generator_lib.init_params(config, key)
+        return generator, foresight.init_heads(term, width, width, key)
+
+    abstract = jax.eval_shape(both, jax.random.key(0))
+    params, projectors = jax.tree.map(lambda x: free(x.shape), abstract)
+    state = torch_names.generator_to_torch(config, params)
     state |= torch_names.projectors_to_torch(projectors)
     assert count(state) == 132_923_136
     assert shapes(state) == every_layer(published("gpt_b"), "layers.", 12)
@@ -285,9 +283,8 @@ def unit(rows):
 def test_the_nearest_row_on_the_sphere_against_float64(vocab_size):
     rng = np.random.RandomState(vocab_size)
     embedding = rng.normal(size=(vocab_size, 8)).astype(np.float32)
-    embedding *= 10 ** rng.uniform(-3, 3, (vocab_size, 1)).astype(
-        np.float32
-    )  # the length of a row has no effect
+    lengths = 10 ** rng.uniform(-3, 3, (vocab_size, 1))  # they have no effect
+    embedding *= lengths.astype(np.float32)
     latents = rng.normal(size=(3, 5, 20, 8)).astype(np.float32)
     codes = nearest(embedding, latents)
     assert codes.shape == (3, 5, 20)
@@ -342,7 +339,7 @@ def test_encode_looks_latents_up_row_by_row(params):
 
 
 def blind_to_neighbours(params):
-    """The same with kernels that see one pixel alone, or where they halve the image a 2x2 block."""
+    """The same with kernels that see only one pixel, or a 2x2 block where they halve the image."""
     pixel, block = (slice(1, 2), slice(1, 2)), (slice(0, 2), slice(0, 2))
 
     def see(path, array):
@@ -373,7 +370,7 @@ def test_a_code_stays_with_its_pixels_and_pixels_with_their_code():
 
     images = np.concatenate([image_of(rows), image_of(rows[order])])
     codes = np.asarray(call(config, "encode", params, images))
-    assert len(np.unique(codes[0])) > 5  # else moving would change nothing
+    assert len(np.unique(codes[0])) > 5  # otherwise moving patches changes nothing
     np.testing.assert_array_equal(codes[1], codes[0][order])
     shown = np.asarray(tokenizer.unfold(decode(config, params, codes, (height, width)), side))
     assert np.ptp(shown[0], axis=0).max() > 0.1
