@@ -8,10 +8,9 @@ the paper is a `Term`, and a run takes a tuple of them:
 * the diagnostics: a static pretrained generator (`checkpoint`), raster offsets (`1d`), and tokens
   themselves as targets (level `output`, multi-token prediction).
 
-Which position looks at which, in sequence positions j and grid positions n (raster order): the
-input is `[class, x_0 .. x_{L-2}]`, so position j = n + 1 has just consumed x_n and position j = n
-predicts x_n. The official code names a position by the token it has consumed, the paper by the one
-it predicts (`anchor`).
+Sequence positions are j, grid positions n (row by row). The input is `[class, x_0 .. x_{L-2}]`, so
+position j = n + 1 has just consumed x_n and position j = n predicts x_n. The official code names a
+position by the token it has consumed, the paper by the token it predicts (`anchor`).
 
 Shapes: B batch, L positions, D student width, Z target width, K offsets, V vocabulary.
 """
@@ -38,26 +37,26 @@ TARGETS = ("own", "shuffled")
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One foresight loss. Defaults are those of the official Mirai-E code.
+    """One foresight loss. The defaults are those of the official Mirai-E code.
 
     Attributes:
         name: the key of its parameters and metrics, unique in a run.
-        source: where targets come from; one of SOURCES. Level `output` needs none: its targets
+        source: where targets come from, one of SOURCES. Level `output` needs none: its targets
             are the tokens.
-        level: `internal` aligns hidden states; `output` predicts the tokens at the offsets, counted
-            from the token that the position predicts, with K further heads.
+        level: `internal` aligns hidden states. `output` predicts, with K further heads, the tokens
+            at the offsets, which count from the token that the position predicts.
         layout: `2d` offsets are (rows, columns) on the grid, `1d` ones are raster steps.
         offsets: K offsets. (0, 0) is the same position.
-        targets: `own`, or as a control `shuffled`: those of the previous image of the batch, which tell
-            nothing of this one.
+        targets: `own`, or as a control `shuffled`: those of the previous image of the batch, which
+            carry no information about this one.
         borders: of the 2-D layout: `wrap` shifts the flattened sequence, so that a pair may run
             from a row's end into the next row (the official code); `mask` drops such pairs.
-        anchor: `consumed` or `predicted`, see above. Generator sources under `consumed` also align
+        anchor: `consumed` or `predicted`, see above. Under `consumed`, generator sources also align
             the class position with itself, in every head.
         weights: one weight a head, or one for all.
         reduction: whether the weighted heads are summed (code) or averaged (paper).
         student_layer, teacher_layer: blocks (from 1) whose output is aligned.
-        start_epoch: before it the term takes no part (its parameters still decay).
+        start_epoch: the term takes no part before it (weight decay still acts on its parameters).
         schedule: (epoch, multiplier) pairs in order: from that epoch on the weights are multiplied
             by it.
         projector_width: hidden width of the projectors (2048 officially, whatever the model).
@@ -81,7 +80,7 @@ class Term:
 
     @property
     def head_weights(self) -> tuple[float, ...]:
-        """K weights with the reduction folded in: the term is their dot product with the losses."""
+        """K weights, the reduction included: the term is their dot product with the losses."""
         count = len(self.offsets)
         weights = self.weights * count if len(self.weights) == 1 else self.weights
         return tuple(w / count for w in weights) if self.reduction == "mean" else weights
@@ -103,13 +102,13 @@ def alignment(term: Term, offset: Any, grid: tuple[int, int]) -> tuple[int, np.n
 
     Args:
         term: gives source, level, layout, borders and anchor.
-        offset: (rows, columns) or raster steps, as `term.layout` says.
+        offset: (rows, columns) or raster steps, depending on `term.layout`.
         grid: (height, width) of the token grid.
 
     Returns:
         The shift, and a float32 (L,) mask of the student positions that have a target. Targets are
-        indexed by sequence position for generator sources, by grid position otherwise (patches;
-        tokens). The class position paired with itself is not in the mask: `has_class_pair`.
+        indexed by sequence position for generator sources, by grid position otherwise (patches,
+        tokens). The mask leaves out the pair of the class position with itself: `has_class_pair`.
     """
     height, width = grid
     length = height * width
@@ -144,7 +143,7 @@ class Projector(nn.Module):
     """Linear, SiLU, Linear, SiLU, Linear, with biases (the official `build_mlp`)."""
 
     width: int
-    features: int
+    target_width: int
     dtype: str = "float32"
 
     @nn.compact
@@ -152,58 +151,58 @@ class Projector(nn.Module):
         for i in range(2):
             hidden = (self.width,)
             x_MxD = nn.silu(Linear(hidden, self.dtype, use_bias=True, name=f"linear_{i}")(x_MxD))
-        return Linear((self.features,), self.dtype, use_bias=True, name="linear_2")(x_MxD)
+        return Linear((self.target_width,), self.dtype, use_bias=True, name="linear_2")(x_MxD)
 
 
 class TokenHead(nn.Module):
-    """RMSNorm and a zero-initialised output layer, like the generator's own."""
+    """RMSNorm and a zero-initialised output layer, as at the top of the generator."""
 
-    features: int
+    target_width: int
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x_MxD):
         x_MxD = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x_MxD)
         zeros = nn.initializers.zeros
-        return Linear((self.features,), self.dtype, kernel_init=zeros, name="output")(x_MxD)
+        return Linear((self.target_width,), self.dtype, kernel_init=zeros, name="output")(x_MxD)
 
 
-def _head(term: Term, features: int, dtype: str) -> nn.Module:
+def _head(term: Term, target_width: int, dtype: str) -> nn.Module:
     if term.level == "output":
-        return TokenHead(features, dtype)
-    return Projector(term.projector_width, features, dtype)
+        return TokenHead(target_width, dtype)
+    return Projector(term.projector_width, target_width, dtype)
 
 
-def init_heads(term: Term, features: int, width: int, key: jax.Array) -> Any:
+def init_heads(term: Term, target_width: int, width: int, key: jax.Array) -> Any:
     """Fresh float32 parameters of the K heads of a term.
 
     Args:
         term: level `internal` gives projectors, `output` token heads.
-        features: the target's width Z, or the vocabulary size V.
-        width: D, of the states they look at.
-        key: of all of them.
+        target_width: the width Z of the target, or the vocabulary size V.
+        width: D, of the states that the heads read.
+        key: of all heads.
     """
     state = jnp.zeros((1, width))
-    head = _head(term, features, "float32")
+    head = _head(term, target_width, "float32")
     return jax.vmap(lambda key: head.init(key, state)["params"])(
         jax.random.split(key, len(term.offsets))
     )
 
 
 def apply_heads(
-    term: Term, features: int, dtype: str, params: Any, state_BxLxD: jax.Array
+    term: Term, target_width: int, dtype: str, params: Any, state_BxLxD: jax.Array
 ) -> list[jax.Array]:
-    """What each head makes of the states: K arrays (B, L, features); `dtype` is of the products.
+    """The outputs of the K heads, each (B, L, target_width); `dtype` is that of the products.
 
-    One head after the other, on one flat axis of tokens: as K batched products XLA would transpose
-    activations and weights (a sixth of Mirai-E's extra time on CPU).
+    Heads run one after the other on one flat axis of tokens: of K batched products XLA would
+    transpose activations and weights (a sixth of Mirai-E's extra time on CPU).
     """
-    head, x_MxD = _head(term, features, dtype), state_BxLxD.reshape(-1, state_BxLxD.shape[-1])
+    head, x_MxD = _head(term, target_width, dtype), state_BxLxD.reshape(-1, state_BxLxD.shape[-1])
     outputs = [
         head.apply({"params": jax.tree.map(lambda p: p[k], params)}, x_MxD)  # noqa: B023 (at once)
         for k in range(len(term.offsets))
     ]
-    return [out.reshape(*state_BxLxD.shape[:-1], features) for out in outputs]
+    return [out.reshape(*state_BxLxD.shape[:-1], target_width) for out in outputs]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -218,12 +217,12 @@ def _normalise(x: jax.Array) -> jax.Array:
 
 
 def _roll(x: jax.Array, shift: int) -> jax.Array:
-    """x[:, j + shift] at j; where that leaves the sequence the values mean nothing (masked)."""
+    """x[:, j + shift] at position j; the mask drops values from beyond the sequence."""
     return jnp.roll(x, -shift, axis=1)
 
 
 def _targets_of(term: Term, x_Bx: jax.Array) -> jax.Array:
-    """To each image its targets, as `term.targets` says."""
+    """The targets of each image: its own, or where `term.targets` is shuffled the previous one's."""
     return jnp.roll(x_Bx, 1, axis=0) if term.targets == "shuffled" else x_Bx
 
 
@@ -238,7 +237,7 @@ def alignment_losses(
     Args:
         term: an internal term.
         projections_BxLxZ: the student's projected states, one array a head.
-        target_BxLxZ: teacher states by sequence position, or patch features by grid position. No
+        target_BxLxZ: teacher states by sequence position, or patch features by grid position; no
             gradient reaches them.
         grid: (height, width), L = height * width.
 
@@ -264,8 +263,8 @@ def alignment_losses(
 def token_nll(logits_BxLxV: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     """Cross-entropy (nats, float32) of each token.
 
-    The backward pass finds the logits themselves stored, in their own dtype, and one number a token:
-    float32 copies of the logits exist within fused loops alone.
+    The backward pass reads the logits, stored in their dtype, and one number a token: float32 copies
+    of the logits exist only within fused loops.
     """
     return _nll_forward(logits_BxLxV, tokens_BxL)[0]
 
@@ -301,7 +300,7 @@ def prediction_losses(
 
 
 # ---------------------------------------------------------------------------------------------
-# The weight over time. Epochs are of `steps_per_epoch` whole batches.
+# The weight over time. An epoch is `steps_per_epoch` whole batches.
 
 
 def start_step(term: Term, steps_per_epoch: int) -> int:

@@ -9,17 +9,17 @@ import optax
 
 SCHEDULES = ("constant", "cosine")
 
-# Parameters of one dimension in the official model; stacking layers or heads adds an axis, so the
-# mask goes by name and not by the number of dimensions.
+# Parameters of one dimension in the official model. The mask goes by name and not by the number of
+# dimensions, since stacked layers and heads add an axis.
 _NOT_DECAYED = ("scale", "bias", "gamma")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as in the official recipe.
+    """AdamW of the official recipe.
 
-    `clip_norm` is the largest global gradient norm (0: no clipping). `warmup_steps` is a linear
-    ramp from 0; `cosine` then falls to zero at `num_steps`.
+    `clip_norm` is the largest global gradient norm (0: no clipping). The learning rate rises linearly
+    from 0 for `warmup_steps`; `cosine` then falls to zero at `num_steps`.
     """
 
     learning_rate: float = 1e-4
@@ -35,9 +35,8 @@ class OptimizerConfig:
 
 def decay_mask(params: Any) -> Any:
     """True for the parameters that weight decay applies to: matrices and embeddings."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in _NOT_DECAYED, params
-    )
+    decayed = lambda path, _: path[-1].key not in _NOT_DECAYED
+    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -57,22 +56,18 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping, then AdamW with decoupled weight decay."""
     adamw = optax.adamw(
-        learning_rate(config),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+        learning_rate(config), b1=config.b1, b2=config.b2, eps=config.eps,
+        weight_decay=config.weight_decay, mask=decay_mask,
+    )  # fmt: skip
     if not config.clip_norm:
         return adamw
     return optax.chain(_clip(config.clip_norm), adamw)
 
 
 def _clip(largest: float) -> optax.GradientTransformation:
-    """As optax.clip_by_global_norm, by one factor for all.
+    """optax.clip_by_global_norm, but multiplies all gradients by one factor.
 
-    optax divides each element, which XLA on CPU then stores as a further copy of the gradient.
+    optax divides each element, and XLA on CPU then stores another copy of the gradient.
     """
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says how each parameter lies on it.
+"""The device mesh, and the table of how each parameter is split over it.
 
 Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads and
 FFN columns. Optimizer state and EMA follow the parameter whose path they contain.
@@ -35,15 +35,15 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
-    """Resolves one -1 ("what is left") and checks the product.
+    """Resolves one -1 (the remaining devices) and checks the product.
 
     Raises:
-        ValueError: one line that names the mesh and the number of devices.
+        ValueError: names the mesh and the number of devices.
     """
     shape = [data, fsdp, tensor]
     described = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True))
     if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
-        raise ValueError(f"{described}: each must be 1 or more, and at most one -1 (what is left)")
+        raise ValueError(f"{described}: each must be 1 or more, at most one -1 (the rest)")
     known = math.prod(n for n in shape if n != -1)
     if -1 in shape and num_devices % known == 0:
         shape[shape.index(-1)] = num_devices // known
@@ -97,10 +97,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Host arrays, the same in every process, on the devices as `shardings` (a prefix) says."""
+    """Host arrays, equal in all processes, on the devices by `shardings` (a prefix of the tree)."""
 
     def one(sharding: NamedSharding, part: Any) -> Any:
-        put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])  # noqa: E731
+        put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
         return jax.tree.map(put, jax.tree.map(np.asarray, part))
 
     return jax.tree.map(one, shardings, tree)
@@ -110,7 +110,7 @@ def place(tree: Any, shardings: Any) -> Any:
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, ascending.
 
-    Two processes that split only `tensor` between them hold the same rows.
+    Processes that split only `tensor` between them hold the same rows.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
@@ -122,9 +122,9 @@ def put_batch(
     """Places a batch on the devices.
 
     Args:
-        batch: of each array, the `local_rows` of this process.
+        batch: the `local_rows` of this process of each array.
         mesh: the mesh.
-        batch_size: rows over all processes; None: this process holds them all.
+        batch_size: rows of all processes; None: this process holds them all.
     """
     sharding = batch_sharding(mesh)
 

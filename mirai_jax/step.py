@@ -1,7 +1,7 @@
 """The train step: student, teachers, losses, update and EMA, in one jit over a mesh.
 
-There is one step for the baseline and every variant: an empty tuple of foresight terms is
-LlamaGen, and a term differs from another by its source and fields (`foresight.Term`).
+The baseline and every variant share one step: LlamaGen has no foresight terms, and terms differ by
+their source and fields (`foresight.Term`).
 
     x         = codes[:, :-1]                            the last token is only predicted
     student   = generator(params, x, dropout)            logits, and states at the tapped layers
@@ -9,8 +9,8 @@ LlamaGen, and a term differs from another by its source and fields (`foresight.T
     loss      = cross-entropy + sum over terms, heads of  weight * multiplier(step) * head loss
     params    = AdamW(clip(gradient)),   ema = decay * ema + (1 - decay) * params
 
-Gradients never reach a teacher. Randomness is `fold_in(key, step)`: a step is a pure function of
-the state and the batch.
+Gradients never reach a teacher. Random draws come from `fold_in(key, step)`: a step is a pure
+function of the state and the batch.
 """
 
 import dataclasses
@@ -31,30 +31,30 @@ from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
-# label (B,) int; codes (B, L) int unless the step makes them; where a teacher needs them, image
-# (B, H, W, C) uint8, or its features (B, L, Z)
+# label (B,) int; codes (B, L) int, unless the step makes them; for a bidirectional teacher image
+# (B, H, W, C) uint8, or features (B, L, Z) computed before training.
 Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything about training that is fixed while it runs (hashable: static to jit).
+    """What is fixed while a run trains (hashable: static to jit).
 
     Attributes:
-        generator: the student's shapes; the EMA's are the same.
+        generator: shapes of the student and of its EMA.
         terms: the foresight terms; () is the LlamaGen baseline.
         optimizer: AdamW and its schedule.
-        ema_decay: of the generator's parameters, from step 0. Projectors have no EMA: nothing
-            would read it.
+        ema_decay: of the generator's parameters, from step 0. Projectors have no EMA, since
+            nothing would read it.
         steps_per_epoch: whole batches in an epoch, the unit of the terms' schedules.
-        teacher: the bidirectional encoder, image -> (B, L, Z), with a field `features` (Z).
+        teacher: the bidirectional encoder, image -> (B, L, Z), with a field `feature_width` (Z).
         teacher_dtype: of the matrix products of generators that teach; float32 officially, where
             teachers run outside autocast.
-        static: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
+        pretrained_configs: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
         tokenizer: makes the codes of a batch from its images; None: batches hold codes.
-        accumulate: parts of a batch that are computed one after the other, for less memory; the
+        accumulate: parts of a batch that are computed one after the other, to save memory; the
             update is that of the whole batch, with other draws of dropout.
-        skip_nonfinite: leave out an update whose loss or gradient is not finite, and count it.
+        skip_nonfinite: skip an update whose loss or gradient is not finite, and count it.
     """
 
     generator: GeneratorConfig
@@ -64,14 +64,14 @@ class Recipe:
     steps_per_epoch: int = 1
     teacher: nn.Module | None = None
     teacher_dtype: str = "float32"
-    static: tuple[tuple[str, GeneratorConfig], ...] = ()
+    pretrained_configs: tuple[tuple[str, GeneratorConfig], ...] = ()
     tokenizer: nn.Module | None = None
     accumulate: int = 1
     skip_nonfinite: bool = False
 
 
 def taps(terms: tuple[foresight.Term, ...], active: tuple[bool, ...]) -> tuple[int, ...]:
-    """The student layers that some active term reads, each once."""
+    """The student layers that active terms read, ascending."""
     pairs = zip(terms, active, strict=True)
     return tuple(sorted({term.student_layer for term, is_active in pairs if is_active}))
 
@@ -79,8 +79,8 @@ def taps(terms: tuple[foresight.Term, ...], active: tuple[bool, ...]) -> tuple[i
 class TrainState(flax.struct.PyTreeNode):
     """What a checkpoint holds. `params` is {'generator': ..., 'foresight': {term name: ...}}."""
 
-    step: jax.Array  # int32 scalar: batches done
-    skipped: jax.Array  # int32 scalar: of them, updates left out (`Recipe.skip_nonfinite`)
+    step: jax.Array  # int32 scalar: batches so far
+    skipped: jax.Array  # int32 scalar: batches whose update was skipped (`Recipe.skip_nonfinite`)
     params: Any
     ema: Any  # of params['generator']
     opt_state: Any
@@ -88,18 +88,18 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def target_width(recipe: Recipe, term: foresight.Term) -> int:
-    """Width of what the term's heads must produce."""
+    """Width of the outputs of the term's heads."""
     if term.level == "output":
         return recipe.generator.vocab_size
     if term.source == "bidirectional":
-        return recipe.teacher.features
+        return recipe.teacher.feature_width
     if term.source == "checkpoint":
-        return dict(recipe.static)[term.name].width
+        return dict(recipe.pretrained_configs)[term.name].width
     return recipe.generator.width
 
 
 def init_params(recipe: Recipe, key: jax.Array) -> Any:
-    """Fresh parameters. The generator's do not depend on the terms: variants start alike."""
+    """Fresh parameters. Those of the generator do not depend on the terms: variants start alike."""
     width = recipe.generator.width
     projectors = {
         term.name: foresight.init_heads(
@@ -119,24 +119,24 @@ def init_state(recipe: Recipe, key: jax.Array, params: Any | None = None) -> Tra
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params["generator"]),  # its own buffers: both are donated
+        ema=jax.tree.map(jnp.copy, params["generator"]),  # a copy: both are donated
         opt_state=make_optimizer(recipe.optimizer).init(params),
         key=run_key,
     )
 
 
 def teacher_targets(
-    recipe: Recipe, ema: Any, frozen: Any, batch: Batch, terms: tuple[foresight.Term, ...]
+    recipe: Recipe, ema: Any, teacher_params: Any, batch: Batch, terms: tuple[foresight.Term, ...]
 ) -> dict[str, jax.Array]:
-    """Targets (B, L, Z) of each internal term by name, computed once for terms that share them."""
+    """Targets (B, L, Z) of the internal terms by name; terms that share targets compute them once."""
 
     def target(term: foresight.Term) -> jax.Array:
         if term.source == "bidirectional" and "features" in batch:
-            return batch["features"]  # computed once, before training
+            return batch["features"]  # computed before training
         if term.source == "bidirectional":
-            return recipe.teacher.apply({"params": frozen["bidirectional"]}, batch["image"])
+            return recipe.teacher.apply({"params": teacher_params["bidirectional"]}, batch["image"])
         if term.source == "checkpoint":
-            config, params = dict(recipe.static)[term.name], frozen[term.name]
+            config, params = dict(recipe.pretrained_configs)[term.name], teacher_params[term.name]
         else:
             config, params = recipe.generator, ema
         config = dataclasses.replace(config, dtype=recipe.teacher_dtype)
@@ -175,15 +175,15 @@ def loss_fn(
     Args:
         params: {'generator', 'foresight'}.
         recipe: static.
-        targets: of the active internal terms, by name.
+        targets: those of the active internal terms, by name.
         batch: codes and labels.
-        step: for the schedule of the weights.
+        step: int32, from which the schedule gives the weights.
         active: which terms take part; the others report 0.
         dropout_key: None evaluates without dropout and without dropping labels.
 
     Returns:
-        The total in nats, and float32 scalars: loss, cross_entropy, one a foresight head
-        (unweighted).
+        The total in nats, and float32 scalars: loss, cross_entropy and the unweighted loss of each
+        foresight head.
     """
     codes = batch["codes"]
     logits, states = Generator(recipe.generator, taps=taps(recipe.terms, active)).apply(
@@ -208,12 +208,12 @@ def foresight_loss(
     step: jax.Array,
     active: tuple[bool, ...],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What the terms add to the loss, and each head's own loss (unweighted).
+    """What the terms add to the loss, and the unweighted loss of each head.
 
     Args:
         params: of the terms' heads, by name.
         recipe: static.
-        states: the student's, (B, L, D) float32 by tapped layer.
+        states: of the student, (B, L, D) float32 by tapped layer.
         targets, step, active: see `loss_fn`.
         codes_BxL: the tokens.
     """
@@ -244,7 +244,7 @@ def foresight_loss(
 def train_step(
     recipe: Recipe,
     state: TrainState,
-    frozen: Any,
+    teacher_params: Any,
     batch: Batch,
     active: tuple[bool, ...],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -252,28 +252,28 @@ def train_step(
 
     Args:
         recipe: static.
-        state: the state before.
-        frozen: parameters that are not trained: {'bidirectional': ..., term name: ..., and
-            'tokenizer': ... where the step makes the codes}.
+        state: the state before the update.
+        teacher_params: the frozen parameters: {'bidirectional': ..., term name: ...}, and 'tokenizer'
+            where the step makes the codes.
         batch: see `Batch`.
         active: static; `foresight.active_terms` of `state.step`. A term that has not started costs
-            nothing: neither its teacher nor its heads are run.
+            nothing: neither its teacher nor its heads run.
 
     Returns:
-        The state after, and float32 scalars: those of `loss_fn`, grad_norm (before clipping),
-        learning_rate, and with `recipe.skip_nonfinite` how many updates were skipped so far.
+        The state after the update, and float32 scalars: those of `loss_fn`, grad_norm (before
+        clipping), learning_rate, and with `recipe.skip_nonfinite` the updates skipped so far.
     """
-    gradients, metrics = _gradients(recipe, state, frozen, batch, active)
+    gradients, metrics = _gradients(recipe, state, teacher_params, batch, active)
     params, opt_state, ema = update(recipe, state, gradients)
     metrics["grad_norm"] = optax.tree.norm(gradients)
-    # The optimizer's own count: a skipped update does not move the schedule.
+    # As the optimizer counts: a skipped update does not move the schedule.
     metrics["learning_rate"] = jnp.asarray(
         learning_rate(recipe.optimizer)(state.step - state.skipped)
     )
     new = state.replace(params=params, ema=ema, opt_state=opt_state)
     if recipe.skip_nonfinite:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(finite, new, old)
         new = new.replace(
             skipped=state.skipped + ~finite,
             params=jax.tree.map(keep, params, state.params),
@@ -295,7 +295,7 @@ def update(recipe: Recipe, state: TrainState, gradients: Any) -> tuple[Any, Any,
 
 
 def _gradients(
-    recipe: Recipe, state: TrainState, frozen: Any, batch: Batch, active: tuple[bool, ...]
+    recipe: Recipe, state: TrainState, teacher_params: Any, batch: Batch, active: tuple[bool, ...]
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradients and metrics of a batch; both are means over `recipe.accumulate` parts of it."""
     terms = tuple(t for t, is_active in zip(recipe.terms, active, strict=True) if is_active)
@@ -303,11 +303,11 @@ def _gradients(
     def of_part(batch: Batch, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         if recipe.tokenizer is not None:
             images = tokenizer_lib.to_unit(batch["image"])
-            tokenizer_params = {"params": frozen["tokenizer"]}
+            tokenizer_params = {"params": teacher_params["tokenizer"]}
             codes = recipe.tokenizer.apply(tokenizer_params, images, method="encode")
             batch = {**batch, "codes": codes}
-        targets = teacher_targets(recipe, state.ema, frozen, batch, terms)
-        # The student after its teachers: side by side they would hold more memory, and on CPU
+        targets = teacher_targets(recipe, state.ema, teacher_params, batch, terms)
+        # The student runs after its teachers: side by side they would take more memory, and on CPU
         # compete for its caches.
         batch, targets = jax.lax.optimization_barrier((batch, targets))
         return jax.grad(loss_fn, has_aux=True)(
@@ -317,7 +317,7 @@ def _gradients(
     key, count = jax.random.fold_in(state.key, state.step), recipe.accumulate
     if count == 1:
         return of_part(batch, key)
-    # Part m is every count-th row from m on, so that each device finds its rows in its own share.
+    # Part m is every count-th row from m on, so that each device already holds its rows.
     parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total: Any, inputs: tuple) -> tuple[Any, None]:
@@ -331,10 +331,10 @@ def _gradients(
 
 
 def jit_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
-    """`train_step` as one program: `(state, frozen, batch, active) -> (state, metrics)`.
+    """`train_step` as one program: `(state, teacher_params, batch, active) -> (state, metrics)`.
 
-    The state is donated, `active` static. Shardings are pytrees (or prefixes) of NamedSharding;
-    metrics come back replicated. To be traced under `jax.set_mesh` of their mesh.
+    The state is donated, `active` is static. Shardings are pytrees (or prefixes) of NamedSharding;
+    metrics are replicated. Trace it under `jax.set_mesh` of their mesh.
     """
 
     @functools.partial(
@@ -344,25 +344,25 @@ def jit_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: A
         in_shardings=(state_sharding, None, batch_sharding),
         out_shardings=(state_sharding, None),
     )
-    def jitted(state, frozen, batch, active):
-        return train_step(recipe, state, frozen, batch, active)
+    def jitted(state, teacher_params, batch, active):
+        return train_step(recipe, state, teacher_params, batch, active)
 
     return jitted
 
 
 def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
-    """The step of a run: `(state, frozen, batch, step) -> (state, metrics)`; see `jit_train_step`.
+    """The step of a run: `(state, teacher_params, batch, step) -> (state, metrics)`.
 
-    `step` is `state.step` as a Python int: it picks the active terms, so that a run compiles once
-    more at the step in which a term starts.
+    `step` is `state.step` as a Python int. It determines the active terms: a run compiles once more
+    at the step at which a term starts.
     """
     jitted = jit_train_step(recipe, state_sharding, batch_sharding)
 
-    def run(state: TrainState, frozen: Any, batch: Batch, step: int):
+    def run(state: TrainState, teacher_params: Any, batch: Batch, step: int):
         active = foresight.active_terms(recipe.terms, step, recipe.steps_per_epoch)
         if batch_sharding is None:
-            return jitted(state, frozen, batch, active)
+            return jitted(state, teacher_params, batch, active)
         with jax.set_mesh(batch_sharding.mesh):
-            return jitted(state, frozen, batch, active)
+            return jitted(state, teacher_params, batch, active)
 
     return run

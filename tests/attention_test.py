@@ -1,7 +1,7 @@
-"""Attention against NumPy in float64: XLA's, and the TPU's kernel interpreted; and who gets which.
+"""Attention against NumPy in float64, by XLA and by the interpreted TPU kernel; the choice of kernels.
 
-What a platform would run is read from the program lowered for it, which needs none of its devices.
-cuDNN's numbers need a GPU: the last test, skipped elsewhere
+Programs lowered for a platform show which kernel it would run, without a device of the platform. The
+numbers of cuDNN need a GPU: the last test, skipped elsewhere
 (`MIRAI_TEST_PLATFORM=cuda python -m pytest tests/attention_test.py -k cudnn_is_close`).
 """
 
@@ -95,7 +95,7 @@ def test_bfloat16_is_close_on_a_cpu(length, causal, kernel):
 
 
 def test_an_unknown_kernel_is_refused():
-    with pytest.raises(ValueError, match="'flash', must be one of auto, xla"):
+    with pytest.raises(ValueError, match="flash"):
         attention.attend(*arrays(1, 2, 1, 4)[:3], causal=True, kernel="flash")
 
 
@@ -199,7 +199,7 @@ def test_a_tpu_takes_its_kernel_where_little_is_padded(length, fused):
         assert bool(calls(program("tpu", (2, length, 2, 64)))) == fused
 
 
-def test_a_gpu_is_told_of_part_of_a_tile_and_gets_heads_of_whole_eights(cudnn):
+def test_a_gpu_gets_lengths_for_partial_tiles_and_heads_padded_to_eights(cudnn):
     with on_mesh():
         causal, other = (program("cuda", (2, 200, 2, 100), causal=c) for c in (True, False))
         assert calls(causal) == calls(other) == CUDNN
@@ -235,9 +235,7 @@ def test_without_cudnn_a_gpu_takes_xla():
 def test_a_mesh_splits_the_kernel_where_it_divides(platform, fused, request):
     if platform == "cuda":
         request.getfixturevalue("cudnn")
-    assert not calls(
-        program(platform, (8, 256, 4, 64))
-    )  # eight devices, nothing says how they split
+    assert not calls(program(platform, (8, 256, 4, 64)))  # eight devices without a mesh
     with on_mesh((2, 2, 2)):
         text = program(platform, (8, 256, 4, 64))
         assert calls(text) == fused
@@ -273,7 +271,7 @@ def test_the_generator_takes_it_whatever_is_computed_again(remat, cudnn):
     shapes = jax.eval_shape(functools.partial(params_of, config))
     again = {} if remat == "none" else {"__cudnn$fmhaSoftmax": 2}
     with on_mesh():
-        of = lambda config: jax.grad(functools.partial(generator_loss, config))  # noqa: E731
+        of = lambda config: jax.grad(functools.partial(generator_loss, config))
         assert calls(lowered("cuda", of(config), shapes)) == CUDNN | again
         xla = dataclasses.replace(config, attention="xla")
         assert not calls(lowered("cuda", of(xla), shapes))

@@ -50,7 +50,9 @@ ALL = (EMA, SAME_EMA, LOWER_EMA, ENCODER, SAME_ENCODER, CHECKPOINT, TOKENS)
 
 
 def make_recipe(*terms, teacher=DINO, **fields):
-    return step.Recipe(CONFIG, terms, teacher=teacher, static=(("old", PRETRAINED),), **fields)
+    return step.Recipe(
+        CONFIG, terms, teacher=teacher, pretrained_configs=(("old", PRETRAINED),), **fields
+    )
 
 
 def teacher_flops(teacher):
@@ -85,7 +87,11 @@ def xla(function, *shapes):
 def gradient_xla(recipe):
     """The gradient of student and heads; what the teachers say is given."""
     params = jax.eval_shape(lambda: step.init_params(recipe, jax.random.key(0)))
-    widths = {"ema": CONFIG.width, "bidirectional": DINO.features, "checkpoint": PRETRAINED.width}
+    widths = {
+        "ema": CONFIG.width,
+        "bidirectional": DINO.feature_width,
+        "checkpoint": PRETRAINED.width,
+    }
     targets = {
         t.name: array(BATCH, CONFIG.length, widths[t.source], dtype=np.float32)
         for t in recipe.terms
@@ -181,7 +187,7 @@ def test_a_whole_step_that_shares_teachers(cached):
     state = jax.eval_shape(lambda: step.init_state(recipe, jax.random.key(0)))
     frozen = {"old": generator_params(PRETRAINED), "bidirectional": encoder_params(DINO)}
     if cached:
-        batch = batch_of(features=array(BATCH, CONFIG.length, DINO.features, dtype=np.float32))
+        batch = batch_of(features=array(BATCH, CONFIG.length, DINO.feature_width, dtype=np.float32))
     else:
         batch = batch_of(image=array(BATCH, 8, 8, 1, dtype=np.uint8))
     active = (True,) * len(ALL)
@@ -214,7 +220,7 @@ def test_counts_grow_with_the_batch_and_not_with_remat():
 
 def test_an_encoder_without_a_formula_is_refused_unless_its_features_are_cached():
     class Encoder(nn.Module):
-        features: int = 6
+        feature_width: int = 6
 
     recipe = make_recipe(ENCODER, teacher=Encoder())
     with pytest.raises(ValueError, match="Encoder"):

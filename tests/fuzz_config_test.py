@@ -139,7 +139,7 @@ def check_step(made):
         ema_decay=made.ema_decay,
         steps_per_epoch=5004,  # of ImageNet
         teacher=module,
-        static=tuple((name, made.generator) for name, _ in made.term_checkpoints),
+        pretrained_configs=tuple((name, made.generator) for name, _ in made.term_checkpoints),
         accumulate=made.accumulate,
         skip_nonfinite=made.nonfinite == "skip",
     )
@@ -151,7 +151,7 @@ def trace_step(recipe, batch_size, side):
     codes = jax.ShapeDtypeStruct((batch_size, recipe.generator.length), np.int32)
     batch = {"label": jax.ShapeDtypeStruct((batch_size,), np.int32), "codes": codes}
     state = jax.eval_shape(lambda: step.init_state(recipe, jax.random.key(0)))
-    frozen = {name: state.ema for name, _ in recipe.static}
+    frozen = {name: state.ema for name, _ in recipe.pretrained_configs}
     if recipe.teacher is not None:
         batch["image"] = jax.ShapeDtypeStruct((batch_size, side, side, 3), np.uint8)
         params = jax.eval_shape(recipe.teacher.init, jax.random.key(0), batch["image"])["params"]

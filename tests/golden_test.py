@@ -166,8 +166,8 @@ def test_sampling(path):
 class StoredFeatures:
     """Mirai-I's teacher in a trajectory: its outputs are stored, one batch a step."""
 
-    def __init__(self, features: int):
-        self.features = features
+    def __init__(self, feature_width: int):
+        self.feature_width = feature_width
 
     def apply(self, variables, image):
         return image

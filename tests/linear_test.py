@@ -74,13 +74,12 @@ def test_the_sum_over_devices_is_float32_too():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_apart_it_is_the_same_layer_slice_by_slice(dtype):
+def test_split_outputs_are_the_slices_of_the_whole(dtype):
     layer, params, x, g = setting(features=(3, 2, 4), dtype=dtype)
     layer, params = layer.clone(use_bias=False), {"kernel": params["kernel"]}
     split_outputs = layer.clone(split_outputs=True)
-    assert jax.tree.map(
-        jnp.shape, split_outputs.init(jax.random.key(2), x)["params"]
-    ) == jax.tree.map(jnp.shape, params)
+    fresh = split_outputs.init(jax.random.key(2), x)["params"]
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
     x = x.astype(dtype)
     whole, to_whole = jax.vjp(lambda p, x: layer.apply({"params": p}, x), params, x)
     parts, to_parts = jax.vjp(lambda p, x: split_outputs.apply({"params": p}, x), params, x)
@@ -90,11 +89,11 @@ def test_apart_it_is_the_same_layer_slice_by_slice(dtype):
     np.testing.assert_allclose(of_params["kernel"], params_too["kernel"], rtol=1e-4, atol=1e-3)
     # Rounded once, after the sum over the slices.
     wanted = np.einsum("mabc,kabc->mk", exact(g, dtype), exact(params["kernel"], dtype))
-    error = lambda x: np.sqrt(np.mean((np.asarray(x, np.float64) - wanted) ** 2))  # noqa: E731
+    error = lambda x: np.sqrt(np.mean((np.asarray(x, np.float64) - wanted) ** 2))
     assert error(of_x) <= 1.01 * error(x_too) + 1e-6
 
 
-def test_slices_are_products_of_their_own_but_on_nvidia_gpus():
+def test_slices_are_separate_products_except_on_nvidia_gpus():
     layer, params, x, _ = setting(features=(3, 2, 4))
     split_outputs = layer.clone(split_outputs=True, use_bias=False)
     for platform, products in (("cuda", 1), ("tpu", 3), ("cpu", 3)):

@@ -9,6 +9,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mirai_jax import foresight, sharding, step
@@ -19,27 +20,23 @@ from mirai_jax.sampling import sampler
 from mirai_jax.weights import torch_names
 
 GRID = (3, 4)
-CONFIG = GeneratorConfig(
-    num_layers=2, num_heads=8, width=64, vocab_size=24, num_classes=5, grid=GRID
-)
-PRETRAINED = GeneratorConfig(
-    num_layers=3, num_heads=2, width=24, vocab_size=24, num_classes=5, grid=GRID
-)
-
-
+SHAPES = dict(vocab_size=24, num_classes=5, grid=GRID)
+CONFIG = GeneratorConfig(num_layers=2, num_heads=8, width=64, **SHAPES)
+PRETRAINED = GeneratorConfig(num_layers=3, num_heads=2, width=24, **SHAPES)
+RATES = ("token_dropout", "residual_dropout", "ffn_dropout", "class_dropout")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Encoder(nn.Module):
     """A bidirectional teacher: every feature depends on the whole image."""
 
-    features: int = 6
+    feature_width: int = 6
 
     @nn.compact
     def __call__(self, images_BxHxWxC):
         x = images_BxHxWxC.reshape(len(images_BxHxWxC), -1).astype(jnp.float32) / 255
-        x = nn.tanh(nn.Dense(GRID[0] * GRID[1] * self.features)(x))
-        return x.reshape(len(x), -1, self.features)
+        x = nn.tanh(nn.Dense(GRID[0] * GRID[1] * self.feature_width)(x))
+        return x.reshape(len(x), -1, self.feature_width)
 
 
 def make_term(**fields):
@@ -70,10 +67,11 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-5, weight_decay=0.5, clip
 
 
 def make_recipe(terms, **fields):
-    """Of a variant's name or of terms; the same for all tests where it can be: compiled once."""
+    """The recipe of a variant's name or of terms; tests share recipes, which compile once."""
     terms = VARIANTS[terms] if isinstance(terms, str) else terms
     common = dict(generator=CONFIG, optimizer=OPTIMIZER, ema_decay=0.7, teacher=Encoder())
-    return step.Recipe(terms=terms, static=(("static", PRETRAINED),), **{**common, **fields})
+    common["pretrained_configs"] = (("static", PRETRAINED),)
+    return step.Recipe(terms=terms, **{**common, **fields})
 
 
 @functools.cache
@@ -88,17 +86,16 @@ def make_batch(seed=0, size=8):
 
 @functools.cache
 def initialiser(terms):
-    """Compiled once; each call gives new buffers, which a step may take."""
+    """Compiled once; each call gives new buffers, which a step may donate."""
     recipe = make_recipe(terms)
 
     def make():
         state = step.init_state(recipe, jax.random.key(0))
         # The head starts at zero, which would hide most gradients of the first step.
         kernel = state.params["generator"]["output"]["kernel"]
-        drawn = 0.1 * jax.random.normal(jax.random.key(1), kernel.shape)
-        generator = {**state.params["generator"], "output": {"kernel": drawn}}
-        params = {**state.params, "generator": generator}
-        return step.init_state(recipe, jax.random.key(0), params)
+        drawn = {"kernel": 0.1 * jax.random.normal(jax.random.key(1), kernel.shape)}
+        generator = {**state.params["generator"], "output": drawn}
+        return step.init_state(recipe, jax.random.key(0), {**state.params, "generator": generator})
 
     return jax.jit(make)
 
@@ -106,10 +103,9 @@ def initialiser(terms):
 @functools.cache
 def teachers():
     """Parameters of the frozen teachers."""
-    encoder = Encoder().init(jax.random.key(2), jnp.asarray(make_batch()["image"]))["params"]
-    key = jax.random.key(3)
-    pretrained = jax.jit(generator_lib.init_params, static_argnums=0)(PRETRAINED, key)
-    return {"bidirectional": encoder, "static": pretrained}
+    encoder = jax.jit(Encoder().init)(jax.random.key(2), make_batch()["image"])["params"]
+    make = jax.jit(generator_lib.init_params, static_argnums=0)
+    return {"bidirectional": encoder, "static": make(PRETRAINED, jax.random.key(3))}
 
 
 def host(tree):
@@ -124,20 +120,20 @@ def assert_close(one, other, atol):
         np.testing.assert_allclose(leaf, other[path], rtol=0, atol=atol, err_msg=str(path))
 
 
-def run(recipe, steps, frozen, batch):
+def run(recipe, steps, teacher_params, batch):
     """Trains on one batch: [((params, ema), metrics)] by step, the initial state first."""
     state = initialiser(recipe.terms)()
     train_step = step.make_train_step(recipe)
     log = [(host((state.params, state.ema)), None)]
     for i in range(steps):
-        state, metrics = train_step(state, frozen, batch, i)
+        state, metrics = train_step(state, teacher_params, batch, i)
         log.append((host((state.params, state.ema)), jax.device_get(metrics)))
     return log
 
 
 @functools.cache
 def on_one_device(variant):
-    """Twenty steps."""
+    """The log of twenty steps."""
     return run(make_recipe(variant), 20, teachers(), make_batch())
 
 
@@ -148,33 +144,31 @@ def test_no_gradient_reaches_any_teacher():
     recipe = make_recipe((E, I, STATIC))
     state, batch = initialiser(recipe.terms)(), make_batch()
 
-    def total(params, ema, frozen):
-        targets = step.teacher_targets(recipe, ema, frozen, batch, recipe.terms)
+    def total(params, ema, teacher_params):
+        targets = step.teacher_targets(recipe, ema, teacher_params, batch, recipe.terms)
         return step.loss_fn(params, recipe, targets, batch, state.step, (True,) * 3, None)[0]
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(state.params, state.ema, teachers())
-    to_student, *to_teachers = jax.tree.map(lambda g: bool(np.any(g)), gradients)
+    to_student, *to_teachers = jax.tree.map(np.any, gradients)
     assert not any(jax.tree.leaves(to_teachers))
     assert all(jax.tree.leaves(to_student)), to_student
 
 
 def test_teachers_products_are_not_left_to_the_devices_default():
-    """A TPU's for float32 is one pass of bfloat16."""
+    """The default of a TPU for float32 is one pass of bfloat16."""
     recipe, state = make_recipe((E, STATIC)), initialiser((E, STATIC))()
 
-    def targets(ema, frozen):
-        return step.teacher_targets(recipe, ema, frozen, make_batch(), recipe.terms)
+    def targets(ema, teacher_params):
+        return step.teacher_targets(recipe, ema, teacher_params, make_batch(), recipe.terms)
 
-    found = []
-
-    def look(jaxpr):
+    def precisions(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
-                found.append(equation.params["precision"])
+                yield equation.params["precision"]
             for inner in jax.extend.core.jaxprs_in_params(equation.params):
-                look(inner)
+                yield from precisions(inner)
 
-    look(jax.make_jaxpr(targets)(state.ema, teachers()).jaxpr)
+    found = list(precisions(jax.make_jaxpr(targets)(state.ema, teachers()).jaxpr))
     assert len(found) > 10 and None not in found
 
 
@@ -191,16 +185,13 @@ def test_the_teacher_is_the_ema_before_the_step():
     for name, value in losses(before).items():
         assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
     for name, value in losses(after).items():
-        moved = abs(metrics[name] - value) > 1e-3
-        assert moved == (name != "cross_entropy"), name
+        assert (abs(metrics[name] - value) > 1e-3) == (name != "cross_entropy"), name
 
 
 def test_teachers_run_without_dropout_and_without_dropping_labels():
-    rates = ("token_dropout", "residual_dropout", "ffn_dropout", "class_dropout")
-    ema = initialiser((E,))().ema
-    targets = []
+    ema, targets = initialiser((E,))().ema, []
     for rate in (1e-9, 0.9):
-        wild = dataclasses.replace(CONFIG, **dict.fromkeys(rates, rate))
+        wild = dataclasses.replace(CONFIG, **dict.fromkeys(RATES, rate))
         recipe = make_recipe("e", generator=wild)
         targets.append(step.teacher_targets(recipe, ema, {}, make_batch(), recipe.terms)["ema"])
     np.testing.assert_array_equal(*targets)
@@ -208,18 +199,14 @@ def test_teachers_run_without_dropout_and_without_dropping_labels():
 
 def test_ema_follows_its_formula():
     log, decay = on_one_device("baseline"), make_recipe("baseline").ema_decay
+    blend = lambda e, p: decay * e.astype(np.float64) + (1 - decay) * p
     expected = log[0][0][0]["generator"]
     assert_close(log[0][0][1], expected, atol=0)
     for (params, ema), _ in log[1:4]:
-        expected = jax.tree.map(
-            lambda e, p: decay * e.astype(np.float64) + (1 - decay) * p,
-            expected,
-            params["generator"],
-        )
+        expected = jax.tree.map(blend, expected, params["generator"])
         assert_close(ema, expected, atol=1e-6)
-        assert (
-            np.abs(ema["output"]["kernel"] - params["generator"]["output"]["kernel"]).max() > 1e-3
-        )
+        of_ema, of_student = (p["output"]["kernel"] for p in (ema, params["generator"]))
+        assert np.abs(of_ema - of_student).max() > 1e-3
 
 
 # Variants ----------------------------------------------------------------------------------------
@@ -240,9 +227,7 @@ def test_every_variant_learns_and_adds_up(variant):
     recipe = make_recipe(variant)
     metrics = [m for _, m in on_one_device(variant)[1:]]
     heads = [name for term in recipe.terms for name in term.metric_names]
-    assert set(metrics[0]) == {
-        "loss", "cross_entropy", "grad_norm", "learning_rate", *heads,
-    }  # fmt: skip
+    assert set(metrics[0]) == {"loss", "cross_entropy", "grad_norm", "learning_rate", *heads}
     weights = [weight for term in recipe.terms for weight in term.head_weights]
     for m in metrics:
         assert all(np.isfinite(value) and value.dtype == np.float32 for value in m.values())
@@ -251,24 +236,22 @@ def test_every_variant_learns_and_adds_up(variant):
     for name in ("loss", "cross_entropy", *heads):
         assert metrics[-1][name] < metrics[0][name] - 0.05, name
     for term in recipe.terms:
-        for name in term.metric_names if term.level == "internal" else ():
-            assert -1 <= metrics[-1][name] <= 1
+        if term.level == "internal":
+            assert all(-1 <= metrics[-1][name] <= 1 for name in term.metric_names)
 
 
 def test_inference_after_training_with_foresight_is_the_plain_generators():
     (params, ema), _ = on_one_device("e_and_i")[-1]
     plain = jax.eval_shape(lambda: generator_lib.init_params(CONFIG, jax.random.key(0)))
     for trained in (params["generator"], ema):
-        assert jax.tree.structure(trained) == jax.tree.structure(plain)
         assert jax.tree.map(jnp.shape, trained) == jax.tree.map(jnp.shape, plain)
     names = torch_names.generator_to_torch(CONFIG, ema)  # strict: LlamaGen's names and no others
     assert not any("projector" in name for name in names)
     keys = sampler.image_keys(jax.random.key(0), np.arange(2))
-    options = sampler.SampleOptions(guidance=2.0)
-    codes = sampler.generate(CONFIG, ema, jnp.array([0, 3]), keys, options)
-    again = sampler.generate(
-        CONFIG, torch_names.generator_from_torch(CONFIG, names), jnp.array([0, 3]), keys, options
-    )
+    options, labels = sampler.SampleOptions(guidance=2.0), jnp.array([0, 3])
+    codes = sampler.generate(CONFIG, ema, labels, keys, options)
+    back = torch_names.generator_from_torch(CONFIG, names)
+    again = sampler.generate(CONFIG, back, labels, keys, options)
     assert codes.shape == (2, CONFIG.length)
     np.testing.assert_array_equal(codes, again)
 
@@ -276,12 +259,11 @@ def test_inference_after_training_with_foresight_is_the_plain_generators():
 def test_before_its_start_a_term_costs_nothing_and_changes_nothing():
     later = tuple(dataclasses.replace(term, start_epoch=1.0) for term in (E, I))
     recipe = make_recipe(later, steps_per_epoch=3)
-    # No teacher is run: there are no teachers, and no images to look at.
+    # No teacher runs: there are neither teachers nor images.
     blind = {name: make_batch()[name] for name in ("codes", "label")}
-    log, plain = run(recipe, 3, {}, blind), on_one_device("baseline")
-    for ((params, ema), metrics), ((plain_params, plain_ema), plain_metrics) in zip(
-        log[1:], plain[1:4], strict=True
-    ):
+    log = run(recipe, 3, {}, blind)
+    pairs = zip(log[1:], on_one_device("baseline")[1:4], strict=True)
+    for ((params, ema), metrics), ((plain_params, plain_ema), plain_metrics) in pairs:
         assert_close(params["generator"], plain_params["generator"], atol=1e-7)
         assert_close(ema, plain_ema, atol=1e-7)
         assert plain_metrics["grad_norm"] > OPTIMIZER.clip_norm  # clipping counts, with one norm
@@ -297,13 +279,12 @@ def test_before_its_start_a_term_costs_nothing_and_changes_nothing():
             np.testing.assert_array_equal(end[term.name][name]["bias"], dense["bias"])
 
 
-# Less memory, and steps that are left out ---------------------------------------------------------
+# Less memory, and updates that are skipped --------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", [pytest.param("e_and_i", marks=pytest.mark.slow), "output"])
 def test_parts_of_a_batch_make_the_update_of_the_whole(variant):
-    no_dropout = dict(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0, class_dropout=0.0)
-    config = dataclasses.replace(CONFIG, **no_dropout)
+    config = dataclasses.replace(CONFIG, **dict.fromkeys(RATES, 0.0))
     results = []
     for count in (1, 4):
         recipe = make_recipe(variant, generator=config, accumulate=count)
@@ -312,8 +293,8 @@ def test_parts_of_a_batch_make_the_update_of_the_whole(variant):
         for i in range(2):
             state, metrics = train_step(state, teachers(), make_batch(), i)
         results.append((host((state.params, state.ema)), jax.device_get(metrics)))
-    (whole, expected), (components, metrics) = results
-    assert_close(components, whole, atol=1e-5)
+    (whole, expected), (parts, metrics) = results
+    assert_close(parts, whole, atol=1e-5)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
@@ -339,9 +320,10 @@ def test_computing_again_changes_nothing_but_memory(policy):
     recipe = make_recipe("e", generator=config)
     _, metrics = step.make_train_step(recipe)(state, {}, make_batch(), 0)
     _, expected = on_one_device("e")[1]
-    for name, value in expected.items():  # dropout too is drawn again, the same
+    for name, value in expected.items():  # the backward pass draws the same dropout again
         assert float(metrics[name]) == pytest.approx(value, rel=1e-5), name
-    large = dataclasses.replace(config, num_layers=8, residual_dropout=0.0)
+    layers = 4 if policy == "dots" else 8
+    large = dataclasses.replace(config, num_layers=layers, residual_dropout=0.0)
 
     def stored(remat, unroll):
         generator = dataclasses.replace(large, remat=remat, unroll=unroll)
@@ -352,7 +334,7 @@ def test_computing_again_changes_nothing_but_memory(policy):
 
     assert stored(policy, unroll=1) < 0.8 * stored("none", unroll=1)
     # No loop; a loop and a rest outside of it.
-    for unroll in (8,) if policy == "dots" else (8, 6):
+    for unroll in (4,) if policy == "dots" else (8, 6):
         assert stored(policy, unroll) < 0.95 * stored("none", unroll), unroll
 
 
@@ -362,25 +344,17 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted():
     state, _ = train_step(initialiser(recipe.terms)(), {}, make_batch(), 0)
     before = host((state.params, state.ema, state.opt_state))
     bad = jax.tree.map(jnp.copy, state)
-    scale = bad.ema["layers"]["ffn_norm"]["scale"]
-    bad = bad.replace(
-        ema={**bad.ema, "layers": {**bad.ema["layers"], "ffn_norm": {"scale": scale * jnp.nan}}}
-    )
+    scale = {"scale": bad.ema["layers"]["ffn_norm"]["scale"] * jnp.nan}
+    bad = bad.replace(ema={**bad.ema, "layers": {**bad.ema["layers"], "ffn_norm": scale}})
     ema = host(bad.ema)
     bad, metrics = train_step(bad, {}, make_batch(), 1)  # the teacher's features are not numbers
     assert not np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
     assert bad.step == 2 and bad.skipped == 1
-    assert_same(host((bad.params, bad.ema, bad.opt_state)), (before[0], ema, before[2]))
+    assert_close(host((bad.params, bad.ema, bad.opt_state)), (before[0], ema, before[2]), atol=0)
     good, metrics = train_step(state, {}, make_batch(), 1)
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0 and good.skipped == 0
-    alone, _ = step.make_train_step(make_recipe("e"))(
-        initialiser(recipe.terms)(), {}, make_batch(), 0
-    )
-    assert_same(host(alone.params), before[0])  # a good update is the same with and without
-
-
-def assert_same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    # A good update is the same with and without the check.
+    assert_close(on_one_device("e")[1][0][0], before[0], atol=0)
 
 
 # Meshes ------------------------------------------------------------------------------------------
@@ -398,11 +372,10 @@ def placed(recipe, mesh):
 
 def mesh_cases():
     """Each variant on every mesh; E and I together on some of them is quick."""
-    for variant in ("e_and_i", "baseline", "e", "i"):
-        for shape in MESHES:
-            quick = variant == "e_and_i" and shape in QUICK
-            marks = () if quick else (pytest.mark.slow,)
-            yield pytest.param(shape, variant, marks=marks, id=f"{variant}-{shape}")
+    for variant, shape in itertools.product(("e_and_i", "baseline", "e", "i"), MESHES):
+        quick = variant == "e_and_i" and shape in QUICK
+        marks = () if quick else (pytest.mark.slow,)
+        yield pytest.param(shape, variant, marks=marks, id=f"{variant}-{shape}")
 
 
 @pytest.mark.parametrize("shape, variant", mesh_cases())
@@ -412,10 +385,10 @@ def test_a_mesh_computes_what_one_device_does(shape, variant):
     mesh = sharding.make_mesh(shape)
     state, placement = placed(recipe, mesh)
     train_step = step.make_train_step(recipe, placement, sharding.batch_sharding(mesh))
-    frozen = jax.device_put(teachers(), sharding.replicated(mesh))
+    teacher_params = jax.device_put(teachers(), sharding.replicated(mesh))
     for i, (_, expected) in enumerate(on_one_device(variant)[1:4]):
         batch = sharding.put_batch(make_batch(), mesh)
-        old, (state, metrics) = state, train_step(state, frozen, batch, i)
+        old, (state, metrics) = state, train_step(state, teacher_params, batch, i)
         arrays = jax.tree.leaves((old.params, old.ema, old.opt_state))
         assert all(array.is_deleted() for array in arrays)  # donated
         for name, value in expected.items():
@@ -425,10 +398,8 @@ def test_a_mesh_computes_what_one_device_does(shape, variant):
     assert_close(host(state.ema), ema, atol=1e-5)
     # Each device holds its share and no more, after the step too.
     _, fsdp, tensor = shape
-    adam = next(
-        part for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part)
-    )
-    for tree in (state.params["generator"], state.ema, adam.mu["generator"], adam.nu["generator"]):
+    mu, nu = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
+    for tree in (state.params["generator"], state.ema, mu["generator"], nu["generator"]):
         attention = tree["layers"]["attention"]
         assert shard_shape(attention["wqkv"]["kernel"]) == (2, 64 // fsdp, 3, 8 // tensor, 8)
         assert shard_shape(attention["wo"]["kernel"]) == (2, 8 // tensor, 8, 64 // fsdp)
@@ -437,12 +408,7 @@ def test_a_mesh_computes_what_one_device_does(shape, variant):
         assert shard_shape(tree["layers"]["ffn_norm"]["scale"]) == (2, 64)
     for term in recipe.terms:
         kernel = state.params["foresight"][term.name]["linear_1"]["kernel"]
-        heads = len(term.offsets)
-        assert shard_shape(kernel) == (heads, 32 // tensor, 32 // fsdp)
-
-
-def _is_adam(part):
-    return hasattr(part, "mu")
+        assert shard_shape(kernel) == (len(term.offsets), 32 // tensor, 32 // fsdp)
 
 
 def shard_shape(array):
@@ -459,9 +425,8 @@ def test_initialisation_over_a_mesh_is_that_of_one_device():
     alone = make()
     assert_close(host(state.params), host(alone.params), atol=1e-7)
     assert_close(host(state.ema), host(alone.ema), atol=1e-7)
-    assert (
-        state.step == 0 and (jax.random.key_data(state.key) == jax.random.key_data(alone.key)).all()
-    )
+    assert state.step == 0
+    assert (jax.random.key_data(state.key) == jax.random.key_data(alone.key)).all()
 
 
 @pytest.mark.parametrize("size", generator_lib.SIZES)
@@ -469,12 +434,13 @@ def test_every_matrix_of_a_named_size_is_split(size):
     recipe = step.Recipe(GeneratorConfig(*generator_lib.SIZES[size]), (foresight.Term(),))
     shapes = jax.eval_shape(lambda: step.init_state(recipe, jax.random.key(0)))
     placement = sharding.shardings(shapes, sharding.make_mesh((1, 4, 2)))
-    for (path, leaf), where in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placement), strict=True
-    ):
+
+    def check(path, leaf, where):
         share = np.prod(where.shard_shape(leaf.shape)) / np.prod(leaf.shape)
-        whole = path[-1].key in ("scale", "bias") if hasattr(path[-1], "key") else True
+        whole = getattr(path[-1], "key", "scale") in ("scale", "bias")
         assert whole or share <= 1 / 4, f"{path}: every device holds {share} of {leaf.shape}"
+
+    jax.tree_util.tree_map_with_path(check, shapes, placement)
 
 
 def test_axes_that_do_not_divide_are_replicated_and_meshes_resolved():
@@ -489,6 +455,5 @@ def test_axes_that_do_not_divide_are_replicated_and_meshes_resolved():
     assert sharding.mesh_shape(-1, 2, 2, 8) == (2, 2, 2)
     assert sharding.mesh_shape(2, -1, 1, 8) == (2, 4, 1)
     for wrong in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (8, 1, -2), (16, 1, 1)):
-        with pytest.raises(ValueError, match="mesh.data=") as error:
+        with pytest.raises(ValueError, match="mesh.data="):
             sharding.mesh_shape(*wrong, 8)
-        assert "\n" not in str(error.value)

@@ -61,7 +61,7 @@ def test_encode_finds_the_nearest_patch_row_by_row():
             assert code == np.argmin(((codebook - patch) ** 2).sum(axis=1))
 
 
-def test_decode_lays_patches_out_and_encode_inverts_it():
+def test_decode_arranges_patches_and_encode_inverts_it():
     module, variables = make()
     codes = np.random.RandomState(2).randint(0, 7, (5, 6))
     images = module.apply(variables, codes, method="decode")

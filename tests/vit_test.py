@@ -3,8 +3,8 @@
 dinov2_b.npz was computed in float32 on a CPU with the official code (facebookresearch/dinov2, built
 with `interpolate_antialias=True, interpolate_offset=0`, without xformers) and PyTorch 2.13, on random
 parameters that float16 can hold: two blocks 16 wide, two heads, three registers, SwiGLU, positions
-for 5x5 patches. At the top are the names of DESIGN's `dinov2_a`. `layer1/` is block 1 and `gelu/`
-the network with other feed-forward parameters, both on the left 28 columns of `preprocessed_bchw`;
+for 5x5 patches. `layer1/` is block 1 and `gelu/` the network with other feed-forward parameters, both
+on the left 28 columns of `preprocessed_bchw`;
 `positions/HxW` is `pos_embed` after torch's bicubic with antialiasing and `shown/HxW` are `pixels`
 after /255, mean, deviation and torch's bicubic without.
 """
@@ -122,7 +122,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_published_sizes_are_told_from_their_shapes(name):
+def test_shapes_determine_the_published_sizes(name):
     config = vit.named(name)
     state = shapes_of(config)
     assert sum(array.size for array in state.values()) == PARAMETERS[name]
@@ -133,7 +133,7 @@ def test_published_sizes_are_told_from_their_shapes(name):
 def test_unknown_names_are_refused():
     assert set(vit.NAMES) == set(PARAMETERS)
     for name in ("dinov2_vith14", "vitb14", "dinov2_vitb14_reg", "dinov2_vitb14_reg4_reg4", ""):
-        with pytest.raises(ValueError, match="not a published DINOv2; those are dinov2_vits14, "):
+        with pytest.raises(ValueError, match="dinov2_vits14"):
             vit.named(name)
 
 
@@ -147,27 +147,23 @@ def test_config_of_a_state_dict():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, name",
     [
-        ({"cls_token": None}, "it has no cls_token"),
-        ({"pos_embed": np.zeros((1, 24, 16))}, "pos_embed has 23 patches, not a square"),
-        (
-            {"pos_embed": np.zeros((26, 16))},
-            r"pos_embed is \(26, 16\), should be 3 axes, none empty",
-        ),
-        ({f"blocks.{i}.norm1.weight": None for i in range(2)}, "it has no blocks.0.norm1.weight"),
-        ({"cls_token": np.zeros((1, 1, 15))}, "num_heads is 2, must divide the width of 15"),
+        ({"cls_token": None}, "cls_token"),
+        ({"pos_embed": np.zeros((1, 24, 16))}, "pos_embed has 23 patches"),
+        ({"pos_embed": np.zeros((26, 16))}, "pos_embed"),
+        ({f"blocks.{i}.norm1.weight": None for i in range(2)}, "blocks.0.norm1.weight"),
+        ({"cls_token": np.zeros((1, 1, 15))}, "num_heads"),
     ],
 )
-def test_another_state_dict_is_refused(change, message):
+def test_another_state_dict_is_refused(change, name):
     state = {n: a for n, a in (STATE | change).items() if a is not None}
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=name):
         vit.config_of(state, num_heads=2)
-    assert "\n" not in str(error.value)
 
 
 def test_the_number_of_heads_must_be_known():
-    with pytest.raises(ValueError, match="16 wide, no multiple of 64: num_heads must be given"):
+    with pytest.raises(ValueError, match="num_heads"):
         vit.config_of(STATE)
 
 
@@ -215,7 +211,7 @@ def test_only_blocks_up_to_the_tap_are_run(layer, depth):
     cut = lambda x, fill: jnp.asarray(x).at[depth:].set(fill)
     broken = params | {"blocks": jax.tree.map(lambda x: cut(x, jnp.nan), params["blocks"])}
     np.testing.assert_array_equal(run(broken), got)
-    # Blocks that add nothing are as good as none.
+    # Blocks that add nothing equal no blocks.
     silent = params["blocks"] | {
         n: {"gamma": cut(params["blocks"][n]["gamma"], 0)} for n in ("ls1", "ls2")
     }
@@ -242,23 +238,23 @@ def test_bfloat16_is_close_to_float32():
 
 
 @pytest.mark.parametrize(
-    "images, layer, message",
+    "images, layer, name",
     [
-        (jnp.zeros((1, 28, 30, 3)), 0, "images are 28x30, sides must be multiples of 14"),
-        (jnp.zeros((1, 3, 28, 28)), 0, r"images must be \(B, H, W, 3\), not \(1, 3, 28, 28\)"),
-        (jnp.zeros((28, 28, 3)), 0, r"images must be \(B, H, W, 3\), not \(28, 28, 3\)"),
-        (jnp.zeros((1, 28, 28, 3), jnp.uint8), 0, "images must be floats, not uint8"),
-        (jnp.zeros((1, 28, 28, 3)), 3, "layer is 3, this network has blocks 1 to 2"),
-        (jnp.zeros((1, 28, 28, 3)), -1, "layer is -1, this network has blocks 1 to 2"),
+        (jnp.zeros((1, 28, 30, 3)), 0, "images are 28x30"),
+        (jnp.zeros((1, 3, 28, 28)), 0, "images"),
+        (jnp.zeros((28, 28, 3)), 0, "images"),
+        (jnp.zeros((1, 28, 28, 3), jnp.uint8), 0, "images .* uint8"),
+        (jnp.zeros((1, 28, 28, 3)), 3, "layer is 3"),
+        (jnp.zeros((1, 28, 28, 3)), -1, "layer is -1"),
     ],
 )
-def test_refuses(images, layer, message):
-    with pytest.raises(ValueError, match=message):
+def test_other_images_and_layers_are_refused(images, layer, name):
+    with pytest.raises(ValueError, match=name):
         vit.DinoV2(SMALL).init(jax.random.key(0), images, layer)
 
 
 def test_preprocessing_refuses_other_integers():
-    with pytest.raises(ValueError, match="images must be floats, not int32"):
+    with pytest.raises(ValueError, match="images .* int32"):
         vit.preprocess(jnp.zeros((1, 28, 28, 3), jnp.int32), (14, 14))
 
 
@@ -274,7 +270,7 @@ def teach(images, grid, config=SMALL, **how):
 def test_teacher_gives_each_token_its_patch():
     images = random_pixels(2, 20, 30, 3)
     module = teacher.DinoTeacher((2, 3), SMALL, layer=1)
-    assert module.features == 16
+    assert module.feature_width == 16
     params = random_params(SMALL)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     assert jax.tree.map(np.shape, shapes) == {"network": jax.tree.map(np.shape, params)}
@@ -296,7 +292,7 @@ def test_the_longer_side_has_image_size(image_size, patches):
 
 @pytest.mark.parametrize("image_size", [60, 7, -14])
 def test_teacher_refuses_a_size_that_patches_do_not_tile(image_size):
-    with pytest.raises(ValueError, match=f"image_size is {image_size}, must be a multiple of 14"):
+    with pytest.raises(ValueError, match=f"image_size is {image_size}"):
         teach(random_pixels(1, 8, 8, 3), (2, 2), image_size=image_size)
 
 
@@ -314,7 +310,7 @@ def test_features_lie_where_the_pixels_are(image_size, token):
     assert change[token] > 1.5 * np.partition(change, -2)[-2]
 
 
-def test_coarser_patches_are_spread_over_their_tokens():
+def test_tokens_share_the_features_of_coarser_patches():
     config = dataclasses.replace(SMALL, num_layers=1)
     images = np.full((2, 64, 96, 3), 128, np.uint8)
     images[1, 32:, 64:] = random_pixels(32, 32, 3)
@@ -323,6 +319,6 @@ def test_coarser_patches_are_spread_over_their_tokens():
     assert np.argmax(change) == 23 and change[3, 5] > 2 * change[:2, :4].max()
 
 
-def test_grey_images_are_shown_as_rgb():
+def test_grey_images_become_rgb():
     grey = random_pixels(2, 16, 16, 1)
     np.testing.assert_array_equal(teach(grey, (2, 2)), teach(np.repeat(grey, 3, axis=-1), (2, 2)))

@@ -1,7 +1,7 @@
 """The convolutional tokenizer and the names of its parameters; also DINOv2's and the generator's.
 
-Numbers of the official code are in golden_test.py. Here: full-size names and shapes, layouts and
-borders against NumPy, the nearest code, other shapes of images, what is refused.
+Numbers of the official code are in golden_test.py. Here: full-size names and shapes, layouts, the
+nearest code, other shapes of images, what is refused.
 """
 
 import ast
@@ -51,24 +51,17 @@ def vq_state(config):
 
 
 def random_params(config, seed=0):
-    """Parameters of ordinary size, biases too, whose kernels keep the size of what they act on."""
-    rng = np.random.RandomState(seed)
+    """Parameters of ordinary size, whose kernels keep the size of their inputs."""
+    rng, side = np.random.RandomState(seed), config.downsample
 
-    def draw(path, shape):
-        if path[-1] == "kernel":
-            return rng.normal(0, math.prod(shape[:-1]) ** -0.5, shape)
-        return {
-            "scale": lambda: rng.uniform(0.5, 1.5, shape),
-            "bias": lambda: rng.normal(0, 0.2, shape),
-            "embedding": lambda: rng.normal(0, 1, shape),
-        }[path[-1]]()
+    def draw(path, leaf):
+        name, shape = path[-1].key, leaf.shape
+        deviation = {"scale": 0.3, "bias": 0.2, "embedding": 1}.get(name)
+        deviation = deviation or math.prod(shape[:-1]) ** -0.5
+        return rng.normal(name == "scale", deviation, shape).astype(np.float32)
 
-    side = config.downsample
     tree = abstract_params(vq.VQModel(config), 1, side, side, config.channels)
-    flat = traverse_util.flatten_dict(tree)
-    return traverse_util.unflatten_dict(
-        {path: draw(path, leaf.shape).astype(np.float32) for path, leaf in flat.items()}
-    )
+    return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +112,7 @@ def test_vq16_has_the_published_names_and_shapes():
     assert shapes(state) | {CODEBOOK_USED: expected[CODEBOOK_USED]} == expected
     assert count(state) == 71_883_403
     assert vq.config_of(state | {CODEBOOK_USED: np.zeros(65536)}) == vq.VQConfig()
-    # What is written for PyTorch has the buffer too: the official model loads strictly.
+    # Files for PyTorch have the buffer too: the official model loads strictly.
     params = torch_names.vq_from_torch(vq.VQConfig(), state)
     assert shapes(torch_names.vq_to_torch(vq.VQConfig(), params)) == expected
 
@@ -136,49 +129,38 @@ def test_vq8_is_a_level_shallower():
     # The decoder begins at the deepest level; attention is there, and resizing is not at the end.
     assert state["decoder.conv_blocks.0.attn.2.q.weight"].shape == (512, 512, 1, 1)
     assert state["decoder.conv_blocks.3.res.0.conv1.weight"].shape == (128, 256, 3, 3)
-    assert "decoder.conv_blocks.2.upsample.conv.weight" in state
-    assert not any(name.startswith("decoder.conv_blocks.3.upsample") for name in state)
-    assert not any(name.startswith("encoder.conv_blocks.3.downsample") for name in state)
+    resized = {name.split(".")[2] for name in state if "upsample" in name or "downsample" in name}
+    assert resized == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize(
-    "name, parameters",
-    [
-        ("dinov2_vitb14", 86_580_480),
-        ("dinov2_vitb14_reg4", 86_583_552),
-        ("dinov2_vitg14", 1_136_480_768),
-    ],
-)
-def test_dinov2_has_the_published_names_and_shapes(name, parameters):
+@pytest.mark.parametrize("name", ["dinov2_vitb14", "dinov2_vitb14_reg4", "dinov2_vitg14"])
+def test_dinov2_has_the_published_names_and_shapes(name):
     config = vit.named(name)
     params = abstract_params(vit.DinoV2(config), 1, 14, 14, 3)
     state = torch_names.dinov2_to_torch(config, jax.tree.map(lambda x: free(x.shape), params))
     assert shapes(state) == every_layer(published(name), "blocks.", config.num_layers)
-    assert count(state) == parameters
 
 
 def every_layer(one, prefix, layers):
-    """Some files list the first layer alone."""
-    first = {name: shape for name, shape in one.items() if name.startswith(f"{prefix}0.")}
-    more = {
-        name.replace(f"{prefix}0.", f"{prefix}{i}.", 1): shape
-        for i in range(layers)
-        for name, shape in first.items()
-    }
-    return one | more
+    """The names and shapes of a file of which some list only the first layer."""
+    first = [(name, shape) for name, shape in one.items() if name.startswith(f"{prefix}0.")]
+    for i in range(layers):
+        one |= {name.replace(f"{prefix}0.", f"{prefix}{i}.", 1): shape for name, shape in first}
+    return one
 
 
 def test_gpt_b_has_the_published_names_and_shapes():
     layers, heads, width = generator_lib.SIZES["B"]
     config = GeneratorConfig(num_layers=layers, num_heads=heads, width=width)
-    params = jax.eval_shape(functools.partial(generator_lib.init_params, config), jax.random.key(0))
-    params = jax.tree.map(lambda x: free(x.shape), params)
-    state = torch_names.generator_to_torch(config, params)
-    assert count(state) == 110_888_448
     term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=2048)
-    init = functools.partial(foresight.init_heads, term, width, width)
-    projectors = jax.eval_shape(init, jax.random.key(0))
-    projectors = jax.tree.map(lambda x: free(x.shape), projectors)
+
+    def both(key):
+        generator = generator_lib.init_params(config, key)
+        return generator, foresight.init_heads(term, width, width, key)
+
+    abstract = jax.eval_shape(both, jax.random.key(0))
+    params, projectors = jax.tree.map(lambda x: free(x.shape), abstract)
+    state = torch_names.generator_to_torch(config, params)
     state |= torch_names.projectors_to_torch(projectors)
     assert count(state) == 132_923_136
     assert shapes(state) == every_layer(published("gpt_b"), "layers.", 12)
@@ -201,11 +183,9 @@ def test_round_trip_through_torch_names_bit_for_bit(params):
     there = state["encoder.conv_blocks.0.res.1.conv2.weight"]
     assert there[3, 7, 0, 2] == kernel[0, 2, 7, 3]
     assert_equal(torch_names.vq_from_torch(SMALL, state), params)
-    again = torch_names.vq_to_torch(SMALL, torch_names.vq_from_torch(SMALL, state))
-    assert_equal(again, state)
-    # The buffer need not be there, and what it holds does not matter.
+    # The buffer is optional, and its contents do not matter.
+    own = {n: a for n, a in state.items() if n != CODEBOOK_USED}
     for buffer in ({}, {CODEBOOK_USED: np.ones(3)}):
-        own = {n: a for n, a in state.items() if n != CODEBOOK_USED}
         assert_equal(torch_names.vq_from_torch(SMALL, own | buffer), params)
 
 
@@ -219,12 +199,8 @@ def test_round_trip_of_dinov2_bit_for_bit():
     assert state["blocks.2.attn.qkv.weight"][5, 1] == rows[2, 1, 5]
     assert_equal(torch_names.dinov2_from_torch(config, state), tree)
     del state["blocks.1.ls2.gamma"]
-    state["blocks.3.ls2.gamma"] = np.zeros(16)
-    with pytest.raises(torch_names.NamesError) as error:
+    with pytest.raises(torch_names.NamesError, match="blocks.1.ls2.gamma"):
         torch_names.dinov2_from_torch(config, state)
-    assert str(error.value) == (
-        "parameters do not fit: missing blocks.1.ls2.gamma (16,); unexpected blocks.3.ls2.gamma"
-    )
 
 
 NAMES = sorted(vq_state(SMALL))
@@ -233,80 +209,55 @@ SHAPES = st.lists(st.integers(0, 70), max_size=5).map(tuple)
 
 @st.composite
 def damages(draw):
-    """A state dict with names lost, added and misshapen, and what must be said of it."""
+    """A state dict with names lost, added and misshapen, and the names that the error must list."""
     state = dict(vq_state(SMALL))
     lost = draw(st.sets(st.sampled_from(NAMES), max_size=5))
     bent = draw(st.dictionaries(st.sampled_from(NAMES), SHAPES, max_size=5))
     other = st.text("abc.01", max_size=12).filter(lambda name: name not in state)
     added = draw(st.dictionaries(other, SHAPES, max_size=3))
-    told = [f"missing {name} {state[name].shape}" for name in lost]
-    told += [f"unexpected {name}" for name in added]
-    told += [
-        f"{name} is {shape}, should be {state[name].shape}"
-        for name, shape in bent.items()
-        if name not in lost and shape != state[name].shape
-    ]
+    wrong = {name for name, shape in bent.items() if shape != state[name].shape}
     for name, shape in {**bent, **added}.items():
         state[name] = free(shape)
-    return {name: array for name, array in state.items() if name not in lost}, told
+    state = {name: array for name, array in state.items() if name not in lost}
+    return state, lost | added.keys() | wrong
 
 
 @settings(deadline=None)
 @given(damages())
-def test_all_that_does_not_fit_is_listed_in_one_line(damage):
-    state, told = damage
+def test_every_name_that_does_not_fit_is_listed_in_one_line(damage):
+    state, names = damage
     expected = shapes(vq_state(SMALL))
-    if not told:
+    if not names:
         torch_names.check_shapes(state, expected)
         return
     with pytest.raises(torch_names.NamesError) as error:
         torch_names.check_shapes(state, expected)
-    start, _, listed = str(error.value).partition(": ")
-    assert start == "parameters do not fit" and "\n" not in listed
-    assert sorted(listed.split("; ")) == sorted(told)
-
-
-def test_a_tokenizer_that_does_not_fit_is_refused_with_every_name():
-    state = dict(vq_state(SMALL))
-    del state["quant_conv.bias"], state["encoder.mid.1.q.weight"]
-    state["encoder.conv_blocks.2.res.0.conv2.bias"] = state["loss.weight"] = free((1,))
-    state["decoder.conv_in.weight"] = free((64, 15, 3, 3))
-    with pytest.raises(torch_names.NamesError) as error:
-        torch_names.vq_from_torch(SMALL, state)
-    assert str(error.value) == (
-        "parameters do not fit: missing encoder.mid.1.q.weight (64, 64, 1, 1); missing "
-        "quant_conv.bias (8,); unexpected encoder.conv_blocks.2.res.0.conv2.bias; unexpected "
-        "loss.weight; decoder.conv_in.weight is (64, 15, 3, 3), should be (64, 16, 3, 3)"
-    )
+    listed = str(error.value).partition(": ")[2].split("; ")
+    assert len(listed) == len(names) and "\n" not in str(error.value)
+    assert all(any(name in item for item in listed) for name in names)
 
 
 def test_parameters_of_another_config_are_refused(params):
     other = dataclasses.replace(SMALL, vocab_size=51)
-    with pytest.raises(torch_names.NamesError, match=r"quantize/embedding is \(50, 8\), should be"):
+    with pytest.raises(torch_names.NamesError, match="quantize/embedding"):
         torch_names.vq_to_torch(other, params)
+    with pytest.raises(torch_names.NamesError, match="quantize.embedding.weight"):
+        torch_names.vq_from_torch(other, vq_state(SMALL))
 
 
-MARKS = [
-    "encoder.conv_in.weight",
-    "encoder.conv_out.weight",
-    "quantize.embedding.weight",
-    "encoder.conv_blocks.0.res.0.conv1.weight",
-    "encoder.conv_blocks.1.res.0.conv1.weight",
-]
+MARKS = ["encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"]
+MARKS += [f"encoder.conv_blocks.{i}.res.0.conv1.weight" for i in (0, 1)]
 
 
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(MARKS) | st.text(), st.none() | SHAPES))
 def test_any_state_dict_gives_a_config_or_one_line(changes):
-    state = dict(vq_state(SMALL))
-    for name, shape in changes.items():
-        state.pop(name, None)
-        if shape is not None:
-            state[name] = free(shape)
+    state = {name: array for name, array in vq_state(SMALL).items() if name not in changes}
+    state |= {name: free(shape) for name, shape in changes.items() if shape is not None}
     try:
         config = vq.config_of(state)
     except ValueError as error:
-        assert str(error).startswith("not a VQ tokenizer") and "\n" not in str(error)
+        assert "\n" not in str(error)
     else:
         assert config.downsample >= 1 and min(config.multipliers) > 0
 
@@ -329,21 +280,21 @@ def unit(rows):
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2047, 2048, 2049, 4500])
-def test_the_nearest_row_on_the_sphere_against_a_loop_in_float64(vocab_size):
+def test_the_nearest_row_on_the_sphere_against_float64(vocab_size):
     rng = np.random.RandomState(vocab_size)
     embedding = rng.normal(size=(vocab_size, 8)).astype(np.float32)
-    embedding *= 10 ** rng.uniform(-3, 3, (vocab_size, 1)).astype(np.float32)  # length is nothing
+    lengths = 10 ** rng.uniform(-3, 3, (vocab_size, 1))  # they have no effect
+    embedding *= lengths.astype(np.float32)
     latents = rng.normal(size=(3, 5, 20, 8)).astype(np.float32)
     codes = nearest(embedding, latents)
     assert codes.shape == (3, 5, 20)
-    clear = 0
-    for latent, code in zip(unit(latents).reshape(-1, 8), codes.reshape(-1), strict=True):
-        distance = np.sum((unit(embedding) - latent) ** 2, axis=1)
-        assert distance[code] <= distance.min() + 1e-6
-        if vocab_size > 1 and np.diff(np.sort(distance)[:2]) > 1e-5:
-            assert code == np.argmin(distance)
-            clear += 1
-    assert vocab_size == 1 or clear > 290
+    distances = np.sum((unit(latents).reshape(-1, 1, 8) - unit(embedding)) ** 2, axis=2)
+    smallest = distances.min(axis=1, keepdims=True)
+    found = np.take_along_axis(distances, codes.reshape(-1, 1), axis=1)
+    assert (found <= smallest + 1e-6).all()
+    clear = np.sum(distances <= smallest + 1e-5, axis=1) == 1
+    assert clear.sum() > 290
+    np.testing.assert_array_equal(codes.reshape(-1)[clear], distances.argmin(axis=1)[clear])
     assert vocab_size < 4500 or {0, 1, 2} == set(codes.reshape(-1) // 2048)  # all parts are used
 
 
@@ -351,7 +302,7 @@ def test_of_equally_near_rows_the_first_wins():
     """Rows along the axes, of lengths that are powers of two: nothing rounds."""
     rng = np.random.RandomState(0)
     axes = np.eye(8, dtype=np.float32)
-    embedding = -np.ones((4500, 8), np.float32)  # none of them near an axis
+    embedding = -np.ones((4500, 8), np.float32)  # none near an axis
     places = {0: (7, 9, 2050, 4400), 1: (2047, 2048), 2: (2049, 4096), 3: (4097, 4499)}
     for axis, rows in places.items():
         for row in rows:
@@ -361,7 +312,7 @@ def test_of_equally_near_rows_the_first_wins():
     # Halfway between two axes: the first of either.
     between = np.float32([[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 3, 3, 0, 0, 0, 0]])
     assert nearest(embedding, between).tolist() == [7, 2049]
-    # A latent of no length is as far from every row.
+    # A latent of length zero is equally far from every row.
     assert nearest(embedding, np.zeros((1, 8), np.float32)).tolist() == [0]
 
 
@@ -388,31 +339,23 @@ def test_encode_looks_latents_up_row_by_row(params):
 
 
 def blind_to_neighbours(params):
-    """The same with kernels that see one pixel alone, or where they halve the image a 2x2 block."""
+    """The same with kernels that see only one pixel, or a 2x2 block where they halve the image."""
     pixel, block = (slice(1, 2), slice(1, 2)), (slice(0, 2), slice(0, 2))
 
     def see(path, array):
         if path[-1] != "kernel" or array.shape[0] == 1:
             return array
-        seen = np.zeros_like(array)
-        window = block if "downsample" in path else pixel
+        seen, window = np.zeros_like(array), block if "downsample" in path else pixel
         seen[window] = array[window] * 3
         return seen
 
-    flat = traverse_util.flatten_dict(params)
-    return traverse_util.unflatten_dict({path: see(path, array) for path, array in flat.items()})
-
-
-def patches(images, side):
-    """(B, H, W, C) -> (B, L, side * side * C), row by row."""
-    return np.asarray(tokenizer.unfold(images, side))
+    return traverse_util.path_aware_map(see, params)
 
 
 def test_a_code_stays_with_its_pixels_and_pixels_with_their_code():
-    """Norms and attention see all positions alike; so do these kernels: patches may be moved.
+    """Norms, attention and these kernels treat all positions alike: moved patches move their codes.
 
-    That fails if a position's patch were another than the one its pixels fill, be it by the order
-    of the grid or by where the border of a halving lies.
+    Another order of the grid, or another border of a halving, would break that.
     """
     config = dataclasses.replace(SMALL, multipliers=(1, 1, 2), vocab_size=200)
     params = blind_to_neighbours(random_params(config))
@@ -427,66 +370,11 @@ def test_a_code_stays_with_its_pixels_and_pixels_with_their_code():
 
     images = np.concatenate([image_of(rows), image_of(rows[order])])
     codes = np.asarray(call(config, "encode", params, images))
-    assert len(np.unique(codes[0])) > 5  # or moving would show nothing
+    assert len(np.unique(codes[0])) > 5  # otherwise moving patches changes nothing
     np.testing.assert_array_equal(codes[1], codes[0][order])
-    shown = patches(decode(config, params, codes, (height, width)), side)
+    shown = np.asarray(tokenizer.unfold(decode(config, params, codes, (height, width)), side))
     assert np.ptp(shown[0], axis=0).max() > 0.1
     np.testing.assert_allclose(shown[1], shown[0][order], atol=1e-4)
-
-
-def test_every_latent_knows_the_far_corner(params):
-    """Attention is over all positions, with a query, a key and a value of its own each."""
-    images = jnp.asarray(random_images(1, 32, 32, 3))
-    corner = lambda x: call(SMALL, "latents", params, x)[0, 0, 0].sum()
-    gradient = np.asarray(jax.grad(corner)(images))[0]
-    assert np.abs(gradient[-2:, -2:]).min() > 0
-
-
-def conv(x, kernel, bias, before, after, stride=1):
-    """(H, W, in) -> a convolution after padding with zeros, by its definition, in float64."""
-    x = np.pad(np.float64(x), ((before, after), (before, after), (0, 0)))
-    size = kernel.shape[0]
-    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(0, 1))
-    return np.einsum("yxcij,ijco->yxo", windows[::stride, ::stride], np.float64(kernel)) + bias
-
-
-def silent(params):
-    """The same with residual blocks and attention that add nothing but a bias."""
-    flat = traverse_util.flatten_dict(params)
-    quiet = {
-        p: 0 * a for p, a in flat.items() if p[-1] == "kernel" and p[-2] in ("conv2", "proj_out")
-    }
-    return traverse_util.unflatten_dict(flat | quiet)
-
-
-def encoder_by_hand(params, image, before):
-    """An encoder of `silent` blocks, its halving padded by `before` pixels at the top and left."""
-    encoder = params["encoder"]
-
-    def level(x, blocks):
-        return x + sum(b.get("conv2", b.get("proj_out"))["bias"] for b in blocks.values())
-
-    fine, deep = dict(encoder["conv_blocks_0"]), encoder["conv_blocks_1"]
-    halve = fine.pop("downsample")["conv"]
-    x = conv(image, **encoder["conv_in"], before=1, after=1)
-    x = conv(level(x, fine), **halve, before=before, after=1 - before, stride=2)
-    x = level(x, deep | {name: encoder[name] for name in ("mid_0", "mid_1", "mid_2")})
-    groups = x.reshape(*x.shape[:2], 32, -1)
-    shard_activation = np.sqrt(groups.var(axis=(0, 1, 3), keepdims=True) + 1e-6)
-    x = ((groups - groups.mean(axis=(0, 1, 3), keepdims=True)) / shard_activation).reshape(x.shape)
-    x = x * encoder["norm_out"]["scale"] + encoder["norm_out"]["bias"]
-    x = conv(x / (1 + np.exp(-x)), **encoder["conv_out"], before=1, after=1)
-    return conv(x, **params["quant_conv"], before=0, after=0)
-
-
-def test_halving_pads_at_the_bottom_and_right():
-    config = dataclasses.replace(SMALL, multipliers=(1, 1), width=64)  # two channels a group
-    params = silent(random_params(config))
-    image = random_images(6, 10, 3)
-    latents = call(config, "latents", params, image[None])[0]
-    np.testing.assert_allclose(latents, encoder_by_hand(params, image, before=0), atol=1e-4)
-    other = encoder_by_hand(params, image, before=1)
-    assert np.abs(latents - other).max() > 0.1  # the other border would be seen
 
 
 # Batches, chunks, types ---------------------------------------------------------------------------
@@ -496,12 +384,9 @@ def test_images_of_a_batch_do_not_see_each_other(params):
     images = random_images(*SHAPE)
     codes = call(SMALL, "encode", params, images)
     shown = decode(SMALL, params, codes)
-    for k in range(3):
-        np.testing.assert_array_equal(
-            call(SMALL, "encode", params, images[k : k + 1]), codes[k : k + 1]
-        )
-        alone = decode(SMALL, params, codes[k : k + 1])
-        np.testing.assert_allclose(alone, shown[k : k + 1], atol=1e-5)
+    for one in (slice(k, k + 1) for k in range(3)):
+        np.testing.assert_array_equal(call(SMALL, "encode", params, images[one]), codes[one])
+        np.testing.assert_allclose(decode(SMALL, params, codes[one]), shown[one], atol=1e-5)
 
 
 def test_chunks_give_what_the_whole_gives(params):
@@ -516,7 +401,7 @@ def test_chunks_give_what_the_whole_gives(params):
         np.testing.assert_array_equal(codes, whole)
         images = batched.decode_codes(module, params, whole, chunk)
         assert images.dtype == np.uint8 and images.shape == pixels.shape
-        # Chunks of another size round otherwise: now and then a pixel lies on the other side.
+        # Chunks of another size round otherwise, and move a few pixels by one.
         difference = np.abs(images.astype(int) - shown)
         assert difference.max() <= 1 and difference.mean() < 0.01
 
@@ -532,18 +417,15 @@ def test_bfloat16_decodes_close_to_float32(params):
 
 def test_rows_of_any_length_decode_alike(params):
     codes = random_codes(3, 24)
-    longer = {"embedding": params["quantize"]["embedding"] * np.float32(3)}
-    np.testing.assert_allclose(
-        decode(SMALL, params | {"quantize": longer}, codes), decode(SMALL, params, codes), atol=1e-4
-    )
+    longer = params | {"quantize": {"embedding": params["quantize"]["embedding"] * np.float32(3)}}
+    ours, other = (decode(SMALL, given, codes) for given in (longer, params))
+    np.testing.assert_allclose(ours, other, atol=1e-4)
 
 
 def test_decoded_images_are_clipped(params):
     codes = random_codes(3, 24)
-    last = params["decoder"]["conv_out"]
-    loud = params | {
-        "decoder": params["decoder"] | {"conv_out": jax.tree.map(lambda x: 5 * x, last)}
-    }
+    last = jax.tree.map(lambda x: 5 * x, params["decoder"]["conv_out"])
+    loud = params | {"decoder": params["decoder"] | {"conv_out": last}}
     images = decode(SMALL, loud, codes)
     assert images.min() == -1 and images.max() == 1
     raw = call(SMALL, "decode_unclipped", loud, codes[:, :16])
@@ -560,26 +442,17 @@ def test_images_need_not_be_square(params):
     assert turned.shape == (3, 12, 8, 3)
 
 
-@pytest.mark.parametrize("grid, told", [(None, "4x4"), ((5, 4), "5x4"), ((0, 24), "0x24")])
-def test_codes_that_fill_no_grid_are_refused(params, grid, told):
-    for method in ("decode", "decode_unclipped"):
-        with pytest.raises(ValueError) as error:
-            module = vq.VQModel(SMALL)
-            module.apply({"params": params}, random_codes(1, 24), grid, method=method)
-        assert str(error.value) == f"24 codes an image do not fill a {told} grid"
+def test_codes_that_fill_no_grid_are_refused(params):
+    for grid, name in ((None, "4x4"), ((5, 4), "5x4"), ((0, 24), "0x24")):
+        with pytest.raises(ValueError, match=f"{name} grid"):
+            decode(SMALL, params, random_codes(1, 24), grid)
 
 
 @pytest.mark.parametrize(
-    "shape, message",
-    [
-        ((1, 6, 7, 3), "image size 6x7 does not divide into tokens of 2x2 pixels"),
-        ((1, 0, 8, 3), "image size 0x8 does not divide into tokens of 2x2 pixels"),
-        ((1, 8, 8, 1), "images have 1 channels, this tokenizer takes 3"),
-        ((1, 8, 8, 4), "images have 4 channels, this tokenizer takes 3"),
-    ],
+    "shape, name",
+    [((1, 6, 7, 3), "size 6x7"), ((1, 0, 8, 3), "size 0x8"), ((1, 8, 8, 4), "4 channels")],
 )
-def test_images_that_do_not_fit_are_refused(params, shape, message):
+def test_images_that_do_not_fit_are_refused(params, shape, name):
     for method in ("encode", "latents", "__call__"):
-        with pytest.raises(ValueError) as error:
-            vq.VQModel(SMALL).apply({"params": params}, np.zeros(shape, np.float32), method=method)
-        assert str(error.value) == message
+        with pytest.raises(ValueError, match=name):
+            call(SMALL, method, params, np.zeros(shape, np.float32))

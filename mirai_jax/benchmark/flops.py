@@ -116,7 +116,7 @@ def _teachers(recipe: step.Recipe, cached_features: bool) -> int:
             targets["bidirectional"] = 0 if cached_features else _encoder(recipe.teacher)
             continue
         static = term.source == "checkpoint"
-        config = dict(recipe.static)[term.name] if static else recipe.generator
+        config = dict(recipe.pretrained_configs)[term.name] if static else recipe.generator
         targets[term.name if static else "", term.teacher_layer] = generator_forward(
             config, recipe.generator.length, layers=term.teacher_layer, head=False
         )

@@ -150,7 +150,7 @@ def _batch(settings: Settings, recipe: step.Recipe) -> dict[str, jax.ShapeDtypeS
     if settings.step_sees_images:
         batch["image"] = jax.ShapeDtypeStruct((size, side, side, channels), np.uint8)
     elif settings.needs_images:
-        features = (size, length, recipe.teacher.features)
+        features = (size, length, recipe.teacher.feature_width)
         batch["features"] = jax.ShapeDtypeStruct(features, np.float32)
     return batch
 

@@ -1,8 +1,8 @@
-"""Where activations lie on a mesh of devices.
+"""How activations are split over a mesh of devices.
 
-Parameters are split over `fsdp`, and so is the batch. Left alone, the compiler may keep both where
-they are by giving every device the whole batch; told that activations are split by batch, it gathers
-one layer's parameters at a time instead, which is what saves memory.
+Both the parameters and the batch are split over `fsdp`. Without constraints the compiler may leave
+the parameters in place and give every device the whole batch. With activations constrained to be
+split by batch it gathers the parameters of one layer at a time, which saves memory.
 """
 
 import math
@@ -11,16 +11,16 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-# What a dimension of an activation may be, and the mesh axes that split it.
+# The kinds of dimensions of an activation, and the mesh axes that split them.
 _AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",), "features": ("tensor",), None: ()}
 
 
 def shard_activation(x: jax.Array, *dimensions: str | None) -> jax.Array:
-    """Splits an activation over the training mesh of `jax.set_mesh`; does nothing on another or none.
+    """Splits an activation over the training mesh of `jax.set_mesh`; without that mesh returns x.
 
     Args:
         x: any array.
-        dimensions: of its leading dimensions: 'batch', 'heads', 'features' or None (whole).
+        dimensions: the kinds of its leading dimensions: 'batch', 'heads', 'features' or None (whole).
     """
     mesh = _training_mesh()
     if mesh is None:
@@ -32,16 +32,16 @@ def shard_activation(x: jax.Array, *dimensions: str | None) -> jax.Array:
 def per_device(
     function: Callable[..., jax.Array], shape: tuple[int, ...], *dimensions: str | None
 ) -> Callable[..., jax.Array] | None:
-    """A function of arrays that every device runs on its own part, where the compiler cannot split it.
+    """Runs on each device's part of the arrays a function that the compiler cannot split.
 
     Args:
-        function: of arrays of `shape`, to an array of it, each part of which needs only its own.
+        function: maps arrays of `shape` to an array of `shape`, part by part.
         shape: of the whole arrays.
         dimensions: as in `shard_activation`.
 
     Returns:
-        The function of whole arrays; None where the mesh does not divide them, or where there is no
-        training mesh to say which of several devices hold what.
+        The function of whole arrays. None where the mesh does not divide them, and on several
+        devices without a training mesh.
     """
     mesh = _training_mesh()
     if mesh is None:
@@ -51,14 +51,7 @@ def per_device(
     spec, divides = _spec(mesh, shape, dimensions)
     if not divides:
         return None
-
-    def mapped(*arrays):
-        run = jax.shard_map(
-            function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False
-        )
-        return run(*arrays)
-
-    return mapped
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def _training_mesh() -> jax.sharding.AbstractMesh | None:
@@ -67,7 +60,7 @@ def _training_mesh() -> jax.sharding.AbstractMesh | None:
 
 
 def _spec(mesh, shape, dimensions) -> tuple[P, bool]:
-    """Where an array lies, and whether the mesh divides all that `dimensions` ask it to."""
+    """The partition of an array, and whether the mesh divides every dimension that it should."""
     kept = []
     for dimension, size in zip(dimensions, shape, strict=False):
         axes = _AXES[dimension]

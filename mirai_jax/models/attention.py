@@ -1,11 +1,11 @@
-"""Softmax attention over whole sequences: the platform's fused kernel where it has one, else XLA.
+"""Softmax attention over whole sequences, by a fused kernel where the platform has one, else by XLA.
 
-Fused kernels never write the (T, T) scores to memory, forward or backward. Which one runs is
-settled when the program is lowered: cuDNN's on NVIDIA GPUs (from compute capability 8.0), JAX's
-splash attention on TPUs (from v4), for bfloat16 and at least 128 positions. All else is XLA's:
-float32, which is to agree with the official code, short sequences, CPUs, lengths that a TPU would
-pad by more than a quarter (DINOv2's 257), and several devices without the training mesh or with one
-that does not divide the batch and the heads.
+Fused kernels never write the (T, T) scores to memory, forward or backward. The platform that a
+program is lowered for chooses the kernel: cuDNN's on NVIDIA GPUs (from compute capability 8.0),
+JAX's splash attention on TPUs (from v4), for bfloat16 and at least 128 positions. XLA computes the
+rest: float32, which should agree with the official code, short sequences, CPUs, lengths that a TPU
+would pad by more than a quarter (the 257 of DINOv2), and several devices without a training mesh that
+divides the batch and the heads.
 
 Shape letters: B batch, T positions, H heads, d channels of a head.
 """
@@ -22,9 +22,9 @@ from mirai_jax.models import activation_sharding
 
 KERNELS = ("auto", "xla")
 
-_QUERY_BLOCK = 128  # XLA: about so many queries at once
-_TILE = 128  # the fused kernels' unit of length
-_LARGEST_BLOCK = 640  # queries or keys at once on a TPU: of float32 scores its memory holds some
+_QUERY_BLOCK = 128  # XLA: the approximate number of queries of a block
+_TILE = 128  # the unit of length of the fused kernels
+_LARGEST_BLOCK = 640  # queries or keys of a block on a TPU, whose memory holds their float32 scores
 
 
 def attend(
@@ -39,14 +39,14 @@ def attend(
 
     Args:
         q_BxTxHxd, k_BxTxHxd, v_BxTxHxd: of one shape and floating dtype.
-        causal: whether a position sees itself and those before it alone.
+        causal: whether a position sees only itself and the positions before it.
         kernel: "auto", or "xla" for no fused kernel.
 
     Returns:
         (B, T, H, d) in the inputs' dtype; the softmax is float32.
 
     Raises:
-        ValueError: there is no such kernel.
+        ValueError: the kernel is unknown.
     """
     if kernel not in KERNELS:
         raise ValueError(f"attention kernel is {kernel!r}, must be one of {', '.join(KERNELS)}")
@@ -54,15 +54,15 @@ def attend(
     fused = _fused(q_BxTxHxd, causal) if kernel == "auto" else {}
     if not fused:
         return xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd)
-    # What any branch stores for the backward pass, all of them return: XLA's is to store nothing.
+    # All branches return what any of them stores for the backward pass: XLA's stores nothing.
     xla = jax.checkpoint(xla, prevent_cse=False)
     return jax.lax.platform_dependent(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, default=xla, **fused)
 
 
 def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
-    """{platform: its fused kernel}, empty where none fits.
+    """{platform: its fused kernel} of this installation of JAX; empty where no kernel fits.
 
-    One platform at most, for the reason given in `attend`: the one of this installation of JAX.
+    One platform at most, for the reason given in `attend`.
     """
     _, length, _, head_dim = q_BxTxHxd.shape
     if q_BxTxHxd.dtype != jnp.bfloat16 or length < _TILE or head_dim > 128:
@@ -85,23 +85,21 @@ def _xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
     # Heads lead the matrix products: about twice as fast on CPU as with T leading.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
     length, scale = q.shape[2], q.shape[-1] ** -0.5
-    # Equal blocks of queries; causal ones read the keys up to their own end alone, and others, too, are
-    # three times as fast as the whole at 257 positions (DINOv2's), which XLA on CPU fuses badly.
+    # Equal blocks of queries. Causal blocks read only the keys up to their end; without a mask blocks
+    # are three times as fast as the whole at 257 positions (DINOv2), which XLA on CPU fuses badly.
     size = math.ceil(length / max(1, round(length / _QUERY_BLOCK)))
     blocks = []
     for start in range(0, length, size):
         end = min(start + size, length)
         seen = end if causal else length
         scores = scale * jnp.einsum(
-            "bhtd,bhsd->bhts",
-            q[:, :, start:end],
-            k[:, :, :seen],
+            "bhtd,bhsd->bhts", q[:, :, start:end], k[:, :, :seen],
             preferred_element_type=jnp.float32,
-        )
+        )  # fmt: skip
         if causal:
             scores = jnp.where(np.tri(end - start, end, start, dtype=bool), scores, -jnp.inf)
-        # Divided by the softmax's sum after the product with the values, as flash attention is:
-        # there are fewer of them.
+        # The division by the softmax's sum follows the product with the values, as in flash
+        # attention: there are fewer elements to divide.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         out = jnp.einsum(
             "bhts,bhsd->bhtd", weights.astype(v.dtype), v[:, :, :seen],
@@ -118,23 +116,18 @@ def _xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
 def _cudnn(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
     batch, length, _, head_dim = q_BxTxHxd.shape
     q, k, v = (_pad(x, 3, 8) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
-    # At part of a tile some versions' backward passes read past the end (NaN), but where told it.
+    # Without explicit lengths the backward pass of some versions reads past the end of a partial tile
+    # (NaN).
     lengths = jnp.full((batch,), length, jnp.int32) if length % _TILE else None
     out = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=head_dim**-0.5,
-        is_causal=causal,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn",
-    )
+        q, k, v, scale=head_dim**-0.5, is_causal=causal, implementation="cudnn",
+        query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+    )  # fmt: skip
     return out[..., :head_dim]
 
 
 def _has_cudnn(q_BxTxHxd: jax.Array) -> bool:
-    """Whether JAX can lower cuDNN's attention here, and all GPUs here (if any) can run it."""
+    """Whether JAX can lower cuDNN's attention, and all local GPUs (if any) can run it."""
     x = jax.ShapeDtypeStruct(q_BxTxHxd.shape, q_BxTxHxd.dtype)
     try:
         jax.eval_shape(functools.partial(_cudnn, causal=True), x, x, x)
@@ -148,7 +141,7 @@ def _has_cudnn(q_BxTxHxd: jax.Array) -> bool:
 
 
 def _splash(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
-    # Imported where it is used: no other platform need wait for it.
+    # Imported here: other platforms need not wait for it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, length, heads, head_dim = q_BxTxHxd.shape
@@ -157,29 +150,24 @@ def _splash(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
         _pad(_pad(x, 1, _TILE), 3, 64).transpose(0, 2, 1, 3) for x in (q, k_BxTxHxd, v_BxTxHxd)
     )
     padded = q.shape[2]
-    if causal:  # what is padded comes after all that counts
+    if causal:  # the padding comes after every real position
         mask = splash.CausalMask((padded, padded))
     elif padded == length:
         mask = splash.FullMask((padded, padded))
     else:
         mask = splash.NumpyMask(np.broadcast_to(np.arange(padded) < length, (padded, padded)))
     block = max(n for n in range(_TILE, _LARGEST_BLOCK + 1, _TILE) if padded % n == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        use_fused_bwd_kernel=True,
-    )
+    sizes = {f"block_{name}": block for name in ("q", "kv", "q_dkv", "kv_dkv")}
+    sizes = splash.BlockSizes(**sizes, use_fused_bwd_kernel=True)
     mask = splash.splash_attention_mask.MultiHeadMask([mask] * heads)
     run = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
-    with jax.default_matmul_precision("bfloat16"):  # the kernels know no precision between
+    with jax.default_matmul_precision("bfloat16"):  # kernels refuse the precisions between
         out = jax.vmap(run)(q, k, v)
     return out.transpose(0, 2, 1, 3)[:, :length, :, :head_dim]
 
 
 def _has_splash() -> bool:
-    """Whether all TPUs here (if any) multiply bfloat16 within a kernel: from v4 on."""
+    """Whether all local TPUs (if any) multiply bfloat16 within a kernel: from v4 on."""
     return not {device.device_kind for device in jax.local_devices()} & {"TPU v2", "TPU v3"}
 
 

@@ -1,4 +1,4 @@
-"""Frozen networks over many images on the host: a few at a time, one program for all."""
+"""Frozen networks over many images: a few at a time, by one program."""
 
 import functools
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from mirai_jax.models import tokenizer
 
-# Pixels decoded or encoded at once: two images of 512x512. The finest level of VQ-16 holds 128
-# channels for each, several times over.
+# Pixels decoded or encoded at once: two images of 512x512. The finest level of VQ-16 holds several
+# arrays of 128 channels for each pixel.
 _PIXELS_AT_ONCE = 2 * 512 * 512
 
 
@@ -39,7 +39,7 @@ class LocalDevices:
 
 
 def images_at_once(height: int, width: int) -> int:
-    """How many images of so many pixels memory allows a convolutional tokenizer, at least 1."""
+    """How many images of a size a convolutional tokenizer takes at once, at least 1."""
     return max(1, _PIXELS_AT_ONCE // (height * width))
 
 
@@ -58,19 +58,22 @@ def _features(module: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     return module.apply({"params": params}, images)
 
 
-def in_chunks(one: Callable, static: Any, params: Any, items: Any, chunk: int) -> Any:
-    """`one(static, params, some)` of all items, `chunk` at a time, as NumPy arrays.
+def in_chunks(function: Callable, module: Any, params: Any, items: Any, chunk: int) -> Any:
+    """`function(module, params, some)` of all items, `chunk` at a time, as NumPy arrays.
 
     `items` is an array or a tree of arrays of one length, and so is the result. The last chunk is
-    filled up, so that `one` compiles once.
+    filled up, so that `function` compiles once.
     """
-    count, params, parts = len(jax.tree.leaves(items)[0]), jax.device_put(params), []
+    count, params = len(jax.tree.leaves(items)[0]), jax.device_put(params)
     chunk = min(chunk, count)
-    for start in range(0, count, chunk):
-        some = jax.tree.map(lambda x: np.asarray(x[start : start + chunk]), items)  # noqa: B023
+
+    def run(start: int) -> Any:
+        some = jax.tree.map(lambda x: np.asarray(x[start : start + chunk]), items)
         filled = jax.tree.map(lambda x: np.resize(x, (chunk, *x.shape[1:])), some)
-        out = one(static, params, filled)
-        parts.append(jax.tree.map(lambda x: np.asarray(x)[: count - start], out))  # noqa: B023
+        out = function(module, params, filled)
+        return jax.tree.map(lambda x: np.asarray(x)[: count - start], out)
+
+    parts = [run(start) for start in range(0, count, chunk)]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
@@ -92,6 +95,6 @@ def decode_codes(
 
 
 def teacher_features(module: nn.Module, params: Any, images_NxHxWxC: np.ndarray) -> np.ndarray:
-    """float32 (N, L, Z): what the teacher says of each image, computed once."""
+    """uint8 images -> the features of the teacher, float32 (N, L, Z)."""
     chunk = max(1, images_at_once(*images_NxHxWxC.shape[1:3]) // 8)
     return in_chunks(_features, module, params, images_NxHxWxC, chunk)

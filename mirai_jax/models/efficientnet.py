@@ -1,8 +1,8 @@
-"""Networks that only evaluation needs: image features to compare sets of images by.
+"""EfficientNet-Lite0: features of images, for evaluation and for a small teacher.
 
 EfficientNet-Lite0 (tensorflow/tpu, models/official/efficientnet/lite) is EfficientNet-B0 without
-squeeze-excite and with relu6: 4.7 M parameters, 75.1 % top-1 on ImageNet at 224 px. Inference only:
-each batch normalisation is folded into the convolution before it.
+squeeze-excite and with relu6: 4.7 M parameters, 75.1 % top-1 on ImageNet at 224 px. It only runs
+inference: each batch normalisation is folded into the convolution before it.
 """
 
 from typing import Any
@@ -29,8 +29,8 @@ BATCH_NORM_EPSILON = 1e-3
 class _Depthwise(nn.Module):
     """Depthwise k x k convolution with bias, 'SAME' padding as in TensorFlow and XLA.
 
-    A sum of shifted products, which XLA fuses into one loop: on a CPU 5 to 25 times faster than
-    the grouped convolution it equals.
+    XLA fuses the sum of shifted products into one loop: on a CPU 5 to 25 times faster than the
+    equal grouped convolution.
     """
 
     kernel: int
@@ -42,7 +42,7 @@ class _Depthwise(nn.Module):
         k, s = self.kernel, self.stride
         B, H, W, C = x_BxHxWxC.shape
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (k, k, 1, C))
-        y = self.param("bias", nn.initializers.zeros, (C,))  # float32: so are the sums
+        y = self.param("bias", nn.initializers.zeros, (C,))  # float32, as the sums
         h, w = -(-H // s), -(-W // s)  # rounded up
         pad_h, pad_w = (max((out - 1) * s + k - size, 0) for out, size in ((h, H), (w, W)))
         x = jnp.pad(
@@ -66,15 +66,8 @@ class EfficientNetLite0(nn.Module):
     dtype: Any = jnp.float32
 
     def _conv(self, name: str, channels: int, kernel: int = 1, stride: int = 1) -> nn.Conv:
-        return nn.Conv(
-            channels,
-            (kernel, kernel),
-            stride,
-            "SAME",
-            name=name,
-            dtype=self.dtype,
-            precision="highest",
-        )
+        size, options = (kernel, kernel), {"dtype": self.dtype, "precision": "highest"}
+        return nn.Conv(channels, size, stride, "SAME", name=name, **options)
 
     def _block(self, x, name: str, expansion, channels, stride, kernel):
         skip = x

@@ -3,9 +3,9 @@
 The sequence is `[class, x_0 .. x_{L-2}]`; the output at position j predicts x_j. Pre-norm RMSNorm,
 fused QKV, 2-D rotary embedding, SwiGLU, no biases (official file: autoregressive/models/gpt.py).
 
-The blocks are one `nn.scan`: their parameters are stacked on a leading axis of length N, so the
-time to compile hardly grows with depth (unless unrolled), and a teacher that needs only the first
-blocks runs only those (`hidden_states`). Dropout is on exactly when the caller passes a "dropout" rng.
+One `nn.scan` runs the blocks, whose parameters are stacked on a leading axis of length N: the time
+to compile hardly grows with depth (unless unrolled), and a teacher that needs only the first blocks
+runs only those (`hidden_states`). Dropout is active exactly where the caller passes a "dropout" rng.
 
 Shape letters: B batch, L positions (grid height x width), D width, H heads, V vocabulary, N layers.
 """
@@ -23,10 +23,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.attention import attend
-from mirai_jax.models.dropout import Dropout
 from mirai_jax.models.linear import Linear
 
-# name -> (layers, heads, width), the sizes LlamaGen publishes.
+# name -> (layers, heads, width), the published sizes of LlamaGen.
 SIZES: Mapping[str, tuple[int, int, int]] = {
     "B": (12, 12, 768),
     "L": (24, 16, 1024),
@@ -35,30 +34,28 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
     "3B": (24, 32, 3200),
 }
 
-# What the backward pass finds stored of each block, and what it computes again.
-_PRODUCTS = jax.checkpoint_policies.save_only_these_names("linear", "attention", "mask")
+# What the backward pass of a block finds stored; it computes the rest again.
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names("linear", "attention")
 REMAT: Mapping[str, Any] = {
-    "none": None,  # all is stored
-    # Products with weights, attention's output (fused kernels are run again all the same) and masks
-    # of dropout are.
+    "none": None,  # everything
+    # Products with weights and the output of attention (a fused kernel runs again nevertheless).
     "dots": _PRODUCTS,
-    "full": jax.checkpoint_policies.nothing_saveable,  # a block's input is
+    "full": jax.checkpoint_policies.nothing_saveable,  # the input of the block
 }
 
 _INIT = nn.initializers.normal(0.02)
-_TPU_ROWS = 8  # of a product that a TPU's matrix unit takes
+_TPU_ROWS = 8  # rows of the smallest product that a TPU gives to its matrix unit
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    """Everything that fixes the generator's shapes and arithmetic.
+    """The shapes and the arithmetic of the generator.
 
-    The rates are probabilities in [0, 1). `class_dropout` > 0 adds the null class (the row
-    `num_classes` of the label table), without which there is no guidance. `dtype` is that of the
-    matrix products; parameters and their gradients, the residual stream, norms and softmax stay
-    float32, as under the official code's autocast. `unroll` is the number of blocks per iteration of
-    the layer loop (all or more: no loop), `remat` (of REMAT) what gradients are computed from,
-    `attention` the kernel (attention.KERNELS).
+    The rates are probabilities in [0, 1). `class_dropout` > 0 adds the null class (row `num_classes`
+    of the label table), which guidance needs. `dtype` is that of matrix products; parameters and
+    their gradients, the residual stream, norms and softmax are float32, as under the autocast of the
+    official code. `unroll` is the number of blocks in an iteration of the layer loop (all or more: no
+    loop), `remat` (of REMAT) what the backward pass stores, `attention` the kernel (attention.KERNELS).
     """
 
     num_layers: int
@@ -104,26 +101,25 @@ def rope_table(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> n
 
     Args:
         grid: (height, width) of the token grid.
-        head_dim: a multiple of 4: half of the pairs turn with the row, half with the column.
+        head_dim: a multiple of 4: half of the pairs rotate with the row, half with the column.
         base: the rotary base.
 
     Returns:
         float32 (L + 1, head_dim / 2, 2): cosines and sines. Row 0 belongs to the class position
-        and is all zeros, which makes its q and k zero (so in the official
+        and is all zeros, which makes its q and k zero (as in the official
         `precompute_freqs_cis_2d`); row 1 + n belongs to grid position n.
     """
     half = head_dim // 2
     frequencies = 1.0 / base ** (np.arange(0, half, 2, dtype=np.float32) / half)
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    angles = np.concatenate(
-        [np.outer(rows, frequencies), np.outer(columns, frequencies)], axis=1
-    ).astype(np.float32)
+    angles = [np.outer(rows, frequencies), np.outer(columns, frequencies)]
+    angles = np.concatenate(angles, axis=1).astype(np.float32)
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     return np.concatenate([np.zeros_like(table[:1]), table]).astype(np.float32)
 
 
 def apply_rope(x_BxTxHxd: jax.Array, table_Txdx2: jax.Array) -> jax.Array:
-    """Turns interleaved pairs of the last axis; float32 inside, the input's dtype outside."""
+    """Rotates interleaved pairs of the last axis, in float32; returns the input's dtype."""
     cos, sin = table_Txdx2[:, None, :, 0], table_Txdx2[:, None, :, 1]
     return jax.lax.platform_dependent(
         x_BxTxHxd, cos, sin, tpu=_rope_by_product, default=_rope_by_pairs
@@ -131,16 +127,15 @@ def apply_rope(x_BxTxHxd: jax.Array, table_Txdx2: jax.Array) -> jax.Array:
 
 
 def _rope_by_pairs(x_BxTxHxd, cos, sin):
-    real, imaginary = x_BxTxHxd[..., 0::2], x_BxTxHxd[..., 1::2]
-    real, imaginary = real.astype(jnp.float32), imaginary.astype(jnp.float32)
+    real, imaginary = (x_BxTxHxd[..., i::2].astype(jnp.float32) for i in (0, 1))
     turned = jnp.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
     return turned.reshape(x_BxTxHxd.shape).astype(x_BxTxHxd.dtype)
 
 
 @jax.custom_vjp
 def _rope_by_product(x_BxTxHxd, cos, sin):
-    # The other of each pair by a product with a signed permutation, which is exact: neighbours on a
-    # TPU's lanes are far apart, while its matrix unit does this on the way to attention's layout.
+    # A product with a signed permutation, which is exact, gives the other element of each pair: it
+    # costs a TPU's matrix unit little, while moving neighbours between lanes is slow.
     dtype, pairs = x_BxTxHxd.dtype, cos.shape[-1]
     swap = jnp.asarray(np.kron(np.eye(pairs), [[0, 1], [-1, 0]]), dtype)
     other = jnp.einsum(
@@ -151,7 +146,7 @@ def _rope_by_product(x_BxTxHxd, cos, sin):
 
 
 def _rope_by_product_backward(table, g_BxTxHxd):
-    # The turn back: as JAX derives it, its two terms would be rounded before their sum.
+    # The inverse rotation: as JAX derives it, its two terms would be rounded before their sum.
     cos, sin = table
     return _rope_by_product(g_BxTxHxd, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
 
@@ -162,31 +157,27 @@ _rope_by_product.defvjp(
 
 
 def _attend_cached(q_Bx1xHxd, k_Bx1xHxd, v_Bx1xHxd, cache, position):
-    """One query against what the cache holds up to `position`, its own key and value written there.
+    """Writes a key and a value at `position`, and attends to the cache up to it with one query.
 
     Returns (B, 1, H, d) and the cache.
     """
 
-    # Written before they are read: else the compiler keeps a copy of the whole cache for the reader.
+    # The write precedes the read: else the compiler copies the whole cache for the reader.
     def write(places_BxHxTxd, new_Bx1xHxd):
         new = new_Bx1xHxd.swapaxes(1, 2)
         return jax.lax.dynamic_update_slice_in_dim(places_BxHxTxd, new, position, axis=2)
 
     k, v = write(cache[0], k_Bx1xHxd), write(cache[1], v_Bx1xHxd)
+    by_rows = lambda rows: functools.partial(_read_cache, rows=rows)
     out = jax.lax.platform_dependent(
-        q_Bx1xHxd[:, 0],
-        k,
-        v,
-        position,
-        tpu=functools.partial(_read_cache, rows=_TPU_ROWS),
-        default=functools.partial(_read_cache, rows=1),
+        q_Bx1xHxd[:, 0], k, v, position, tpu=by_rows(_TPU_ROWS), default=by_rows(1)
     )
     return out[:, None], (k, v)
 
 
 def _read_cache(q_BxHxd, k_BxHxTxd, v_BxHxTxd, position, *, rows):
-    # The query is the first of so many rows, the others are nothing: XLA gives a product of one row to
-    # a TPU's vector unit, which takes more than twice as long.
+    # The query is the first row, the others are zero: XLA gives a product of one row to the vector
+    # unit of a TPU, which takes more than twice as long.
     f32 = {"preferred_element_type": jnp.float32}
     q_BxHxRxd = jnp.pad(q_BxHxd[:, :, None], ((0, 0), (0, 0), (0, rows - 1), (0, 0)))
     scores = jnp.einsum("bhrd,bhtd->bhrt", q_BxHxRxd, k_BxHxTxd, **f32) * q_BxHxd.shape[-1] ** -0.5
@@ -194,7 +185,7 @@ def _read_cache(q_BxHxd, k_BxHxTxd, v_BxHxTxd, position, *, rows):
     weights = jax.nn.softmax(scores, axis=-1)
     weights = jnp.where(jnp.arange(rows)[:, None] == 0, weights, 0).astype(v_BxHxTxd.dtype)
     out = jnp.einsum("bhrt,bhtd->bhrd", weights, v_BxHxTxd, **f32)
-    # The sum joins the product; to take the first row would be a pass of its own.
+    # The sum fuses with the product; taking the first row would be a separate pass.
     return out.sum(axis=2).astype(v_BxHxTxd.dtype)
 
 
@@ -207,27 +198,23 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD, cache=None, position=None):
         """Returns the output (B, T, D) and the cache.
 
-        Without a cache all T positions attend causally. With one (k and v, each (B, H, places, d)),
-        T is 1 and `position` its place in the sequence, where its key and value are written.
+        Without a cache all T positions attend causally. With a cache (k and v, each (B, H, places,
+        d)) T is 1, and the key and the value are written to the cache at `position`.
         """
         config = self.config
         heads, head_dim = config.num_heads, config.head_dim
         batch, length, width = x_BxTxD.shape
-        # In decoding one product: three would read no less, and start three times.
+        # Decoding takes one product: three would read as much, and start three times.
         project = Linear(
             (3, heads, head_dim), config.dtype, split_outputs=cache is None, name="wqkv"
         )
         qkv = project(x_BxTxD.reshape(-1, width))
         parts = qkv if cache is None else jnp.unstack(qkv, axis=1)
-        q, k, v = (
-            shard_activation(
-                part.reshape(batch, length, heads, head_dim), "batch", None, "heads", None
-            )
-            for part in parts
-        )
+        shape, split = (batch, length, heads, head_dim), ("batch", None, "heads", None)
+        q, k, v = (shard_activation(part.reshape(shape), *split) for part in parts)
         table = jnp.asarray(rope_table(config.grid, head_dim))
         if cache is None:
-            table = table[: x_BxTxD.shape[1]]
+            table = table[:length]
         else:
             table = jax.lax.dynamic_slice_in_dim(table, position, 1)
         q, k = apply_rope(q, table), apply_rope(k, table)
@@ -236,10 +223,9 @@ class Attention(nn.Module):
             out = checkpoint_name(out, "attention")
         else:
             out, cache = _attend_cached(q, k, v, cache, position)
-        out = shard_activation(out, "batch", None, "heads", None)
-        out = out.reshape(-1, heads, head_dim)
+        out = shard_activation(out, *split).reshape(-1, heads, head_dim)
         out = Linear((width,), config.dtype, inputs=2, name="wo")(out)
-        return Dropout(config.residual_dropout)(out.reshape(x_BxTxD.shape)), cache
+        return _dropout(self, config.residual_dropout, out.reshape(x_BxTxD.shape)), cache
 
 
 class FeedForward(nn.Module):
@@ -250,36 +236,41 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD):
         config = self.config
-        x_MxD = x_BxTxD.reshape(-1, config.width)
-        hidden = (config.ffn_width,)
+        x_MxD, hidden = x_BxTxD.reshape(-1, config.width), (config.ffn_width,)
         gate = shard_activation(Linear(hidden, config.dtype, name="w1")(x_MxD), "batch", "features")
         if x_BxTxD.shape[1] == 1:
-            # In decoding XLA for GPUs makes one product of two that share an operand, and at each token
-            # writes both weights side by side for it.
+            # Decoding: XLA for GPUs joins two products that share an operand, and for that writes both
+            # weights side by side at each token.
             x_MxD = jax.lax.optimization_barrier(x_MxD)
-        value = shard_activation(
-            Linear(hidden, config.dtype, name="w3")(x_MxD), "batch", "features"
-        )
+        value = Linear(hidden, config.dtype, name="w3")(x_MxD)
+        value = shard_activation(value, "batch", "features")
         out = Linear((config.width,), config.dtype, name="w2")(nn.silu(gate) * value)
-        return Dropout(config.ffn_dropout)(out.reshape(x_BxTxD.shape))
+        return _dropout(self, config.ffn_dropout, out.reshape(x_BxTxD.shape))
+
+
+def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+    """Dropout inside a compact method of `module`, active exactly where it has a "dropout" rng."""
+    return nn.Dropout(rate)(x, deterministic=not module.has_rng("dropout"))
 
 
 def _norm(config: GeneratorConfig, name: str | None = None) -> nn.RMSNorm:
-    """RMSNorm computed in float32 and handed on in the compute dtype."""
-    return nn.RMSNorm(epsilon=1e-5, dtype=config.dtype, param_dtype=jnp.float32, name=name)
+    """RMSNorm computed in float32, its result in the compute dtype."""
+    return nn.RMSNorm(epsilon=1e-5, dtype=config.dtype, name=name)
 
 
 class Block(nn.Module):
-    """One pre-norm block, in the shape that `nn.scan` wants."""
+    """One pre-norm block, with the signature that `nn.scan` requires."""
 
     config: GeneratorConfig
     taps: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, carry, inputs):
-        """`carry`: (x (B, T, D) float32, the tapped states so far, position or None).
+        """Returns the new carry and the cache.
 
-        `inputs`: (this block's number from 1, its cache or None). The cache is what it returns besides.
+        Args:
+            carry: (x (B, T, D) float32, the tapped states so far, position or None).
+            inputs: (number of this block, from 1; its cache or None).
         """
         x, tapped, position = carry
         number, cache = inputs
@@ -296,26 +287,20 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """The causal generator. `taps` are the blocks (from 1) whose output is handed out."""
+    """The causal generator; it also returns the output of the blocks in `taps` (from 1)."""
 
     config: GeneratorConfig
     taps: tuple[int, ...] = ()
 
     def setup(self):
         config = self.config
-        embed = functools.partial(
-            nn.Embed,
-            features=config.width,
-            embedding_init=_INIT,
-            dtype=jnp.float32,
-            param_dtype=jnp.float32,
-        )
+        embed = lambda rows: nn.Embed(rows, config.width, embedding_init=_INIT, dtype=jnp.float32)
         self.cls_embedding = embed(config.num_classes + config.has_null_class)
         self.tok_embeddings = embed(config.vocab_size)
-        self.token_dropout = Dropout(config.token_dropout)
+        self.token_dropout = nn.Dropout(config.token_dropout)
         block = Block
         if config.remat != "none":
-            # What is unrolled may stand outside of any loop, where the compiler would undo it.
+            # Unrolled blocks may stand outside of any loop, where the compiler would undo remat.
             block = nn.remat(Block, prevent_cse=config.unroll > 1, policy=REMAT[config.remat])
         self.layers = nn.scan(
             block,
@@ -331,21 +316,20 @@ class Generator(nn.Module):
 
     @property
     def _inner_taps(self) -> tuple[int, ...]:
-        """The taps below the top; the top one is the scan's own result."""
+        """The taps below the top; the scan returns the state at the top."""
         return tuple(tap for tap in self.taps if tap != self.config.num_layers)
 
     def embed(self, codes_BxT, labels_B):
-        """[class, codes] -> (B, 1 + T, D) float32, labels dropped and dropout applied if training."""
+        """[class, codes] -> (B, 1 + T, D) float32; in training with dropout, of labels too."""
         train = self.has_rng("dropout")
         if train and self.config.has_null_class:
-            drop = jax.random.bernoulli(
-                self.make_rng("dropout"), self.config.class_dropout, labels_B.shape
-            )
+            key, rate = self.make_rng("dropout"), self.config.class_dropout
+            drop = jax.random.bernoulli(key, rate, labels_B.shape)
             labels_B = jnp.where(drop, self.config.null_class, labels_B)
-        x = jnp.concatenate(
-            [self.cls_embedding(labels_B)[:, None], self.tok_embeddings(codes_BxT)], axis=1
-        )
-        return self.token_dropout(shard_activation(x, "batch", None, None))
+        parts = [self.cls_embedding(labels_B)[:, None], self.tok_embeddings(codes_BxT)]
+        x = jnp.concatenate(parts, axis=1)
+        x = shard_activation(x, "batch", None, None)
+        return self.token_dropout(x, deterministic=not train)
 
     def _run(self, x_BxTxD):
         """All blocks. Returns x and {tap: state}."""
@@ -361,9 +345,8 @@ class Generator(nn.Module):
         """Next-token logits of all positions at once.
 
         Args:
-            codes_BxT: int, the tokens before each prediction: x_0 .. x_{L-2} for the whole image,
-                fewer for a prefix.
-            labels_B: int, classes; `config.null_class` for unconditional.
+            codes_BxT: int, tokens x_0 .. x_{L-2} of the whole image, or fewer: a prefix.
+            labels_B: int, classes; `config.null_class` for unconditional logits.
 
         Returns:
             logits (B, 1 + T, V) in the compute dtype, and {tap: (B, 1 + T, D) float32}, the raw
@@ -386,7 +369,7 @@ class Generator(nn.Module):
 def hidden_states(
     config: GeneratorConfig, params: Any, codes_BxT: jax.Array, labels_B: jax.Array, layer: int
 ) -> jax.Array:
-    """The raw residual stream after block `layer`, in eval mode; no block above it is run.
+    """The raw residual stream after block `layer`, without dropout; no block above it runs.
 
     Returns:
         (B, 1 + T, D) float32 (the official `forward_ema`).
@@ -395,10 +378,9 @@ def hidden_states(
     block = Block(config)
 
     def run(carry, i):
-        # Each block's parameters where they lie: a slice of the lower blocks would be a copy of them.
-        own = jax.tree.map(
-            lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), params["layers"]
-        )
+        # Indexed in place: a slice of the lower blocks would copy their parameters.
+        of_block = lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False)
+        own = jax.tree.map(of_block, params["layers"])
         return block.apply({"params": own}, carry, (i + 1, None))
 
     (x, _, _), _ = jax.lax.scan(run, (x, (), None), jnp.arange(layer), unroll=config.unroll)

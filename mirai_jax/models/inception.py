@@ -3,8 +3,8 @@
 It is what the ADM evaluator runs (classify_image_graph_def.pb) and what pytorch-fid and
 torch-fidelity carry over to PyTorch. It differs from later versions of Inception-v3: average pools
 count no padding, the last block pools by maximum, and images are resized with no half-pixel
-centres. Inference only: each batch normalisation is folded into the convolution before it.
-Modules are named as in PyTorch.
+centres. It only runs inference: each batch normalisation is folded into the convolution before it.
+Modules have their names of PyTorch.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class InceptionFeatures(NamedTuple):
-    """What the metrics look at, float32.
+    """What the metrics read, float32.
 
     Attributes:
         pool: (B, 2048), 'pool_3' of the graph: FID, precision and recall.
         spatial: (B, 2023), the first 7 channels of 'mixed_6/conv', in the order (row, column,
             channel): sFID. It is the 1x1 branch of PyTorch's Mixed_6d after its ReLU.
         probabilities: (B, 1008), the softmax of the scores *without* their bias: Inception Score,
-            which has been computed so from the first.
+            whose reference code computes it so.
     """
 
     pool: jax.Array
@@ -40,7 +40,7 @@ class InceptionFeatures(NamedTuple):
 
 
 class InceptionV3(nn.Module):
-    """The network; parameters are float32: `inception_weights.load`."""
+    """The network; `weights.inception` loads its parameters (float32)."""
 
     @nn.compact
     def __call__(self, images_BxHxWx3: jax.Array) -> InceptionFeatures:
@@ -77,9 +77,9 @@ class InceptionV3(nn.Module):
 
 
 def resize(images_BxHxWxC: jax.Array) -> jax.Array:
-    """Images of any size and type -> float32 (B, 299, 299, C), bilinear as TensorFlow 1 does it.
+    """Images of any size and type -> float32 (B, 299, 299, C), by the bilinear resizing of TensorFlow 1.
 
-    Pixel i of the output is read at i * size / 299 of the input, without antialiasing.
+    Pixel i of the output lies at i * size / 299 of the input; there is no antialiasing.
     """
     _, height, width, _ = images_BxHxWxC.shape
     x = images_BxHxWxC.astype(jnp.float32)
@@ -88,7 +88,7 @@ def resize(images_BxHxWxC: jax.Array) -> jax.Array:
 
 
 def _interpolation(size: int) -> np.ndarray:
-    """(299, size): each row weighs the pixels that one of the output lies between."""
+    """(299, size): row i holds the weights of the input's pixels for pixel i of the output."""
     rows = np.arange(IMAGE_SIZE)
     # In float32, as TensorFlow computes it: the rounding of `source` moves the weights a little.
     source = rows.astype(np.float32) * (np.float32(size) / np.float32(IMAGE_SIZE))

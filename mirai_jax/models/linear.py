@@ -1,10 +1,10 @@
-"""The linear layer of all that is trained with the generator: the products in the compute dtype, the
-gradients of parameters in the parameters' own.
+"""The linear layer of the generator and its heads: products in the compute dtype, gradients of
+parameters in the dtype of the parameters.
 
 JAX gives a weight that was rounded to bfloat16 for a product a bfloat16 gradient, and the devices of a
-mesh then sum their shares of it in bfloat16: the more devices, the less of a small share arrives. Here
-the sum over tokens and that over devices are float32 (the official code rounds each device's own
-gradient, and sums in float32). That costs twice the bytes between devices.
+mesh then sum their shares in bfloat16: the more devices, the more of a small share is lost. Here the
+sums over tokens and over devices are float32 (the official code rounds the gradient of each device,
+and sums in float32). That doubles the bytes between devices.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _contract(x, w, count):
-    """x (M, *C) with w (*C, *N), rounded to x's dtype, over the `count` dimensions C: (M, *N)."""
+    """x (M, *C) times w (*C, *N), rounded to x's dtype, over the `count` dimensions C: (M, *N)."""
     return _dot(x, w.astype(x.dtype), range(1, 1 + count), range(count))
 
 
@@ -28,7 +28,7 @@ def _dot(x, y, of_x, of_y, dtype=None):
 
 
 def _dot_to(dtype, x, y, of_x, of_y):
-    """The product with sums, and a result, in `dtype`."""
+    """The product, with sums and result in `dtype`."""
 
     def accelerated(x, y):
         return _dot(x, y, of_x, of_y, dtype)
@@ -44,8 +44,8 @@ def _contract_forward(x, w, count):
 
 
 def _contract_backward(count, saved, g):
-    # As JAX derives it, but each in its own order of dimensions: JAX would transpose results, and
-    # XLA on CPU then copies operands and results as large as the weights.
+    # As JAX derives it, but each result in its final order of dimensions: JAX would transpose them,
+    # and XLA on CPU then copies operands and results as large as the weights.
     x, w = saved
     of_x = _dot(g, w.astype(g.dtype), range(1, g.ndim), range(count, w.ndim))
     return of_x, _dot_to(w.dtype, x, g, (0,), (0,))
@@ -55,26 +55,26 @@ _contract.defvjp(_contract_forward, _contract_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _contract_apart(x, w, count):
+def _contract_split(x, w, count):
     """`_contract` of each slice of w along its first dimension of N: a tuple of (M, *N[1:])."""
 
-    def split_outputs(x, w):
+    def split(x, w):
         return tuple(_contract(x, part, count) for part in jnp.unstack(w, axis=count))
 
     def whole(x, w):
         return tuple(jnp.unstack(_contract(x, w, count), axis=1))
 
-    return jax.lax.platform_dependent(x, w, cuda=whole, default=split_outputs)
+    return jax.lax.platform_dependent(x, w, cuda=whole, default=split)
 
 
-def _apart_forward(x, w, count):
-    return _contract_apart(x, w, count), (x, w)
+def _split_forward(x, w, count):
+    return _contract_split(x, w, count), (x, w)
 
 
-def _apart_backward(count, saved, parts):
+def _split_backward(count, saved, parts):
     x, w = saved
 
-    def split_outputs(x, w, *parts):
+    def split(x, w, *parts):
         # The gradient of x is rounded once, after the sum over the slices.
         of_x, of_w = 0, []
         for part, g in zip(jnp.unstack(w, axis=count), parts, strict=True):
@@ -86,22 +86,22 @@ def _apart_backward(count, saved, parts):
     def whole(x, w, *parts):
         return _contract_backward(count, (x, w), jnp.stack(parts, axis=1))
 
-    return jax.lax.platform_dependent(x, w, *parts, cuda=whole, default=split_outputs)
+    return jax.lax.platform_dependent(x, w, *parts, cuda=whole, default=split)
 
 
-_contract_apart.defvjp(_apart_forward, _apart_backward)
+_contract_split.defvjp(_split_forward, _split_backward)
 
 
 class Linear(nn.Module):
-    """A product with a weight, and a bias if asked for: (M, *inputs) -> (M, *features) in `dtype`.
+    """A product with a weight, and optionally a bias: (M, *inputs) -> (M, *features) in `dtype`.
 
-    `inputs` counts the trailing dimensions of x that are summed over. Products see one flat axis of
-    tokens, M: XLA lays them out far better on CPU. Parameters are made in float32: `kernel` (*inputs,
-    *features), and `bias` (*features), zero at first.
+    `inputs` counts the trailing dimensions of x to sum over. Products take one flat axis M of tokens:
+    XLA lays them out far better on CPU. Parameters are float32: `kernel` (*inputs, *features), and
+    `bias` (*features), initially zero.
 
-    `split_outputs` returns a tuple of (M, *features[1:]), the slices of the first of `features`, and has no
-    bias. They are products of their own but on NVIDIA GPUs, which prefer one: a TPU spends more on
-    cutting the whole up, and on putting it together in the backward pass, than on the product.
+    `split_outputs` returns a tuple of (M, *features[1:]), the slices along the first of `features`,
+    without a bias. Each slice is a separate product, except on NVIDIA GPUs, which prefer one: a TPU
+    spends more on splitting the whole, and on joining its gradients, than on the product.
     """
 
     features: tuple[int, ...]
@@ -117,7 +117,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         x = x.astype(self.dtype)
         if self.split_outputs:
-            parts = _contract_apart(x, kernel, self.inputs)
+            parts = _contract_split(x, kernel, self.inputs)
             return tuple(checkpoint_name(part, "linear") for part in parts)
         out = checkpoint_name(_contract(x, kernel, self.inputs), "linear")
         if self.use_bias:

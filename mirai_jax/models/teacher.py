@@ -2,11 +2,11 @@
 
 The interface is a linen module with
 
-    features: int                         the width Z of what it returns
+    feature_width: int                    the width Z of what it returns
     __call__(images_BxHxWxC uint8) -> (B, L, Z) float32
 
-where L is the token grid in raster order: position n describes what token n covers. An encoder
-whose own grid differs is resampled here; nothing is ever aligned with the wrong place.
+where L is the token grid, row by row: position n describes the pixels of token n. The features of an
+encoder with another grid are resampled to the token grid.
 """
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mirai_jax.models import vit
 from mirai_jax.models.efficientnet import STAGE_CHANNELS, EfficientNetLite0
 
-# "dinov2" is one of any size, as its weights tell; the others are the published ones.
+# "dinov2" may have any size, which its weights determine; the others are the published encoders.
 TEACHERS = ("efficientnet_lite0", "dinov2", *vit.NAMES)
 
 
@@ -32,8 +32,8 @@ class EfficientNetTeacher(nn.Module):
 
     Attributes:
         grid: (height, width) of the token grid.
-        image_size: pixels a side of what the network is shown; images are enlarged linearly.
-        stage: 1 to 7, the stage whose output is used.
+        image_size: pixels a side of the input of the network; images are resized linearly.
+        stage: 1 to 7, the stage that gives the features.
         dtype: of the convolutions.
     """
 
@@ -43,16 +43,14 @@ class EfficientNetTeacher(nn.Module):
     dtype: str = "float32"
 
     @property
-    def features(self) -> int:
+    def feature_width(self) -> int:
         return STAGE_CHANNELS[self.stage - 1]
 
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
         batch, _, _, channels = images_BxHxWxC.shape
-        images = images_BxHxWxC.astype(jnp.float32) / 255
-        images = jax.image.resize(
-            images, (batch, self.image_size, self.image_size, channels), "linear"
-        )
+        shape = (batch, self.image_size, self.image_size, channels)
+        images = jax.image.resize(images_BxHxWxC.astype(jnp.float32) / 255, shape, "linear")
         if channels == 1:
             images = jnp.repeat(images, 3, axis=-1)
         network = EfficientNetLite0(dtype=self.dtype, name="network")
@@ -60,7 +58,7 @@ class EfficientNetTeacher(nn.Module):
 
 
 def prepare_images(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """uint8 images as DINOv2 is shown them, (B, *size, 3) float32; grey ones as RGB."""
+    """uint8 images -> the input of DINOv2, (B, *size, 3) float32; grey images become RGB."""
     if images_BxHxWxC.shape[-1] == 1:
         images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
     return vit.preprocess(images_BxHxWxC, size)
@@ -72,9 +70,9 @@ class DinoTeacher(nn.Module):
     Attributes:
         grid: (height, width) of the token grid.
         config: of the network.
-        image_size: pixels of the longer side of what the network is shown, a multiple of the
-            patch; the other side follows the token grid. 0 gives every token one patch.
-        layer: the block, from 1, whose output is used; 0 for the last.
+        image_size: pixels of the longer side of the input of the network, a multiple of the patch;
+            the other side follows the token grid. 0 gives every token one patch.
+        layer: the block, from 1, that gives the features; 0 for the last.
         dtype: of the matrix products.
         attention: the kernel, of attention.KERNELS.
     """
@@ -87,7 +85,7 @@ class DinoTeacher(nn.Module):
     attention: str = "auto"
 
     @property
-    def features(self) -> int:
+    def feature_width(self) -> int:
         return self.config.width
 
     @property

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     vocab_size: int
     downsample: int  # pixels a token covers along each side
@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
 class PatchCodebook(nn.Module):
     """Each patch of pixels becomes the nearest of `vocab_size` prototype patches.
 
-    The tokenizer of the small data sets: one parameter, fitted by k-means in seconds
+    The tokenizer of the small data sets has one parameter, which k-means fits in seconds
     (`mirai_jax.weights.patch_codebook.fit_patch_codebook`).
 
     Attributes:
@@ -47,11 +47,8 @@ class PatchCodebook(nn.Module):
     channels: int = 1
 
     def setup(self) -> None:
-        self.codebook = self.param(
-            "codebook",
-            nn.initializers.normal(1.0),
-            (self.vocab_size, self.patch**2 * self.channels),
-        )
+        shape = (self.vocab_size, self.patch**2 * self.channels)
+        self.codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
 
     @property
     def downsample(self) -> int:
@@ -69,7 +66,7 @@ class PatchCodebook(nn.Module):
         return height // self.patch, width // self.patch
 
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
-        """The images as the codebook can show them."""
+        """Reconstructs images: encodes and decodes them."""
         return self.decode(self.encode(images_BxHxWxC))
 
     def encode(self, images_BxHxWxC: jax.Array) -> jax.Array:
@@ -85,11 +82,9 @@ class PatchCodebook(nn.Module):
                 f"{expected} (height, width, channels)"
             )
         patches_BxLxP = unfold(images_BxHxWxC.astype(jnp.float32), self.patch)
-        # Squared distance without the patch's own norm, which is the same for every prototype.
+        # Squared distance less the norm of the patch, which is the same for every prototype.
         # Highest precision: TPUs and GPUs would round the product enough to change codes.
-        product_BxLxV = jnp.matmul(
-            patches_BxLxP, self.codebook.T, precision=jax.lax.Precision.HIGHEST
-        )
+        product_BxLxV = jnp.matmul(patches_BxLxP, self.codebook.T, precision="highest")
         distance_BxLxV = jnp.sum(jnp.square(self.codebook), axis=1) - 2 * product_BxLxV
         return jnp.argmin(distance_BxLxV, axis=-1).astype(jnp.int32)
 
@@ -124,5 +119,5 @@ def to_unit(images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-    """Float pixels in [-1, 1] -> uint8, rounded; what lies outside is clipped."""
+    """Float pixels in [-1, 1] -> uint8, rounded; others are clipped."""
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)

@@ -1,8 +1,8 @@
-"""DINOv2: the frozen vision transformer that Mirai-I learns from, and how it is shown images.
+"""DINOv2: the frozen vision transformer that teaches in Mirai-I, and the preprocessing of its images.
 
-Pre-norm blocks with LayerScale over `[class, registers, patches]`, every token seeing every other
-(official file: dinov2/models/vision_transformer.py). As in the generator, the blocks are one
-`nn.scan` and their parameters are stacked on a leading axis of length N.
+Pre-norm blocks with LayerScale over `[class, registers, patches]`, where every token attends to every
+other (official file: dinov2/models/vision_transformer.py). As in the generator, one `nn.scan` runs
+the blocks, whose parameters are stacked on a leading axis of length N.
 
 Shape letters: B batch, H and W pixels, h and w patches, T tokens, D width, N layers.
 """
@@ -21,17 +21,17 @@ from mirai_jax.models.attention import attend
 
 _HEAD_DIM = 64  # in every published size
 DEVIATION = 0.02  # of fresh parameters
-# The official trunc_normal_ of that deviation cuts at plus and minus 2, which is a normal.
+# The official trunc_normal_ of that deviation cuts at -2 and 2: in effect a normal distribution.
 _INIT = nn.initializers.normal(DEVIATION)
 _MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's
 
 
 @dataclasses.dataclass(frozen=True)
 class DinoConfig:
-    """Everything that fixes the network's shapes.
+    """The shapes of the network.
 
-    `swiglu` chooses the feed-forward network of the giant. `pos_grid` is the (height, width) in
-    patches of the stored position embedding and `patch` the side of a patch in pixels.
+    `swiglu` selects the feed-forward network of the giant. `pos_grid` is the (height, width) in
+    patches of the stored position embedding, `patch` the side of a patch in pixels.
     """
 
     width: int
@@ -54,7 +54,7 @@ SIZES: Mapping[str, DinoConfig] = {
     "vitl14": DinoConfig(width=1024, num_layers=24, num_heads=16),
     "vitg14": DinoConfig(width=1536, num_layers=40, num_heads=24, swiglu=True),
 }
-# As the published checkpoints are called.
+# The names of the published checkpoints.
 NAMES = tuple(f"dinov2_{size}{suffix}" for suffix in ("", "_reg4") for size in SIZES)
 
 
@@ -73,11 +73,11 @@ def config_of(state: Mapping[str, Any], num_heads: int | None = None) -> DinoCon
 
     Args:
         state: arrays (anything with a `shape`) under their official names. Only what the config
-            needs is looked at: whether the rest fits is for the name mapping to say.
-        num_heads: of attention, which no shape tells; None for heads 64 wide, as published.
+            needs is read: the mapping of names checks the rest.
+        num_heads: of attention, which no shape determines; None for the published width of 64.
 
     Raises:
-        ValueError: not a DINOv2 state dict, in one line.
+        ValueError: not a DINOv2 state dict.
     """
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -120,12 +120,12 @@ def config_of(state: Mapping[str, Any], num_heads: int | None = None) -> DinoCon
 # The network --------------------------------------------------------------------------------------
 
 
-def _dense(features: int, dtype: str, name: str) -> nn.Dense:
-    return nn.Dense(features, kernel_init=_INIT, dtype=dtype, param_dtype=jnp.float32, name=name)
+def _dense(width: int, dtype: str, name: str) -> nn.Dense:
+    return nn.Dense(width, kernel_init=_INIT, dtype=dtype, name=name)
 
 
 def _norm(name: str) -> nn.LayerNorm:
-    """In float32, the variance in two passes: nothing cancels where a channel is very large."""
+    """In float32, with the variance in two passes: very large channels cause no cancellation."""
     return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
@@ -137,16 +137,9 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images_BxHxWx3):
-        side = (self.config.patch, self.config.patch)
+        width, side = self.config.width, (self.config.patch, self.config.patch)
         project = nn.Conv(
-            self.config.width,
-            side,
-            side,
-            "VALID",
-            kernel_init=_INIT,
-            dtype=self.dtype,
-            param_dtype=jnp.float32,
-            name="proj",
+            width, side, side, "VALID", kernel_init=_INIT, dtype=self.dtype, name="proj"
         )
         return project(images_BxHxWx3).astype(jnp.float32)
 
@@ -162,12 +155,10 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD):
         heads = self.config.num_heads
         batch, length, width = x_BxTxD.shape
-        # As in the generator, for speed on CPU: matrix products see one flat axis of tokens.
+        # As in the generator, products take one flat axis of tokens, for speed on CPU.
         qkv = _dense(3 * width, self.dtype, "qkv")(x_BxTxD.reshape(-1, width))
-        q, k, v = (
-            part.reshape(batch, length, heads, width // heads)
-            for part in jnp.split(qkv, 3, axis=-1)
-        )
+        shape = (batch, length, heads, width // heads)
+        q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
         out = attend(q, k, v, causal=False, kernel=self.attention)
         return _dense(width, self.dtype, "proj")(out.reshape(-1, width)).reshape(x_BxTxD.shape)
 
@@ -200,7 +191,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block, in the shape that `nn.scan` wants. The residual stream is float32."""
+    """One pre-norm block, with the signature that `nn.scan` requires. The residual stream is float32."""
 
     config: DinoConfig
     dtype: str = "float32"
@@ -220,7 +211,7 @@ class DinoV2(nn.Module):
 
     Attributes:
         config: its shapes.
-        dtype: of the matrix products, "float32" or "bfloat16". Parameters, the residual stream,
+        dtype: of matrix products, "float32" or "bfloat16". Parameters, the residual stream,
             LayerNorm and softmax are float32.
         attention: the kernel, of attention.KERNELS.
     """
@@ -239,17 +230,16 @@ class DinoV2(nn.Module):
         """Normalised features of every patch and of the class token.
 
         Args:
-            images_BxHxWx3: floats as `preprocess` gives them, sides multiples of the patch.
-            layer: the block, from 1, after which the final norm is applied; 0 for the last. Blocks
-                above it are not run.
-            masked_Bxhxw: bool; true patches are hidden, the mask token is in their place. None
-                hides none.
+            images_BxHxWx3: floats from `preprocess`, sides multiples of the patch.
+            layer: the block, from 1, whose output is normalised; 0 for the last. Blocks above it do
+                not run.
+            masked_Bxhxw: bool; the mask token replaces true patches. None: no patch.
 
         Returns:
             (B, h, w, D) and (B, D), float32 (the official `get_intermediate_layers`).
 
         Raises:
-            ValueError: images of another shape or type, or there is no such block.
+            ValueError: images of another shape or type, or an unknown block.
         """
         config = self.config
         _check_images(images_BxHxWx3)
@@ -270,7 +260,7 @@ class DinoV2(nn.Module):
         batch, *grid, _ = x.shape
         positions = table("pos_embed", 1, 1 + math.prod(config.pos_grid))
         positions = resample_positions(positions, config.pos_grid, tuple(grid))
-        mask_token = table("mask_token", 1)  # in every checkpoint, of use in pretraining alone
+        mask_token = table("mask_token", 1)  # every checkpoint has it, only pretraining uses it
         if masked_Bxhxw is not None:
             x = jnp.where(masked_Bxhxw[..., None], mask_token, x)
         first = table("cls_token", 1, 1) + positions[:, :1]
@@ -284,7 +274,7 @@ class DinoV2(nn.Module):
         return x[:, 1 + config.registers :].reshape(batch, *grid, config.width), x[:, 0]
 
     def _blocks(self, layer: int) -> nn.Module:
-        """The blocks up to `layer`, on that part of the stacked parameters."""
+        """The blocks up to `layer`, with their part of the stacked parameters."""
         config = self.config
         depth = config.num_layers if self.is_initializing() or layer == 0 else layer
         blocks = nn.scan(
@@ -297,7 +287,7 @@ class DinoV2(nn.Module):
         return blocks(config, self.dtype, self.attention, name="blocks")
 
 
-# What it is shown ---------------------------------------------------------------------------------
+# Preprocessing ------------------------------------------------------------------------------------
 
 
 def _check_images(images_BxHxWx3: jax.Array) -> None:
@@ -310,10 +300,10 @@ def _check_images(images_BxHxWx3: jax.Array) -> None:
 def resample_positions(
     positions_1xTxD: jax.Array, old: tuple[int, int], new: tuple[int, int]
 ) -> jax.Array:
-    """A position embedding (1, 1 + h * w, D) brought from one grid of patches to another.
+    """A position embedding (1, 1 + h * w, D), resampled to another grid of patches.
 
     Bicubic with antialiasing (a = -0.5), as timm's `resample_abs_pos_embed`, which the official
-    Mirai-I calls; the class token's entry stays. Not the interpolation inside the official DINOv2.
+    Mirai-I calls, and unlike the official DINOv2. The entry of the class token stays.
     """
     if old == new:
         return positions_1xTxD
@@ -326,7 +316,7 @@ def resample_positions(
 def _bicubic_weights(old: int, new: int) -> np.ndarray:
     """The matrix (new, old) of one axis of `resize_bicubic`, float32."""
     a = -0.75
-    # Positions rounded to float32, as torch has them: at 256 pixels that moves values by 1e-4.
+    # Positions are rounded to float32, as in torch: at 256 pixels that moves values by 1e-4.
     where = np.float64(np.float32(old / new)) * (np.arange(new) + 0.5) - 0.5
     where = where.astype(np.float32).astype(np.float64)
     weights = np.zeros((new, old))
@@ -343,13 +333,13 @@ def _bicubic_weights(old: int, new: int) -> np.ndarray:
 def resize_bicubic(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Float images at another (height, width): torch's bicubic interpolation (a = -0.75).
 
-    Pixel centres are aligned at half a pixel, edges repeat, and nothing is smoothed when the image
-    shrinks (`align_corners=False, antialias=False`); `jax.image.resize` has another kernel.
+    Pixel centres lie at half a pixel, edges repeat, and there is no antialiasing
+    (`align_corners=False, antialias=False`); `jax.image.resize` has another kernel.
     """
     rows, columns = map(_bicubic_weights, images_BxHxWxC.shape[1:3], size)
     highest = jax.lax.Precision.HIGHEST
-    # One axis for what lies in a row: as two, XLA's own matrix products for GPUs (Triton) find no
-    # tiles of 224 by 256 pixels and fail to compile where they are not tuned.
+    # Columns and channels are one axis: with two, untuned Triton products of XLA on GPUs find no tiles
+    # of 224 by 256 pixels and fail to compile.
     batch, height, width, channels = images_BxHxWxC.shape
     images = images_BxHxWxC.reshape(batch, height, width * channels)
     images = jnp.einsum("hH,bHx->bhx", rows, images, precision=highest)
@@ -358,11 +348,11 @@ def resize_bicubic(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Arra
 
 
 def preprocess(images_BxHxWx3: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Images as DINOv2 is shown them in Mirai-I: normalised, then resized.
+    """The input of DINOv2 in Mirai-I: images normalised, then resized.
 
     Args:
         images_BxHxWx3: uint8, or floats in [0, 1]; RGB.
-        size: (height, width) in pixels of the result.
+        size: (height, width) of the result in pixels.
 
     Returns:
         (B, *size, 3) float32, of mean 0 and deviation 1 over ImageNet.

@@ -15,17 +15,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# name -> channel multipliers from the finest level to the deepest; each level but the last halves.
+# name -> channel multipliers, finest level first; each level but the last halves the resolution.
 MULTIPLIERS: Mapping[str, tuple[int, ...]] = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}
 
 _GROUPS = 32
-# Distances to so many codebook rows at a time: to all 16,384 they would outgrow the activations.
+# Codebook rows compared at a time: distances to all 16,384 would outgrow the activations.
 _ROWS_AT_ONCE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:
-    """Everything that fixes the tokenizer's shapes; the defaults are the published VQ-16.
+    """The shapes of the tokenizer; the defaults are those of the published VQ-16.
 
     Attributes:
         multipliers: channels of each level, finest first, in units of `width`.
@@ -50,10 +50,10 @@ class VQConfig:
 
 
 def config_of(state: Mapping[str, Any]) -> VQConfig:
-    """The config whose PyTorch state dict has these shapes.
+    """The config of a PyTorch state dict, from its shapes.
 
     Raises:
-        ValueError: it is not the state dict of such a tokenizer.
+        ValueError: not the state dict of such a tokenizer.
     """
 
     def shape(name: str, rank: int, unit: int = 1) -> tuple[int, ...]:
@@ -85,8 +85,8 @@ class VQModel(nn.Module):
     Attributes:
         config: shapes.
         dtype: of the convolutions; the lookup is always float32.
-        precision: of the encoder's float32 products ('float32', 'tensorfloat32' or 'bfloat16'):
-            less than 'float32', which is not the default of TPUs and GPUs, moves some codes.
+        precision: of the encoder's float32 products ('float32', 'tensorfloat32' or 'bfloat16');
+            less than 'float32', as TPUs and GPUs have by default, changes some codes.
     """
 
     config: VQConfig
@@ -121,12 +121,12 @@ class VQModel(nn.Module):
         return height // self.downsample, width // self.downsample
 
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
-        """The images as the tokenizer can show them."""
+        """Reconstructs images: encodes and decodes them."""
         grid = self.grid(images_BxHxWxC.shape[1:3])
         return self.decode(self.encode(images_BxHxWxC), grid)
 
     def latents(self, images_BxHxWxC: jax.Array) -> jax.Array:
-        """Images -> what is looked up in the codebook, float32 (B, h, w, code_width)."""
+        """Images -> latents to look up in the codebook, float32 (B, h, w, code_width)."""
         self.grid(images_BxHxWxC.shape[1:3])
         if images_BxHxWxC.shape[-1] != self.config.channels:
             raise ValueError(
@@ -154,7 +154,7 @@ class VQModel(nn.Module):
     def decode_unclipped(
         self, codes_BxL: jax.Array, grid: tuple[int, int] | None = None
     ) -> jax.Array:
-        """`decode` as the decoder gives it: values a little outside [-1, 1] are usual."""
+        """`decode` without clipping: values a little outside [-1, 1] are usual."""
         batch, length = codes_BxL.shape
         side = math.isqrt(length)
         height, width = grid or (side, side)
@@ -175,14 +175,14 @@ class _Codebook(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.normal(1.0), shape)
 
     def nearest(self, latents: jax.Array) -> jax.Array:
-        """(..., code_width) -> int32 (...). Of equally near rows the first, as in PyTorch."""
+        """(..., code_width) -> int32 (...); the first of equally near rows, as in PyTorch."""
         latents, rows = _unit(latents), _unit(self.embedding)
         square = jnp.sum(jnp.square(latents), axis=-1, keepdims=True)
         best = jnp.full(latents.shape[:-1], jnp.inf)
         code = jnp.zeros(latents.shape[:-1], jnp.int32)
-        for wanted in range(0, len(rows), _ROWS_AT_ONCE):
-            # The last chunk is as long as the others: another shape rounds equal rows otherwise.
-            start = max(0, min(wanted, len(rows) - _ROWS_AT_ONCE))
+        for begin in range(0, len(rows), _ROWS_AT_ONCE):
+            # The last chunk is as long as the others: another shape would round equal rows otherwise.
+            start = max(0, min(begin, len(rows) - _ROWS_AT_ONCE))
             some = rows[start : start + _ROWS_AT_ONCE]
             # Highest precision: TPUs and GPUs would round the product enough to change codes.
             product = jnp.matmul(latents, some.T, precision=jax.lax.Precision.HIGHEST)
@@ -197,7 +197,7 @@ class _Codebook(nn.Module):
 
 
 def _unit(vectors: jax.Array) -> jax.Array:
-    """On the unit sphere, as torch's F.normalize."""
+    """Projects vectors to the unit sphere, as torch's F.normalize."""
     norm = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / jnp.maximum(norm, 1e-12)
 
@@ -244,7 +244,7 @@ class _Attention(nn.Module):
 
 
 class _Level(nn.Module):
-    """Residual blocks at one resolution, with attention at the deepest; then a change of size."""
+    """Residual blocks at one resolution, with attention at the deepest; then a resize."""
 
     channels: int
     blocks: int
@@ -270,8 +270,7 @@ class _Down(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # One row and column of zeros at the bottom and right alone.
-        padding = ((0, 1), (0, 1))
+        padding = ((0, 1), (0, 1))  # zeros only at the bottom and at the right
         conv = _conv(x.shape[-1], 3, self.dtype, strides=2, padding=padding, name="conv")
         return conv(x)
 
@@ -301,14 +300,9 @@ class _Encoder(nn.Module):
         config, deepest = self.config, len(self.config.multipliers) - 1
         x = _conv(config.width, 3, self.dtype, name="conv_in")(x)
         for i, multiplier in enumerate(config.multipliers):
-            x = _Level(
-                config.width * multiplier,
-                blocks=2,
-                attention=i == deepest,
-                resize="" if i == deepest else "down",
-                dtype=self.dtype,
-                name=f"conv_blocks_{i}",
-            )(x)
+            channels, resize = config.width * multiplier, "" if i == deepest else "down"
+            level = _Level(channels, 2, i == deepest, resize, self.dtype, name=f"conv_blocks_{i}")
+            x = level(x)
         x = _middle(x, self.dtype)
         x = nn.swish(_norm(self.dtype, "norm_out")(x))
         return _conv(config.z_channels, 3, self.dtype, name="conv_out")(x)
@@ -324,13 +318,8 @@ class _Decoder(nn.Module):
         x = _conv(config.width * config.multipliers[-1], 3, self.dtype, name="conv_in")(x)
         x = _middle(x, self.dtype)
         for i, multiplier in enumerate(reversed(config.multipliers)):
-            x = _Level(
-                config.width * multiplier,
-                blocks=3,
-                attention=i == 0,
-                resize="" if i == finest else "up",
-                dtype=self.dtype,
-                name=f"conv_blocks_{i}",
-            )(x)
+            channels, resize = config.width * multiplier, "" if i == finest else "up"
+            level = _Level(channels, 3, i == 0, resize, self.dtype, name=f"conv_blocks_{i}")
+            x = level(x)
         x = nn.swish(_norm(self.dtype, "norm_out")(x))
         return _conv(config.channels, 3, self.dtype, name="conv_out")(x)

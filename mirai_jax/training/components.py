@@ -74,7 +74,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         teacher, frozen_params["bidirectional"] = frozen.make_teacher(settings)
         # Here, for where its features are cached it is not kept.
         identity["bidirectional"] = pretrained.checksum(frozen_params["bidirectional"])
-        log(f"teacher: {settings.teacher.name}, {teacher.features} features a position")
+        log(f"teacher: {settings.teacher.name}, {teacher.feature_width} features a position")
     if settings.data.in_memory:
         load_crop, class_names = None, images.class_names
         source = _in_memory(settings, images, tokenizer, tokenizer_params, teacher, frozen_params)
@@ -145,7 +145,7 @@ def make_recipe(
         steps_per_epoch=steps_per_epoch,
         teacher=teacher,
         teacher_dtype=settings.teacher.dtype,
-        static=static,
+        pretrained_configs=static,
         tokenizer=tokenizer,
         accumulate=settings.accumulate,
         skip_nonfinite=settings.nonfinite == "skip",
