@@ -107,9 +107,6 @@ class Run:
     """One task in one workdir: its state, its files and the loop over its steps.
 
     Attributes:
-        task, workdir: as given.
-        log: takes a line for the screen.
-        guard: ends the process where it hangs.
         first: whether this process writes.
         state: the newest state.
         writer: metrics.jsonl and TensorBoard, on process 0.

@@ -55,15 +55,9 @@ def restore_or_make(
     log: Log,
     warn: Log,
 ) -> tuple[Any, int]:
-    """The newest whole checkpoint, or what `make` gives at step 0; all processes must call.
+    """The newest whole checkpoint, or what `make` (jitted) gives at step 0; all processes must call.
 
-    Args:
-        make: gives a fresh state; it is jitted.
-        placement: the sharding of each array of the state.
-        checkpoints: of the run.
-        num_steps: of the whole run, for the log.
-        log: takes a line for the screen.
-        warn: takes a line for each damaged checkpoint.
+    `placement` has the sharding of each array; `warn` takes a line for each damaged checkpoint.
 
     Raises:
         ConfigError: a checkpoint of another program.
@@ -83,13 +77,7 @@ def begin(
     The first of these that there is: the newest checkpoint that is whole; the weights of `init_from`
     with a fresh optimizer, at step 0; fresh weights.
 
-    Args:
-        made: the run without its state.
-        mesh: its devices.
-        checkpoints: of the run.
-        log: takes lines for the screen.
-        warn: takes a line for each damaged checkpoint.
-        initial: what `read_initial` gave, if it was called already.
+    `initial` is what `read_initial` gave, if it was called already.
 
     Returns:
         The state, the sharding of each of its arrays, and how many steps it has done.

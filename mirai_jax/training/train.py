@@ -1,6 +1,7 @@
 """Trains a generator: `python -m mirai_jax.main` calls `train`; loop.py has the loop."""
 
 import contextlib
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -44,8 +45,10 @@ def train(
     Raises:
         ConfigError, DataError, TrainingError, Preempted, Lost: one line each.
     """
-    if log is None or not distributed.is_first():
-        log = print_line if distributed.is_first() else lambda _: None
+    if not distributed.is_first():
+        log = lambda line: None
+    elif log is None:
+        log = functools.partial(print, flush=True)
     devices = jax.devices() if devices is None else devices
     settings = schema.read(config, len(devices))
     folder = pathlib.Path(folder).expanduser()
@@ -72,19 +75,8 @@ def train(
         loop.Run(GeneratorTask(made, mesh, summary, initial), folder, guard, log).run()
 
 
-def print_line(line: str) -> None:
-    print(line, flush=True)
-
-
 class GeneratorTask(loop.Task):
-    """The generator with its foresight terms.
-
-    Args:
-        made: data, frozen networks and the recipe of the step.
-        mesh: the devices of all processes.
-        summary: the figure that marks a finished run.
-        initial: the weights of `init_from`, if they have been read.
-    """
+    """The generator with its foresight terms; `summary` is the figure that marks a finished run."""
 
     def __init__(
         self, made: Components, mesh: jax.sharding.Mesh, summary: pathlib.Path, initial: Any

@@ -83,8 +83,6 @@ def claim(
     when every process has seen what was there.
 
     Args:
-        workdir: the folder.
-        config: written to config.json.
         identity: checksums of data and frozen networks; see `check_same`.
         codebook: parameters of a tokenizer that the run fitted, or None.
         fresh: whether the run has no checkpoint yet.
