@@ -76,12 +76,13 @@ def start_pair(workdir, *more, others=None, program=MAIN):
 SEES_OTHERS = """
 import pathlib, sys
 from absl import app
-from mirai_jax import main, train
-class Others(train.Checkpoints):
+from mirai_jax import main
+from mirai_jax.training import loop
+class Others(loop.Checkpoints):
     def __init__(self, folder, **options):
         super().__init__({folder}, **options)
         {more}
-train.Checkpoints = Others
+loop.Checkpoints = Others
 app.run(main.main, flags_parser=main.parse_flags)
 """
 
