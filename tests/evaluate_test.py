@@ -198,7 +198,7 @@ def test_folders_of_mixed_sizes_or_damaged_images_are_refused(no_network, tmp_pa
     folder = tmp_path / "mixed"
     save_folder(folder, pictures(5))
     Image.fromarray(pictures(1, size=(32, 30))[0]).save(folder / "other.png")
-    assert "000.png is 32x32, other.png 30x32" in refused(folder, good)
+    assert "000.png is 32x32, other.png is 30x32" in refused(folder, good)
     (folder / "other.png").write_bytes(b"no image")
     assert "other.png is not an image" in refused(good, folder)
     # The header does not show that the rest is missing: reading does.
