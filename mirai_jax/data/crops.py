@@ -14,7 +14,6 @@ from PIL import Image
 
 from mirai_jax.utils.errors import DataError, first_line
 
-EXIF = ("ignore", "apply")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")  # Pillow's names
 NOTES = (  # what `decode` may note about an image
     "animated", "16-bit", "palette", "cmyk", "alpha",
@@ -42,9 +41,6 @@ class CropSpec:
         ten: ten crops; if False, the centre crop of side S and its mirror image.
         exif: 'ignore' leaves an image as it is stored, as PyTorch's usual loaders do; 'apply' turns
             it by its EXIF orientation. (Pillow always turns TIFF files.)
-
-    Raises:
-        DataError: a field has another value.
     """
 
     image_size: int = 256
@@ -58,7 +54,7 @@ class CropSpec:
             ("image_size", type(size) is int and 1 <= size <= 4096),
             ("crop_range", type(crop_range) in (int, float) and 1 <= crop_range <= 10),
             ("ten", type(self.ten) is bool),
-            ("exif", self.exif in EXIF),
+            ("exif", self.exif in ("ignore", "apply")),
         ):
             if not valid:
                 raise DataError(f"crop spec: {field} is {getattr(self, field)!r}, out of its range")
@@ -73,17 +69,9 @@ class CropSpec:
         """R, the side of the centre crop that all crops are cut from."""
         return int(self.image_size * self.crop_range) if self.ten else self.image_size
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, fields: Any) -> "CropSpec":
-        """The reverse of `to_dict`.
-
-        Raises:
-            DataError: not a dictionary, or a field is missing, unknown or wrong.
-        """
+        """The reverse of `dataclasses.asdict`; raises DataError for anything else."""
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(fields, dict) or fields.keys() != set(names):
             raise DataError(f"a crop spec has the fields {', '.join(names)}, not {fields!r:.200}")
@@ -200,12 +188,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     With Pillow up to 12, as the official codes were made, ADM's own code gives the same pixels;
     with Pillow 13 it does not for some shapes (its `resize` takes the two axes in another order).
 
-    Args:
-        image: mode RGB, of any size.
-        size: side of the crop.
-
     Returns:
-        uint8 (size, size, 3).
+        uint8 (size, size, 3) of an image of mode RGB.
 
     Raises:
         DataError: an image so long and narrow that, resized, it exceeds Pillow's MAX_IMAGE_PIXELS.
@@ -233,13 +217,9 @@ def crop(resized_RxRx3: np.ndarray, index: int, spec: CropSpec) -> np.ndarray:
         index: of ten crops, in the order of torchvision's TenCrop: top left, top right, bottom
             left, bottom right and centre of the image, then the same five of its mirror image.
             Of two, the image and its mirror image.
-        spec: which crops.
 
     Returns:
         uint8 (S, S, 3).
-
-    Raises:
-        DataError: there is no such crop.
     """
     if not 0 <= index < spec.count:
         raise DataError(f"crop {index} does not exist: allowed are 0 to {spec.count - 1}")
@@ -257,11 +237,7 @@ def all_crops(resized_RxRx3: np.ndarray, spec: CropSpec) -> np.ndarray:
 
 
 def load_crop(raw: bytes | np.ndarray, index: int, spec: CropSpec) -> np.ndarray:
-    """Decodes an image and cuts crop `index`: uint8 (S, S, 3).
-
-    Raises:
-        DataError: as `decode`, `center_crop` and `crop`.
-    """
+    """Decodes an image and cuts crop `index`: uint8 (S, S, 3)."""
     image, _ = decode(raw, spec.exif)
     return crop(center_crop(image, spec.resized), index, spec)
 
@@ -271,9 +247,6 @@ def load_all_crops(raw: bytes | np.ndarray, spec: CropSpec) -> tuple[np.ndarray,
 
     Returns:
         uint8 (C, S, S, 3), and the notes of `decode`.
-
-    Raises:
-        DataError: as `decode` and `center_crop`.
     """
     image, notes = decode(raw, spec.exif)
     return all_crops(center_crop(image, spec.resized), spec), notes

@@ -20,9 +20,6 @@ def scan(spec: str, root: str, folder: str = "") -> tuple[list[str], list[str]]:
         spec: the user's name of the root, for messages.
         root: a folder.
         folder: a folder inside it, with slashes; "": the root itself.
-
-    Raises:
-        DataError: the folder cannot be listed.
     """
     folders, files = [], []
     try:
@@ -45,9 +42,6 @@ def walk(
     Args:
         spec, root, folder: see `scan`.
         above: the real paths of the folders that contain it.
-
-    Raises:
-        DataError: a folder cannot be listed, or links to a folder that contains it.
     """
     real = os.path.realpath(os.path.join(root, folder))
     if real in above:

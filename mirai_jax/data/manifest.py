@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_origin
 
 from mirai_jax.data.crops import CropSpec
-from mirai_jax.utils import files
+from mirai_jax.utils import files, trees
 from mirai_jax.utils.errors import DataError, first_line
 
 FILE = "manifest.json"
@@ -25,36 +25,20 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What fixes the bytes of an extraction, and its result.
+    """What fixes the bytes of an extraction, and its result."""
 
-    Attributes:
-        images: the source, as it describes itself, with its number of images.
-        crops: which crops each record holds.
-        tokenizer: {'checksum', 'file', 'multipliers', ...} of the network that made the codes.
-        grid: (height, width) of a crop in tokens.
-        vocab_size: codes are below it.
-        class_names: one a label.
-        images_per_shard: images of the source, in its order, that a shard covers.
-        batch_size: images encoded together.
-        precision: of the encoder's products.
-        complete: whether all shards are written; until then the fields below are empty.
-        num_records: images in the shards.
-        num_failed: images that are not in the shards; report.json lists them.
-        shards: the files.
-    """
-
-    images: Mapping[str, Any]
+    images: Mapping[str, Any]  # the source, as it describes itself, with its number of images
     crops: CropSpec
-    tokenizer: Mapping[str, Any]
-    grid: tuple[int, int]
+    tokenizer: Mapping[str, Any]  # {'checksum', 'file', 'multipliers', ...}
+    grid: tuple[int, int]  # height and width of a crop in tokens
     vocab_size: int
-    class_names: tuple[str, ...]
-    images_per_shard: int
-    batch_size: int
-    precision: str
-    complete: bool = False
+    class_names: tuple[str, ...]  # one a label
+    images_per_shard: int  # images of the source, in its order, that a shard covers
+    batch_size: int  # images encoded together
+    precision: str  # of the encoder's products
+    complete: bool = False  # all shards are written; until then the fields below are empty
     num_records: int = 0
-    num_failed: int = 0
+    num_failed: int = 0  # images that are not in the shards; report.json lists them
     shards: tuple[Shard, ...] = ()
 
     def differences(self, other: "Manifest") -> list[str]:
@@ -84,11 +68,8 @@ class Manifest:
             raise DataError(
                 f"{path} must hold the {len(wanted)} shards of its manifest: {'; '.join(wrong)}"
             )
-        for name, count in wanted.items():
-            if records[name] != count:
-                raise DataError(
-                    f"{path}: {name} holds {records[name]} records, by its manifest {count}"
-                )
+        if differ := [name for name, count in wanted.items() if records[name] != count]:
+            raise DataError(f"{path}: {differ[0]} must hold {wanted[differ[0]]} records")
 
 
 def _bytes_fixed_by(manifest: Manifest) -> dict[str, Any]:
@@ -99,11 +80,7 @@ def _bytes_fixed_by(manifest: Manifest) -> dict[str, Any]:
     tree["tokenizer"].pop("file", None)
     if tree["images"].get("kind") == "folder":
         tree["images"].pop("name", None)
-    flat = {}
-    for name, value in tree.items():
-        parts = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{name}.{k}" if k else name: v for k, v in parts.items()}
-    return flat
+    return trees.flat(tree)
 
 
 def from_dict(tree: Any) -> Manifest:
@@ -130,22 +107,14 @@ def from_dict(tree: Any) -> Manifest:
 
 
 def read(folder: str | os.PathLike[str]) -> Manifest | None:
-    """The manifest of a folder; None if it has none.
-
-    Raises:
-        DataError: the manifest is damaged.
-    """
+    """The manifest of a folder; None if it has none. Raises DataError if it is damaged."""
     file = pathlib.Path(os.path.expanduser(folder)) / FILE  # pathlib's raises on an unknown ~user
     try:
-        text = file.read_text(encoding="utf-8")
+        return from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # DataError is a ValueError
         raise DataError(f"{file} cannot be read ({first_line(error)})") from error
-    try:
-        return from_dict(json.loads(text))
-    except (DataError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: {first_line(error)}") from error
 
 
 def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:

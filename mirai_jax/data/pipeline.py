@@ -1,20 +1,17 @@
-"""The Grain pipeline that feeds training.
-
-Three kinds of sources, one pipeline:
+"""The Grain pipeline that feeds training, from one of three kinds of sources:
 
 * `records.CodedImages`: a small image set in memory with its codes;
 * `records.CodeRecords`: ArrayRecord shards of codes made beforehand (`mirai_jax.extract`); where a
   teacher looks at images, `CropLoader` rebuilds the very crop that the drawn codes came from;
 * `OnlineImages`: no codes; the train step makes them from the crop.
 
-`make_dataset` shuffles, repeats, draws one crop of each record, takes the rows of a batch that this
-process reads, and batches. A row of a batch depends on (seed, batch, row) and on nothing else: not
-on worker processes or the number of hosts.
-
-Nothing here touches an accelerator or knows a model.
+A row of a batch depends on (seed, batch, row) and on nothing else: not on worker processes or the
+number of hosts. Nothing here touches an accelerator or knows a model.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -43,14 +40,10 @@ class CropLoader:
         described = {**self._images.describe(), "class_names": list(self._images.class_names)}
         if described["kind"] == "folder":
             described["name"] = ""
-        return {**described, "crops": self._spec.to_dict()}
+        return {**described, "crops": dataclasses.asdict(self._spec)}
 
     def __call__(self, key: str, crop: int) -> np.ndarray:
-        """uint8 (S, S, 3).
-
-        Raises:
-            DataError: there is no such image, or it cannot be decoded.
-        """
+        """uint8 (S, S, 3). Raises DataError without such an image, or if it cannot be decoded."""
         try:
             return crops.load_crop(self._images.find(key), crop, self._spec)
         except DataError as error:
@@ -94,8 +87,7 @@ def make_dataset(
     Args:
         source: random access to {'label': int32, 'codes': (C, L) or 'crops': C, optionally 'key',
             'image' and 'features'}.
-        load_crop: gives the image of a record's key and drawn crop; None: batches have only the
-            images of the source.
+        load_crop: gives the image of a record's key and drawn crop.
         batch_size: records a batch, over all processes.
         seed: 0 to 2**32 - 1.
         rows: those of every batch that this process reads, in this order (default: all).
@@ -105,9 +97,6 @@ def make_dataset(
     Returns:
         Batches {'label': int32 (B,)} and, where the source or `load_crop` has them, 'codes': int32
         (B, L), 'image': uint8 (B, H, W, C), 'features': float32 (B, L, Z); with B = len(rows).
-
-    Raises:
-        DataError: there are fewer records than a batch, or no such rows.
     """
     if not 0 < batch_size <= len(source):
         raise DataError(f"batch_size {batch_size} does not fit a data set of {len(source)} records")
@@ -118,13 +107,10 @@ def make_dataset(
         .repeat()
         .random_map(_draw_crop)  # before the split: a crop does not depend on who reads it
     )
-    if rows is None:
-        rows = range(batch_size)
-    elif not len(rows) or not all(0 <= row < batch_size for row in rows):
-        raise DataError(f"rows {list(rows)} of a batch: allowed are 0 to {batch_size - 1}")
+    rows = range(batch_size) if rows is None else rows
     batches = (
         _Rows(records, batch_size, tuple(int(row) for row in rows))
-        .map(_Finish(load_crop))
+        .map(functools.partial(_finish, load_crop))
         .batch(len(rows), drop_remainder=True)
         .map(_widen)
     )
@@ -180,10 +166,7 @@ class Batches(grain.IterDataset):
         return iter(dataset)
 
     def record_keys(self, index: int) -> list[str]:
-        """The key and crop of each record of batch number `index`, all rows.
-
-        Reads the records again, for the message about a step that went wrong.
-        """
+        """The key and crop of each record of batch number `index`, all rows, read again."""
         first = index * self._batch_size
         found = (self._records[i] for i in range(first, first + self._batch_size))
         return [f"{record['key']} crop {int(record['crop'])}" for record in found]
@@ -246,17 +229,12 @@ def _draw_crop(record: dict, rng: np.random.Generator) -> dict:
     return {**record, "codes": record["codes"][crop], "crop": crop}
 
 
-class _Finish:
+def _finish(load_crop: CropLoader | None, record: dict) -> dict:
     """Replaces a record's key and drawn crop by the image; keeps what can be batched."""
-
-    def __init__(self, load_crop: Callable[[str, int], np.ndarray] | None):
-        self._load_crop = load_crop
-
-    def __call__(self, record: dict) -> dict:
-        kept = {k: v for k, v in record.items() if k not in ("crops", "crop", "key")}
-        if self._load_crop is not None:
-            kept["image"] = self._load_crop(record["key"], int(record["crop"]))
-        return kept
+    kept = {k: v for k, v in record.items() if k not in ("crops", "crop", "key")}
+    if load_crop is not None:
+        kept["image"] = load_crop(record["key"], int(record["crop"]))
+    return kept
 
 
 def _widen(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

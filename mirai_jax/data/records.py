@@ -31,9 +31,6 @@ def pack_record(codes_CxL: np.ndarray, label: int, key: str) -> bytes:
         codes_CxL: uint16; the codes, in row-major order, of each of C crops of the image.
         label: class id, 0 or more.
         key: names the image, such as its file.
-
-    Raises:
-        DataError: a wrong shape, dtype or label.
     """
     codes = np.asarray(codes_CxL)
     if codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size or not 0 <= label < 2**31:
@@ -54,7 +51,7 @@ def unpack_record(raw: bytes) -> dict[str, Any]:
         {'codes': uint16 (C, L), 'label': int, 'key': str}.
 
     Raises:
-        DataError: the bytes are anything else (damaged, cut off, another format).
+        DataError: the bytes are anything else.
     """
     try:
         record = msgpack.unpackb(raw)
@@ -69,14 +66,9 @@ def unpack_record(raw: bytes) -> dict[str, Any]:
 
 
 def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
-    """Writes one ArrayRecord file; it appears under its name only after it was read back whole.
+    """Writes packed records to one ArrayRecord file; returns how many.
 
-    Args:
-        path: ends in .array_record.
-        records: packed records, in order.
-
-    Returns:
-        How many records were written.
+    The file appears under its name only after it was read back whole.
 
     Raises:
         OSError: the file could not be written; nothing is left behind.
@@ -86,17 +78,12 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[bytes]) -> int:
         with files.atomic_path(path) as unfinished:
             # group_size:1, since training reads single records in random order.
             writer = array_record_module.ArrayRecordWriter(unfinished, "group_size:1")
-            try:
+            with files.closing(writer):
                 for record in records:
                     writer.write(record)
-            finally:
-                writer.close()
-            reader = array_record_module.ArrayRecordReader(unfinished)
-            try:
+            with files.closing(array_record_module.ArrayRecordReader(unfinished)) as reader:
                 if records and reader.read_all() != records:
                     raise OSError(f"{path} does not hold what was written to it")
-            finally:
-                reader.close()
     except RuntimeError as error:  # the C++ writer's, of a full disk for example
         raise OSError(f"{path} cannot be written ({first_line(error)})") from error
     return len(records)
@@ -110,20 +97,17 @@ class CodeRecords:
     Attributes:
         crops: C, how many crops every record stores.
         manifest: the folder's manifest, or None if there is no manifest.json.
+
+    Args:
+        path: a folder holding *.array_record files, or a glob pattern of files.
+        grid: (height, width) of the token grid; a record's L must be height * width.
+        vocab_size, num_classes: codes and labels must be below them.
+
+    Raises:
+        DataError: there are no shards, a shard is damaged, or the first record does not fit.
     """
 
     def __init__(self, path: str, *, grid: tuple[int, int], vocab_size: int, num_classes: int):
-        """Opens the shards.
-
-        Args:
-            path: a folder holding *.array_record files, or a glob pattern of files.
-            grid: (height, width) of the token grid; a record's L must be height * width.
-            vocab_size: codes must be below it.
-            num_classes: labels must be below it.
-
-        Raises:
-            DataError: there are no shards, a shard is damaged, or the first record does not fit.
-        """
         self.manifest = manifest.read(path) if path else None
         if self.manifest is not None:
             self.manifest.check_complete(path)
@@ -165,20 +149,13 @@ class CodeRecords:
         codes, label = record["codes"], record["label"]
         height, width = self._grid
         if codes.shape[1] != height * width:
-            raise DataError(
-                f"has {codes.shape[1]} codes a crop, but model.grid {height}x{width} "
-                f"needs {height * width}"
-            )
+            raise DataError(f"has {codes.shape[1]} codes a crop; model.grid is {height}x{width}")
         if self.crops is not None and len(codes) != self.crops:
             raise DataError(f"has {len(codes)} crops, the first record has {self.crops}")
         if codes.max() >= self._vocab_size:
-            raise DataError(
-                f"has code {codes.max()}: model.vocab_size allows 0 to {self._vocab_size - 1}"
-            )
+            raise DataError(f"has code {codes.max()}; model.vocab_size is {self._vocab_size}")
         if label >= self._num_classes:
-            raise DataError(
-                f"has label {label}: model.num_classes allows 0 to {self._num_classes - 1}"
-            )
+            raise DataError(f"has label {label}; model.num_classes is {self._num_classes}")
 
 
 def _find_shards(path: str) -> list[str]:
@@ -220,10 +197,6 @@ class CodedImages:
         images_NxHxWxC: np.ndarray | None = None,
         features_NxLxZ: np.ndarray | None = None,
     ):
-        parts = (codes_NxL, labels_N, images_NxHxWxC, features_NxLxZ)
-        counts = [len(part) for part in parts if part is not None]
-        if len(set(counts)) != 1:
-            raise DataError(f"codes, labels and images must be equally many, they are {counts}")
         self._labels = np.asarray(labels_N, np.int32)
         self._parts = {"image": images_NxHxWxC, "features": features_NxLxZ}
         if codes_NxL is not None:

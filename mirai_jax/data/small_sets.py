@@ -9,7 +9,6 @@ import os
 import pathlib
 import struct
 import zlib
-from typing import Protocol
 
 import numpy as np
 
@@ -27,16 +26,10 @@ HELD_OUT_SEED = 20260114
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
-    """A small image data set held in memory.
+    """A small image data set held in memory."""
 
-    Attributes:
-        images: uint8, (N, H, W, C).
-        labels: int32, (N,), each in 0 .. len(class_names) - 1.
-        class_names: one name a class.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # uint8 (N, H, W, C)
+    labels: np.ndarray  # int32 (N,), each in 0 .. len(class_names) - 1
     class_names: tuple[str, ...]
 
 
@@ -46,19 +39,6 @@ def checksum(images: LabelledImages) -> str:
     digest.update(np.ascontiguousarray(images.images))
     digest.update(np.ascontiguousarray(images.labels, "<i4"))
     return digest.hexdigest()
-
-
-class SmallSetFields(Protocol):
-    """The fields of a config that name a small data set, its files and its held-out part."""
-
-    name: str
-    path: str
-    held_out: int
-
-
-def load_split(data: SmallSetFields, split: str, image_size: int) -> LabelledImages:
-    """`load_images` of a config's `data` section."""
-    return load_images(data.name, data.path, split, image_size, data.held_out)
 
 
 def load_images(
@@ -79,9 +59,6 @@ def load_images(
 
     Returns:
         Images (N, image_size, image_size, 1) with their labels.
-
-    Raises:
-        DataError: an argument is wrong, or files are missing or damaged.
     """
     if split not in ("train", "held_out"):
         raise DataError(f"split {split!r} is unknown: allowed are 'train' and 'held_out'")
@@ -138,9 +115,6 @@ def parse_idx(raw: bytes, name: str, dimensions: int) -> np.ndarray:
         name: its name in error messages.
         dimensions: 1 for labels, 3 for images.
 
-    Returns:
-        uint8 with that many dimensions, read-only.
-
     Raises:
         DataError: wrong magic number, too few or too many bytes, or a dimension of zero.
     """
@@ -149,8 +123,8 @@ def parse_idx(raw: bytes, name: str, dimensions: int) -> np.ndarray:
     size = math.prod(shape)
     if magic != 0x800 + dimensions or size == 0 or len(raw) != header + size:
         raise DataError(
-            f"{name}: not a whole IDX file of unsigned bytes with {dimensions} dimensions (its header "
-            f"is {magic:#010x}, {' x '.join(map(str, shape))}; it has {len(raw)} bytes)"
+            f"{name}: not a whole IDX file of unsigned bytes with {dimensions} dimensions "
+            f"(its header is {magic:#010x}, {shape}; it has {len(raw)} bytes)"
         )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
@@ -178,13 +152,10 @@ def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     prefix = "train" if split == "train" else "t10k"
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
-    if len(images) != len(labels):
+    if len(images) != len(labels) or labels.max() >= len(FASHION_MNIST_CLASSES):
         raise DataError(
-            f"data.path {path!r}: {len(images)} {prefix} images but {len(labels)} labels"
-        )
-    if labels.max() >= len(FASHION_MNIST_CLASSES):
-        raise DataError(
-            f"data.path {path!r}: {prefix} label {labels.max()} is out of range: allowed are 0 to 9"
+            f"data.path {path!r}: {len(images)} {prefix} images, {len(labels)} labels up to label "
+            f"{labels.max()}; they must be equally many, and labels 0 to 9"
         )
     return images, labels
 

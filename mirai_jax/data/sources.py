@@ -34,14 +34,10 @@ class ImageSource(abc.ABC):
     """Labelled images, by number and by key.
 
     An image is its encoded bytes, or pixels: uint8 (H, W), (H, W, 1) or (H, W, 3).
-
-    Attributes:
-        class_names: one name a class; () if the source does not name them.
-        skipped: keys of files that are left out, since they are no images.
     """
 
-    class_names: tuple[str, ...]
-    skipped: tuple[str, ...] = ()
+    class_names: tuple[str, ...]  # () if the source does not name them
+    skipped: tuple[str, ...] = ()  # keys of files that are left out, since they are no images
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -57,11 +53,7 @@ class ImageSource(abc.ABC):
 
     @abc.abstractmethod
     def find(self, key: str) -> bytes | np.ndarray:
-        """The image with this key; the others are not listed.
-
-        Raises:
-            DataError: there is no such image, or it cannot be read.
-        """
+        """The image with this key; the others are not listed. Raises DataError without one."""
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -84,9 +76,6 @@ def open_images(spec: str) -> ImageSource:
                 bytes or uint8 pixels, 'label': int, optionally 'key': str}, or a callable that
                 returns it; it may have class_names;
             mnist, fashion_mnist[:FOLDER]: the training images of `small_sets.load_images`.
-
-    Raises:
-        DataError: `spec` is none of these, or there is nothing there.
     """
     if found := _TFDS.fullmatch(spec):
         return _Tfds(spec, found["name"], found["split"] or "train")
@@ -98,9 +87,7 @@ def open_images(spec: str) -> ImageSource:
     folder = os.path.abspath(os.path.expanduser(spec))
     if spec and os.path.isdir(folder):
         return _Folder(spec, folder)
-    raise DataError(
-        f"images {spec!r} is no folder and none of the other forms: allowed are {FORMS}"
-    )
+    raise DataError(f"images {spec!r} is none of these: {FORMS}")
 
 
 # A folder ----------------------------------------------------------------------------------------
@@ -143,10 +130,7 @@ class _Folder(ImageSource):
     def class_names(self) -> tuple[str, ...]:
         classes, _ = folders.scan(self._spec, self._root)
         if not classes:
-            raise DataError(
-                f"images {self._spec!r} holds no class folders: expected are FOLDER/CLASS/IMAGE, with "
-                f"images of {' '.join(folders.SUFFIXES)}"
-            )
+            raise DataError(f"images {self._spec!r} must hold folders of images, one a class")
         return tuple(classes)
 
     @property
@@ -165,18 +149,16 @@ class _Folder(ImageSource):
                     (keys if folders.is_image(name) else skipped).append(f"{folder}/{name}")
             if len(keys) == before:
                 raise DataError(
-                    f"images {self._spec!r}: class folder {class_name!r} holds no image: "
-                    f"expected are files of {' '.join(folders.SUFFIXES)}"
+                    f"images {self._spec!r}: class folder {class_name!r} holds no image "
+                    f"({' '.join(folders.SUFFIXES)})"
                 )
             labels += [label] * (len(keys) - before)
         for key in itertools.chain(keys, skipped):
             try:
                 key.encode()
             except UnicodeEncodeError as error:  # it could not be stored with the codes
-                raise DataError(
-                    f"images {self._spec!r}: the file name {os.fsencode(key)!r} is not UTF-8: "
-                    "rename it"
-                ) from error
+                name = os.fsencode(key)
+                raise DataError(f"images {self._spec!r}: {name!r} is not UTF-8") from error
         return keys, np.array(labels, np.int32), tuple(sorted(skipped))
 
 
@@ -197,8 +179,7 @@ class _Numbered(ImageSource):
         """Image, label and name of record `index`; may raise anything."""
 
     def about(self, index: int) -> tuple[int, str]:
-        _, label, name = self._get(index)
-        return self._label(index, label), _key(index, name)
+        return self.example(index)[1:]
 
     def example(self, index: int) -> tuple[bytes | np.ndarray, int, str]:
         image, label, name = self._get(index)
@@ -207,17 +188,11 @@ class _Numbered(ImageSource):
     def find(self, key: str) -> bytes | np.ndarray:
         found = _NUMBERED.fullmatch(key) if isinstance(key, str) else None
         if not found or not int(found[1]) < len(self):
-            raise DataError(
-                f"images {self._spec!r}: there is no image {key!r}: keys are 0 to {len(self) - 1}, "
-                "followed by a colon and a name where images have names"
-            )
+            raise DataError(f"images {self._spec!r}: none of {len(self)} has the key {key!r}")
         index = int(found[1])
         image, _, name = self._get(index)
         if (actual := _key(index, name)) != key:
-            raise DataError(
-                f"images {self._spec!r}: image {index} is {actual!r}, not {key!r}: the key is from "
-                "other images"
-            )
+            raise DataError(f"images {self._spec!r}: image {index} is {actual!r}, not {key!r}")
         return image
 
     def _label(self, index: int, label: Any) -> int:

@@ -19,7 +19,7 @@ def sweep_figure(
 
     Args:
         path: the PNG to write.
-        rows: each with 'protocol' (its 'guidance') and 'metrics'.
+        rows: of results.json.
         titles: the label of each metric.
     """
     import matplotlib
@@ -59,10 +59,8 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """{label: rows whose protocols differ only in the guidance}."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        rest = {
-            name: row["protocol"][name] for name in sorted(row["protocol"].keys() - {"guidance"})
-        }
-        found.setdefault(json.dumps(rest), []).append(row)
+        rest = {k: v for k, v in row["protocol"].items() if k != "guidance"}
+        found.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
     protocols = [json.loads(key) for key in found]
     names = [n for n in dict.fromkeys(itertools.chain(*protocols)) if not n.endswith("_sha256")]
     differing = [n for n in names if len({json.dumps(p.get(n)) for p in protocols}) > 1]

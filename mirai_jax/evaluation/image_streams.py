@@ -25,25 +25,17 @@ _SHAPES = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (20
 class ImageStream:
     """A set of images of one size.
 
-    Attributes:
-        name: the user's name of it.
-        count: N.
-        size: (height, width) in pixels.
-        chunks: n -> iterator of uint8 (at most n, H, W, 3), in order; starts anew at each call.
+    `chunks` maps n to an iterator of uint8 (at most n, H, W, 3), in order; it starts anew at each call.
     """
 
     name: str
     count: int
-    size: tuple[int, int]
+    size: tuple[int, int]  # height and width in pixels
     chunks: Callable[[int], Iterator[np.ndarray]]
 
 
 def of_array(name: str, pixels_NxHxWxC: np.ndarray) -> ImageStream:
-    """Images in memory: uint8, 1 or 3 channels.
-
-    Raises:
-        DataError: another shape or type.
-    """
+    """Images in memory: uint8, 1 or 3 channels. Raises DataError for another shape or type."""
     _check(name, pixels_NxHxWxC.shape, pixels_NxHxWxC.dtype)
 
     def chunks(count: int) -> Iterator[np.ndarray]:
@@ -83,7 +75,7 @@ def statistics(path: str) -> dict[str, np.ndarray]:
     """Inception's statistics of a .npz: float64 'mu', 'sigma', 'mu_s' and 'sigma_s', or {}.
 
     Raises:
-        DataError: one line: damage, some of them missing, other shapes, numbers that are not finite.
+        DataError: damage, some of them missing, other shapes, numbers that are not finite.
     """
     if not os.path.isfile(path):
         return {}
@@ -93,12 +85,8 @@ def statistics(path: str) -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
         raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
     for name, shape in _SHAPES.items() if stored else ():
-        if name not in stored:
-            raise DataError(f"{path} holds no {name}; it must hold {', '.join(_SHAPES)}, or none")
-        if stored[name].shape != shape:
-            raise DataError(f"{path} holds {name} of shape {stored[name].shape}, not {shape}")
-        if not np.isfinite(stored[name]).all():
-            raise DataError(f"{path} holds {name} with numbers that are not finite")
+        if name not in stored or stored[name].shape != shape or not np.isfinite(stored[name]).all():
+            raise DataError(f"{path} must hold a {name} of finite numbers, of shape {shape}")
     return stored
 
 
@@ -114,11 +102,9 @@ def has_images(path: str) -> bool:
 
 
 def _check(name: str, shape: tuple[int, ...], dtype: Any) -> None:
-    if dtype != np.uint8:
-        raise DataError(f"{name} holds {dtype} images; they must be uint8, 0 to 255")
-    if len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
         raise DataError(
-            f"{name} holds an array of shape {shape}; it must be (images, height, width, 3)"
+            f"{name} holds {dtype} {shape}; images must be uint8 (images, height, width, 3)"
         )
 
 
@@ -140,8 +126,6 @@ def _of_npz(path: str) -> ImageStream:
         archive, file, shape, fortran, dtype = opened()
         file.close()
         archive.close()
-    except KeyError as error:
-        raise DataError(f"{path} holds no arr_0; it must be the images") from error
     except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
         raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
     _check(path, shape, dtype)
@@ -193,12 +177,9 @@ def _of_folder(path: str) -> ImageStream:
                 sizes.setdefault(image.size, file)
         except Exception as error:  # Pillow raises a dozen kinds on damaged files
             raise DataError(f"{file} is not an image ({first_line(error)})") from error
-        if len(sizes) > 1:
-            (one, first), (other, second) = sizes.items()
-            raise DataError(
-                f"{path} holds images of several sizes: {first.name} is {one[0]}x{one[1]}, "
-                f"{second.name} {other[0]}x{other[1]}; they must be of one"
-            )
+    if len(sizes) > 1:
+        listed = ", ".join(f"{file.name} is {w}x{h}" for (w, h), file in sizes.items())
+        raise DataError(f"{path} holds images of several sizes: {listed:.200}; they must be of one")
     ((width, height),) = sizes
 
     def one(file: pathlib.Path) -> np.ndarray:

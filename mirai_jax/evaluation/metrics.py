@@ -25,15 +25,14 @@ class Moments:
     """
 
     def __init__(self):
-        self._count = 0
+        self.count = 0  # images added
         self._mean = self._scatter = None  # the scatter is the sum of (x - mean) (x - mean)^T
 
     def add(self, features_BxD: np.ndarray) -> None:
         """Adds B images (0 or more). Each call costs a pass over width x width.
 
         Raises:
-            DataError: another rank or width than before, NaN or infinite features; nothing was
-                added.
+            DataError: another width than before, NaN or infinite features; nothing was added.
         """
         features = _matrix("features", features_BxD)
         width = features.shape[1]
@@ -45,18 +44,13 @@ class Moments:
             block = features[rows].astype(np.float64)
             mean = block.mean(axis=0)
             block -= mean
-            total = self._count + len(block)
+            total = self.count + len(block)
             difference = mean - self._mean
-            between = difference * np.sqrt(self._count * len(block) / total)
+            between = difference * np.sqrt(self.count * len(block) / total)
             self._mean += difference * (len(block) / total)
-            self._count = total
+            self.count = total
             block = np.concatenate([block, between[None]])
             self._scatter += block.T @ block
-
-    @property
-    def count(self) -> int:
-        """Number of images added."""
-        return self._count
 
     @property
     def mean(self) -> np.ndarray:
@@ -66,16 +60,16 @@ class Moments:
     @property
     def covariance(self) -> np.ndarray:
         """float64 (D, D), normalised by count - 1 as `np.cov`. Raises DataError below 2 images."""
-        if self._count < 2:
-            raise DataError(f"a covariance needs 2 images or more, there are {self._count}")
-        return self._scatter / (self._count - 1)
+        if self.count < 2:
+            raise DataError(f"a covariance needs 2 images or more, there are {self.count}")
+        return self._scatter / (self.count - 1)
 
     def warning(self) -> str | None:
         """One line if there are too few images for a covariance of full rank, else None."""
-        if not self._count or self._count > len(self._mean):
+        if not self.count or self.count > len(self._mean):
             return None
         return (
-            f"{self._count} images are too few for {len(self._mean)} dimensions: the covariance "
+            f"{self.count} images are too few for {len(self._mean)} dimensions: the covariance "
             f"is singular and a Fréchet distance from it biased; take {len(self._mean) + 1} or "
             "more, and compare only distances between equally many images"
         )
@@ -92,9 +86,6 @@ def frechet_distance(
     finite ADM adds 1e-6 to both diagonals, under the root alone: for every direction in which one
     covariance vanishes and the other is v, that lowers its distance by about 0.002 sqrt(v). Here
     nothing is added.
-
-    Returns:
-        A distance of 0 or more.
 
     Raises:
         DataError: NaN, or a matrix that is not a covariance.
@@ -120,10 +111,6 @@ def _factor(covariance_DxD: np.ndarray) -> np.ndarray:
 
 def inception_score(probabilities_NxC: np.ndarray, splits: int = 10) -> tuple[float, float]:
     """exp(mean KL(p(class | image) || p(class))), as in ADM's evaluator, and its deviation.
-
-    Args:
-        probabilities_NxC: each image's class probabilities, in the order of the images.
-        splits: parts for the deviation.
 
     Returns:
         score: the mean over consecutive parts of 5,000 images, the last one with the rest, all with
@@ -177,12 +164,8 @@ def precision_recall(
     figure can differ in the third decimal. At an exact tie of distances above 0, rounding decides.
 
     Args:
-        features_real: (N, D).
-        features_fake: (M, D).
+        features_real, features_fake: (N, D) and (M, D).
         k: 1 or more.
-
-    Returns:
-        (precision, recall), each in [0, 1].
 
     Raises:
         DataError: wrong ranks, NaN, k images or fewer in a set.

@@ -20,20 +20,12 @@ from mirai_jax.weights import inception as inception_weights
 
 @dataclasses.dataclass
 class Features:
-    """Features of one set of images.
+    """Features of one set of images; what the network or a file of statistics lacks is None."""
 
-    Attributes:
-        moments: of the pooled features.
-        spatial: of the spatial features (Inception only).
-        pooled: float32 (N, D), for precision and recall; None where only statistics
-            are known.
-        probabilities: float32 (N, 1008) (Inception only).
-    """
-
-    moments: Any
-    spatial: Any = None
-    pooled: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
+    moments: Any  # of the pooled features
+    spatial: Any = None  # moments of Inception's spatial features
+    pooled: np.ndarray | None = None  # float32 (N, D)
+    probabilities: np.ndarray | None = None  # float32 (N, 1008), Inception's
 
 
 class Network:
@@ -44,9 +36,6 @@ class Network:
         batch_size: images at once on each device.
         pixels: side of EfficientNet-Lite0's input. It was trained at 224; fewer are faster, and
             give another distance.
-
-    Raises:
-        ConfigError, DataError: the weights cannot be read.
     """
 
     def __init__(self, inception: str, batch_size: int, pixels: int = 224):

@@ -63,8 +63,7 @@ def by_layer(
 
     Args:
         config, params: of the generator, which must have a null class.
-        train: codes (N, L) and labels (N,) that the probes are fitted to.
-        test: codes and labels to measure the accuracy on.
+        train, test: codes (N, L) and labels (N,).
 
     Returns:
         {block, from "1": one accuracy a quarter}.

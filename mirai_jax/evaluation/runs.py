@@ -25,7 +25,6 @@ import numpy as np
 
 from mirai_jax import foresight, sharding
 from mirai_jax.config.schema import Settings, TeacherSettings
-from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.evaluation import image_streams, probe
 from mirai_jax.evaluation.metrics import frechet_distance
 from mirai_jax.evaluation.network import Network
@@ -88,28 +87,17 @@ def spread_evenly(count: int, wanted: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
-    """The real images through one tokenizer.
+    """The real images through one tokenizer."""
 
-    Attributes:
-        encode, decode: uint8 images to codes, and back.
-        held_out_codes: int32 (N, L), of the held-out images for cross-entropy and probes.
-        reconstructed: moments of the reconstructions of all held-out images.
-        real: the measures real_...
-    """
-
-    encode: Callable[[np.ndarray], np.ndarray]
+    encode: Callable[[np.ndarray], np.ndarray]  # uint8 images to codes
     decode: Callable[[np.ndarray], np.ndarray]
-    held_out_codes: np.ndarray
-    reconstructed: Any
-    real: dict[str, float]
+    held_out_codes: np.ndarray  # int32 (N, L), for cross-entropy and probes
+    reconstructed: Any  # moments of the reconstructions of all held-out images
+    real: dict[str, float]  # the measures real_...
 
 
 class Assessor:
-    """Assesses runs on one data set; computes once whatever does not depend on the run.
-
-    Raises:
-        ConfigError, DataError: the run's images are not in memory, or none are held out.
-    """
+    """Assesses runs on one data set; computes once whatever does not depend on the run."""
 
     def __init__(self, settings: Settings, protocol: Protocol, log: Callable[[str], None]):
         self.protocol = protocol
@@ -122,10 +110,9 @@ class Assessor:
         held_out = labelled_images(settings, "held_out")
         if len(held_out.labels) < 2:
             raise DataError(f"{settings.data.name}: the run holds no images out (data.held_out)")
-        self.held_out = LabelledImages(
-            held_out.images[: protocol.held_out],
-            held_out.labels[: protocol.held_out],
-            held_out.class_names,
+        some = slice(protocol.held_out)
+        self.held_out = dataclasses.replace(
+            held_out, images=held_out.images[some], labels=held_out.labels[some]
         )
         some = spread_evenly(len(self._train.labels), _PROBED_ON)
         self._probe_images = self._train.images[some], self._train.labels[some]

@@ -30,7 +30,7 @@ _TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredMoments:
-    """Mean and covariance that were read from a file, in place of `metrics.Moments`."""
+    """Statistics of a file, in place of `metrics.Moments`."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -54,8 +54,7 @@ def evaluate(
     Args:
         samples: as `image_streams.open_stream` takes them.
         reference: the same, or a .npz with statistics.
-        inception: the file of Inception's weights; '': EfficientNet-Lite0 gives the features.
-        batch_size: images at once on each device.
+        inception, batch_size: of `Network`.
         out: the folder of both files, made if missing; '': that of the samples.
         statistics: a file for the reference's moments, or ''.
 
@@ -93,12 +92,8 @@ def evaluate(
         with files.atomic_write(statistics) as file:
             np.savez(file, **arrays)
     rows = []
-    results = {
-        "features": "inception-v3 2015-12-05" if inception else "efficientnet-lite0",
-        "reference": reference,
-        "reference_sha256": _checksum(reference),
-        "rows": rows,
-    }
+    results = {"features": "inception-v3 2015-12-05" if inception else "efficientnet-lite0"}
+    results |= {"reference": reference, "reference_sha256": _checksum(reference), "rows": rows}
     for spec, stream in zip(samples, streams, strict=True):
         print(f"samples: {spec}, {stream.count:,} images", flush=True)
         fake = network.features(stream)

@@ -37,15 +37,13 @@ def encoded_batches(
 ) -> Iterator[tuple[int, list[LoadedImage], np.ndarray]]:
     """(shard, images, codes (B, C, L) uint16), in order; the next batch is always queued.
 
-    Batches never cross a shard, so a shard's bytes depend on nothing outside it.
-
-    Raises:
-        DataError: an image cannot be read. (One that cannot be decoded has a `problem`.)
+    Batches never cross a shard, so a shard's bytes depend on nothing outside it. An image that cannot
+    be read raises DataError; one that cannot be decoded has a `problem`.
     """
     devices, spec, size = batched.LocalDevices(), job.manifest.crops, job.manifest.batch_size
     params, rows = devices.copy(job.params), size * spec.count
     filled = -(-rows // devices.count) * devices.count
-    waiting: tuple[int, list[LoadedImage], jax.Array] | None = None
+    waiting: deque[tuple[int, list[LoadedImage], jax.Array]] = deque()
 
     def fetched(k: int, batch: list[LoadedImage], codes: jax.Array):
         return k, batch, np.asarray(codes)[:rows].astype(np.uint16).reshape(size, spec.count, -1)
@@ -56,12 +54,11 @@ def encoded_batches(
         for i, image in enumerate(batch):
             if image.crops is not None:
                 pixels[i * spec.count : (i + 1) * spec.count] = image.crops
-        started = (k, batch, _encode(job.module, params, devices.split(pixels)))
-        if waiting is not None:
-            yield fetched(*waiting)
-        waiting = started
-    if waiting is not None:
-        yield fetched(*waiting)
+        waiting.append((k, batch, _encode(job.module, params, devices.split(pixels))))
+        if len(waiting) > 1:
+            yield fetched(*waiting.popleft())
+    for last in waiting:
+        yield fetched(*last)
 
 
 def _batches(job: ExtractionJob, shards: list[int]) -> Iterator[tuple[int, list[LoadedImage]]]:

@@ -18,22 +18,14 @@ PARTS = "parts"  # folder with a JSON file for each finished shard, until all sh
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionJob:
-    """An extraction, the same for all hosts that share it.
-
-    Attributes:
-        images: the source.
-        module, params: the tokenizer, float32.
-        manifest: what fixes the bytes of the shards; complete once all of them are finished.
-        out: folder of the shards.
-        num_workers: decoding threads.
-    """
+    """An extraction, the same for all hosts that share it."""
 
     images: ImageSource
-    module: vq.VQModel
-    params: Any
-    manifest: Manifest
-    out: pathlib.Path
-    num_workers: int
+    module: vq.VQModel  # the tokenizer
+    params: Any  # its parameters, float32
+    manifest: Manifest  # complete once all shards are finished
+    out: pathlib.Path  # folder of the shards
+    num_workers: int  # decoding threads
 
     @property
     def num_shards(self) -> int:
@@ -76,10 +68,6 @@ def prepare(
     Raises:
         ConfigError, DataError: a wrong field or input; nothing was written.
     """
-    for name, value in (("images_per_shard", images_per_shard), ("batch_size", batch_size),
-                        ("num_workers", num_workers)):  # fmt: skip
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be 1 or more")
     loaded = pretrained.load("--tokenizer", tokenizer_path, "tokenizer")
     module = vq.VQModel(loaded.config, precision=precision)
     params = pretrained.float32(loaded.params)

@@ -32,8 +32,7 @@ def run(
         The final manifest, or None while other hosts have shards to write.
 
     Raises:
-        DataError: an image cannot be read (one that cannot be decoded is listed in the report), or
-            a finished folder has lost a file.
+        DataError: an image cannot be read, or a finished folder has lost a file.
         OSError: the folder cannot be written.
     """
     if job.manifest.complete:
@@ -135,9 +134,6 @@ def summary(job: ExtractionJob, final: Manifest) -> str:
     )
     report = json.loads((job.out / _REPORT).read_text())
     text += f"; {final.num_failed} images failed"
-    if final.num_failed:
-        named = [entry["key"] for entry in report["failed"]]
-        text += f" ({', '.join(named[:5])}{', ...' if len(named) > 5 else ''})"
     for name, keys in (("other files skipped", report["skipped"]), *report["notes"].items()):
         text += f"; {name}: {len(keys)}" if keys else ""
     return f"{text}; every name: {job.out / _REPORT}"

@@ -6,14 +6,9 @@ _FITTED_ON = 5_000  # training images: a support-vector machine's time grows wit
 
 
 def fit_classifier(images_NxHxWxC: np.ndarray, labels_N: np.ndarray):
-    """A support-vector classifier of raw pixels (scikit-learn), for small grey images.
+    """A support-vector classifier (scikit-learn) of small uint8 images, fitted to their raw pixels.
 
-    Args:
-        images_NxHxWxC: uint8, real training images; of many, about 5,000 spread evenly are used.
-        labels_N: int.
-
-    Returns:
-        A fitted classifier, for `class_accuracy`.
+    Of many images, about 5,000 spread evenly are used.
     """
     from sklearn.svm import SVC  # here: slow to import, and only the end of a run needs it
 

@@ -15,7 +15,7 @@ import numpy as np
 from mirai_jax.sampling import keys
 from mirai_jax.sampling.painter import Painter, Source
 from mirai_jax.sampling.sampler import SampleOptions
-from mirai_jax.utils import files, pictures
+from mirai_jax.utils import files, pictures, trees
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress
 
@@ -28,10 +28,9 @@ def make_labels(how: str, count: int, num_classes: int, seed: int) -> np.ndarray
 
     Args:
         how: 'random', 'balanced' (0, 1, ..., again from 0), or class ids to repeat: '0,207,360'.
-        count, num_classes, seed: of the labels; only random ones depend on the seed.
 
     Raises:
-        ConfigError: `how` is neither 'random', 'balanced' nor class ids.
+        ConfigError: `how` is none of these.
     """
     indices = np.arange(count)
     if how == "balanced":
@@ -52,15 +51,10 @@ def make_labels(how: str, count: int, num_classes: int, seed: int) -> np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class SamplingJob:
-    """One folder of samples; `begin` makes it.
-
-    Attributes:
-        out: the folder.
-        labels: int32 (N,), one an image.
-    """
+    """One folder of samples; `begin` makes it."""
 
     out: pathlib.Path
-    labels: np.ndarray
+    labels: np.ndarray  # int32 (N,)
 
     @classmethod
     def begin(
@@ -73,15 +67,9 @@ class SamplingJob:
         """
         file = out / "protocol.json"
         if file.exists():
-            try:
-                before = json.loads(file.read_text())
-            except ValueError:
-                before = {}
-            changed = [k for k in {**before, **protocol} if before.get(k) != protocol.get(k)]
+            changed = trees.differences(json.loads(file.read_text()), protocol)
             if changed:
-                listed = "; ".join(
-                    f"{k} was {before.get(k)!r}, is {protocol.get(k)!r}" for k in changed
-                )
+                listed = trees.was_is(changed)
                 raise ConfigError(f"{out} holds samples of another protocol: {listed}")
         elif found := [*out.glob("samples.npz"), *out.glob("parts/*.npy")]:
             raise ConfigError(f"{out} holds a {found[0].name} without its protocol.json")
@@ -96,15 +84,12 @@ class SamplingJob:
 
     @property
     def samples(self) -> pathlib.Path:
-        """The joined file."""
         return self.out / "samples.npz"
 
     def indices(self, k: int) -> np.ndarray:
-        """The images of part k."""
         return np.arange(k * _PART, min((k + 1) * _PART, len(self.labels)))
 
     def part(self, k: int) -> pathlib.Path:
-        """The file of part k."""
         return self.out / "parts" / f"{k:05d}.npy"
 
     def draw(self, painter: Painter, parts: Iterable[int], progress: Progress) -> None:
@@ -173,11 +158,10 @@ def sample_folder(
 
     Args:
         out: the folder.
-        source: the generator and its tokenizer.
-        options: how tokens are drawn.
+        source, options: what draws tokens, and how.
         share: (index, count) of the processes that divide the work.
         num_images: in the whole folder.
-        labels: as `make_labels` takes them.
+        labels: `how` of `make_labels`.
         seed: of labels and tokens.
         resize: pixels a side of the images kept; 0 keeps them as decoded.
         batch_size: images drawn at once on each device; another size rounds differently in bfloat16.

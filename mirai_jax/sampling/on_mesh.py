@@ -34,15 +34,12 @@ def draw(
     Image i depends on `params`, `options`, `seed`, `purpose` and i alone.
 
     Args:
-        config: of the generator.
-        options: how to draw.
-        seed: of the tokens.
+        config, options, seed: what draws, and how.
         mesh: all devices of all hosts.
         params: the generator's parameters, on the mesh.
         labels: int32 (N,).
         purpose: one of `sampling.keys`.
         heartbeat: takes a line before each chunk.
-        chunk: images at once.
 
     Returns:
         int32 codes (N, L), on every host.

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,16 @@ from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.vit import resize_bicubic
 from mirai_jax.sampling import keys, sampler
 
-_T = TypeVar("_T")
-
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A generator and the tokenizer that decodes its codes.
-
-    Attributes:
-        config: of the generator.
-        params: its parameters, float32.
-        tokenizer: the module.
-        tokenizer_params: its parameters.
-        about: where they came from and their checksums, for the protocol.
-    """
+    """A generator, with float32 parameters, and the tokenizer that decodes its codes."""
 
     config: GeneratorConfig
     params: Any
     tokenizer: Any
     tokenizer_params: Any
-    about: dict[str, Any]
+    about: dict[str, Any]  # where they came from and their checksums, for the protocol
 
 
 class Painter:
@@ -89,11 +79,7 @@ class Painter:
             yield np.stack(list(itertools.islice(images, len(some))))
 
     def begin(self, labels: np.ndarray, indices: np.ndarray) -> list[jax.Array]:
-        """Starts to draw a batch. A smaller one is filled up: one shape, one compilation.
-
-        Returns:
-            Its images for `fetch`; the devices are still computing them.
-        """
+        """Starts to draw a batch for `fetch`, filled up if it is smaller: one shape, one compilation."""
         filled = [np.resize(x, self._batch).astype(np.int32) for x in (labels, indices)]
         chunks = self._draw(self._params, *self._devices.split(filled))
         images = [self._decode(self._tokenizer_params, chunk) for chunk in chunks]
@@ -108,7 +94,7 @@ class Painter:
         return images.reshape(-1, *images.shape[2:])
 
 
-def _one_ahead(begun: Iterable[_T]) -> Iterator[_T]:
+def _one_ahead(begun: Iterable[Any]) -> Iterator[Any]:
     """Yields the same batches, each after the next one was begun."""
     before = []
     for now in begun:

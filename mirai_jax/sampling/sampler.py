@@ -81,8 +81,7 @@ def generate(
     """Draws whole images of tokens.
 
     Args:
-        config: of the generator.
-        params: its parameters (the EMA's, as a rule).
+        config, params: of the generator (the EMA's parameters, as a rule).
         labels_B: int, classes in [0, num_classes).
         keys_B: typed PRNG keys, one an image.
         options: how to draw.
