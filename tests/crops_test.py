@@ -350,8 +350,9 @@ def test_exif_orientation(kind, orientation):
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_exif_block_does_not_cost_the_image():
     for rest in (b"MM\0*", b"XX\0*\0\0\0\x08", b"II*\0\xff\xff"):
-        raw = encoded(Image.new("RGB", (8, 8), "red"), "JPEG", exif=b"Exif\0\0" + rest)
-        assert decoded(raw, "apply")[1] == ()
+        for kind in ("JPEG", "PNG", "WEBP"):
+            raw = encoded(Image.new("RGB", (8, 8), "red"), kind, exif=b"Exif\0\0" + rest)
+            assert decoded(raw, "apply")[1] == ()
 
 
 # What is no image --------------------------------------------------------------------------------
