@@ -90,6 +90,7 @@ def test_committed_notebook_is_valid_and_without_outputs():
     assert max(len(cell.source.splitlines()) for cell in code) < 60
 
 
+@pytest.mark.slow  # the programs that its cells start have fast tests
 def test_runs_from_top_to_bottom_and_a_stopped_cell_goes_on(client, tmp_path):
     before = set(ROOT.rglob("*.png")), (ROOT / "runs").exists()
     made = client(STEPS=60, OVERRIDES=SMALL)
