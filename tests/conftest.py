@@ -4,6 +4,8 @@ Tests and the programs that they start compile the same small steps again and ag
 """
 
 import atexit
+import collections
+import itertools
 import os
 import shutil
 import tempfile
@@ -35,3 +37,14 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the seconds that each file took, the longest first."""
+    seconds = collections.Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if hasattr(report, "duration"):
+            seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("seconds by file")
+    for name, count in seconds.most_common():
+        terminalreporter.line(f"{count:7.1f}  {name}")

@@ -256,6 +256,7 @@ def test_eight_devices_train_as_one(tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
 
 
+@pytest.mark.slow  # step_test.py has its step, convert_test.py its weights
 def test_a_pretrained_generator_teaches(tmp_path):
     teacher = tiny(llamagen, sample_every=0)
     teacher.mesh.update(data=2, fsdp=4)  # its checkpoint is read on one device
@@ -281,6 +282,7 @@ def test_a_pretrained_generator_teaches(tmp_path):
     assert not (tmp_path / "other").exists()  # a mistake leaves nothing that would stand in the way
 
 
+@pytest.mark.slow  # its step is in step_test.py
 def test_cached_features_train_as_those_of_every_step(tmp_path):
     """The teacher asked once, before training. (Codes made in the step: tests/pipeline_test.py.)"""
     metrics = []
