@@ -53,7 +53,7 @@ def shapes_of(kind):
     """{PyTorch name: shape} of a network of CONFIGS, or of projectors."""
     key, config = jax.random.key(0), CONFIGS.get(kind)
     if kind == "generator":
-        make, names = lambda: generator.init_params(config, key), torch_names.generator_to_torch
+        make, names = lambda: generator.init_params(config, key), torch_names.to_torch
     elif kind == "projectors":
         term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=6)
         make = lambda: foresight.init_heads(term, 32, 32, key)
@@ -62,7 +62,7 @@ def shapes_of(kind):
         tokenizer = kind == "tokenizer"
         module, side = (vq.VQModel(config), 2) if tokenizer else (vit.DinoV2(config), 14)
         make = lambda: module.init(key, np.zeros((1, side, side, 3), np.float32))["params"]
-        names = torch_names.vq_to_torch if tokenizer else torch_names.dinov2_to_torch
+        names = torch_names.to_torch if tokenizer else torch_names.to_torch
     tree = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), jax.eval_shape(make))
     return {name: array.shape for name, array in names(config, tree).items()}
 
@@ -238,7 +238,7 @@ def test_a_file_keeps_what_weights_do_not_show(tmp_path, state, suffix, classes,
     config = dataclasses.replace(
         CONFIGS["generator"], grid=(3, 8), num_classes=classes, class_dropout=class_dropout
     )
-    params = torch_names.generator_from_torch(config, state)
+    params = torch_names.from_torch(config, state)
     pretrained.save(tmp_path / "a", pretrained.Weights("generator", config, params))
     to_torch(str(tmp_path / "a"), str(tmp_path / f"b.{suffix}"))
     back = conversion.from_torch(str(tmp_path / f"b.{suffix}"), str(tmp_path / "c"))
