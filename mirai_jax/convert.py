@@ -6,12 +6,9 @@
     python -m mirai_jax.convert runs/mirai_e-imagenet_b mirai_e_b.pt       a run's EMA for PyTorch
     python -m mirai_jax.convert weights/vq16 vq16.safetensors
 
-A source that is a file becomes a converted folder (see `weights/pretrained.py`); a converted folder
-or a run's workdir becomes a .pt, .pth or .safetensors file. A file is recognised by its names.
-Neither torch nor anything inside a file is ever run. All of a tokenizer's file is kept except the
-buffer `quantize.codebook_used`, a statistic of its training, which is written as zeros. What a
-generator's weights do not show (its grid, whether it has a null class) is written beside them,
-under 'args'.
+A file is recognised by its names; neither torch nor anything inside a file is ever run. A tokenizer's
+buffer `quantize.codebook_used`, a statistic of its training, is written as zeros. What a generator's
+weights do not show (its grid, whether it has a null class) is written beside them, under 'args'.
 """
 
 import os
@@ -21,14 +18,14 @@ from absl import flags
 
 from mirai_jax.training import restore
 from mirai_jax.utils import cli
-from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import conversion, pretrained, state_dict
 
 _ENTRY = flags.DEFINE_string(
     "entry", "", f"Key of a training checkpoint to take; default: {', '.join(state_dict.WRAPPERS)}."
 )
 _GRID = flags.DEFINE_integer(
-    "grid", 0, "Tokens a side of a generator; default: what the file says, else 16 is assumed."
+    "grid", 0, "Tokens a side of a generator; default: as in the file, else 16.", lower_bound=0
 )
 _HEADS = flags.DEFINE_integer("num_heads", 0, "Attention heads where the size is not a known one.")
 _STATE = flags.DEFINE_enum("state", "ema", ("ema", "model"), "Which weights of a workdir to take.")
@@ -38,28 +35,23 @@ _PROJECTORS = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    with cli.program():
+    with cli.program(OSError):
         if len(argv) != 3:
             raise ConfigError("give SOURCE and TARGET; --help says more")
         source, target = map(os.path.expanduser, argv[1:])
         folder, converted = os.path.isdir(source), pretrained.is_converted(source)
-        for flag in (_ENTRY, _GRID, _HEADS) if folder else ():
+        unused = (_ENTRY, _GRID, _HEADS) if folder else ()
+        unused += (_STATE, _PROJECTORS) if converted or not folder else ()
+        for flag in unused:
             if flag.present:
-                raise ConfigError(f"--{flag.name} has no meaning here: {source} knows it")
-        for flag in (_STATE, _PROJECTORS) if converted or not folder else ():
-            if flag.present:
-                raise ConfigError(f"--{flag.name} has no meaning here: {source} is no workdir")
+                raise ConfigError(f"--{flag.name} has no meaning for {source}")
         begin = time.monotonic()
-        try:
-            if folder:
-                options = dict(state=_STATE.value, projectors=_PROJECTORS.value)
-                made = conversion.to_torch(source, target, restore.read_run, **options)
-            else:
-                options = dict(entry=_ENTRY.value, grid=_GRID.value, num_heads=_HEADS.value)
-                made = conversion.from_torch(source, target, **options)
-        except OSError as error:
-            why = error.strerror or first_line(error)
-            raise ConfigError(f"{target} cannot be written ({why})") from error
+        if folder:
+            options = dict(state=_STATE.value, projectors=_PROJECTORS.value)
+            made = conversion.to_torch(source, target, restore.read_run, **options)
+        else:
+            options = dict(entry=_ENTRY.value, grid=_GRID.value, num_heads=_HEADS.value)
+            made = conversion.from_torch(source, target, **options)
         print(f"{conversion.describe(made)}\nwritten: {target} ({time.monotonic() - begin:.1f}s)")
 
 

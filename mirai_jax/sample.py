@@ -35,7 +35,7 @@ _CHECKPOINT = _string(
     "checkpoint", None, "Instead of a workdir: a generator's PyTorch file or converted folder."
 )
 _TOKENIZER = _string("tokenizer", None, "Weights of the VQ tokenizer; default: the workdir's.")
-_SIDE = _integer("grid", 0, "Tokens a side of --checkpoint; default: as its file says, else 16.")
+_SIDE = _integer("grid", 0, "Tokens a side of --checkpoint; 0: its file's, else 16.", lower_bound=0)
 _OUT = _string("out", None, "Folder of the samples; default: one inside the workdir.")
 _NUM = _integer("num_images", 50_000, "Images to draw.", lower_bound=1)
 _LABELS = _string("labels", "random", "random, balanced, or class ids: 0,207,360.")

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import subprocess
@@ -51,18 +50,16 @@ SUFFIXES = (".pt", ".pth", ".safetensors")
 
 def shapes_of(kind):
     """{PyTorch name: shape} of a network of CONFIGS, or of projectors."""
-    key, config = jax.random.key(0), CONFIGS.get(kind)
+    key, config, names = jax.random.key(0), CONFIGS.get(kind), torch_names.to_torch
     if kind == "generator":
-        make, names = lambda: generator.init_params(config, key), torch_names.generator_to_torch
+        make = lambda: generator.init_params(config, key)
     elif kind == "projectors":
         term = foresight.Term(offsets=((0, 0), (0, 1), (1, 0)), projector_width=6)
         make = lambda: foresight.init_heads(term, 32, 32, key)
         names = lambda _, tree: torch_names.projectors_to_torch(tree)
     else:
-        tokenizer = kind == "tokenizer"
-        module, side = (vq.VQModel(config), 2) if tokenizer else (vit.DinoV2(config), 14)
+        module, side = (vq.VQModel(config), 2) if kind == "tokenizer" else (vit.DinoV2(config), 14)
         make = lambda: module.init(key, np.zeros((1, side, side, 3), np.float32))["params"]
-        names = torch_names.vq_to_torch if tokenizer else torch_names.dinov2_to_torch
     tree = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), jax.eval_shape(make))
     return {name: array.shape for name, array in names(config, tree).items()}
 
@@ -124,9 +121,6 @@ def refused(function, *arguments, **options):
     return str(error.value)
 
 
-# There and back -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
 @pytest.mark.parametrize("kind", ["generator", "generator with projectors", "tokenizer", "teacher"])
 def test_what_comes_back_is_what_was_there_bit_for_bit(tmp_path, kind, mixed):
@@ -138,8 +132,11 @@ def test_what_comes_back_is_what_was_there_bit_for_bit(tmp_path, kind, mixed):
     source = write(tmp_path / ("a.safetensors" if mixed else "a.pt"), state)
     made = conversion.from_torch(source, str(tmp_path / "folder"), **OPTIONS[name])
     assert (made.kind, made.config) == (name, CONFIGS[name])
-    assert_equal(pretrained.load_converted(tmp_path / "folder").tree, made.tree)
-    assert pretrained.load_converted(tmp_path / "folder").config == made.config
+    digest = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()
+    assert made.source == {"file": os.path.basename(source), "entry": "", "sha256": digest}
+    loaded = pretrained.load_converted(tmp_path / "folder")
+    assert_equal(loaded.tree, made.tree)
+    assert (loaded.kind, loaded.config, loaded.source) == (made.kind, made.config, made.source)
     for suffix in SUFFIXES:
         target = tmp_path / f"back{suffix}"
         to_torch(str(tmp_path / "folder"), str(target))
@@ -154,18 +151,6 @@ def test_what_comes_back_is_what_was_there_bit_for_bit(tmp_path, kind, mixed):
     assert files_in(tmp_path) == sorted([pathlib.Path(source).name, "folder", *backs])
 
 
-def test_a_folder_keeps_where_it_came_from(tmp_path, state):
-    source = write(tmp_path / "c2i.pt", {"model": state, "steps": 300})
-    conversion.from_torch(source, str(tmp_path / "new" / "folder"), **OPTIONS["generator"])
-    about = json.loads((tmp_path / "new" / "folder" / "model.json").read_text())
-    assert about["kind"] == "generator" and about["config"]["grid"] == [4, 4]
-    digest = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()
-    assert about["source"] == {"file": "c2i.pt", "entry": "model", "sha256": digest}
-
-
-# What training scripts put around a state dict ----------------------------------------------------
-
-
 def test_of_several_state_dicts_the_better_is_taken(tmp_path):
     order = ("ema", "model", "module", "state_dict")
     tree = {"steps": 5, "optimizer": {"state": {}}, "opt": None}
@@ -174,11 +159,11 @@ def test_of_several_state_dicts_the_better_is_taken(tmp_path):
         path = write(tmp_path / "a.pt", tree)
         found, entry, _ = state_dict.read_state(path)
         assert entry == name and found["a"][0] == k
-        for other in order[k:]:
-            assert state_dict.read_state(path, other)[1] == other
+        assert state_dict.read_state(path, "state_dict")[1] == "state_dict"
         tree[name] = None if k % 2 else {}  # a run without this one
-    message = refused(state_dict.read_state, write(tmp_path / "a.pt", tree))
-    assert "steps, optimizer, opt, " in message
+    for other in (tree, {}, 3):
+        path = write(tmp_path / "a.pt", other)
+        assert refused(state_dict.read_state, path).startswith(path)
 
 
 def test_the_requested_entry_is_taken(tmp_path, state):
@@ -186,20 +171,13 @@ def test_the_requested_entry_is_taken(tmp_path, state):
     made = conversion.from_torch(path, str(tmp_path / "b"), entry="ema_2", **OPTIONS["generator"])
     assert made.source["entry"] == "ema_2"
     assert_equal(state_dict.to_state(made), random_state("generator", 1))
+    assert "'ema'" in refused(state_dict.read_state, path, "ema")
     # A bare state dict has no entries, though its names look like some.
     bare = write(tmp_path / "b.pt", {"model": np.zeros(3), "ema": np.zeros(3)})
     assert list(read(bare)) == ["model", "ema"]
-    for file in (path, bare):
-        assert "'ema'" in refused(state_dict.read_state, file, "ema")
 
 
-def test_a_file_without_a_state_dict(tmp_path):
-    for tree in ({}, 3, {"model": {"a": 1}}):
-        path = write(tmp_path / "a.pt", tree)
-        assert refused(state_dict.read_state, path).startswith(path)
-
-
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "module.module."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_wrappers_are_dropped(tmp_path, state, prefix):
     rotary = {"freqs_cis": np.zeros((17, 8, 2), np.float32)}  # a buffer of some versions
     wrapped = {prefix + name: array for name, array in (state | rotary).items()}
@@ -208,20 +186,15 @@ def test_prefixes_of_wrappers_are_dropped(tmp_path, state, prefix):
     assert_equal(state_dict.to_state(made), state)
     # Where one name has no prefix it is part of the names.
     path = write(tmp_path / "a.pt", {"model": wrapped | {"norm.weight": state["norm.weight"]}})
-    message = refused(conversion.from_torch, path, str(tmp_path / "c"), **OPTIONS["generator"])
-    assert f"its names begin {prefix}" in message
-
-
-# What only the generator needs --------------------------------------------------------------------
+    refused(conversion.from_torch, path, str(tmp_path / "c"), **OPTIONS["generator"])
 
 
 @pytest.mark.parametrize(
     "arguments, grid, expected",
     [
-        ({"image_size": 384, "downsample_size": 16, "gpt_model": "GPT-B"}, 0, 24),
-        ({"image_size": "128", "downsample_size": 8}, 0, 16),
+        ({"image_size": "384", "downsample_size": 16, "gpt_model": "GPT-B"}, 0, 24),
         ({"image_size": 384, "downsample_size": 16}, 5, 5),
-        ({"image_size": float("inf"), "downsample_size": 16}, 0, 16),
+        ({"image_size": None, "downsample_size": 16}, 0, 16),
     ],
 )
 def test_the_grid_is_what_the_arguments_say(tmp_path, state, arguments, grid, expected):
@@ -238,7 +211,7 @@ def test_a_file_keeps_what_weights_do_not_show(tmp_path, state, suffix, classes,
     config = dataclasses.replace(
         CONFIGS["generator"], grid=(3, 8), num_classes=classes, class_dropout=class_dropout
     )
-    params = torch_names.generator_from_torch(config, state)
+    params = torch_names.from_torch(config, state)
     pretrained.save(tmp_path / "a", pretrained.Weights("generator", config, params))
     to_torch(str(tmp_path / "a"), str(tmp_path / f"b.{suffix}"))
     back = conversion.from_torch(str(tmp_path / f"b.{suffix}"), str(tmp_path / "c"))
@@ -246,23 +219,15 @@ def test_a_file_keeps_what_weights_do_not_show(tmp_path, state, suffix, classes,
     assert_equal(read(tmp_path / f"b.{suffix}"), state)
 
 
-def test_an_assumed_grid_is_reported(tmp_path, state):
-    source = write(tmp_path / "a.pt", state)
-    assert "--grid is -1" in refused(conversion.from_torch, source, str(tmp_path / "b"), grid=-1)
-    made = conversion.from_torch(source, str(tmp_path / "b"), num_heads=2)
-    assert made.config.grid == (16, 16) and "assumed" in conversion.describe(made)
-    assert pretrained.load_converted(tmp_path / "b").source["grid"] == "assumed"
-    made = conversion.from_torch(source, str(tmp_path / "c"), num_heads=2, grid=16)
-    assert "assumed" not in conversion.describe(made)
-
-
 def test_an_unknown_size_needs_its_number_of_heads(tmp_path, state):
     source = write(tmp_path / "a.pt", state)
-    for wrong in (0, 3, -2, 16):  # 16: heads of 2 have no rotary pairs for rows and columns
+    for wrong in (0, -2, 16):  # 16: heads of 2 have no rotary pairs for rows and columns
         message = refused(conversion.from_torch, source, str(tmp_path / "b"), num_heads=wrong)
         assert f"num_heads is {wrong}" in message
     assert files_in(tmp_path) == ["a.pt"]
-    assert conversion.from_torch(source, str(tmp_path / "b"), num_heads=8).config.num_heads == 8
+    made = conversion.from_torch(source, str(tmp_path / "b"), num_heads=2)
+    assert made.config.grid == (16, 16) and "assumed" in conversion.describe(made)
+    assert pretrained.load_converted(tmp_path / "b").source["grid"] == "assumed"
 
 
 def test_published_sizes_know_their_number_of_heads():
@@ -275,9 +240,6 @@ def test_published_sizes_know_their_number_of_heads():
     assert "num_heads" not in message and f"layers.{layers - 1}.attention.wo.weight" in message
 
 
-# What is refused, and leaves nothing --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_download_gone_wrong_is_named(tmp_path, state, suffix):
     source = tmp_path / f"weights{suffix}"
@@ -285,8 +247,7 @@ def test_a_download_gone_wrong_is_named(tmp_path, state, suffix):
     files = {
         b"<!DOCTYPE html>\n<html>Quota exceeded</html>": "HTML page",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n": "Git LFS",
-        b"": "empty",
-        b"weights\nof a network\n": "",
+        b"": "",
         whole[:-100]: "",
     }
     for raw, expected in files.items():
@@ -297,20 +258,16 @@ def test_a_download_gone_wrong_is_named(tmp_path, state, suffix):
 
 
 def test_what_is_not_there_or_already_there(tmp_path, state):
-    source = write(tmp_path / "a.pt", state)
-    nowhere = str(tmp_path / "nowhere.pt")
-    assert nowhere in refused(conversion.from_torch, nowhere, str(tmp_path / "b"))
-    taken = tmp_path / "taken"
+    source, folder, taken = write(tmp_path / "a.pt", state), tmp_path / "folder", tmp_path / "taken"
     taken.mkdir()
-    for target in (str(taken), source):
-        assert target in refused(conversion.from_torch, source, target, **OPTIONS["generator"])
-    conversion.from_torch(source, str(tmp_path / "folder"), **OPTIONS["generator"])
-    folder, before = str(tmp_path / "folder"), pathlib.Path(source).read_bytes()
-    for wrong in ("a.pt", "b.bin", "b", "b.pt.gz", ".pt"):
-        assert str(tmp_path / wrong) in refused(to_torch, folder, str(tmp_path / wrong))
+    for a, b in ((str(tmp_path / "nowhere.pt"), folder), (source, taken), (source, source)):
+        refused(conversion.from_torch, a, str(b), **OPTIONS["generator"])
+    conversion.from_torch(source, str(folder), **OPTIONS["generator"])
+    before = pathlib.Path(source).read_bytes()
+    for wrong in ("a.pt", "b.bin", "b"):
+        assert wrong in refused(to_torch, str(folder), str(tmp_path / wrong))
     assert pathlib.Path(source).read_bytes() == before
-    message = refused(to_torch, str(taken), str(tmp_path / "new" / "b.pt"))
-    assert f"SOURCE is {str(taken)!r}" in message
+    assert "SOURCE is " in refused(to_torch, str(taken), str(tmp_path / "new" / "b.pt"))
     message = refused(pretrained.load, "tokenizer.path", str(taken), "tokenizer")
     assert message.startswith(f"tokenizer.path is {str(taken)!r}: ")
     assert files_in(tmp_path) == ["a.pt", "folder", "taken"] and not files_in(taken)
@@ -319,24 +276,14 @@ def test_what_is_not_there_or_already_there(tmp_path, state):
 def test_a_damaged_folder_is_named(tmp_path, state):
     folder = tmp_path / "folder"
     conversion.from_torch(write(tmp_path / "a.pt", state), str(folder), **OPTIONS["generator"])
-    about = folder / "model.json"
-    whole = about.read_text()
-    changes = [lambda a: a.update(kind="optimizer"), lambda a: a["config"].update(depth=2)]
-    texts = ["", "[]"]
-    for change in [*changes, lambda a: a.pop("source")]:
-        changed = json.loads(whole)
-        change(changed)
-        texts.append(json.dumps(changed))
-    for text in texts:
-        about.write_text(text)
+    whole = (folder / "model.json").read_text()
+    for text in ("", "[]", whole.replace("generator", "optimizer"), whole):
+        (folder / "model.json").write_text(text)
+        for file in (folder / "params").rglob("*") if text == whole else ():
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[:9])
         message = refused(to_torch, str(folder), str(tmp_path / "b.pt"))
         assert message.startswith(f"{folder} is not a whole converted folder (")
-    about.write_text(whole)
-    for file in (folder / "params").rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[:9])
-    message = refused(to_torch, str(folder), str(tmp_path / "b.pt"))
-    assert message.startswith(f"{folder} is not a whole converted folder (")
     assert files_in(tmp_path) == ["a.pt", "folder"]
 
 
@@ -348,26 +295,20 @@ def test_a_folder_that_cannot_be_ended_is_not_begun(tmp_path, state):
 
 
 def test_a_network_that_is_none_of_the_three(tmp_path):
-    source = write(tmp_path / "a.pt", {"conv1.weight": np.zeros(3), "fc.bias": np.zeros(2)})
-    message = refused(conversion.from_torch, source, str(tmp_path / "b"))
-    assert message.startswith("a.pt: none of") and message.endswith("conv1.weight, fc.bias")
-    # Text to image: without a table of classes.
-    state = random_state("generator")
-    del state["cls_embedding.embedding_table.weight"]
-    message = refused(conversion.from_torch, write(tmp_path / "c.pt", state), str(tmp_path / "b"))
-    assert "not a class-conditional LlamaGen generator" in message
-    assert files_in(tmp_path) == ["a.pt", "c.pt"]
+    text_to_image = random_state("generator")
+    del text_to_image["cls_embedding.embedding_table.weight"]
+    for state in ({"conv1.weight": np.zeros(3)}, text_to_image):
+        source = write(tmp_path / "a.pt", state)
+        assert "a.pt: " in refused(conversion.from_torch, source, str(tmp_path / "b"))
+    assert files_in(tmp_path) == ["a.pt"]
 
 
 ALL_NAMES = [name for kind in ("generator", "tokenizer", "teacher") for name in SHAPES[kind]]
-
-
 TABLE = "cls_embedding.embedding_table.weight"
 
 
 @settings(deadline=None, max_examples=50)
 @example("generator", {TABLE: ()}, 2)
-@example("generator", {TABLE: (6,)}, 2)
 @example("tokenizer", {"encoder.conv_blocks.0.res.0.conv1.weight": None}, 0)
 @example("tokenizer", {"encoder.conv_out.weight": ()}, 0)
 @example("tokenizer", {"quantize.embedding.weight": (50, 0)}, 0)
@@ -391,14 +332,9 @@ def test_any_state_dict_is_a_network_or_refused_in_one_line(kind, changes, num_h
         assert made.kind in CONFIGS
 
 
-# What takes weights -------------------------------------------------------------------------------
-
-
 def test_weights_of_another_kind_are_refused(tmp_path, state):
     paths = {kind: write(tmp_path / f"{kind}.pt", random_state(kind)) for kind in CONFIGS}
     conversion.from_torch(paths["teacher"], str(tmp_path / "folder"))
-    message = refused(conversion.from_torch, paths["tokenizer"], str(tmp_path / "b"), grid=4)
-    assert message.startswith("--grid has no meaning")
     for kind, path in [*paths.items(), ("teacher", str(tmp_path / "folder"))]:
         for wanted in CONFIGS:
             if kind == wanted:
@@ -429,10 +365,6 @@ def test_the_checksum_is_of_the_numbers(tmp_path, state):
     changed = state | {"output.weight": state["output.weight"].copy()}
     changed["output.weight"][7, 3] = np.nextafter(changed["output.weight"][7, 3], np.float32(9))
     assert checksum(write(tmp_path / "b.pt", changed)) != same
-    halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in state.items()}
-    wide = {name: array.astype(np.float32) for name, array in halves.items()}
-    one, other = write(tmp_path / "d.pt", halves), write(tmp_path / "e.pt", wide)
-    assert checksum(one) == checksum(other) != same
     # The same numbers in the same order, under another name or in another shape.
     tree = {"a": {"b": np.arange(6, dtype=np.float32)}}
     other = {"a": {"c": tree["a"]["b"]}}, {"a": {"b": tree["a"]["b"].reshape(2, 3)}}
@@ -501,10 +433,6 @@ def test_converted_weights_teach_as_the_run_they_are_of(run):
         made, params = restore.load_generator("f", str(folder / name), student, None)
         assert (made.num_layers, made.num_heads, made.grid) == (2, 2, (4, 4))
         assert_equal(params, state["ema"])
-    # A file that others wrote does not hold the number of heads.
-    file = write(folder / "bare.pt", read(folder / "run.pt"))
-    message = refused(restore.load_generator, "f", file, student, None)
-    assert message.startswith(f"f is {file!r}") and "num_heads" in message
 
 
 def test_a_teacher_of_other_tokens_is_refused(run, tmp_path):
@@ -516,9 +444,6 @@ def test_a_teacher_of_other_tokens_is_refused(run, tmp_path):
         pretrained.save(tmp_path / name, other)
         message = refused(restore.load_generator, "f", str(tmp_path / name), student, None)
         assert f"model.{name} is " in message
-
-
-# The program --------------------------------------------------------------------------------------
 
 
 def program(folder, *arguments):
@@ -537,10 +462,9 @@ def test_the_program_both_ways(tmp_path, state):
     write(tmp_path / "a.pt", {"model": state | random_state("projectors")})
     done = program(tmp_path, "a.pt", "new/folder", "--num_heads=2", "--grid=4")
     assert done.returncode == 0, done.stderr
-    count = sum(array.size for array in state.values())
-    more = sum(array.size for array in random_state("projectors").values())
+    count = sum(array.size for array in (state | random_state("projectors")).values())
     first, second, third = done.stdout.splitlines()
-    assert first == f"generator (model): {count:,} parameters, {more:,} more in 3 projectors"
+    assert first == f"generator (model): {count:,} parameters, with those of 3 projectors"
     assert second.startswith("GeneratorConfig(num_layers=2, num_heads=2, width=32")
     assert third.startswith("written: new/folder (")
     done = program(tmp_path, "new/folder", "files/b.safetensors")
@@ -552,8 +476,7 @@ def test_the_program_ends_in_one_line_where_it_cannot(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"<!DOCTYPE html>")
     done = program(tmp_path, "a.pt", "new/folder")
     assert (done.returncode, done.stdout) == (1, "") and files_in(tmp_path) == ["a.pt"]
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: a.pt: it is an HTML page")
+    assert done.stderr.startswith("error: a.pt: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["generator", "tokenizer", "teacher"])

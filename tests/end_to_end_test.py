@@ -41,7 +41,7 @@ def test_from_images_to_numbers(tmp_path):
     shapes = jax.eval_shape(vq.VQModel(config).init, jax.random.key(0), np.zeros((1, 8, 8, 3)))
     rng = np.random.RandomState(0)
     params = jax.tree.map(lambda s: np.float32(rng.normal(0, 0.1, s.shape)), shapes["params"])
-    torch_writer.write(tmp_path / "vq.pt", {"model": torch_names.vq_to_torch(config, params)})
+    torch_writer.write(tmp_path / "vq.pt", {"model": torch_names.to_torch(config, params)})
 
     program("extract", "--images=images --tokenizer=vq.pt --out=codes --image_size=32", tmp_path)
     config = f"--config={ROOT}/configs/mirai_e.py:imagenet_b --config.data.path=codes"

@@ -39,7 +39,7 @@ def tokenizer_file(tmp_path_factory):
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     path = tmp_path_factory.mktemp("vq") / "vq.pt"
-    torch_writer.write(path, {"model": torch_names.vq_to_torch(CONFIG, params)})
+    torch_writer.write(path, {"model": torch_names.to_torch(CONFIG, params)})
     return path
 
 

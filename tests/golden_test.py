@@ -106,7 +106,7 @@ def test_generator(path):
     data = load(path)
     state = part(data, "params/")
     config = generator_config(data, len(state["cls_embedding.embedding_table.weight"]))
-    params = torch_names.generator_from_torch(config, without_projectors(state))
+    params = torch_names.from_torch(config, without_projectors(state))
     depth = int(data["depth"])
     codes, labels = data["codes"].astype(np.int32), data["labels"].astype(np.int32)
     logits, taps = Generator(config, taps=(depth,)).apply({"params": params}, codes[:, :-1], labels)
@@ -139,7 +139,7 @@ def test_sampling(path):
     model = load(path.with_name(path.name.replace("sampling_", "generator_")))
     state = without_projectors(part(model, "params/"))
     config = generator_config(model, len(state["cls_embedding.embedding_table.weight"]))
-    params = torch_names.generator_from_torch(config, state)
+    params = torch_names.from_torch(config, state)
     labels = jnp.asarray(data["labels"], jnp.int32)
     keys = jax.random.split(jax.random.key(0), len(labels))
     greedy = [name for name in data if name.startswith("greedy_")]
@@ -190,8 +190,8 @@ def run_trajectory(path, term, teacher=None):
         teacher=teacher,
     )
     params = {
-        "generator": torch_names.generator_from_torch(config, without_projectors(state)),
-        "foresight": {term.name: torch_names.projectors_from_torch(state, len(term.offsets))},
+        "generator": torch_names.from_torch(config, without_projectors(state)),
+        "foresight": {term.name: torch_names.projectors_from_torch(state)},
     }
     train_state = step.init_state(recipe, jax.random.key(0), jax.tree.map(jnp.asarray, params))
     train_step = step.make_train_step(recipe)
@@ -210,7 +210,7 @@ def run_trajectory(path, term, teacher=None):
             atol=1e-4,
             err_msg=f"step {i}: foresight",
         )
-    ema = torch_names.generator_to_torch(config, train_state.ema)
+    ema = torch_names.to_torch(config, train_state.ema)
     for name, expected in part(data, "final_ema/").items():
         close(ema[name], expected, what=f"final EMA {name}")
 
@@ -249,7 +249,7 @@ def test_vq(path):
         code_width=int(data["embed_dim"]),
     )
     assert vq.config_of(state) == config
-    variables = {"params": torch_names.vq_from_torch(config, state)}
+    variables = {"params": torch_names.from_torch(config, state)}
     module, images = vq.VQModel(config), channels_last(data["image_bchw"])
     latents = module.apply(variables, images, method="latents")
     close(latents, channels_last(data["latent_bchw"]), 1e-4, "latents")
@@ -258,7 +258,7 @@ def test_vq(path):
     grid = module.grid(images.shape[1:3])
     decoded = module.apply(variables, codes, grid, method="decode_unclipped")
     close(decoded, channels_last(data["reconstruction_bchw"]), 1e-4, "reconstruction")
-    back = torch_names.vq_to_torch(config, variables["params"])
+    back = torch_names.to_torch(config, variables["params"])
     assert all(np.array_equal(back[name], state[name]) for name in state)
 
 
@@ -270,7 +270,7 @@ def test_dinov2(path):
     config = vit.config_of(state, heads)
     assert (config.width, config.num_layers) == (int(data["embed_dim"]), int(data["depth"]))
     assert (config.registers, config.patch) == (int(data["registers"]), patch)
-    params = torch_names.dinov2_from_torch(config, state)
+    params = torch_names.from_torch(config, state)
     shown = channels_last(data["preprocessed_bchw"])
     size = shown.shape[1:3]
     images = vit.preprocess(channels_last(data["raw_image_bchw"]), size)
@@ -282,6 +282,6 @@ def test_dinov2(path):
     features = data["patch_features"]
     close(patches.reshape(features.shape), features, 1e-4, "patch features")
     close(cls, data["cls_feature"], 1e-4, "class feature")
-    back = torch_names.dinov2_to_torch(config, params)
+    back = torch_names.to_torch(config, params)
     assert back.keys() == state.keys()
     assert all(np.array_equal(back[name], state[name]) for name in state)

@@ -93,5 +93,5 @@ def vq_file(folder, config=TINY_VQ):
     images = np.zeros((1, config.downsample, config.downsample, config.channels), np.float32)
     params = jax.device_get(jax.jit(module.init)(jax.random.key(0), images)["params"])
     path = folder / "vq.pt"
-    torch_writer.write(path, {"model": torch_names.vq_to_torch(config, params)})
+    torch_writer.write(path, {"model": torch_names.to_torch(config, params)})
     return path

@@ -177,6 +177,6 @@ def test_loads_the_published_file_alone(state, params, tmp_path, monkeypatch):
 
     torch_writer.write(path, {"fc.weight": state["fc.weight"]})
     monkeypatch.setattr(inception_weights, "SHA256_START", pretrained.sha256_of_file(path)[:8])
-    with pytest.raises(ConfigError, match=r"weights.pth: parameters do not fit: missing Conv2d_1a"):
+    with pytest.raises(ConfigError, match="missing Conv2d_1a"):
         inception_weights.load(path)
     path.unlink()

@@ -47,11 +47,11 @@ def world(tmp_path_factory):
             (folder / "images" / name / file).write_bytes(raw)
     init = jax.jit(vq.VQModel(VQ).init)
     params = init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
-    state = torch_names.vq_to_torch(VQ, jax.device_get(params))
+    state = torch_names.to_torch(VQ, jax.device_get(params))
     torch_writer.write(folder / "vq.pt", {"model": state, "steps": 7})
     init = jax.jit(vit.DinoV2(DINO).init)
     params = init(jax.random.key(1), np.zeros((1, 14, 14, 3), np.float32))["params"]
-    state = torch_names.dinov2_to_torch(DINO, jax.device_get(params))
+    state = torch_names.to_torch(DINO, jax.device_get(params))
     torch_writer.write(folder / "dino.pth", state)
     return folder
 
@@ -165,7 +165,7 @@ def test_a_run_does_not_resume_with_other_frozen_networks(world, stored):
     assert len(losses(settings(world, **more), world / "stored")) == 4
     init = jax.jit(vit.DinoV2(DINO).init)
     params = init(jax.random.key(7), np.zeros((1, 14, 14, 3), np.float32))["params"]
-    torch_writer.write(moved, torch_names.dinov2_to_torch(DINO, jax.device_get(params)))
+    torch_writer.write(moved, torch_names.to_torch(DINO, jax.device_get(params)))
     more["num_steps"] = 5
     with pytest.raises(ConfigError, match="bidirectional.*checksum"):
         losses(settings(world, **more), world / "stored")
@@ -175,7 +175,7 @@ def test_another_tokenizer_or_other_images_are_refused(world, stored):
     raw = (world / "vq.pt").read_bytes()
     init = jax.jit(vq.VQModel(VQ).init)
     params = init(jax.random.key(5), np.zeros((1, 8, 8, 3), np.float32))["params"]
-    state = torch_names.vq_to_torch(VQ, jax.device_get(params))
+    state = torch_names.to_torch(VQ, jax.device_get(params))
     torch_writer.write(world / "vq2.pt", {"model": state})
     with pytest.raises(ConfigError, match="tokenizer.path"):
         losses(settings(world, tokenizer__path=str(world / "vq2.pt")), world / "refused")

@@ -86,7 +86,7 @@ def converted(tmp_path_factory):
     pretrained.save(folder / "generator", made)
     init = jax.jit(vq.VQModel(VQ).init)
     params = init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
-    torch_writer.write(folder / "vq.pt", {"model": torch_names.vq_to_torch(VQ, params)})
+    torch_writer.write(folder / "vq.pt", {"model": torch_names.to_torch(VQ, params)})
     return folder
 
 
@@ -421,7 +421,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(converted, tmp_path):
     image = np.zeros((1, 8, 8, 3), np.float32)
     params = jax.eval_shape(vq.VQModel(config).init, jax.random.key(0), image)["params"]
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
-    torch_writer.write(tmp_path / "other.pt", torch_names.vq_to_torch(config, zeros))
+    torch_writer.write(tmp_path / "other.pt", torch_names.to_torch(config, zeros))
     paths = str(converted / "generator"), str(tmp_path / "other.pt")
     with pytest.raises(ConfigError, match="--tokenizer .* 25 codes"):
         sources_of_samples.of_checkpoint(*paths)

@@ -245,12 +245,12 @@ def test_inference_after_training_with_foresight_is_the_plain_generators():
     plain = jax.eval_shape(lambda: generator_lib.init_params(CONFIG, jax.random.key(0)))
     for trained in (params["generator"], ema):
         assert jax.tree.map(jnp.shape, trained) == jax.tree.map(jnp.shape, plain)
-    names = torch_names.generator_to_torch(CONFIG, ema)  # strict: LlamaGen's names and no others
+    names = torch_names.to_torch(CONFIG, ema)  # strict: LlamaGen's names and no others
     assert not any("projector" in name for name in names)
     keys = sampler.image_keys(jax.random.key(0), np.arange(2))
     options, labels = sampler.SampleOptions(guidance=2.0), jnp.array([0, 3])
     codes = sampler.generate(CONFIG, ema, labels, keys, options)
-    back = torch_names.generator_from_torch(CONFIG, names)
+    back = torch_names.from_torch(CONFIG, names)
     again = sampler.generate(CONFIG, back, labels, keys, options)
     assert codes.shape == (2, CONFIG.length)
     np.testing.assert_array_equal(codes, again)

@@ -397,7 +397,7 @@ def test_it_is_shown_images_like_those_it_learned_from(finished, tmp_path):
     assert "data.held_out is 100; it must be " in message
     (tmp_path / "config.json").write_text("{}")  # of a run that is no teacher, say
     settings = schema.read(student(tmp_path), 1)
-    assert "a workdir without encoder/" in refusal(frozen.make_teacher, settings)
+    assert "/encoder is not a whole converted folder" in refusal(frozen.make_teacher, settings)
 
 
 @pytest.mark.slow

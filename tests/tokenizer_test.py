@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mirai_jax.models import tokenizer
+from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import patch_codebook
 
 
@@ -146,7 +147,7 @@ def test_fit_refuses_more_prototypes_than_patches():
     np.testing.assert_array_equal(params["codebook"], [[-1] * 16, [1] * 16])
     with pytest.raises(ValueError, match="vocab_size 3 is too large: the images have only 2"):
         patch_codebook.fit_patch_codebook(images, patch=4, vocab_size=3, seed=0)
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(ValueError, match="reshape"):
         patch_codebook.fit_patch_codebook(images, patch=3, vocab_size=2, seed=0)
 
 
@@ -173,10 +174,8 @@ def test_a_damaged_parameter_file_is_named(tmp_path):
     raw = file.read_bytes()
     for damaged in (b"", b"text", raw[:-30], raw[:100], raw[:300] + b"?" + raw[301:]):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match="p.npz: damaged parameter file") as error:
+        with pytest.raises(ConfigError, match="p.npz: missing or damaged") as error:
             patch_codebook.load_params(file)
         assert "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match="other.npz"):
         patch_codebook.load_params(tmp_path / "other.npz")
-    with pytest.raises(ValueError, match="which .npz cannot keep"):
-        patch_codebook.save_params(file, {"a": jnp.zeros(2, jnp.bfloat16)})

@@ -15,11 +15,11 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mirai_jax.weights import torch_reader, torch_writer
-from mirai_jax.weights.torch_reader import TorchFileError
+from mirai_jax.weights.torch_reader import STORAGE_DTYPES, TorchFileError
 
 DATA = pathlib.Path(__file__).parent / "data"
 FIXTURES = {name: DATA / f"torch_{name}.pth" for name in ("legacy", "zip")}
@@ -73,20 +73,19 @@ def expected_args():
     }
 
 
+def spelled(tree):
+    """The tree with the types of its nodes, and arrays as dtype, shape and bytes."""
+    if isinstance(tree, np.ndarray):
+        return tree.dtype, tree.shape, tree.tobytes()
+    if isinstance(tree, dict):
+        return type(tree), [(key, spelled(value)) for key, value in tree.items()]
+    if isinstance(tree, list | tuple):
+        return type(tree), list(map(spelled, tree))
+    return type(tree), tree
+
+
 def assert_same(got, want):
-    assert type(got) is type(want)
-    if isinstance(want, np.ndarray):
-        assert got.dtype == want.dtype and got.shape == want.shape
-        np.testing.assert_array_equal(got, want)
-    elif isinstance(want, dict):
-        assert list(got) == list(want)
-        assert_same(list(got.values()), list(want.values()))
-    elif isinstance(want, (list, tuple)):
-        assert len(got) == len(want)
-        for one, other in zip(got, want, strict=True):
-            assert_same(one, other)
-    else:
-        assert got == want
+    assert spelled(got) == spelled(want)
 
 
 @pytest.mark.parametrize("layout", FIXTURES)
@@ -106,7 +105,6 @@ def test_what_training_checkpoints_hold_beside_tensors():
 
 # Hand-made files. A pickle is a program for a small stack machine; these are its instructions.
 
-MAGIC = 0x1950A86A20F9469CFC6C
 SCALAR = "numpy.core.multiarray.scalar"
 
 
@@ -123,8 +121,8 @@ def call(dotted: str, *args: bytes) -> bytes:
     return name(dotted) + b"(" + b"".join(args) + b"tR"
 
 
-def storage(count=4, kind="torch.FloatStorage", key="0", view=None) -> bytes:
-    rest = b"".join(map(push, (key, "cpu", count, view)))
+def storage(count=4, kind="torch.FloatStorage", key="0") -> bytes:
+    rest = b"".join(map(push, (key, "cpu", count, None)))
     return b"(" + push("storage") + name(kind) + rest + b"tQ"
 
 
@@ -133,150 +131,90 @@ def tensor(block: bytes, offset=0, shape=(4,), strides=(1,)) -> bytes:
     return call("torch._utils._rebuild_tensor_v2", block, *rest)
 
 
-def stream_file(body: bytes, keys=("0",), count=4, little=True, header=(MAGIC, 1001)):
-    """A legacy file; every block holds the floats 0, 1, 2, ..."""
-    pickles = [pickle.dumps(p, 2) for p in (*header, {"little_endian": little})]
-    pickles += [b"\x80\x02" + body + b".", pickle.dumps(list(keys), 2)]
-    block = struct.pack("<q", count) + np.arange(count, dtype="<f4").tobytes()
-    return b"".join(pickles) + block * len(keys)
-
-
-def zip_file(body: bytes, compression=zipfile.ZIP_STORED, count=4, byteorder=b"little"):
+def zip_file(body: bytes, compression=zipfile.ZIP_STORED, byteorder=b"little"):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + body + b".")
         archive.writestr("archive/byteorder", byteorder)
-        archive.writestr("archive/data/0", np.arange(count, dtype="<f4").tobytes())
+        archive.writestr("archive/data/0", np.arange(4, dtype="<f4").tobytes())
     return buffer.getvalue()
 
 
-def read_bytes(data: bytes, folder: pathlib.Path):
+def read_bytes(data, folder):
     (folder / "file.pth").write_bytes(data)
     return torch_reader.read(folder / "file.pth")
 
 
-def refusal(data: bytes, folder: pathlib.Path) -> str:
-    with pytest.raises(TorchFileError) as caught:
+def assert_refused(data, folder):
+    with pytest.raises(TorchFileError, match="file.pth: ") as caught:
         read_bytes(data, folder)
-    message = str(caught.value)
-    assert message.startswith(str(folder / "file.pth")) and "\n" not in message
-    return message
+    assert "\n" not in str(caught.value)
 
 
-MAKERS = pytest.mark.parametrize("make", [stream_file, zip_file])
-
-
-@MAKERS
-def test_handmade_files_are_read(make, tmp_path):
-    got = read_bytes(make(tensor(storage(), 1, (2,), (2,))), tmp_path)
+def test_handmade_files_are_read(tmp_path):
+    got = read_bytes(zip_file(tensor(storage(), 1, (2,), (2,))), tmp_path)
     np.testing.assert_array_equal(got, [1, 3])
-    view = storage(view=("9", 1, 3))  # of early torch
-    np.testing.assert_array_equal(read_bytes(make(tensor(view, 1, (2,))), tmp_path), [2, 3])
     tree = {"a": (1, [2.5, "é"]), "b": collections.OrderedDict(c=None)}
     for protocol in (2, 3, 4, 5):
         program = pickle.dumps(tree, protocol)[2:-1]
         assert_same(read_bytes(zip_file(program), tmp_path), tree)
 
 
-class Attack:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@MAKERS
-def test_nothing_is_run(make, tmp_path):
-    ran = tmp_path / "ran"
-    body = push({"weights": Attack(os.system, f"touch {ran}")})
-    assert f"{os.system.__module__}.system" in refusal(make(body), tmp_path)
-    body = push(Attack(getattr, Attack(__import__, "os"), "system"))
-    assert "getattr" in refusal(make(body), tmp_path)
-    # Dotted and instance-creating spellings.
-    body = push("torch") + push("os.system") + b"\x93" + push(("true",)) + b"R"
-    assert "torch.os.system" in refusal(make(body), tmp_path)
-    assert "INST" in refusal(make(b"(" + push("true") + b"iposix\nsystem\n"), tmp_path)
-    for known in ("builtins.list", "torch.FloatStorage"):  # names that nothing may call
-        refusal(make(call(known, push([1]))), tmp_path)
-    assert not ran.exists()
+def test_nothing_is_run(tmp_path):
+    touch = f"touch {tmp_path / 'ran'}"
+    bodies = [
+        b"}" + push("weights") + call("posix.system", push(touch)) + b"s",
+        call("builtins.getattr", call("builtins.__import__", push("os")), push("system")),
+        push("torch") + push("os.system") + b"\x93" + push((touch,)) + b"R",  # dotted
+        b"(" + push(touch) + b"iposix\nsystem\n",  # INST
+        call("builtins.list", push([1])),  # names that are known, but nothing may call
+        call("torch.FloatStorage", push([1])),
+    ]
+    for body in bodies:
+        assert_refused(zip_file(body), tmp_path)
+    assert os.listdir(tmp_path) == ["file.pth"]
 
 
 DICT = b"}(" + b"".join(push(k) + b"N" for k in range(99)) + b"uq\1"
-AMPLIFIED = [  # small files of large results: a long path and a large dictionary many times over
-    push("x" * 2000) + call("pathlib.PosixPath", b"h\0" * 90),
-    DICT + (name("argparse.Namespace") + b")\x81h\1b") * 500,
-]
-REFUSED = [
-    tensor(storage(), 1),  # outside its storage
-    tensor(storage(), 0, (2, 2), (3, 1)),
-    tensor(storage(), 5, (0,)),
-    tensor(storage(), -1, (1,)),
-    tensor(storage(), 0, (2,), (-1,)),
-    tensor(storage(), 0, (2, 2)),
-    tensor(storage(), 0, (2.0,)),
-    tensor(storage(view=("9", 2, 3))),
-    tensor(storage(), 0, (10**12,), (0,)),  # expanded
-    tensor(storage(10**15)),  # larger than the file
-    tensor(storage(-1)),
-    tensor(storage(4, "torch.Linear")),
-    tensor(push("0")),
-    tensor(storage()) + tensor(storage(4, "torch.IntStorage")) + b"\x86",
-    storage() + push({"a": 1}) + b"b",
-    b"]" + storage() + b"a",
-    b"}" + push("a") + name("collections.OrderedDict") + b"s",
-    name("torch._utils._rebuild_tensor_v2") + push({"__code__": 1}) + b"b",
-    b"}" + tensor(storage()) + b"Ns",  # an array as a key
-    push({1: b"bytes"}),
-    call(SCALAR, call("numpy.dtype", push("O8")), push("abcdefgh")),
-    call(SCALAR, push("f8"), call("_codecs.encode", push("abcdefg"), push("latin1"))),
-    call("torch.device", push([1]), push(2)),
-    push(None) + b"r\xff\xff\xff\x7f" + b"R",
-    b"\x8d" + b"\xff" * 7 + b"\x0f",  # a text that claims exabytes
-    *(b"(" + body + b"t" for body in AMPLIFIED),
-]
+LYING = bytearray(zip_file(b"N"))  # the first size in its list of contents
+START = LYING.index(b"PK\x01\x02") + 20
+LYING[START : START + 8] = b"\xfe\xff\xff\xff" * 2
+LEGACY = FIXTURES["legacy"].read_bytes()
+REFUSED = {
+    "outside its storage": tensor(storage(), 1),
+    "negative offset": tensor(storage(), -1, (1,)),
+    "negative stride": tensor(storage(), 0, (2,), (-1,)),
+    "expanded": tensor(storage(), 0, (10**12,), (0,)),
+    "larger than the file": tensor(storage(10**15)),
+    "no storage type": tensor(storage(4, "torch.Linear")),
+    "a storage of two types": tensor(storage()) + tensor(storage(4, "torch.IntStorage")) + b"\x86",
+    "a name as a value": b"}" + push("a") + name("collections.OrderedDict") + b"s",
+    "the state of a function": name("torch.Size") + push({"__code__": 1}) + b"b",
+    "an array as a key": b"}" + tensor(storage()) + b"Ns",
+    "bytes": push({1: b"bytes"}),
+    "a pointer": call(SCALAR, call("numpy.dtype", push("O8")), push("abcdefgh")),
+    "a text of exabytes": b"\x8d" + b"\xff" * 7 + b"\x0f",
+    # Small files of large results: a long path and a large dictionary many times over.
+    "paths": b"(" + push("x" * 2000) + call("pathlib.PosixPath", b"h\0" * 90) + b"t",
+    "dicts": b"(" + DICT + (name("argparse.Namespace") + b")\x81h\1b") * 500 + b"t",
+    "a path as a key": tensor(storage(key="../1")),
+}
+FILES = {kind: zip_file(body) for kind, body in REFUSED.items()} | {
+    "text": b"weights",
+    "big-endian": zip_file(b"N", byteorder=b"big"),
+    "big-endian stream": LEGACY.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"),
+    "compressed": zip_file(b"N", zipfile.ZIP_DEFLATED),
+    "CRC": zip_file(tensor(storage())).replace(struct.pack("<f", 3), struct.pack("<f", 5)),
+    "a size that lies": bytes(LYING),
+}
 
 
-@MAKERS
-@pytest.mark.parametrize("body", REFUSED)
-def test_what_is_not_plain_data_is_refused(make, body, tmp_path):
-    refusal(make(body), tmp_path)
+@pytest.mark.parametrize("data", FILES.values(), ids=FILES)
+def test_what_is_not_plain_data_is_refused(data, tmp_path):
+    assert_refused(data, tmp_path)
 
 
-FILES = [
-    (b"weights", "b'weights'"),
-    (pickle.dumps({"a": 1}, 2), "PyTorch file"),
-    (stream_file(b"N", (), header=(1, 1001)), "another kind of pickle"),
-    (stream_file(b"N", (), little=False), "big-endian"),
-    (stream_file(b"N"), "damaged"),
-    (stream_file(tensor(storage()), count=3), "damaged"),
-    (zip_file(b"N", byteorder=b"big"), "big-endian"),
-    (zip_file(b"N", zipfile.ZIP_DEFLATED), "compressed"),
-    (zip_file(tensor(storage()), count=3), "truncated"),
-    (zip_file(tensor(storage(key="../1"))), "archive/data/../1"),
-    (zip_file(tensor(storage())).replace(struct.pack("<f", 3), struct.pack("<f", 5)), "CRC"),
-    (zip_file(b"N").replace(b"data.pkl", b"data.txt"), "0 data.pkl"),
-]
-
-
-@pytest.mark.parametrize("data, message", FILES, ids=[message for _, message in FILES])
-def test_garbage_is_named(data, message, tmp_path):
-    assert message in refusal(data, tmp_path)
-
-
-def test_a_size_that_lies_is_refused(tmp_path):
-    data = bytearray(zip_file(b"N"))
-    sizes = data.index(b"PK\x01\x02") + 20  # of the first entry in the list of contents
-    data[sizes : sizes + 8] = struct.pack("<II", 2**32 - 2, 2**32 - 2)
-    assert "longer than the file" in refusal(bytes(data), tmp_path)
-
-
-def test_missing_file_is_an_os_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        torch_reader.read(tmp_path / "none.pth")
-
-
-def attempt(data: bytes, folder: pathlib.Path):
+def attempt(data, folder):
     """Plain data or TorchFileError."""
     try:
         todo, seen = [read_bytes(data, folder)], {}
@@ -289,7 +227,6 @@ def attempt(data: bytes, folder: pathlib.Path):
             continue
         seen[id(node)] = node
         if type(node) in (dict, collections.OrderedDict):
-            assert not getattr(node, "__dict__", None)
             todo += [*node.keys(), *node.values()]
         elif type(node) in (list, tuple):
             todo += node
@@ -297,54 +234,36 @@ def attempt(data: bytes, folder: pathlib.Path):
             assert type(node) in (str, int, float, bool, type(None), np.ndarray)
 
 
+FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
 @pytest.mark.parametrize("file", [*FIXTURES.values(), DATA / "torch_args.pth"])
-def test_damage_never_raises_anything_else(file, tmp_path):
-    original = file.read_bytes()
-    place = st.integers(0, len(original) - 1)
-
-    @settings(max_examples=100, deadline=None)
-    @given(place, st.lists(st.tuples(place, st.integers(1, 255)), min_size=1, max_size=4))
-    def check(length, changes):
-        refusal(original[:length], tmp_path)
-        data = bytearray(original)
-        for where, bits in changes:
-            data[where] ^= bits
-        attempt(bytes(data), tmp_path)
-
-    check()
+@FUZZ
+@given(st.data())
+def test_damage_never_raises_anything_else(file, tmp_path, data):
+    damaged = bytearray(file.read_bytes())
+    place = st.integers(0, len(damaged) - 1)
+    assert_refused(damaged[: data.draw(place)], tmp_path)
+    for where in data.draw(st.lists(place, min_size=1, max_size=4)):
+        damaged[where] ^= data.draw(st.integers(1, 255))
+    attempt(damaged, tmp_path)
 
 
-def test_no_program_raises_anything_else(tmp_path):
-    names = ["torch._utils._rebuild_tensor_v2", "torch.Size", "torch.device", "numpy.dtype", SCALAR]
-    names += ["_codecs.encode", "collections.OrderedDict", "argparse.Namespace", "builtins.dict"]
-    values = (1, "f4", "cpu", {"a": 1}, (1, 2), [], None, ("a", 2.5))
-    pieces = [*map(name, names), *map(push, values), storage(), tensor(storage()), b"q\0", b"h\0"]
-    # Mark, tuples, lists, dicts, reduce, build, newobj, newobj_ex, set item(s), append(s), memo.
-    pieces += [op.encode("latin1") for op in "(t)]}Rb\x81\x92susae0120Q\x85\x86\x87\x8f\x90"]
+CALLED = ["torch._utils._rebuild_tensor_v2", "torch.Size", "torch.device", "numpy.dtype", SCALAR]
+CALLED += ["_codecs.encode", "collections.OrderedDict", "argparse.Namespace", "builtins.dict"]
+VALUES = (1, "f4", "cpu", {"a": 1}, (1, 2), [], None, ("a", 2.5))
+PIECES = [*map(name, CALLED), *map(push, VALUES), storage(), tensor(storage()), b"q\0", b"h\0"]
+# Mark, tuples, lists, dicts, reduce, build, newobj, newobj_ex, set item(s), append(s), memo.
+PIECES += [op.encode("latin1") for op in "(t)]}Rb\x81\x92susae0120Q\x85\x86\x87\x8f\x90"]
 
-    @settings(max_examples=300, deadline=None)
-    @given(st.lists(st.sampled_from(pieces) | st.binary(max_size=3), max_size=25))
-    def check(parts):
-        attempt(zip_file(b"".join(parts)), tmp_path)
 
-    check()
+@settings(FUZZ, max_examples=300)
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=25))
+def test_no_program_raises_anything_else(tmp_path, parts):
+    attempt(zip_file(b"".join(parts)), tmp_path)
 
 
 # The writer.
-
-
-@pytest.mark.parametrize("dtype", torch_reader.STORAGE_DTYPES.values(), ids=str)
-def test_arrays_of_every_kind_come_back(dtype, tmp_path):
-    base = np.arange(-6, 6).astype(dtype).reshape(3, 4)
-    arrays = {"whole": base, "transposed": base.T, "strided": base[::-1, 1::2]}
-    arrays |= {"expanded": np.broadcast_to(base[0], (2, 4)), "scalar": base[1:2, 2].reshape(())}
-    arrays["empty"] = np.zeros((0, 3, 0), dtype)
-    if dtype.kind != "V":
-        arrays["big-endian"] = base.astype(dtype.newbyteorder(">"))
-    torch_writer.write(str(tmp_path / "file.pt"), collections.OrderedDict(arrays))
-    want = {key: np.array(array, dtype) for key, array in arrays.items()}
-    assert_same(torch_reader.read(tmp_path / "file.pt"), collections.OrderedDict(want))
-    assert os.listdir(tmp_path) == ["file.pt"]
 
 
 # The instructions that torch's unpickler of weights_only=True knows.
@@ -360,8 +279,11 @@ def test_layout_of_written_files(limit, tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)  # as if 20 bytes were over 2 GiB
     path = tmp_path / "file.pt"
     tree = expected() | {"numbers": [0, -1, 255, 2**16, -(2**31), 2**31, 0.5], "": expected_args()}
-    torch_writer.write(path, tree)
-    assert_same(torch_reader.read(path), tree)
+    base = np.arange(-6, 6).reshape(3, 4)
+    tree["kinds"] = [base.astype(dtype)[::-1, 1::2].T for dtype in STORAGE_DTYPES.values()]
+    torch_writer.write(path, tree | {"big-endian": base.astype(">f4")})
+    assert_same(torch_reader.read(path), tree | {"big-endian": base.astype("<f4")})
+    assert os.listdir(tmp_path) == [path.name]
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         program = archive.read("archive/data.pkl")
@@ -379,16 +301,6 @@ def test_layout_of_written_files(limit, tmp_path, monkeypatch):
 def test_what_cannot_be_written_leaves_the_former_file(bad, tmp_path):
     path = tmp_path / "file.pt"
     torch_writer.write(path, {"a": 1})
-    with pytest.raises(TorchFileError, match="file.pt: "):
+    with pytest.raises(TorchFileError):
         torch_writer.write(path, {"a": [1, bad]})
     assert os.listdir(tmp_path) == [path.name] and torch_reader.read(path) == {"a": 1}
-
-
-@pytest.mark.parametrize("mmap", [False, True])
-def test_torch_loads_what_is_written(mmap, tmp_path):
-    torch = pytest.importorskip("torch")
-    torch_writer.write(tmp_path / "file.pt", expected())
-    loaded = torch.load(tmp_path / "file.pt", weights_only=True, mmap=mmap)
-    torch.nn.Linear(3, 2).load_state_dict(loaded["model"], strict=True)
-    torch.save(loaded, tmp_path / "again.pt")
-    assert_same(torch_reader.read(tmp_path / "again.pt"), expected())

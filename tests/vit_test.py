@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def network(state, dtype="float32", layer=0):
     """The network of a state dict as a jitted function of images."""
     config = vit.config_of(state, num_heads=2)
-    params = torch_names.dinov2_from_torch(config, state)
+    params = torch_names.from_torch(config, state)
     return jax.jit(
         lambda images: vit.DinoV2(config, dtype).apply({"params": params}, images, layer)
     )
@@ -106,7 +106,7 @@ def shapes_of(config):
     images = jax.ShapeDtypeStruct((1, 14, 14, 3), np.float32)
     shapes = jax.eval_shape(vit.DinoV2(config).init, jax.random.key(0), images)["params"]
     empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
-    return torch_names.dinov2_to_torch(config, empty)
+    return torch_names.to_torch(config, empty)
 
 
 PARAMETERS = {

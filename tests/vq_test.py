@@ -46,7 +46,7 @@ def vq_state(config):
     """{PyTorch name: array of the right shape} without memory, and without the buffer."""
     side = config.downsample
     params = abstract_params(vq.VQModel(config), 1, side, side, config.channels)
-    state = torch_names.vq_to_torch(config, jax.tree.map(lambda x: free(x.shape), params))
+    state = torch_names.to_torch(config, jax.tree.map(lambda x: free(x.shape), params))
     return {name: array for name, array in state.items() if name != CODEBOOK_USED}
 
 
@@ -113,8 +113,8 @@ def test_vq16_has_the_published_names_and_shapes():
     assert count(state) == 71_883_403
     assert vq.config_of(state | {CODEBOOK_USED: np.zeros(65536)}) == vq.VQConfig()
     # Files for PyTorch have the buffer too: the official model loads strictly.
-    params = torch_names.vq_from_torch(vq.VQConfig(), state)
-    assert shapes(torch_names.vq_to_torch(vq.VQConfig(), params)) == expected
+    params = torch_names.from_torch(vq.VQConfig(), state)
+    assert shapes(torch_names.to_torch(vq.VQConfig(), params)) == expected
 
 
 def test_vq8_is_a_level_shallower():
@@ -137,7 +137,7 @@ def test_vq8_is_a_level_shallower():
 def test_dinov2_has_the_published_names_and_shapes(name):
     config = vit.named(name)
     params = abstract_params(vit.DinoV2(config), 1, 14, 14, 3)
-    state = torch_names.dinov2_to_torch(config, jax.tree.map(lambda x: free(x.shape), params))
+    state = torch_names.to_torch(config, jax.tree.map(lambda x: free(x.shape), params))
     assert shapes(state) == every_layer(published(name), "blocks.", config.num_layers)
 
 
@@ -160,7 +160,7 @@ def test_gpt_b_has_the_published_names_and_shapes():
 
     abstract = jax.eval_shape(both, jax.random.key(0))
     params, projectors = jax.tree.map(lambda x: free(x.shape), abstract)
-    state = torch_names.generator_to_torch(config, params)
+    state = torch_names.to_torch(config, params)
     state |= torch_names.projectors_to_torch(projectors)
     assert count(state) == 132_923_136
     assert shapes(state) == every_layer(published("gpt_b"), "layers.", 12)
@@ -176,17 +176,17 @@ def assert_equal(one, other):
 
 
 def test_round_trip_through_torch_names_bit_for_bit(params):
-    state = torch_names.vq_to_torch(SMALL, params)
+    state = torch_names.to_torch(SMALL, params)
     assert vq.config_of(state) == SMALL
     # The first axes of a PyTorch kernel are out and in.
     kernel = params["encoder"]["conv_blocks_0"]["res_1"]["conv2"]["kernel"]
     there = state["encoder.conv_blocks.0.res.1.conv2.weight"]
     assert there[3, 7, 0, 2] == kernel[0, 2, 7, 3]
-    assert_equal(torch_names.vq_from_torch(SMALL, state), params)
+    assert_equal(torch_names.from_torch(SMALL, state), params)
     # The buffer is optional, and its contents do not matter.
     own = {n: a for n, a in state.items() if n != CODEBOOK_USED}
     for buffer in ({}, {CODEBOOK_USED: np.ones(3)}):
-        assert_equal(torch_names.vq_from_torch(SMALL, own | buffer), params)
+        assert_equal(torch_names.from_torch(SMALL, own | buffer), params)
 
 
 def test_round_trip_of_dinov2_bit_for_bit():
@@ -194,13 +194,13 @@ def test_round_trip_of_dinov2_bit_for_bit():
     abstract = abstract_params(vit.DinoV2(config), 1, 14, 14, 3)
     rng = np.random.RandomState(0)
     tree = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
-    state = torch_names.dinov2_to_torch(config, tree)
+    state = torch_names.to_torch(config, tree)
     rows = tree["blocks"]["attn"]["qkv"]["kernel"]
     assert state["blocks.2.attn.qkv.weight"][5, 1] == rows[2, 1, 5]
-    assert_equal(torch_names.dinov2_from_torch(config, state), tree)
+    assert_equal(torch_names.from_torch(config, state), tree)
     del state["blocks.1.ls2.gamma"]
     with pytest.raises(torch_names.NamesError, match="blocks.1.ls2.gamma"):
-        torch_names.dinov2_from_torch(config, state)
+        torch_names.from_torch(config, state)
 
 
 NAMES = sorted(vq_state(SMALL))
@@ -240,9 +240,9 @@ def test_every_name_that_does_not_fit_is_listed_in_one_line(damage):
 def test_parameters_of_another_config_are_refused(params):
     other = dataclasses.replace(SMALL, vocab_size=51)
     with pytest.raises(torch_names.NamesError, match="quantize/embedding"):
-        torch_names.vq_to_torch(other, params)
+        torch_names.to_torch(other, params)
     with pytest.raises(torch_names.NamesError, match="quantize.embedding.weight"):
-        torch_names.vq_from_torch(other, vq_state(SMALL))
+        torch_names.from_torch(other, vq_state(SMALL))
 
 
 MARKS = ["encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"]

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from flax import traverse_util
+import jax
 
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import pretrained, safetensors, state_dict, torch_writer
@@ -17,11 +17,9 @@ from mirai_jax.weights.state_dict import Weights
 def from_torch(
     source: str, target: str, *, entry: str = "", grid: int = 0, num_heads: int = 0
 ) -> Weights:
-    """A PyTorch file -> a converted folder.
+    """A PyTorch file (.pt, .pth or .safetensors) -> a new converted folder.
 
     Args:
-        source: .pt, .pth or .safetensors.
-        target: a folder that does not exist.
         entry: key of a training checkpoint to take; '': the first of state_dict.WRAPPERS.
         grid: tokens a side of a generator; 0: as the file's arguments say, else 16.
         num_heads: where the size is not a published one.
@@ -29,21 +27,14 @@ def from_torch(
     Raises:
         ConfigError: one line, which lists every name that does not fit; nothing is written.
     """
-    if os.path.exists(target):
-        raise ConfigError(f"{target} exists; it must be a new folder")
     state, found, arguments = state_dict.read_state(source, entry)
     about = {
         "file": os.path.basename(source),
         "entry": found,
         "sha256": pretrained.sha256_of_file(source),
     }
-    kind = state_dict.kind_of(state)
-    for flag, given, kinds in (("grid", grid, ("generator",)),
-                               ("num_heads", num_heads, ("generator", "teacher"))):  # fmt: skip
-        if given and kind and kind not in kinds:
-            raise ConfigError(f"--{flag} has no meaning here: {source} is a {kind}")
     sides = pretrained.token_grid(grid, arguments)
-    made = state_dict.from_state(state, about, grid=sides, num_heads=num_heads, arguments=arguments)
+    made = state_dict.from_state(state, about, sides, num_heads, arguments)
     del state  # what is stacked has been copied
     pretrained.save(target, made)
     return made
@@ -57,11 +48,9 @@ def to_torch(
     state: str = "ema",
     projectors: str = "",
 ) -> Weights:
-    """A converted folder or a workdir -> a PyTorch file.
+    """A converted folder or a workdir -> a new PyTorch file (.pt, .pth or .safetensors).
 
     Args:
-        source: the folder.
-        target: a new .pt, .pth or .safetensors.
         read_run: `training.restore.read_run`.
         state: of a workdir: 'ema' or 'model', the weights that were trained.
         projectors: of a workdir, with 'model': the foresight term whose projectors to add.
@@ -100,16 +89,12 @@ def to_torch(
 
 def _of_run(source: str, run: tuple[Any, Any, int], state: str, projectors: str) -> Weights:
     settings, saved, step = run
-    if state == "ema" and projectors:
-        raise ConfigError(
-            f"--projectors is {projectors!r}; projectors have no average: set --state=model"
-        )
     heads = saved["params"]["foresight"]
     able = [name for name, tree in heads.items() if "linear_2" in tree]
-    if projectors and projectors not in able:
+    if projectors and (state == "ema" or projectors not in able):  # projectors have no average
         raise ConfigError(
-            f"--projectors is {projectors!r}; it must be a foresight term with projectors: "
-            f"{', '.join(able) or 'this run has none'}"
+            f"--projectors is {projectors!r}; it needs --state=model and a foresight term with "
+            f"projectors: {', '.join(able) or 'this run has none'}"
         )
     params = saved["ema"] if state == "ema" else saved["params"]["generator"]
     about = {"file": source, "entry": f"{state} at step {step}"}
@@ -119,14 +104,10 @@ def _of_run(source: str, run: tuple[Any, Any, int], state: str, projectors: str)
 def describe(made: Weights) -> str:
     """What was converted, for the screen."""
     entry = made.source.get("entry")
-    text = f"{made.kind}{f' ({entry})' if entry else ''}: {_count(made.params):,} parameters"
+    count = sum(array.size for array in jax.tree.leaves(made.tree))
+    text = f"{made.kind}{f' ({entry})' if entry else ''}: {count:,} parameters"
     if made.projectors is not None:
-        heads = len(made.projectors["linear_0"]["bias"])
-        text += f", {_count(made.projectors):,} more in {heads} projectors"
+        text += f", with those of {len(made.projectors['linear_0']['bias'])} projectors"
     if made.source.get("grid") == "assumed":
         text += "\nthe file does not give the grid: 16 x 16 is assumed (--grid=N sets another)"
     return f"{text}\n{made.config}"
-
-
-def _count(params: Any) -> int:
-    return sum(array.size for array in traverse_util.flatten_dict(params).values())

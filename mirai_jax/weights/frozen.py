@@ -9,13 +9,11 @@ from flax import linen as nn
 
 from mirai_jax.config.schema import Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
-from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import efficientnet, patch_codebook, pretrained
 
 # Not the run's: runs of several seeds share their tokens, so that their losses can be compared.
 _CODEBOOK_SEED = 0
-
-# Tokenizers ---------------------------------------------------------------------------------------
 
 
 def make_codebook(
@@ -24,33 +22,23 @@ def make_codebook(
     """A run's patch codebook: read from `path`, or fitted to the images. Nothing is written.
 
     Raises:
-        ConfigError: the file is damaged or of another codebook.
+        ConfigError: the file is damaged or of another codebook, or the images do not suffice.
     """
-    module = tokenizer.PatchCodebook(
-        vocab_size=vocab_size,
-        image_size=images_NxHxWxC.shape[1:3],
-        patch=patch,
-        channels=images_NxHxWxC.shape[-1],
-    )
-    if path.exists():
-        try:
-            params = patch_codebook.load_params(path)
-        except ValueError as error:
-            raise ConfigError(f"{error}; remove it to fit the tokenizer again") from error
-        shape = (vocab_size, patch**2 * module.channels)
-        rows = params.get("codebook", np.zeros(0))
-        if rows.shape != shape or not np.isfinite(rows).all():
-            raise ConfigError(
-                f"{path} does not hold this run's codebook: {rows.shape}, should be {shape} "
-                "finite numbers; remove it to fit the tokenizer again"
-            )
-        return module, params
-    try:
+    _, *size, channels = images_NxHxWxC.shape
+    module = tokenizer.PatchCodebook(vocab_size, tuple(size), patch, channels)
+    if not path.exists():
         return module, patch_codebook.fit_patch_codebook(
             images_NxHxWxC, patch=patch, vocab_size=vocab_size, seed=_CODEBOOK_SEED
         )
-    except ValueError as error:
-        raise ConfigError(first_line(error)) from error
+    params = patch_codebook.load_params(path)
+    shape = (vocab_size, patch**2 * module.channels)
+    rows = params.get("codebook", np.zeros(0))
+    if rows.shape != shape or not np.isfinite(rows).all():
+        raise ConfigError(
+            f"{path} does not hold this run's codebook: {rows.shape}, should be {shape} "
+            "finite numbers; remove it to fit the tokenizer again"
+        )
+    return module, params
 
 
 def load_codebook(settings: Settings, workdir: str) -> tuple[tokenizer.PatchCodebook, Any]:
@@ -60,20 +48,12 @@ def load_codebook(settings: Settings, workdir: str) -> tuple[tokenizer.PatchCode
         ConfigError: it is not there, or damaged.
     """
     path = pathlib.Path(workdir).expanduser() / "tokenizer.npz"
-    try:
-        params = patch_codebook.load_params(path)
-        rows = params["codebook"]
-        channels = rows.shape[1] // settings.tokenizer.patch**2
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(f"{path} holds no codebook ({first_line(error)})") from error
-    side = settings.tokenizer.image_size
-    module = tokenizer.PatchCodebook(
-        vocab_size=len(rows),
-        image_size=(side, side),
-        patch=settings.tokenizer.patch,
-        channels=channels,
-    )
-    return module, params
+    params = patch_codebook.load_params(path)
+    if np.ndim(params.get("codebook")) != 2:
+        raise ConfigError(f"{path} holds no codebook")
+    vocab_size, numbers = params["codebook"].shape
+    side, patch = settings.tokenizer.image_size, settings.tokenizer.patch
+    return tokenizer.PatchCodebook(vocab_size, (side, side), patch, numbers // patch**2), params
 
 
 def load_vq_file(field: str, path: str) -> tuple[vq.VQModel, Any]:
@@ -83,10 +63,6 @@ def load_vq_file(field: str, path: str) -> tuple[vq.VQModel, Any]:
         ConfigError: no such file, or another network.
     """
     loaded = pretrained.load(field, path, "tokenizer")
-    if loaded.config.channels != 3:
-        raise ConfigError(
-            f"{field} is {path!r}, for {loaded.config.channels} channels; it must be 3"
-        )
     return vq.VQModel(loaded.config), pretrained.float32(loaded.params)
 
 
@@ -100,19 +76,13 @@ def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
     module, params = load_vq_file("tokenizer.path", path)
     config = module.config
     if config.multipliers != vq.MULTIPLIERS[name]:
-        raise ConfigError(
-            f"tokenizer.path is {path!r}, of levels {config.multipliers}; {name!r} has "
-            f"{vq.MULTIPLIERS[name]}"
-        )
+        raise ConfigError(f"tokenizer.path is {path!r}, no {name} but {config}")
     if config.vocab_size != settings.generator.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {settings.generator.vocab_size}; it must be "
             f"{config.vocab_size}, the codes of {path}"
         )
     return module, params
-
-
-# Teachers -----------------------------------------------------------------------------------------
 
 
 def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
@@ -129,39 +99,28 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             stage=wanted.stage,
             dtype=wanted.dtype,
         )
-        try:
-            return module, {"network": efficientnet.load_efficientnet_lite0()}
-        except ConfigError as error:
-            raise ConfigError(f"teacher.name {wanted.name!r}: {error}") from error
+        return module, {"network": efficientnet.load_efficientnet_lite0()}
     loaded = pretrained.load("teacher.path", wanted.path, "teacher")
     config = loaded.config
     if wanted.name != "dinov2" and config != vit.named(wanted.name):
-        raise ConfigError(
-            f"teacher.path is {wanted.path!r}, a {config}; teacher.name {wanted.name!r} is "
-            f"{vit.named(wanted.name)}"
-        )
+        raise ConfigError(f"teacher.path is {wanted.path!r}, no {wanted.name} but a {config}")
     if wanted.image_size % config.patch:
         raise ConfigError(
-            f"teacher.image_size is {wanted.image_size}; it must be a multiple of {config.patch}, "
-            "the encoder's patches (0: one patch a token)"
+            f"teacher.image_size is {wanted.image_size}; it must be a multiple of {config.patch}"
         )
     if wanted.layer > config.num_layers:
-        raise ConfigError(
-            f"teacher.layer is {wanted.layer}; it must be a block of the encoder, 1 to "
-            f"{config.num_layers} (0: the last)"
-        )
+        raise ConfigError(f"teacher.layer is {wanted.layer}; it must be 0 to {config.num_layers}")
     module = _dino_teacher(settings, config)
     shown, learned = max(module.patches) * config.patch, loaded.source.get("image_size")
     if learned not in (None, str(shown)):  # of `mirai_jax.teach`, which has seen no other size
         raise ConfigError(
             f"teacher.image_size is {wanted.image_size}, which shows {shown} pixels a side; it must "
-            f"be {learned}, as {wanted.path} learned"
+            f"be {learned}, as of the teacher's run"
         )
     data, source = settings.data, loaded.source
     if source.get("data") == data.name and source.get("held_out") != str(data.held_out):
         raise ConfigError(  # the teacher has learned from images that this run holds out
-            f"data.held_out is {data.held_out}; it must be {source.get('held_out')}, as {wanted.path} "
-            "learned"
+            f"data.held_out is {data.held_out}; it must be {source.get('held_out')}, as of the teacher"
         )
     return module, {"network": pretrained.float32(loaded.params)}
 

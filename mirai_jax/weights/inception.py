@@ -1,6 +1,7 @@
 """Weights of `models.inception`: reads the published PyTorch file and maps its names."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from mirai_jax.models.inception import BATCH_NORM_EPSILON, NUM_CLASSES, InceptionV3
-from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import pretrained, state_dict, torch_names
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -21,48 +22,30 @@ SHA256_START = "6726825d"
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The published weights, as the tree to pass as `{'params': tree}` to `InceptionV3`.
 
-    Args:
-        path: the file at URL.
-
     Raises:
-        ConfigError: no such file, or another one: numbers of other weights are no FID.
+        ConfigError: no such file, or not the one at URL: numbers of other weights are no FID.
     """
     if not os.path.isfile(path):
-        raise ConfigError(
-            f"there is no file {str(path)!r} of Inception-v3's weights, which FID, sFID and "
-            f"Inception Score need; it is {FILE}, published at {URL}"
-        )
+        raise ConfigError(f"there is no file {str(path)!r} of Inception-v3's weights: {URL}")
     found = pretrained.sha256_of_file(path)
     if not found.startswith(SHA256_START):
         raise ConfigError(
-            f"{path} has SHA-256 {found[:8]}...; that of {FILE} begins {SHA256_START}: fetch it "
-            f"again from {URL}"
+            f"{path} has SHA-256 {found[:8]}...; the published file's begins {SHA256_START}: {URL}"
         )
-    state, _, _ = state_dict.read_state(path)
-    try:
-        return inception_from_torch(state)
-    except torch_names.NamesError as error:
-        raise ConfigError(f"{path}: {first_line(error)}") from error
+    return inception_from_torch(state_dict.read_state(path)[0])
 
 
 def inception_from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The state dict of pytorch-fid or torch-fidelity -> parameters of `InceptionV3`.
 
-    Args:
-        state: {name: array}. Counters `num_batches_tracked` and the auxiliary classifier
-            `AuxLogits.` are ignored; the scores' bias takes no part in any metric.
-
-    Returns:
-        Float32 arrays: kernels (h, w, in, out), batch normalisation folded in.
+    Float32 kernels (h, w, in, out), batch normalisation folded in. Counters `num_batches_tracked`
+    and the classifier `AuxLogits.` are ignored; the scores' bias takes no part in any metric.
 
     Raises:
         torch_names.NamesError: names or shapes are not the network's; all of them are listed.
     """
-    own = {
-        name: array
-        for name, array in state.items()
-        if not name.endswith(".num_batches_tracked") and not name.startswith("AuxLogits.")
-    }
+    ignored = re.compile(r"AuxLogits\..*|.*\.num_batches_tracked")
+    own = {name: array for name, array in state.items() if not ignored.fullmatch(name)}
     kernels = _kernel_shapes()
     expected = {"fc.weight": kernels.pop(("fc",))[::-1], "fc.bias": (NUM_CLASSES,)}
     for path, kernel in kernels.items():

@@ -8,6 +8,7 @@ from flax import traverse_util
 
 from mirai_jax.models import tokenizer
 from mirai_jax.utils import files
+from mirai_jax.utils.errors import ConfigError, first_line
 
 # K-means over more patches than this changes the codebook's error by under a percent.
 _PATCHES_FITTED = 200_000
@@ -22,22 +23,15 @@ def fit_patch_codebook(
     numbered from the darkest prototype to the brightest.
 
     Args:
-        images_NxHxWxC: uint8; height and width are multiples of `patch`.
-        patch: side of a patch in pixels.
-        vocab_size: number of prototypes V.
+        images_NxHxWxC: uint8; height and width are multiples of `patch`, in pixels.
         seed: chooses the patches fitted and where k-means starts.
 
     Returns:
-        {'codebook': float32 (V, patch * patch * C)}, in the units of images in [-1, 1].
+        {'codebook': float32 (vocab_size, patch * patch * C)}, in the units of images in [-1, 1].
 
     Raises:
-        ValueError: fewer distinct patches than `vocab_size`, or patches that do not tile.
+        ConfigError: fewer distinct patches than `vocab_size`.
     """
-    height, width = images_NxHxWxC.shape[1:3]
-    if height % patch or width % patch:
-        raise ValueError(
-            f"image size {height}x{width} does not divide into patches of {patch}x{patch} pixels"
-        )
     patches = tokenizer.unfold(images_NxHxWxC, patch)
     patches = patches.reshape(-1, patches.shape[-1])
     rng = np.random.RandomState(seed)  # its stream never changes between numpy versions
@@ -48,7 +42,7 @@ def fit_patch_codebook(
     if len(distinct) < vocab_size and some is not patches:
         distinct, counts = _count_distinct(patches)
     if len(distinct) < vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"model.vocab_size {vocab_size} is too large: the images have only "
             f"{len(distinct)} distinct {patch}x{patch} patches"
         )
@@ -79,27 +73,18 @@ def _kmeans(points_NxP: np.ndarray, counts_N: np.ndarray, clusters: int, seed: i
 
 def save_params(path: str | os.PathLike[str], params: dict[str, Any]) -> None:
     """Saves a nested dict of arrays as .npz under names like 'a/b/kernel', whole or not at all."""
-    arrays = {
-        name: np.asarray(array)
-        for name, array in traverse_util.flatten_dict(params, sep="/").items()
-    }
-    for name, array in arrays.items():
-        if array.dtype.kind == "V":  # bfloat16: .npz would give it back as raw bytes
-            raise ValueError(f"parameter {name} is {array.dtype}, which .npz cannot keep")
     with files.atomic_write(path) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **traverse_util.flatten_dict(params, sep="/"))
 
 
 def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Loads what `save_params` saved.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged.
+        ConfigError: the file is missing or damaged.
     """
-    with open(path, "rb") as file:
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return traverse_util.unflatten_dict(dict(arrays), sep="/")
-        except Exception as error:
-            raise ValueError(f"{path}: damaged parameter file") from error
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return traverse_util.unflatten_dict(dict(arrays), sep="/")
+    except Exception as error:  # damaged bytes raise almost anything
+        raise ConfigError(f"{path}: missing or damaged ({first_line(error)})") from error

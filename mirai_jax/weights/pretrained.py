@@ -9,7 +9,6 @@ A converted folder holds one network as this project keeps it:
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import secrets
@@ -62,9 +61,8 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
         # either would hold all of them in memory once more.
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
-            tree = jax.tree.map(_on_host, weights.tree)
             try:
-                checkpointer.save(unfinished.absolute() / "params", tree)
+                checkpointer.save(unfinished.absolute() / "params", _on_host(weights.tree))
             except Exception as error:  # TensorStore's, if the disk is full for one
                 raise ConfigError(f"{folder} cannot be written ({first_line(error)})") from error
         (unfinished / "model.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -73,10 +71,10 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _on_host(array: np.ndarray) -> jax.Array | np.ndarray:
-    if array.dtype.itemsize > 4:
-        return array  # JAX would make it narrower
-    return jax.device_put(array, jax.local_devices(backend="cpu")[0])
+def _on_host(tree: Any) -> Any:
+    cpu = jax.local_devices(backend="cpu")[0]
+    # JAX would make 64 bits narrower.
+    return jax.tree.map(lambda a: a if a.dtype.itemsize > 4 else jax.device_put(a, cpu), tree)
 
 
 def load_converted(folder: str | os.PathLike[str]) -> Weights:
@@ -98,43 +96,21 @@ def load_converted(folder: str | os.PathLike[str]) -> Weights:
             tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=numpy))
         return Weights(about["kind"], config, tree["params"], tree.get("projectors"), source)
     except Exception as error:  # whatever JSON, Orbax and TensorStore make of a damaged folder
-        raise ConfigError(
-            f"{folder} is not a whole converted folder ({first_line(error)}); make it with "
-            '"python -m mirai_jax.convert"'
-        ) from error
-
-
-def _converted_in(folder: str, kind: str) -> pathlib.Path:
-    """The converted folder that `folder` is, or, as the workdir of a teacher, has."""
-    path = pathlib.Path(folder)
-    if kind != "teacher" or is_converted(path) or not (path / "config.json").is_file():
-        return path
-    if not is_converted(path / ENCODER):
-        raise ConfigError(
-            f"a workdir without {ENCODER}/, which a run of mirai_jax.teach has when it is finished"
-        )
-    return path / ENCODER
+        why = first_line(error)
+        raise ConfigError(f"{folder} is not a whole converted folder ({why})") from error
 
 
 # Weights of any kind ------------------------------------------------------------------------------
 
 
 def token_grid(side: int, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-    """A generator's grid, which its weights do not show.
+    """A generator's grid (height, width), which its weights do not show; None if it is not known.
 
     Args:
         side: tokens a side; 0: as the file's training arguments say.
         arguments: as `state_dict.read_state` gives them: the official script's, or those that
             `conversion.to_torch` writes.
-
-    Returns:
-        (height, width), or None if it is not known.
-
-    Raises:
-        ConfigError: it is negative.
     """
-    if side < 0:
-        raise ConfigError(f"--grid is {side}; it must be 1 or more")
     if side:
         return side, side
     try:
@@ -150,30 +126,27 @@ def token_grid(side: int, arguments: Mapping[str, Any]) -> tuple[int, int] | Non
 def load(
     field: str, path: str, kind: str, *, grid: tuple[int, int] | None = None, num_heads: int = 0
 ) -> Weights:
-    """The weights that a config field or a flag names: a PyTorch file, a converted folder, or, of a
-    teacher, the workdir of a finished run of `mirai_jax.teach`.
+    """The weights of a PyTorch file, a converted folder, or, of a teacher, the workdir of a finished
+    run of `mirai_jax.teach`.
 
     Args:
-        field: its name, for messages.
-        path: what it holds.
-        kind: what it must be.
+        field: the config field or flag that names them, for messages.
         grid: of a generator's PyTorch file; None: see `token_grid`. A converted folder knows it.
         num_heads: see `state_dict.from_state`.
 
     Raises:
-        ConfigError: no such thing, another network, or numbers that are not finite.
+        ConfigError: no such thing, not of this `kind`, or numbers that are not finite.
     """
     path = os.path.expanduser(path)
     try:
         if os.path.isdir(path):
-            weights = load_converted(_converted_in(path, kind))
+            of_run = kind == "teacher" and os.path.isfile(os.path.join(path, "config.json"))
+            weights = load_converted(os.path.join(path, ENCODER) if of_run else path)
         else:
             state, entry, arguments = state_dict.read_state(path)
             source = {"file": os.path.basename(path), "entry": entry}
-            grid = grid or token_grid(0, arguments)
-            weights = state_dict.from_state(
-                state, source, grid=grid, num_heads=num_heads, arguments=arguments
-            )
+            sides = grid or token_grid(0, arguments)
+            weights = state_dict.from_state(state, source, sides, num_heads, arguments)
     except ConfigError as error:
         raise ConfigError(f"{field} is {path!r}: {first_line(error)}") from error
     if weights.kind != kind:
@@ -182,7 +155,6 @@ def load(
         # Through float32: NumPy's isfinite does not know bfloat16's kin everywhere.
         if not np.isfinite(np.asarray(array, np.float32)).all():
             raise ConfigError(f"{field} is {path!r}, whose {name} has numbers that are not finite")
-    logging.debug("%s: %s of %s", field, weights.config, path)
     return weights
 
 

@@ -12,18 +12,14 @@ from mirai_jax.utils.files import atomic_path
 
 
 class SafetensorsError(DataError):
-    """Not a readable or writable safetensors file. The message is one line and names the file."""
+    """Not a readable or writable safetensors file; the message is one line and names the file."""
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a .safetensors file.
-
-    Returns:
-        {name: array}, where BF16 is `ml_dtypes.bfloat16`; and the metadata, {} if there is none.
+    """Reads {name: array}, where BF16 is `ml_dtypes.bfloat16`, and the metadata ({} for none).
 
     Raises:
-        SafetensorsError: the file is damaged, is something else, or holds numbers that NumPy does
-            not have (float8).
+        SafetensorsError: the file is damaged, something else, or holds numbers not of NumPy (float8).
         OSError: the file cannot be opened.
     """
     try:
@@ -39,12 +35,7 @@ def write(
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a .safetensors file. The file appears under its name only when it is whole.
-
-    Args:
-        path: replaced if it exists.
-        arrays: of any memory layout and byte order; numbers of up to 64 bits.
-        metadata: texts to keep beside the arrays.
+    """Writes arrays of any memory layout and byte order, and texts beside them, atomically.
 
     Raises:
         SafetensorsError: a dtype that the format does not have, or the file cannot be written.

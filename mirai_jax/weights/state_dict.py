@@ -3,6 +3,7 @@
 A file is recognised by its names; every name and shape is checked (`torch_names`).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -35,7 +36,7 @@ class Weights:
     Attributes:
         kind: 'generator', 'tokenizer' or 'teacher'.
         config: its shapes: GeneratorConfig, VQConfig or DinoConfig.
-        params: the tree that its module takes; NumPy arrays of the file's own dtypes.
+        params: the tree that its module takes; NumPy arrays of the file's dtypes.
         projectors: of a generator: the stacked projectors trained with it, or None.
         source: where it came from: {'file', 'entry', 'sha256'}; and 'grid': 'assumed' for a
             generator whose grid is not known.
@@ -49,9 +50,8 @@ class Weights:
 
     @property
     def tree(self) -> Any:
-        return {"params": self.params} | (
-            {} if self.projectors is None else {"projectors": self.projectors}
-        )
+        more = {} if self.projectors is None else {"projectors": self.projectors}
+        return {"params": self.params} | more
 
 
 def read_state(
@@ -60,7 +60,6 @@ def read_state(
     """Reads the state dict of a .pt, .pth or .safetensors file; nothing in it is executed.
 
     Args:
-        path: the file.
         entry: the key of a training checkpoint to take; '' takes the file itself if it is a state
             dict, else the first of WRAPPERS that is there.
 
@@ -71,10 +70,12 @@ def read_state(
     Raises:
         ConfigError: no such file, damaged, or something else.
     """
+    arguments = None
     try:
         if pathlib.Path(path).suffix == ".safetensors":
             tree, metadata = safetensors.read(path)
-            arguments = _json(metadata.get("args", ""))
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(metadata.get("args", ""))
         else:
             tree = torch_reader.read(path)
             arguments = tree.get("args") if isinstance(tree, dict) else None
@@ -99,19 +100,9 @@ def _not_weights(path: str | os.PathLike[str]) -> str:
     return "" if start else f"{path}: it is empty"
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _is_state(tree: Any) -> bool:
-    return (
-        isinstance(tree, dict)
-        and len(tree) > 0
-        and all(isinstance(n, str) and isinstance(a, np.ndarray) for n, a in tree.items())
-    )
+    items = tree.items() if isinstance(tree, dict) else ()
+    return len(items) > 0 and all(type(n) is str and type(a) is np.ndarray for n, a in items)
 
 
 def _find_state(tree: Any, entry: str, path: Any) -> tuple[dict[str, np.ndarray], str]:
@@ -121,41 +112,30 @@ def _find_state(tree: Any, entry: str, path: Any) -> tuple[dict[str, np.ndarray]
     for name in [entry] if entry else WRAPPERS:
         if _is_state(entries.get(name)):
             return dict(entries[name]), name
-    keys = [str(key) for key in entries]
-    wanted = f"no state dict under {entry!r}" if entry else "no state dict"
-    raise ConfigError(
-        f"{path} holds {wanted}: it must be one, or a dictionary with one under one of "
-        f"{', '.join(WRAPPERS)}; its entries are {', '.join(keys[:20]) or 'none'}"
-    )
-
-
-def kind_of(state: Arrays) -> str:
-    """The network that a state dict holds, or '' if it holds none of them."""
-    return next((kind for kind, name in _MARKS.items() if name in state), "")
+    wanted = entry or f"one of {', '.join(WRAPPERS)}"
+    keys = ", ".join(map(str, list(entries)[:20])) or "none"
+    raise ConfigError(f"{path} has no state dict under {wanted!r}; its entries are {keys}")
 
 
 def from_state(
     state: Arrays,
     source: Mapping[str, str],
-    *,
     grid: tuple[int, int] | None = None,
     num_heads: int = 0,
     arguments: Mapping[str, Any] | None = None,
 ) -> Weights:
-    """A PyTorch state dict -> the network that it holds, every name and shape checked.
+    """What `read_state` gives -> the network that it holds, every name and shape checked.
 
     Args:
-        state: as `read_state` gives it.
-        source: for the record and for messages.
         grid: tokens (height, width) of a generator, which its weights do not show; None: 16 x 16
             is assumed, and noted in `source`.
         num_heads: of a generator or teacher of no published size; 0: by its size, or `arguments`.
-        arguments: as `read_state` gives them.
 
     Raises:
         ConfigError: it is none of the networks, or names and shapes do not fit; all are listed.
     """
-    kind, file, projectors = kind_of(state), source.get("file", ""), None
+    kind = next((kind for kind, name in _MARKS.items() if name in state), "")
+    heads = {}
     try:
         if kind == "generator":
             if grid is None:
@@ -163,43 +143,34 @@ def from_state(
             config = _generator_config(state, grid, num_heads, arguments or {})
             heads = {n: a for n, a in state.items() if n.startswith("projectors.")}
             # The rotary table that some versions keep as a buffer is computed here.
-            own = {n: a for n, a in state.items() if n not in heads and n != "freqs_cis"}
-            params = torch_names.generator_from_torch(config, own)
-            projectors = torch_names.projectors_from_torch(heads) if heads else None
+            state = {n: a for n, a in state.items() if n not in heads and n != "freqs_cis"}
         elif kind == "tokenizer":
             config = vq.config_of(state)
-            params = torch_names.vq_from_torch(config, state)
         elif kind == "teacher":
             config = vit.config_of(state, num_heads or None)
-            params = torch_names.dinov2_from_torch(config, state)
         else:
             raise ConfigError(
                 "none of a LlamaGen generator, a LlamaGen tokenizer and a DINOv2 encoder; its "
                 f"names begin {', '.join(sorted(state)[:5])}"
             )
+        params = torch_names.from_torch(config, state)
+        projectors = torch_names.projectors_from_torch(heads) if heads else None
     except ValueError as error:
-        raise ConfigError(f"{file}: {first_line(error)}") from error
+        raise ConfigError(f"{source.get('file', '')}: {first_line(error)}") from error
     return Weights(kind, config, params, projectors, source)
 
 
 def to_state(weights: Weights) -> dict[str, np.ndarray]:
     """The inverse of `from_state`: names and layouts of PyTorch."""
-    if weights.kind == "generator":
-        state = torch_names.generator_to_torch(weights.config, weights.params)
-        if weights.projectors is not None:
-            state |= torch_names.projectors_to_torch(weights.projectors)
-        return state
-    if weights.kind == "tokenizer":
-        return torch_names.vq_to_torch(weights.config, weights.params)
-    return torch_names.dinov2_to_torch(weights.config, weights.params)
+    state = torch_names.to_torch(weights.config, weights.params)
+    if weights.projectors is not None:
+        state |= torch_names.projectors_to_torch(weights.projectors)
+    return state
 
 
 def _number(arguments: Mapping[str, Any], name: str) -> int:
-    """A number of the arguments; 0 if it is missing."""
-    try:
-        return int(arguments.get(name, 0))
-    except (TypeError, ValueError, OverflowError):
-        return 0
+    value = arguments.get(name)
+    return value if type(value) is int else 0
 
 
 def _generator_config(
@@ -216,17 +187,10 @@ def _generator_config(
         num_heads = sizes.get((len(layers), width), _number(arguments, "num_heads"))
     if num_heads < 1 or width % (4 * num_heads):
         raise ConfigError(
-            f"num_heads is {num_heads}; a generator of {len(layers)} layers and width {width} is "
-            "none of the published sizes: set num_heads, of which 4 times divides the width"
+            f"num_heads is {num_heads}; for {len(layers)} layers and width {width}, which no published "
+            "size has, set num_heads, of which 4 times divides the width"
         )
-    made = generator.GeneratorConfig(
-        num_layers=len(layers),
-        num_heads=num_heads,
-        width=width,
-        vocab_size=vocab_size,
-        num_classes=rows - 1,
-        grid=grid,
-    )
+    made = generator.GeneratorConfig(len(layers), num_heads, width, vocab_size, rows - 1, grid)
     if _number(arguments, "num_classes") == rows:  # all rows are classes, none is the null class
         return dataclasses.replace(made, num_classes=rows, class_dropout=0.0)
     return made

@@ -1,9 +1,8 @@
 """PyTorch parameter names and layouts <-> Flax trees, strict in both directions.
 
 PyTorch keeps Linear weights as [out, in] and convolutions as [out, in, height, width]; here kernels
-are [in, out] and [height, width, in, out]. The generator's attention kernels carry heads as axes of
-their own; blocks and projectors are stacked on a leading axis. Arrays may be views of the given
-ones: nothing is copied that need not be.
+are [in, out] and [height, width, in, out]. The generator's attention kernels have axes of heads;
+blocks and projectors are stacked on a leading axis. Arrays may be views of the given ones.
 """
 
 import functools
@@ -18,12 +17,13 @@ from flax import traverse_util
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.vit import DinoConfig, DinoV2
 from mirai_jax.models.vq import VQConfig, VQModel
+from mirai_jax.utils.errors import ConfigError
 
 Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class NamesError(ValueError):
+class NamesError(ConfigError):
     """Names or shapes of a state dict are not those of the model: one line that lists them all."""
 
 
@@ -84,32 +84,6 @@ def _turned(path: tuple[str, ...], array: np.ndarray, back: bool = False) -> np.
     return array.T
 
 
-def _from_torch(entries: list[_Entry], state: Arrays) -> Any:
-    check_shapes(state, {name: entry.shape for entry in entries for name in entry.names})
-    flat = {}
-    for path, names, stacked, _, flax_shape in entries:
-        rows = [_turned(path, np.asarray(state[n]), back=True).reshape(flax_shape) for n in names]
-        flat[path] = np.stack(rows) if stacked else rows[0]
-    return traverse_util.unflatten_dict(flat)
-
-
-def _to_torch(entries: list[_Entry], params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `_from_torch`."""
-    flat = {"/".join(path): array for path, array in traverse_util.flatten_dict(params).items()}
-    blocks = {entry.path: (len(entry.names),) * entry.stacked for entry in entries}
-    check_shapes(flat, {"/".join(e.path): blocks[e.path] + e.flax_shape for e in entries})
-    state = {}
-    for path, names, stacked, shape, _ in entries:
-        array = np.asarray(flat["/".join(path)])
-        turned = _turned(path, np.broadcast_to(np.float32(0), shape), back=True).shape
-        for name, row in zip(names, array if stacked else [array], strict=True):
-            state[name] = _turned(path, row.reshape(turned))
-    return state
-
-
-# The generator -----------------------------------------------------------------------------------
-
-
 def _generator_entries(config: GeneratorConfig) -> list[_Entry]:
     """LlamaGen's state dict without projectors. Its attention kernels have axes of heads here."""
     width, ffn, heads = config.width, config.ffn_width, (config.num_heads, config.head_dim)
@@ -138,74 +112,19 @@ def _generator_entries(config: GeneratorConfig) -> list[_Entry]:
     return entries
 
 
-def generator_from_torch(config: GeneratorConfig, state: Arrays) -> Any:
-    """LlamaGen's state dict (no projectors) -> parameters of `Generator(config)`.
-
-    Raises:
-        NamesError: names or shapes differ from `config`; all of them are listed.
-    """
-    return _from_torch(_generator_entries(config), state)
-
-
-def generator_to_torch(config: GeneratorConfig, params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `generator_from_torch`."""
-    return _to_torch(_generator_entries(config), params)
-
-
-_PROJECTOR = re.compile(r"projectors\.(\d+)\.([024])\.(weight|bias)")
-
-
-def projectors_from_torch(state: Arrays, num_heads: int | None = None) -> Any:
-    """The official `projectors.K.{0,2,4}.{weight,bias}` -> a term's stacked projectors.
-
-    Args:
-        state: a state dict; names of other parts are ignored.
-        num_heads: how many to take, from the first on (default: all).
-
-    Raises:
-        NamesError: a projector is incomplete, or fewer than `num_heads` are there.
-    """
-    heads = {m[1] for m in map(_PROJECTOR.fullmatch, state) if m}
-    count = len(heads) if num_heads is None else num_heads
-    rows = {
-        (i, part): [f"projectors.{k}.{2 * i}.{part}" for k in range(count)]
-        for i in range(3)
-        for part in ("weight", "bias")
-    }
-    missing = sorted({name for names in rows.values() for name in names} - state.keys())
-    if missing or not count:
-        raise NamesError("parameters do not fit: missing " + "; ".join(missing or ["projectors"]))
-    entries = []
-    for (i, part), names in rows.items():
-        path = (f"linear_{i}", "kernel" if part == "weight" else part)
-        shape = tuple(state[names[0]].shape)
-        entries.append(_Entry(path, names, True, shape, shape[::-1]))
-    own = {name: state[name] for names in rows.values() for name in names}
-    return _from_torch(entries, own)
-
-
-def projectors_to_torch(params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `projectors_from_torch`."""
-    state = {}
-    for i in range(3):
-        kernels, biases = params[f"linear_{i}"]["kernel"], params[f"linear_{i}"]["bias"]
-        for k in range(len(kernels)):
-            state[f"projectors.{k}.{2 * i}.weight"] = np.asarray(kernels[k]).T
-            state[f"projectors.{k}.{2 * i}.bias"] = np.asarray(biases[k])
-    return state
-
-
-# Modules whose parameters are named as in PyTorch -------------------------------------------------
-
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "embedding.weight"}
+# A buffer of the official tokenizer: the codes that its training used last. Not needed here.
+_CODEBOOK_USED = "quantize.codebook_used"
 
 
 @functools.cache
-def _entries(config: VQConfig | DinoConfig) -> list[_Entry]:
-    """The entries of the network, whose `blocks` are stacked. Tracing it takes a second.
+def _entries(config: GeneratorConfig | VQConfig | DinoConfig) -> list[_Entry]:
+    """The entries of a network; tracing one, whose names are almost PyTorch's, takes a second.
 
     ('conv_blocks_0', 'conv1', 'kernel') is 'conv_blocks.0.conv1.weight' in PyTorch.
     """
+    if isinstance(config, GeneratorConfig):
+        return _generator_entries(config)
     if isinstance(config, VQConfig):
         module, side, channels = VQModel(config), config.downsample, config.channels
     else:
@@ -224,35 +143,73 @@ def _entries(config: VQConfig | DinoConfig) -> list[_Entry]:
     return entries
 
 
-# A buffer of the official tokenizer: the codes that its training used last. Not needed here.
-_CODEBOOK_USED = "quantize.codebook_used"
-
-
-def vq_from_torch(config: VQConfig, state: Arrays) -> Any:
-    """LlamaGen's tokenizer -> parameters of `VQModel(config)`.
+def from_torch(config: GeneratorConfig | VQConfig | DinoConfig, state: Arrays) -> Any:
+    """LlamaGen's generator (without projectors) or tokenizer, or DINOv2's backbone -> parameters.
 
     Raises:
         NamesError: names or shapes differ from `config`; all of them are listed.
     """
-    own = {name: array for name, array in state.items() if name != _CODEBOOK_USED}
-    return _from_torch(_entries(config), own)
+    unused = {_CODEBOOK_USED} if isinstance(config, VQConfig) else set()
+    entries, own = _entries(config), {n: a for n, a in state.items() if n not in unused}
+    check_shapes(own, {name: entry.shape for entry in entries for name in entry.names})
+    flat = {}
+    for path, names, stacked, _, flax_shape in entries:
+        rows = [_turned(path, np.asarray(own[n]), back=True).reshape(flax_shape) for n in names]
+        flat[path] = np.stack(rows) if stacked else rows[0]
+    return traverse_util.unflatten_dict(flat)
 
 
-def vq_to_torch(config: VQConfig, params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `vq_from_torch`, with the buffer that the official model also loads."""
-    state = _to_torch(_entries(config), params)
-    return state | {_CODEBOOK_USED: np.zeros(65536, np.float32)}
+def to_torch(config: GeneratorConfig | VQConfig | DinoConfig, params: Any) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch`, with the buffer that the official tokenizer also loads."""
+    entries = _entries(config)
+    flat = {"/".join(path): array for path, array in traverse_util.flatten_dict(params).items()}
+    blocks = {entry.path: (len(entry.names),) * entry.stacked for entry in entries}
+    check_shapes(flat, {"/".join(e.path): blocks[e.path] + e.flax_shape for e in entries})
+    state = {}
+    for path, names, stacked, shape, _ in entries:
+        array = np.asarray(flat["/".join(path)])
+        turned = _turned(path, np.broadcast_to(np.float32(0), shape), back=True).shape
+        for name, row in zip(names, array if stacked else [array], strict=True):
+            state[name] = _turned(path, row.reshape(turned))
+    if isinstance(config, VQConfig):
+        state[_CODEBOOK_USED] = np.zeros(65536, np.float32)
+    return state
 
 
-def dinov2_from_torch(config: DinoConfig, state: Arrays) -> Any:
-    """The official DINOv2 backbone -> parameters of `DinoV2(config)`.
+# The projectors of foresight ----------------------------------------------------------------------
 
-    Raises:
-        NamesError: names or shapes differ from `config`; all of them are listed.
+_PROJECTOR = re.compile(r"projectors\.(\d+)\.([024])\.(weight|bias)")
+
+
+def projectors_from_torch(state: Arrays) -> Any:
+    """The official `projectors.K.{0,2,4}.{weight,bias}` -> a term's stacked projectors.
+
+    Names of other parts are ignored. Raises NamesError if a projector is incomplete.
     """
-    return _from_torch(_entries(config), state)
+    count = len({m[1] for m in map(_PROJECTOR.fullmatch, state) if m})
+    rows = {
+        (i, part): [f"projectors.{k}.{2 * i}.{part}" for k in range(count)]
+        for i in range(3)
+        for part in ("weight", "bias")
+    }
+    missing = sorted({name for names in rows.values() for name in names} - state.keys())
+    if missing or not count:
+        raise NamesError("parameters do not fit: missing " + "; ".join(missing or ["projectors"]))
+    shapes = {name: tuple(state[names[0]].shape) for names in rows.values() for name in names}
+    check_shapes({name: state[name] for name in shapes}, shapes)
+    tree = {f"linear_{i}": {} for i in range(3)}
+    for (i, part), names in rows.items():
+        leaf = "kernel" if part == "weight" else part
+        tree[f"linear_{i}"][leaf] = np.stack([np.asarray(state[name]).T for name in names])
+    return tree
 
 
-def dinov2_to_torch(config: DinoConfig, params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `dinov2_from_torch`."""
-    return _to_torch(_entries(config), params)
+def projectors_to_torch(params: Any) -> dict[str, np.ndarray]:
+    """The inverse of `projectors_from_torch`."""
+    state = {}
+    for i in range(3):
+        kernels, biases = params[f"linear_{i}"]["kernel"], params[f"linear_{i}"]["bias"]
+        for k in range(len(kernels)):
+            state[f"projectors.{k}.{2 * i}.weight"] = np.asarray(kernels[k]).T
+            state[f"projectors.{k}.{2 * i}.bias"] = np.asarray(biases[k])
+    return state

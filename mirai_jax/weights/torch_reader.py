@@ -55,22 +55,18 @@ class _Arguments(tuple):
 
 
 class TorchFileError(DataError):
-    """Not a readable or writable PyTorch checkpoint. The message is one line and names the file."""
+    """Not a readable or writable PyTorch checkpoint; the message is one line."""
 
 
 def read(path: str | os.PathLike) -> Any:
     """Reads a PyTorch checkpoint, either layout, into NumPy.
 
-    Args:
-        path: a file that `torch.save` wrote.
-
     Returns:
-        What was saved, with each tensor as an ndarray: for a state dict a dict (OrderedDict) of
-        name -> array; in general nested dicts, lists and tuples of arrays, str, int, float, bool
-        and None. Shapes are torch's; bfloat16 is `ml_dtypes.bfloat16`. Arrays may be
-        non-contiguous, and tensors that shared memory still do. An argparse.Namespace and a
-        defaultdict become a dict, a torch.Size a tuple, a torch.dtype its name ('float32'), a
-        torch.device its name ('cuda:0'), a PosixPath its text, and a NumPy number a Python one.
+        What `torch.save` saved: nested dicts (OrderedDicts), lists and tuples of str, int, float,
+        bool, None and, for tensors, ndarrays, which may be non-contiguous and share memory as they
+        did; bfloat16 is `ml_dtypes.bfloat16`. A Namespace and a defaultdict become a dict, a
+        torch.Size a tuple, a torch.dtype, torch.device or PosixPath its text ('float32', 'cuda:0'),
+        and a NumPy number a Python one.
 
     Raises:
         TorchFileError: the file is damaged, is something else, or holds anything but the above.
@@ -80,10 +76,10 @@ def read(path: str | os.PathLike) -> Any:
         try:
             return _File(file).read()
         except Exception as error:  # damaged bytes raise almost anything
-            message = str(error)
-            if not isinstance(error, TorchFileError):
-                message = f"damaged PyTorch file ({type(error).__name__}: {message[:200]})"
-            raise TorchFileError(f"{os.fspath(path)}: {' '.join(message.split())}") from error
+            known = isinstance(error, TorchFileError)
+            message = "" if known else f"damaged PyTorch file, {type(error).__name__}: "
+            message += " ".join(str(error).split())[:300]
+            raise TorchFileError(f"{os.fspath(path)}: {message}") from error
 
 
 class _File:
@@ -220,17 +216,16 @@ class _File:
         _require(self.budget >= 0, "truncated or damaged: it declares more than its size can hold")
 
     def _storage(self, kind, storage_type, key, device, count, view=None) -> _Storage:
-        """What a persistent id refers to. `view`: (name, offset, count), from early torch."""
+        """What a persistent id refers to; views are of torch before 0.4, and not read."""
         dtype = _STORAGES[storage_type.name]
-        _require(type(key) is str and type(count) is int and count >= 0)
+        _require(type(key) is str and type(count) is int and count >= 0 and view is None)
         if key not in self.arrays:
             self._spend(count * dtype.itemsize)
             self.arrays[key] = np.empty(count, dtype)
             if self.zip:
                 self._fill(self.arrays[key], self._entry(f"data/{key}"))
-        storage = _Storage(self.arrays[key])
-        _require((storage.array.dtype, storage.array.size) == (dtype, count))
-        return storage if view is None else _Storage(self._tensor(storage, view[1], view[2:], (1,)))
+        _require((self.arrays[key].dtype, self.arrays[key].size) == (dtype, count))
+        return _Storage(self.arrays[key])
 
     def _fill(self, array: np.ndarray, file: BinaryIO) -> None:
         count = file.readinto(array.view(np.uint8))
@@ -257,8 +252,7 @@ class _File:
         self._spend(sum(len(part) + 1 for part in parts))
         return str(pathlib.PurePosixPath(*parts))
 
-    def _encode(self, text: str, encoding: str) -> bytes:
-        """The bytes of a NumPy number, which old pickle protocols keep as text."""
+    def _encode(self, text: str, encoding: str) -> bytes:  # of a NumPy number, in old protocols
         self._spend(len(text))
         return text.encode("latin1")
 

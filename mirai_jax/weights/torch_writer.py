@@ -24,25 +24,19 @@ _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 def write(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes what `torch_reader.read` reads, as `torch.save` would.
 
-    The file appears under its name only when it is whole. At most one array is copied at a time,
-    and only if it is not contiguous. Arrays that share memory are written apart.
+    The file appears, or replaces another, only when it is whole. At most one array is copied at a
+    time, and only if it is not contiguous. Arrays that share memory are written apart.
 
     Args:
-        path: replaced if it exists.
-        tree: nested dicts (OrderedDicts too), lists and tuples of arrays,
-            str, int, float, bool and None. Arrays become tensors of the same shape, dtype and row-major order; allowed are
-            float64, float32, float16, `ml_dtypes.bfloat16`, int64, int32, int16, int8, uint8, bool,
-            complex64 and complex128.
+        tree: nested dicts (OrderedDicts too), lists and tuples of str, int, float, bool, None and
+            arrays of STORAGE_DTYPES, which become row-major tensors.
 
     Raises:
         TorchFileError: the tree holds anything else.
         OSError: the file cannot be written.
     """
     arrays: list[np.ndarray] = []
-    try:
-        program = b"\x80\x02" + b"".join(_instructions(tree, arrays)) + b"."
-    except TorchFileError as error:
-        raise TorchFileError(f"{os.fspath(path)}: {error}") from error
+    program = b"\x80\x02" + b"".join(_instructions(tree, arrays)) + b"."
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, file, "data.pkl", program)
         _add(archive, file, "byteorder", b"little")
@@ -67,7 +61,7 @@ def _instructions(node: Any, arrays: list[np.ndarray]) -> list[bytes]:
         for value in node:
             parts += _instructions(value, arrays)
         return [*parts, pickle.APPENDS if type(node) is list else pickle.TUPLE]
-    raise TorchFileError(f"it would hold a {type(node).__name__}, which is no plain data")
+    raise TorchFileError(f"PyTorch files hold no {type(node).__name__} here, only plain data")
 
 
 def _value(value: str | int | float | bool | None) -> bytes:
@@ -76,39 +70,24 @@ def _value(value: str | int | float | bool | None) -> bytes:
 
 def _tensor(array: np.ndarray, arrays: list[np.ndarray]) -> bytes:
     """A call of torch._utils._rebuild_tensor_v2 on a storage that nothing else refers to."""
-    dtype = _little_endian(array)
+    dtype = array.dtype.newbyteorder("<")
     if dtype not in _STORAGES:
-        names = ", ".join(map(str, _STORAGES))
-        raise TorchFileError(f"it would hold an array of {array.dtype}; allowed are {names}")
+        raise TorchFileError(f"PyTorch files hold no array of {array.dtype}")
     strides = tuple(math.prod(array.shape[i + 1 :]) for i in range(array.ndim))
     arrays.append(array)
+    place = [str(len(arrays) - 1), "cpu", array.size]
+    layout = [0, array.shape, strides, False]
     return b"".join(
-        [
-            b"ctorch._utils\n_rebuild_tensor_v2\n((",
-            _value("storage"),
-            b"ctorch\n" + _STORAGES[dtype].encode() + b"\n",
-            _value(str(len(arrays) - 1)),
-            _value("cpu"),
-            _value(array.size),
-            b"tQ",  # ends the reference to the storage
-            _value(0),
-            _value(array.shape),
-            _value(strides),
-            _value(False),
-            _ORDERED_DICT,  # of hooks
-            b"tR",
-        ]
+        [b"ctorch._utils\n_rebuild_tensor_v2\n((", _value("storage"), b"ctorch\n"]
+        + [_STORAGES[dtype].encode(), b"\n", *map(_value, place), b"tQ", *map(_value, layout)]
+        + [_ORDERED_DICT, b"tR"]  # of hooks
     )
-
-
-def _little_endian(array: np.ndarray) -> np.dtype:
-    dtype = array.dtype
-    return dtype if dtype.byteorder == "|" else dtype.newbyteorder("<")
 
 
 def _raw_bytes(array: np.ndarray) -> np.ndarray:
     """The numbers in row-major order, little-endian, as uint8 (nbytes,); no copy if they lie so."""
-    return array.astype(_little_endian(array), order="C", copy=False).reshape(-1).view(np.uint8)
+    little = array.dtype.newbyteorder("<")
+    return array.astype(little, order="C", copy=False).reshape(-1).view(np.uint8)
 
 
 def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, raw: bytes | np.ndarray) -> None:
