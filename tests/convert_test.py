@@ -430,9 +430,9 @@ def test_projectors_of_another_term_are_refused(run, tmp_path):
 def test_converted_weights_teach_as_the_run_they_are_of(run):
     folder, student, state = run
     for name in ("run", "converted", "run.pt"):
-        made, params = restore.load_generator("f", str(folder / name), student, None)
+        made, saved = restore.load_generator("f", str(folder / name), student, None)
         assert (made.num_layers, made.num_heads, made.grid) == (2, 2, (4, 4))
-        assert_equal(params, state["ema"])
+        assert_equal(saved["ema"], state["ema"])
 
 
 def test_a_teacher_of_other_tokens_is_refused(run, tmp_path):

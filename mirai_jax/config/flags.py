@@ -1,6 +1,5 @@
 """The config of a command line, for every program that takes --config=FILE[:scale]."""
 
-import contextlib
 import pathlib
 import re
 
@@ -29,13 +28,16 @@ def parse_config(arguments: list[str]) -> ConfigDict:
         raise ConfigError(f"config is {path!r}, which is no file")
     try:
         return _parse(arguments)
-    except Exception as error:  # a config file and its flags may raise anything
-        text = str(error).strip() or repr(error)
-        with contextlib.suppress(Exception):  # the first error is the one to report
-            text = _unknown_field(arguments) or text
+    except (AttributeError, LookupError) as error:
+        why = error.args[0]
+        why = " ".join(str(why.args[0] if isinstance(why, KeyError) else why).split())
+        given = " ".join(arguments[1:])
+        raise ConfigError(f"{given}: no such field ({why}); configs/base.py lists all") from error
+    except Exception as error:  # a config file may raise anything
         # ml_collections wraps the error of a config file in its traceback: the last line.
-        line = text.splitlines()[-1].strip().removeprefix("ValueError: ")
-        raise ConfigError(line.removeprefix("flag --config.")) from error
+        line = (str(error).strip() or repr(error)).splitlines()[-1].strip()
+        line = line.removeprefix("ValueError: ").removeprefix("flag --config.")
+        raise ConfigError(line) from error
 
 
 def _parse(arguments: list[str]) -> ConfigDict:
@@ -47,26 +49,3 @@ def _parse(arguments: list[str]) -> ConfigDict:
     if rest:
         raise ConfigError(f"argument {rest[0]!r} is not understood; use --config.field=value")
     return config
-
-
-def _unknown_field(arguments: list[str]) -> str | None:
-    """For a misspelt --config.field: which fields there are instead."""
-    config = _parse(arguments[:1])
-    for i, argument in enumerate(arguments):
-        flag, given, value = argument.lstrip("-").partition("=")
-        if not argument.startswith("-") or not flag.startswith("config."):
-            continue
-        value = value if given else "".join(arguments[i + 1 : i + 2])
-        node, walked = config, "config"
-        # foresight[0].weights -> foresight, [0], weights
-        for key in flag.removeprefix("config.").replace("[", ".[").split("."):
-            if isinstance(node, tuple):
-                allowed = [f"[{i}]" for i in range(len(node))]
-            else:
-                allowed = list(node.keys()) if hasattr(node, "keys") else []
-            if key not in allowed:
-                listed = ", ".join(allowed) or "none"
-                return f"{flag} does not exist (given {value!r}); the fields of {walked}: {listed}"
-            walked += key if key.startswith("[") else f".{key}"
-            node = node[int(key[1:-1])] if isinstance(node, tuple) else node[key]
-    return None

@@ -1,7 +1,6 @@
 """The small labelled image sets, held in memory: 5,000 MNIST digits and Fashion-MNIST."""
 
 import dataclasses
-import functools
 import gzip
 import hashlib
 import math
@@ -67,10 +66,7 @@ def load_images(
         class_names = tuple(str(digit) for digit in range(10))
     elif name == "fashion_mnist":
         class_names = FASHION_MNIST_CLASSES
-        if path == "tfds":
-            images, labels = _load_fashion_mnist_tfds(split)
-        else:
-            images, labels = _load_fashion_mnist(path or FASHION_MNIST_FOLDER, split)
+        images, labels = _load_fashion_mnist(path or FASHION_MNIST_FOLDER, split)
     else:
         raise DataError(f"data.name {name!r} is unknown: allowed are 'mnist' and 'fashion_mnist'")
     return LabelledImages(_pad(images, image_size)[..., None], labels.astype(np.int32), class_names)
@@ -148,10 +144,13 @@ def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
 
 
 def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    folder = pathlib.Path(os.path.expanduser(path))  # pathlib's raises on an unknown ~user
     prefix = "train" if split == "train" else "t10k"
-    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
-    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
+    names = [f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    folder = pathlib.Path(os.path.expanduser(path))  # pathlib's raises on an unknown ~user
+    if path == "tfds":
+        images, labels = _downloaded(names[0], 3), _downloaded(names[1], 1)
+    else:
+        images, labels = _read_idx(folder, names[0], 3), _read_idx(folder, names[1], 1)
     if len(images) != len(labels) or labels.max() >= len(FASHION_MNIST_CLASSES):
         raise DataError(
             f"data.path {path!r}: {len(images)} {prefix} images, {len(labels)} labels up to label "
@@ -160,56 +159,23 @@ def _load_fashion_mnist(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _load_fashion_mnist_tfds(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Downloads Fashion-MNIST once (into tfds' own folder) and reads it as ArrayRecord."""
+def _downloaded(name: str, dimensions: int) -> np.ndarray:
+    """An IDX file of Fashion-MNIST, which tensorflow_datasets downloads once and checks."""
+    import tensorflow_datasets as tfds  # here, because it takes seconds to import
+    from tensorflow_datasets.image_classification import mnist
+
     try:
-        builder = _fashion_mnist_builder()(file_format="array_record")
-        builder.download_and_prepare()
-        source = builder.as_data_source("train" if split == "train" else "test")
-        records = [source[k] for k in range(len(source))]
+        core, folder = tfds.core, os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
+        sums = core.tfds_path() / "url_checksums" / "fashion_mnist.txt"
+        infos = core.download.checksums.load_url_infos(sums)
+        manager = core.download.DownloadManager(
+            download_dir=f"{os.path.expanduser(folder)}/downloads", url_infos=infos
+        )
+        file = manager.download(f"{mnist.FashionMNIST.URL}{name}.gz")
+        raw = gzip.decompress(file.read_bytes())
     except Exception as error:  # tfds does not wrap what its parts raise
         raise DataError(
             f"data.path 'tfds': Fashion-MNIST could not be downloaded ({first_line(error)}); without "
             "a network, pass the folder of its IDX files with --config.data.path=FOLDER"
         ) from error
-    return (
-        np.stack([record["image"][..., 0] for record in records]),
-        np.array([record["label"] for record in records]),
-    )
-
-
-@functools.cache  # tfds registers builders by name and refuses a second one
-def _fashion_mnist_builder() -> type:
-    """tfds' Fashion-MNIST, prepared without TensorFlow.
-
-    tfds' builder unpacks .gz files and encodes image arrays with TensorFlow. This one unpacks the
-    files with gzip and yields PIL images, which tfds encodes with PIL.
-    """
-    import tensorflow_datasets as tfds
-    from PIL import Image
-    from tensorflow_datasets.image_classification import mnist
-
-    class MiraiFashionMnist(mnist.FashionMNIST):
-        """Fashion-MNIST (tfds), without TensorFlow."""
-
-        # Otherwise tfds looks for checksums beside this file, with a package it does not require.
-        code_path = None
-        url_infos = tfds.core.download.checksums.load_url_infos(
-            tfds.core.tfds_path() / "url_checksums" / "fashion_mnist.txt"
-        )
-
-        def _split_generators(self, dl_manager):
-            def generate(prefix):
-                kinds = ("images-idx3", "labels-idx1")
-                files = [dl_manager.download(f"{self.URL}{prefix}-{k}-ubyte.gz") for k in kinds]
-                return self._generate_examples(*files)
-
-            return {"train": generate("train"), "test": generate("t10k")}
-
-        def _generate_examples(self, images_path, labels_path):
-            images = parse_idx(gzip.decompress(images_path.read_bytes()), "images", 3)
-            labels = parse_idx(gzip.decompress(labels_path.read_bytes()), "labels", 1)
-            for k, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield k, {"image": Image.fromarray(image), "label": int(label)}
-
-    return MiraiFashionMnist
+    return parse_idx(raw, name, dimensions)

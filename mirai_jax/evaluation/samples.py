@@ -1,10 +1,11 @@
 """Sets of samples against a reference: results.json, a table, and curves over guidance scales."""
 
-import dataclasses
+import functools
 import json
 import os
 import pathlib
 import tempfile
+import types
 from typing import Any
 
 import numpy as np
@@ -26,17 +27,6 @@ _TITLES = {
     "efficientnet_lite0_precision": "precision (EfficientNet-Lite0)",
     "efficientnet_lite0_recall": "recall (EfficientNet-Lite0)",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredMoments:
-    """Statistics of a file, in place of `metrics.Moments`."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
-
-    def warning(self) -> None:
-        return None
 
 
 def evaluate(
@@ -84,8 +74,9 @@ def evaluate(
     print(f"reference: {reference}", flush=True)
     real = network.features(images) if images else Features(None)
     if stored:  # they come before those of the images, as in ADM's evaluator
-        real.moments = StoredMoments(stored["mu"], stored["sigma"])
-        real.spatial = StoredMoments(stored["mu_s"], stored["sigma_s"])
+        moments = functools.partial(types.SimpleNamespace, warning=lambda: None)
+        real.moments = moments(mean=stored["mu"], covariance=stored["sigma"])
+        real.spatial = moments(mean=stored["mu_s"], covariance=stored["sigma_s"])
     if statistics:
         arrays = {"mu": real.moments.mean, "sigma": real.moments.covariance}
         arrays |= {"mu_s": real.spatial.mean, "sigma_s": real.spatial.covariance}

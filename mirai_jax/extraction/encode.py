@@ -1,18 +1,16 @@
 """Images -> codes over the devices of this process: threads decode, the devices encode."""
 
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Iterator
 from concurrent import futures
-from typing import Any
 
 import jax
 import numpy as np
 
 from mirai_jax.data.crops import load_all_crops
 from mirai_jax.extraction.job import ExtractionJob
-from mirai_jax.models import batched, tokenizer, vq
+from mirai_jax.models import batched
 from mirai_jax.utils.errors import DataError, first_line
 
 
@@ -25,11 +23,6 @@ class LoadedImage:
     crops: np.ndarray | None
     notes: tuple[str, ...]
     problem: str
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(module: vq.VQModel, params: Any, crops_BxSxSx3: jax.Array) -> jax.Array:
-    return module.apply({"params": params}, tokenizer.to_unit(crops_BxSxSx3), method="encode")
 
 
 def encoded_batches(
@@ -54,7 +47,7 @@ def encoded_batches(
         for i, image in enumerate(batch):
             if image.crops is not None:
                 pixels[i * spec.count : (i + 1) * spec.count] = image.crops
-        waiting.append((k, batch, _encode(job.module, params, devices.split(pixels))))
+        waiting.append((k, batch, batched.encode(job.module, params, devices.split(pixels))))
         if len(waiting) > 1:
             yield fetched(*waiting.popleft())
     for last in waiting:

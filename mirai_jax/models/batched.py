@@ -44,7 +44,7 @@ def images_at_once(height: int, width: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(module: tokenizer.Tokenizer, params: Any, images: jax.Array) -> jax.Array:
+def encode(module: tokenizer.Tokenizer, params: Any, images: jax.Array) -> jax.Array:
     return module.apply({"params": params}, tokenizer.to_unit(images), method="encode")
 
 
@@ -82,7 +82,7 @@ def encode_images(
 ) -> np.ndarray:
     """uint8 images -> int32 codes (N, L), `chunk` images at a time (0: as memory allows)."""
     chunk = chunk or images_at_once(*images_NxHxWxC.shape[1:3])
-    return in_chunks(_encode, module, params, images_NxHxWxC, chunk)
+    return in_chunks(encode, module, params, images_NxHxWxC, chunk)
 
 
 def decode_codes(

@@ -7,6 +7,7 @@ centres. It only runs inference: each batch normalisation is folded into the con
 Modules have their names of PyTorch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,18 +60,16 @@ class InceptionV3(nn.Module):
         x = _max_pool(_conv(x, "Conv2d_2b_3x3", 64, 3, 3), stride=2)
         x = _conv(x, "Conv2d_3b_1x1", 80)
         x = _max_pool(_conv(x, "Conv2d_4a_3x3", 192, 3, 3, padding="VALID"), stride=2)
-        x = _BlockA(32, name="Mixed_5b")(x)
-        x = _BlockA(64, name="Mixed_5c")(x)
-        x = _BlockA(64, name="Mixed_5d")(x)
-        x = _BlockB(name="Mixed_6a")(x)
-        x = _BlockC(128, name="Mixed_6b")(x)
-        x = _BlockC(160, name="Mixed_6c")(x)
-        x = _BlockC(160, name="Mixed_6d")(x)
+        for name, channels in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+            x = _Block(functools.partial(_block_a, channels), name=name)(x)
+        x = _Block(_block_b, name="Mixed_6a")(x)
+        for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160)):
+            x = _Block(functools.partial(_block_c, inner), name=name)(x)
         spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
-        x = _BlockC(192, name="Mixed_6e")(x)
-        x = _BlockD(name="Mixed_7a")(x)
-        x = _BlockE(_average_pool, name="Mixed_7b")(x)
-        x = _BlockE(_max_pool, name="Mixed_7c")(x)
+        x = _Block(functools.partial(_block_c, 192), name="Mixed_6e")(x)
+        x = _Block(_block_d, name="Mixed_7a")(x)
+        x = _Block(functools.partial(_block_e, _average_pool), name="Mixed_7b")(x)
+        x = _Block(functools.partial(_block_e, _max_pool), name="Mixed_7c")(x)
         pool = x.mean(axis=(1, 2))
         scores = nn.Dense(NUM_CLASSES, use_bias=False, precision=_PRECISION, name="fc")(pool)
         return InceptionFeatures(pool, spatial, nn.softmax(scores))
@@ -132,80 +131,63 @@ def _max_pool(x: jax.Array, stride: int = 1) -> jax.Array:
     return nn.max_pool(x, (3, 3), (stride, stride), "SAME" if stride == 1 else "VALID")
 
 
-class _BlockA(nn.Module):
+class _Block(nn.Module):
+    """Branches over one input, joined along the channels."""
+
+    branches: Callable[[jax.Array], list[jax.Array]]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.concatenate(self.branches(x), axis=-1)
+
+
+def _block_a(pool_channels: int, x: jax.Array) -> list[jax.Array]:
     """(B, 35, 35, C) -> (B, 35, 35, 224 + pool_channels)."""
-
-    pool_channels: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        branches = [
-            _conv(x, "branch1x1", 64),
-            _chain(x, "branch5x5", (48, 1, 1), (64, 5, 5)),
-            _chain(x, "branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
-            _conv(_average_pool(x), "branch_pool", self.pool_channels),
-        ]
-        return jnp.concatenate(branches, axis=-1)
+    return [
+        _conv(x, "branch1x1", 64),
+        _chain(x, "branch5x5", (48, 1, 1), (64, 5, 5)),
+        _chain(x, "branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
+        _conv(_average_pool(x), "branch_pool", pool_channels),
+    ]
 
 
-class _BlockB(nn.Module):
+def _block_b(x: jax.Array) -> list[jax.Array]:
     """(B, 35, 35, 288) -> (B, 17, 17, 768)."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        branches = [
-            _conv(x, "branch3x3", 384, 3, 3, stride=2),
-            _chain(x, "branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), stride=2),
-            _max_pool(x, stride=2),
-        ]
-        return jnp.concatenate(branches, axis=-1)
+    return [
+        _conv(x, "branch3x3", 384, 3, 3, stride=2),
+        _chain(x, "branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), stride=2),
+        _max_pool(x, stride=2),
+    ]
 
 
-class _BlockC(nn.Module):
+def _block_c(n: int, x: jax.Array) -> list[jax.Array]:
     """(B, 17, 17, 768) -> (B, 17, 17, 768); the first 192 channels are the 1x1 branch."""
-
-    inner: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        n = self.inner
-        branches = [
-            _conv(x, "branch1x1", 192),
-            _chain(x, "branch7x7", (n, 1, 1), (n, 1, 7), (192, 7, 1)),
-            _chain(x, "branch7x7dbl", (n, 1, 1), (n, 7, 1), (n, 1, 7), (n, 7, 1), (192, 1, 7)),
-            _conv(_average_pool(x), "branch_pool", 192),
-        ]
-        return jnp.concatenate(branches, axis=-1)
+    return [
+        _conv(x, "branch1x1", 192),
+        _chain(x, "branch7x7", (n, 1, 1), (n, 1, 7), (192, 7, 1)),
+        _chain(x, "branch7x7dbl", (n, 1, 1), (n, 7, 1), (n, 1, 7), (n, 7, 1), (192, 1, 7)),
+        _conv(_average_pool(x), "branch_pool", 192),
+    ]
 
 
-class _BlockD(nn.Module):
+def _block_d(x: jax.Array) -> list[jax.Array]:
     """(B, 17, 17, 768) -> (B, 8, 8, 1280)."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        branches = [
-            _chain(x, "branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
-            _chain(x, "branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
-            _max_pool(x, stride=2),
-        ]
-        return jnp.concatenate(branches, axis=-1)
+    return [
+        _chain(x, "branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
+        _chain(x, "branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
+        _max_pool(x, stride=2),
+    ]
 
 
-class _BlockE(nn.Module):
+def _block_e(pool: Callable[[jax.Array], jax.Array], x: jax.Array) -> list[jax.Array]:
     """(B, 8, 8, C) -> (B, 8, 8, 2048)."""
-
-    pool: Callable[[jax.Array], jax.Array]
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = _conv(x, "branch3x3_1", 384)
-        z = _chain(x, "branch3x3dbl", (448, 1, 1), (384, 3, 3))
-        branches = [
-            _conv(x, "branch1x1", 320),
-            _conv(y, "branch3x3_2a", 384, 1, 3),
-            _conv(y, "branch3x3_2b", 384, 3, 1),
-            _conv(z, "branch3x3dbl_3a", 384, 1, 3),
-            _conv(z, "branch3x3dbl_3b", 384, 3, 1),
-            _conv(self.pool(x), "branch_pool", 192),
-        ]
-        return jnp.concatenate(branches, axis=-1)
+    y = _conv(x, "branch3x3_1", 384)
+    z = _chain(x, "branch3x3dbl", (448, 1, 1), (384, 3, 3))
+    return [
+        _conv(x, "branch1x1", 320),
+        _conv(y, "branch3x3_2a", 384, 1, 3),
+        _conv(y, "branch3x3_2b", 384, 3, 1),
+        _conv(z, "branch3x3dbl_3a", 384, 1, 3),
+        _conv(z, "branch3x3dbl_3b", 384, 3, 1),
+        _conv(pool(x), "branch_pool", 192),
+    ]

@@ -28,7 +28,22 @@ class Tokenizer(Protocol):
         """Int codes (B, L) -> float32 images (B, H, W, C) in [-1, 1]."""
 
 
-class PatchCodebook(nn.Module):
+class Gridded:
+    """Tokens of `downsample` pixels a side."""
+
+    @nn.nowrap
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in tokens; raises ValueError if tokens do not tile the image."""
+        height, width = image_size
+        if height % self.downsample or width % self.downsample or not height * width:
+            raise ValueError(
+                f"image size {height}x{width} does not divide into tokens of "
+                f"{self.downsample}x{self.downsample} pixels"
+            )
+        return height // self.downsample, width // self.downsample
+
+
+class PatchCodebook(Gridded, nn.Module):
     """Each patch of pixels becomes the nearest of `vocab_size` prototype patches.
 
     The tokenizer of the small data sets has one parameter, which k-means fits in seconds
@@ -53,17 +68,6 @@ class PatchCodebook(nn.Module):
     @property
     def downsample(self) -> int:
         return self.patch
-
-    @nn.nowrap
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) in tokens; raises ValueError if patches do not tile the image."""
-        height, width = image_size
-        if height % self.patch or width % self.patch:
-            raise ValueError(
-                f"image size {height}x{width} does not divide into patches of "
-                f"{self.patch}x{self.patch} pixels"
-            )
-        return height // self.patch, width // self.patch
 
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
         """Reconstructs images: encodes and decodes them."""

@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mirai_jax.models.tokenizer import Gridded
+
 # name -> channel multipliers, finest level first; each level but the last halves the resolution.
 MULTIPLIERS: Mapping[str, tuple[int, ...]] = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}
 
@@ -77,7 +79,7 @@ def config_of(state: Mapping[str, Any]) -> VQConfig:
     return VQConfig(tuple(multipliers), width, z_channels, vocab_size, code_width, channels)
 
 
-class VQModel(nn.Module):
+class VQModel(Gridded, nn.Module):
     """The tokenizer; see `tokenizer.Tokenizer` for the interface.
 
     Images may have any size that is a multiple of `downsample`.
@@ -108,17 +110,6 @@ class VQModel(nn.Module):
     @property
     def downsample(self) -> int:
         return self.config.downsample
-
-    @nn.nowrap
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) in tokens; raises ValueError if tokens do not tile the image."""
-        height, width = image_size
-        if height % self.downsample or width % self.downsample or not height * width:
-            raise ValueError(
-                f"image size {height}x{width} does not divide into tokens of "
-                f"{self.downsample}x{self.downsample} pixels"
-            )
-        return height // self.downsample, width // self.downsample
 
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
         """Reconstructs images: encodes and decodes them."""
@@ -259,29 +250,23 @@ class _Level(nn.Module):
             if self.attention:
                 x = _Attention(self.dtype, name=f"attn_{i}")(x)
         if self.resize == "down":
-            x = _Down(self.dtype, name="downsample")(x)
+            padding = ((0, 1), (0, 1))  # zeros only at the bottom and at the right
+            x = _Resize(self.dtype, 2, padding, name="downsample")(x)
         elif self.resize == "up":
-            x = _Up(self.dtype, name="upsample")(x)
+            x = x.repeat(2, axis=1).repeat(2, axis=2)
+            x = _Resize(self.dtype, name="upsample")(x)
         return x
 
 
-class _Down(nn.Module):
+class _Resize(nn.Module):
     dtype: str
+    strides: int = 1
+    padding: Any = "SAME"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        padding = ((0, 1), (0, 1))  # zeros only at the bottom and at the right
-        conv = _conv(x.shape[-1], 3, self.dtype, strides=2, padding=padding, name="conv")
-        return conv(x)
-
-
-class _Up(nn.Module):
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return _conv(x.shape[-1], 3, self.dtype, name="conv")(x)
+        options = {"strides": self.strides, "padding": self.padding}
+        return _conv(x.shape[-1], 3, self.dtype, **options, name="conv")(x)
 
 
 def _middle(x: jax.Array, dtype: str) -> jax.Array:

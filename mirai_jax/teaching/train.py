@@ -16,18 +16,13 @@ import numpy as np
 from clu import parameter_overview
 
 from mirai_jax import sharding
+from mirai_jax.config.fields import fill
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.teaching import figures
 from mirai_jax.teaching import settings as settings_lib
 from mirai_jax.teaching.settings import TeacherRunConfig, TeacherRunSettings
-from mirai_jax.teaching.step import (
-    Recipe,
-    TeachState,
-    init_state,
-    make_measure,
-    make_train_step,
-)
+from mirai_jax.teaching.step import Recipe, TeachState, init_state, make_measure, make_train_step
 from mirai_jax.training import loop
 from mirai_jax.training.checkpoint import Checkpoints
 from mirai_jax.training.guards import HangGuard
@@ -81,18 +76,7 @@ def teach(
         tokenizer, tokenizer_params = frozen.make_codebook(
             settings.vocab_size, settings.network.patch, train.images, tokenizer_path
         )
-    recipe = Recipe(
-        network=settings.network,
-        objective=settings.objective,
-        num_classes=len(train.class_names),
-        tokenizer=tokenizer,
-        optimizer=settings.optimizer,
-        dtype=settings.dtype,
-        label_smoothing=settings.label_smoothing,
-        masked_share=settings.masked_share,
-        shift=settings.shift,
-        flip=settings.flip,
-    )
+    recipe = fill(Recipe, settings, num_classes=len(train.class_names), tokenizer=tokenizer)
     batches = make_batches(settings, train)
     identity = {"image_set": small_sets.checksum(train)}
     if tokenizer:
@@ -149,20 +133,12 @@ class TeacherTask(loop.Task):
         devices: list[jax.Device],
     ):
         self.batches = batches
-        self.settings = loop.LoopSettings(
-            num_steps=config.num_steps,
-            batch_size=config.batch_size,
-            log_every=config.log_every,
-            checkpoint_every=config.checkpoint_every,
-            keep_checkpoints=config.keep_checkpoints,
-        )
+        self.settings = fill(loop.LoopSettings, config)
         self._config, self._recipe, self._held_out = config, recipe, held_out
         self._summary, self._encoder = workdir / "summary.png", workdir / pretrained.ENCODER
         self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
-        self._replicated, split = (
-            sharding.replicated(self._mesh),
-            sharding.batch_sharding(self._mesh),
-        )
+        self._replicated = sharding.replicated(self._mesh)
+        split = sharding.batch_sharding(self._mesh)
         self._codebook = sharding.place(codebook, self._replicated)
         self._train_step = make_train_step(recipe, self._replicated, split)
         self._measure = make_measure(recipe, self._replicated, split)

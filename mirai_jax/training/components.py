@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from mirai_jax import sharding
 from mirai_jax.config import schema
+from mirai_jax.config.fields import fill
 from mirai_jax.config.schema import Settings
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.data.crops import CropSpec
@@ -43,9 +44,7 @@ class Components:
     tokenizer_params: Any
     frozen: Any  # parameters of teachers, and of an online tokenizer, as `train_step` takes them
     batches: pipeline.Batches
-    identity: dict[
-        str, str
-    ]  # of what files hold that the config only names; see `workdir.check_same`
+    identity: dict[str, str]  # of what files hold; see `workdir.check_same`
 
 
 def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log) -> Components:
@@ -100,14 +99,9 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         f"each, {settings.data.codes} codes"
     )
     terms, static = load_generators(settings, tokenizer_params, frozen_params, log)
-    recipe = make_recipe(
-        settings,
-        terms,
-        static,
-        teacher,
-        tokenizer if settings.data.online else None,
-        pipeline.steps_per_epoch(len(source), settings.batch_size),
-    )
+    steps = pipeline.steps_per_epoch(len(source), settings.batch_size)
+    online = tokenizer if settings.data.online else None
+    recipe = make_recipe(settings, terms, static, teacher, online, steps)
     identity |= {
         name: pretrained.checksum(params)
         for name, params in {"tokenizer": tokenizer_params, **frozen_params}.items()
@@ -115,17 +109,8 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
     }
     identity["data"] = _data_identity(source, load_crop)
     names = class_names or tuple(str(i) for i in range(settings.generator.num_classes))
-    return Components(
-        settings,
-        recipe,
-        images,
-        names,
-        tokenizer,
-        tokenizer_params,
-        frozen_params,
-        batches,
-        identity,
-    )
+    parts = recipe, images, names, tokenizer, tokenizer_params, frozen_params, batches, identity
+    return Components(settings, *parts)
 
 
 def make_recipe(
@@ -137,17 +122,15 @@ def make_recipe(
     steps_per_epoch: int,
 ) -> Recipe:
     """The step of a config; `terms` and `static` are those of `load_generators`."""
-    return Recipe(
-        generator=settings.generator,
+    return fill(
+        Recipe,
+        settings,
         terms=terms,
-        optimizer=settings.optimizer,
-        ema_decay=settings.ema_decay,
         steps_per_epoch=steps_per_epoch,
         teacher=teacher,
         teacher_dtype=settings.teacher.dtype,
         pretrained_configs=static,
         tokenizer=tokenizer,
-        accumulate=settings.accumulate,
         skip_nonfinite=settings.nonfinite == "skip",
     )
 
@@ -292,9 +275,9 @@ def load_generators(
     codebook = tokenizer_params if settings.data.in_memory else None
     for name, path in settings.term_checkpoints:
         i = next(i for i, term in enumerate(terms) if term.name == name)
-        config, frozen_params[name] = restore.load_generator(
-            f"foresight[{i}].checkpoint", path, settings, codebook
-        )
+        field = f"foresight[{i}].checkpoint"
+        config, saved = restore.load_generator(field, path, settings, codebook)
+        frozen_params[name] = saved["ema"]
         layer = terms[i].teacher_layer or schema.two_thirds(config.num_layers)
         if layer > config.num_layers:
             raise ConfigError(

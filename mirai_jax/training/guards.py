@@ -56,11 +56,7 @@ class HangGuard:
     what each of them was waiting for, so that the culprit is the one that waits for something else.
     """
 
-    def __init__(
-        self,
-        limit: float,
-        end: Callable[[int], None] = distributed.leave,
-    ):
+    def __init__(self, limit: float, end: Callable[[int], None] = distributed.leave):
         """`limit` 0 watches nothing; `end` takes the exit status."""
         self._limit, self._end = limit, end
         self._silent, self._doing = 0.0, "starting"
@@ -86,16 +82,12 @@ class HangGuard:
 
     def _report(self, silent: float) -> None:
         process, count = jax.process_index(), jax.process_count()
-        print(
-            f"error: no progress for {silent:.0f} s (hang_limit is {self._limit:g}): process "
-            f"{process} of {count} is at: {self._doing}"
-            + (
+        message = f"error: no progress for {silent:.0f} s (hang_limit is {self._limit:g}): "
+        message += f"process {process} of {count} is at: {self._doing}"
+        if count > 1:
+            message += (
                 "; if it waits for the devices, another process is gone or hangs: see its log"
-                if count > 1
-                else ""
-            ),
-            file=sys.stderr,
-            flush=True,
-        )
+            )
+        print(message, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         self._end(Lost.status)

@@ -313,17 +313,11 @@ class Run:
         """What an error of the devices means."""
         if isinstance(error, Lost):
             return error
-        reason = first_line(error)[:200]
+        found = distributed.explain(error)
         if "RESOURCE_EXHAUSTED" in str(error):
-            return TrainingError(f"out of memory ({reason}): {LESS_MEMORY}")
-        if distributed.means_lost(error):
-            return Lost(
-                f"another process is gone or cannot be reached ({reason}); the last checkpoint: "
-                f"{self._last_checkpoint()}; start all processes again"
-            )
-        return TrainingError(
-            f"the devices failed ({reason}); the last checkpoint: {self._last_checkpoint()}"
-        )
+            return TrainingError(f"{found}: {LESS_MEMORY}")
+        again = "; start all processes again" if isinstance(found, Lost) else ""
+        return type(found)(f"{found}; the last checkpoint: {self._last_checkpoint()}{again}")
 
 
 def _who() -> str:

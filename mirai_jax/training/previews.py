@@ -19,21 +19,6 @@ from mirai_jax.utils import pictures
 Heartbeat = Callable[[str], None]  # takes what the run is at
 
 
-def _draw(
-    components: Components,
-    mesh: Mesh,
-    ema: Any,
-    labels: np.ndarray,
-    purpose: int,
-    heartbeat: Heartbeat,
-) -> np.ndarray:
-    """As the run's config says."""
-    settings = components.settings
-    return draw(
-        settings.generator, settings.sample, settings.seed, mesh, ema, labels, purpose, heartbeat
-    )
-
-
 def decode(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
     """uint8 images (N, H, W, C)."""
     return batched.decode_codes(components.tokenizer, components.tokenizer_params, codes_NxL)
@@ -41,11 +26,9 @@ def decode(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
 
 def grid_codes(components: Components, mesh: Mesh, ema: Any, heartbeat: Heartbeat) -> np.ndarray:
     """Codes of the run's grid: always the same classes and keys, so that grids can be compared."""
-    settings = components.settings
-    labels = np.repeat(
-        np.arange(settings.sample_classes, dtype=np.int32), settings.sample_per_class
-    )
-    return _draw(components, mesh, ema, labels, GRID, heartbeat)
+    run = components.settings
+    labels = np.repeat(np.arange(run.sample_classes, dtype=np.int32), run.sample_per_class)
+    return draw(run.generator, run.sample, run.seed, mesh, ema, labels, GRID, heartbeat)
 
 
 def grid_picture(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
@@ -56,27 +39,21 @@ def grid_picture(components: Components, codes_NxL: np.ndarray) -> np.ndarray:
 
 def judged_codes(components: Components, mesh: Mesh, ema: Any, heartbeat: Heartbeat) -> np.ndarray:
     """Codes of `judged_samples` images, of class 0, 1, 2 and so on."""
-    return _draw(components, mesh, ema, _judged_labels(components), CLASSIFIED, heartbeat)
+    run, labels = components.settings, _judged_labels(components)
+    return draw(run.generator, run.sample, run.seed, mesh, ema, labels, CLASSIFIED, heartbeat)
 
 
 def judge_samples(components: Components, codes_NxL: np.ndarray) -> dict[str, float]:
     """Class accuracy of the samples by a classifier of the real images, and of real images by it."""
-    settings = components.settings
     classifier = fit_classifier(components.images.images, components.images.labels)
-    result = {
-        "samples": class_accuracy(
-            classifier, decode(components, codes_NxL), _judged_labels(components)
-        )
-    }
-    held_out = labelled_images(settings, "held_out")
-    if len(held_out.labels):
-        codes = batched.encode_images(
-            components.tokenizer, components.tokenizer_params, held_out.images
-        )
-        result["real"] = class_accuracy(classifier, held_out.images, held_out.labels)
-        result["real_through_tokenizer"] = class_accuracy(
-            classifier, decode(components, codes), held_out.labels
-        )
+    asked, images = _judged_labels(components), decode(components, codes_NxL)
+    result = {"samples": class_accuracy(classifier, images, asked)}
+    real = labelled_images(components.settings, "held_out")
+    if len(real.labels):
+        tokenizer = components.tokenizer, components.tokenizer_params
+        again = decode(components, batched.encode_images(*tokenizer, real.images))
+        result["real"] = class_accuracy(classifier, real.images, real.labels)
+        result["real_through_tokenizer"] = class_accuracy(classifier, again, real.labels)
     return result
 
 

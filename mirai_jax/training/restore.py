@@ -47,24 +47,6 @@ def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Setting
     return settings, *restore_weights(folder, step)
 
 
-def load_generator(
-    field: str, path: str, settings: Settings, tokenizer_params: Any
-) -> tuple[GeneratorConfig, Any]:
-    """A pretrained generator as a static teacher: a run's EMA, or converted weights.
-
-    Args:
-        field: the config field that names it, for messages.
-        path: a workdir, a converted folder or a PyTorch file.
-        settings: of the run that will use it; tokens and classes must be the same.
-        tokenizer_params: of that run's patch codebook, or None.
-
-    Raises:
-        ConfigError: nothing of the kind, or other tokens.
-    """
-    config, saved = _read_generator(field, path, settings, tokenizer_params)
-    return config, saved["ema"]
-
-
 def load_initial(settings: Settings, tokenizer_params: Any) -> dict[str, Any]:
     """The weights of `init_from`, for a run to begin with.
 
@@ -76,7 +58,7 @@ def load_initial(settings: Settings, tokenizer_params: Any) -> dict[str, Any]:
         ConfigError: nothing of the kind, other tokens, or a generator of another shape.
     """
     path = settings.init_from
-    config, saved = _read_generator("init_from", path, settings, tokenizer_params)
+    config, saved = load_generator("init_from", path, settings, tokenizer_params)
     for name in ("num_layers", "num_heads", "width", "has_null_class"):
         mine, theirs = getattr(settings.generator, name), getattr(config, name)
         if mine != theirs:
@@ -86,10 +68,19 @@ def load_initial(settings: Settings, tokenizer_params: Any) -> dict[str, Any]:
     return saved
 
 
-def _read_generator(
+def load_generator(
     field: str, path: str, settings: Settings, tokenizer_params: Any
 ) -> tuple[GeneratorConfig, dict[str, Any]]:
-    """The generator's shapes and {'params', 'ema'}, of a workdir, a converted folder or a file."""
+    """A generator's shapes and {'params', 'ema'}, of a workdir, a converted folder or a file.
+
+    Args:
+        field: the config field that names it, for messages.
+        settings: of the run that will use it; tokens and classes must be the same.
+        tokenizer_params: of that run's patch codebook, or None.
+
+    Raises:
+        ConfigError: nothing of the kind, or other tokens.
+    """
     folder = pathlib.Path(path).expanduser()
     if not (folder / "config.json").exists():
         if tokenizer_params is not None:
@@ -117,10 +108,7 @@ def _read_generator(
 
 def _check_same_codebook(field: str, workdir: pathlib.Path, params: Any) -> None:
     path = workdir / "tokenizer.npz"
-    try:
-        theirs = patch_codebook.load_params(path) if path.exists() else {}
-    except ValueError as error:
-        raise ConfigError(f"{field} is {str(workdir)!r}: {error}") from error
+    theirs = patch_codebook.load_params(path) if path.exists() else {}
     if not np.array_equal(theirs.get("codebook"), params["codebook"]):
         raise ConfigError(
             f"{field} is {str(workdir)!r}, whose tokenizer is another one: its tokens mean something "

@@ -12,6 +12,7 @@ import numpy as np
 
 from mirai_jax import foresight, sharding
 from mirai_jax.config import schema
+from mirai_jax.config.fields import fill
 from mirai_jax.step import jit_train_step
 from mirai_jax.training import components, figures, loop, previews, start, workdir
 from mirai_jax.training.checkpoint import Checkpoints
@@ -83,15 +84,8 @@ class GeneratorTask(loop.Task):
     ):
         self._made, self._mesh, self._summary, self._initial = made, mesh, summary, initial
         self.batches, config = made.batches, made.settings
-        self.settings = loop.LoopSettings(
-            num_steps=config.num_steps,
-            batch_size=config.batch_size,
-            log_every=config.log_every,
-            checkpoint_every=config.checkpoint_every,
-            keep_checkpoints=config.keep_checkpoints,
-            keep_every=config.keep_every,
-            skip_nonfinite=config.nonfinite == "skip",
-        )
+        skip = config.nonfinite == "skip"
+        self.settings = fill(loop.LoopSettings, config, skip_nonfinite=skip)
         self._frozen = sharding.place(made.frozen, sharding.replicated(mesh))
         self._grid: np.ndarray | None = None  # of the last step
 

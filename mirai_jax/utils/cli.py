@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 
 from mirai_jax.utils import distributed, host_memory
-from mirai_jax.utils.errors import ConfigError, DataError, Lost, Preempted, first_line
+from mirai_jax.utils.errors import ConfigError, DataError, Preempted, first_line
 
 
 def run(main: Callable[[list[str]], None], **options: Any) -> None:
@@ -37,12 +37,8 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
     except (ConfigError, DataError, *more) as error:
         _fail(first_line(error), getattr(error, "status", 1))
     except jax.errors.JaxRuntimeError as error:
-        lost = distributed.means_lost(error)
-        memory = "RESOURCE_EXHAUSTED" in str(error)
-        what = (
-            "another process is gone" if lost else "out of memory" if memory else "a device failed"
-        )
-        _fail(f"{what} ({first_line(error)[:200]})", Lost.status if lost else 1)
+        found = distributed.explain(error)
+        _fail(first_line(found), found.status)
     except Preempted as stop:
         print(first_line(stop), file=sys.stderr)
         sys.exit(stop.status)  # all processes stop together and shut down in order

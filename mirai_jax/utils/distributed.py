@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mirai_jax.utils.errors import ConfigError, Lost, first_line
+from mirai_jax.utils.errors import ConfigError, Lost, TrainingError, first_line
 
 MODES = ("auto", "on", "off")
 
@@ -149,6 +149,16 @@ def means_lost(error: Exception) -> bool:
     words = ("unavailable", "deadline", "gloo", "nccl", "heartbeat", "connection", "coordination")
     text = str(error).lower()
     return jax.process_count() > 1 and any(word in text for word in words)
+
+
+def explain(error: Exception) -> Lost | TrainingError:
+    """What an error of the devices means, in one line."""
+    reason = first_line(error)[:200]
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return TrainingError(f"out of memory ({reason})")
+    if means_lost(error):
+        return Lost(f"another process is gone or cannot be reached ({reason})")
+    return TrainingError(f"a device failed ({reason})")
 
 
 @contextlib.contextmanager
