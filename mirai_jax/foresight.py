@@ -26,7 +26,8 @@ import numpy as np
 
 from mirai_jax.models.linear import Linear
 
-SOURCES = ("ema", "bidirectional", "checkpoint")
+GENERATORS = ("ema", "checkpoint")  # sources whose targets are states of a generator
+SOURCES = (*GENERATORS, "bidirectional")
 LEVELS = ("internal", "output")
 LAYOUTS = ("2d", "1d")
 BORDERS = ("wrap", "mask")
@@ -115,7 +116,7 @@ def alignment(term: Term, offset: Any, grid: tuple[int, int]) -> tuple[int, np.n
     rows, columns = offset if term.layout == "2d" else (0, offset)
     step = rows * width + columns
     consumed = term.level == "internal" and term.anchor == "consumed"
-    generator_targets = term.level == "internal" and term.source != "bidirectional"
+    generator_targets = term.level == "internal" and term.source in GENERATORS
 
     positions = np.arange(length)
     here = positions - 1 if consumed else positions  # the grid position that j stands for
@@ -132,7 +133,7 @@ def alignment(term: Term, offset: Any, grid: tuple[int, int]) -> tuple[int, np.n
 
 def has_class_pair(term: Term) -> bool:
     """Whether the class position is aligned with itself: only states of a generator have one."""
-    return term.level == "internal" and term.anchor == "consumed" and term.source != "bidirectional"
+    return term.level == "internal" and term.anchor == "consumed" and term.source in GENERATORS
 
 
 # ---------------------------------------------------------------------------------------------

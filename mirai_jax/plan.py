@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
             f"{settings.generator.remat}; compiling"
         )
         try:
-            plan = memory_plan.plan(settings, devices)
+            plan = memory_plan.compile_step(settings, devices).plan
         except jax.errors.JaxRuntimeError as error:  # compilers for TPUs refuse what does not fit
             raise TrainingError(
                 f"the compiler refuses the step ({first_line(error)[:300]}); if memory is the reason, "
@@ -60,9 +60,7 @@ def main(argv: list[str]) -> None:
         if _CHIP.value in chips.GPUS:
             print(chips.verdict(_CHIP.value, plan.total))
         elif not _CHIP.value:
-            print(
-                "by XLA's compiler for CPUs; mirai_jax/benchmark/memory_plan.py says how far it holds"
-            )
+            print("by XLA's compiler for CPUs; benchmark/memory_plan.py says how far it holds")
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
     if -1 in shape and num_devices % known == 0:
         shape[shape.index(-1)] = num_devices // known
     elif known != num_devices:
-        raise ValueError(
-            f"{described}: the product must be the number of devices, which is {num_devices}"
-        )
+        raise ValueError(f"{described}: the product must be {num_devices}, the number of devices")
     return tuple(shape)
 
 
@@ -123,7 +121,6 @@ def put_batch(
 
     Args:
         batch: the `local_rows` of this process of each array.
-        mesh: the mesh.
         batch_size: rows of all processes; None: this process holds them all.
     """
     sharding = batch_sharding(mesh)

@@ -137,8 +137,10 @@ def teacher_targets(
             return recipe.teacher.apply({"params": teacher_params["bidirectional"]}, batch["image"])
         if term.source == "checkpoint":
             config, params = dict(recipe.pretrained_configs)[term.name], teacher_params[term.name]
-        else:
+        elif term.source == "ema":
             config, params = recipe.generator, ema
+        else:
+            raise ValueError(f"the step has no targets for the source {term.source!r}")
         config = dataclasses.replace(config, dtype=recipe.teacher_dtype)
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
@@ -152,7 +154,7 @@ def teacher_targets(
             continue  # its targets are the tokens
         same = (
             term.source,
-            term.teacher_layer if term.source != "bidirectional" else 0,
+            term.teacher_layer if term.source in foresight.GENERATORS else 0,
             term.name if term.source == "checkpoint" else "",
         )
         if same not in made:

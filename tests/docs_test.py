@@ -19,7 +19,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mirai_jax.config import schema
+from mirai_jax.config import fields, schema
 from mirai_jax.config.flags import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -273,6 +273,12 @@ def test_fields_and_flags_in_the_text_exist(page):
             known = flags_of(importlib.import_module(f"mirai_jax.{match[1]}"))
             wrong += [flag for flag in match[2].split() if flag.removeprefix("--") not in known]
     assert not wrong, f"{page.name}: {wrong}"
+
+
+def test_every_field_that_may_change_is_listed():
+    text = (ROOT / "docs" / "faults.md").read_text().split("These fields may change:")[1]
+    listed = spans(text.split("## ")[0])
+    assert sorted(listed) == sorted(fields.resumable(schema.RunConfig))
 
 
 def test_the_readme_is_short_and_has_its_test_command():

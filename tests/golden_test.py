@@ -1,7 +1,7 @@
 """Numbers of the official PyTorch code, float32: every *.npz of the folder $MIRAI_GOLDEN.
 
 A file's kind is the start of its name; all sizes are read from the file. Parameters and arrays are
-under the names the official code gives them (DESIGN: "Golden numbers").
+under the names the official code gives them; docs/faithfulness.md says how they were made.
 """
 
 import os

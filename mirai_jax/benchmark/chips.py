@@ -105,9 +105,7 @@ def devices(name: str, count: int) -> list[jax.Device]:
         given, extra = {"platform": "tpu", "topology_name": name}, "tpu"
     else:
         known = ", ".join(GPUS)
-        raise ConfigError(
-            f"the chip is {name!r}; it must be {known} or a TPU slice such as v5e:2x4"
-        )
+        raise ConfigError(f"the chip is {name!r}; it must be {known} or a TPU slice like v5e:2x4")
     jax.config.update("jax_platforms", "cpu")
     try:
         found = list(topologies.get_topology_desc(**given).devices)

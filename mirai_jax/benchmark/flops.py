@@ -43,7 +43,6 @@ def step_flops(recipe: step.Recipe, batch_size: int, *, cached_features: bool = 
     """Counts a step in which all terms are active.
 
     Args:
-        recipe: what is trained.
         batch_size: images of the global batch.
         cached_features: batches hold the bidirectional teacher's features, which then cost nothing.
 
@@ -69,7 +68,6 @@ def generator_forward(
     """Counts one forward pass of one sequence.
 
     Args:
-        config: of the generator.
         tokens: positions, the class among them; None for a whole image.
         layers: number of blocks; None for all.
         head: whether logits are computed.
@@ -89,7 +87,6 @@ def decode_bytes(config: GeneratorConfig, batch: int, itemsize: int) -> int:
     (L + 1) / 2 positions on average. Activations and norms are small and left out.
 
     Args:
-        config: of the generator.
         batch: sequences, the unconditional half of guidance too.
         itemsize: bytes of a weight and of a number in the cache.
     """

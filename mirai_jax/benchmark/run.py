@@ -45,12 +45,10 @@ def run(
         overrides: `--config.field=value`, for all variants.
         compare: measures COMPARED of the config's folder too.
         measures: of MEASURES; 'compile' is part of 'step'.
-        repeats: timed rounds.
         sample_batch: images sampled at once; 0: 1 on a CPU, else 64.
         reference_command: starts a reference program; '' for none.
         peak_tflops: of all devices, for MFU; 0: the datasheet's, else what matrix products reach.
         trace: folder for a profiler's trace; '' for none.
-        log: called with lines of progress.
 
     Raises:
         ConfigError: wrong options or settings; one line.

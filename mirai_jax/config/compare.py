@@ -23,9 +23,6 @@ def check_same_run(
 
     Args:
         old: the config of the workdir. A field that it lacks has its default, as in `new`.
-        new: the config to resume with.
-        workdir: for the message.
-        group: the dataclass of the config's fields.
 
     Returns:
         {field: (old value, new value)} of the fields that differ; all of them are resumable.

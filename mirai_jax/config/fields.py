@@ -39,8 +39,6 @@ def field(
     Args:
         default: of a config without the field: what runs from before the field existed computed with.
             A field without a default is required.
-        at_least, at_most, below: bounds of a number.
-        choices: the allowed strings.
         resumable: whether a run may resume with another value.
     """
     bounds = {"at least": at_least, "at most": at_most, "less than": below}
@@ -159,9 +157,8 @@ def check(config: Any, name: str, good: Any, allowed: str) -> None:
     require(good, name, value, allowed)
 
 
-_ONE = {int: "a whole number of at most 31 bits", float: "a number: 0, or 1e-37 to 3e38 in size"}
-_ONE |= {bool: "True or False", str: "a string without control characters", tuple: "a tuple"}
-_MANY = {int: "whole numbers", float: "numbers"}
+_KINDS = {int: "a whole number of at most 31 bits", float: "a number: 0, or 1e-37 to 3e38 in size"}
+_KINDS |= {bool: "True or False", str: "a string without control characters", tuple: "a tuple"}
 _CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode: control, half a surrogate pair, ends of lines
 
 
@@ -173,15 +170,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     try:
         return _convert(value, kind)
     except ValueError:
-        raise ConfigError(f"{name} is {shown(value)}; it must be {_words(kind)}") from None
-
-
-def _words(kind: Any, many: bool = False) -> str:
-    entries = typing.get_args(kind)
-    if not entries:
-        return (_MANY if many else _ONE)[kind]
-    shape = "tuple" if entries[-1] is ... else "pair"
-    return f"{f'{shape}s' if many else f'a {shape}'} of {_words(entries[0], many=True)}"
+        allowed = _KINDS.get(kind) or f"a {kind}"
+        raise ConfigError(f"{name} is {shown(value)}; it must be {allowed}") from None
 
 
 def _convert(value: Any, kind: Any) -> Any:

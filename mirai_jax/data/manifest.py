@@ -65,9 +65,7 @@ class Manifest:
         if missing or others:
             wrong = [f"{len(missing)} missing, such as {missing[0]}"] if missing else []
             wrong += [f"{len(others)} of another, such as {others[0]}"] if others else []
-            raise DataError(
-                f"{path} must hold the {len(wanted)} shards of its manifest: {'; '.join(wrong)}"
-            )
+            raise DataError(f"{path} must hold {len(wanted)} shards: {'; '.join(wrong)}")
         if differ := [name for name, count in wanted.items() if records[name] != count]:
             raise DataError(f"{path}: {differ[0]} must hold {wanted[differ[0]]} records")
 

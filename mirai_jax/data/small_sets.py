@@ -107,8 +107,6 @@ def parse_idx(raw: bytes, name: str, dimensions: int) -> np.ndarray:
     """Parses an IDX file of unsigned bytes, the format of MNIST and Fashion-MNIST.
 
     Args:
-        raw: the whole file, not compressed.
-        name: its name in error messages.
         dimensions: 1 for labels, 3 for images.
 
     Raises:

@@ -119,7 +119,7 @@ class _Folder(ImageSource):
                 return file.read()
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise DataError(
-                f"images {self._spec!r}: {key!r} cannot be read ({first_line(error)})"
+                f"{self._spec!r}: {key!r} cannot be read ({first_line(error)})"
             ) from error
 
     def describe(self) -> dict[str, Any]:
@@ -202,9 +202,7 @@ class _Numbered(ImageSource):
         except TypeError:
             number = -1
         if not 0 <= number <= last:
-            raise DataError(
-                f"images {self._spec!r}: label {label!r} of image {index}: allowed are 0 to {last}"
-            )
+            raise DataError(f"{self._spec!r}: label {label!r} of image {index} is not 0 to {last}")
         return number
 
     def _get(self, index: int) -> tuple[bytes | np.ndarray, Any, str | None]:
@@ -289,9 +287,7 @@ class _Grain(_Numbered):
                 f"images {spec!r} cannot be opened ({type(error).__name__}: {first_line(error)})"
             ) from error
         if not _is_random_access(source):
-            raise DataError(
-                f"images {spec!r} is a {type(source).__name__}: needed is an object with len and []"
-            )
+            raise DataError(f"images {spec!r} is a {type(source).__name__}, without len and []")
         self._source, self._name = source, f"{module}:{attribute}"
         self.class_names = tuple(map(str, getattr(source, "class_names", ())))
 

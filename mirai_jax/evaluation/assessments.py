@@ -55,9 +55,7 @@ def assess(workdirs: list[str], which: str, protocol: Protocol, follow: bool = F
     """Assesses the missing checkpoints of all runs; if `follow`, until every run is finished.
 
     Args:
-        workdirs: of the runs.
         which: 'kept' checkpoints (those of `keep_every`), or the 'last' one.
-        protocol: how to assess.
         follow: wait for runs that have not begun and for checkpoints that are still to come.
     """
     if not workdirs:

@@ -16,11 +16,6 @@ def sweep_figure(
 
     Samples whose protocols differ only in the scale form a curve; its label holds the fields in which
     the curves differ.
-
-    Args:
-        path: the PNG to write.
-        rows: of results.json.
-        titles: the label of each metric.
     """
     import matplotlib
 

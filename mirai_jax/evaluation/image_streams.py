@@ -103,9 +103,7 @@ def has_images(path: str) -> bool:
 
 def _check(name: str, shape: tuple[int, ...], dtype: Any) -> None:
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
-        raise DataError(
-            f"{name} holds {dtype} {shape}; images must be uint8 (images, height, width, 3)"
-        )
+        raise DataError(f"{name} holds {dtype} {shape}; images must be uint8 (N, height, width, 3)")
 
 
 def _in_colour(pixels: np.ndarray) -> np.ndarray:

@@ -173,9 +173,7 @@ def precision_recall(
     real, fake = _matrix("real features", features_real), _matrix("fake features", features_fake)
     for name, features in (("real", real), ("fake", fake)):
         if not 0 < k < len(features):
-            raise DataError(
-                f"{len(features)} {name} images: k is {k}; it must be 1 or more, and less"
-            )
+            raise DataError(f"k is {k}, of {len(features)} {name} images; it must be less, from 1")
     centre = real.mean(axis=0, dtype=np.float64)
     real_radii, fake_radii = _squared_radii(real, centre, k), _squared_radii(fake, centre, k)
     real_inside, fake_inside = np.zeros(len(real), bool), np.zeros(len(fake), bool)
@@ -217,9 +215,7 @@ def _matrix(name: str, array: np.ndarray) -> np.ndarray:
     """The array, checked: two axes, finite numbers."""
     array = np.ascontiguousarray(array)  # so that every sum along a row adds in the same order
     if array.ndim != 2 or not array.shape[1] or not np.can_cast(array.dtype, np.float64):
-        raise DataError(
-            f"{name} of {array.dtype} {array.shape}: allowed are two axes of real numbers"
-        )
+        raise DataError(f"{name} of {array.dtype} {array.shape}: allowed are two axes of reals")
     for rows in _blocks(len(array)):
         if not (np.abs(array[rows].astype(np.float64)) <= _LARGEST).all():
             raise DataError(f"{name}: some are NaN, infinite or above 1e100")

@@ -44,7 +44,6 @@ def evaluate(
     Args:
         samples: as `image_streams.open_stream` takes them.
         reference: the same, or a .npz with statistics.
-        inception, batch_size: of `Network`.
         out: the folder of both files, made if missing; '': that of the samples.
         statistics: a file for the reference's moments, or ''.
 

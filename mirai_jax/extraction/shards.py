@@ -24,7 +24,6 @@ def run(
     """Writes this host's shards; the last host to end also writes the report and the manifest.
 
     Args:
-        job: what to extract.
         process_index, process_count: this host takes every process_count-th shard.
         reconstructions: how many images reconstructions.png shows; 0: it is not drawn.
 
@@ -134,6 +133,8 @@ def summary(job: ExtractionJob, final: Manifest) -> str:
     )
     report = json.loads((job.out / _REPORT).read_text())
     text += f"; {final.num_failed} images failed"
+    for entry in report["failed"][:1]:
+        text += f" (such as {entry['key']}: {entry['reason']})"
     for name, keys in (("other files skipped", report["skipped"]), *report["notes"].items()):
         text += f"; {name}: {len(keys)}" if keys else ""
     return f"{text}; every name: {job.out / _REPORT}"

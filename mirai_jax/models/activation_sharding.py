@@ -19,7 +19,6 @@ def shard_activation(x: jax.Array, *dimensions: str | None) -> jax.Array:
     """Splits an activation over the training mesh of `jax.set_mesh`; without that mesh returns x.
 
     Args:
-        x: any array.
         dimensions: the kinds of its leading dimensions: 'batch', 'heads', 'features' or None (whole).
     """
     mesh = _training_mesh()
@@ -36,7 +35,6 @@ def per_device(
 
     Args:
         function: maps arrays of `shape` to an array of `shape`, part by part.
-        shape: of the whole arrays.
         dimensions: as in `shard_activation`.
 
     Returns:

@@ -95,9 +95,7 @@ class DinoTeacher(nn.Module):
             return self.grid
         longer, rest = divmod(self.image_size, self.config.patch)
         if rest or longer < 1:
-            raise ValueError(
-                f"image_size is {self.image_size}, must be a multiple of {self.config.patch}"
-            )
+            raise ValueError(f"image_size is {self.image_size}, no multiple of {self.config.patch}")
         height, width = (max(1, round(longer * side / max(self.grid))) for side in self.grid)
         return height, width
 

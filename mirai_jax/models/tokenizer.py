@@ -50,10 +50,8 @@ class PatchCodebook(Gridded, nn.Module):
     (`mirai_jax.weights.patch_codebook.fit_patch_codebook`).
 
     Attributes:
-        vocab_size: number of prototypes V.
         image_size: (height, width) in pixels, both multiples of `patch`.
         patch: side of a patch in pixels.
-        channels: channels of an image.
     """
 
     vocab_size: int

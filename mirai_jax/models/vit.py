@@ -85,9 +85,7 @@ def config_of(state: Mapping[str, Any], num_heads: int | None = None) -> DinoCon
             raise ValueError(f"not a DINOv2 state dict: it has no {name}")
         found = tuple(state[name].shape)
         if len(found) != rank or 0 in found:
-            raise ValueError(
-                f"not a DINOv2 state dict: {name} is {found}, should be {rank} axes, none empty"
-            )
+            raise ValueError(f"not a DINOv2 state dict: {name} is {found}, not of {rank} axes")
         return found
 
     width = shape("cls_token", 3)[-1]
@@ -101,7 +99,7 @@ def config_of(state: Mapping[str, Any], num_heads: int | None = None) -> DinoCon
     if num_heads is None:
         if width % _HEAD_DIM:
             raise ValueError(
-                f"cls_token is {width} wide, no multiple of {_HEAD_DIM}: num_heads must be given"
+                f"cls_token is {width} wide, no multiple of {_HEAD_DIM}: give num_heads"
             )
         num_heads = width // _HEAD_DIM
     if num_heads < 1 or width % num_heads:
@@ -245,13 +243,9 @@ class DinoV2(nn.Module):
         _check_images(images_BxHxWx3)
         height, width = images_BxHxWx3.shape[1:3]
         if height % config.patch or width % config.patch:
-            raise ValueError(
-                f"images are {height}x{width}, sides must be multiples of {config.patch}"
-            )
+            raise ValueError(f"images are {height}x{width}, no multiples of {config.patch}")
         if layer not in range(config.num_layers + 1):
-            raise ValueError(
-                f"layer is {layer!r}, this network has blocks 1 to {config.num_layers}"
-            )
+            raise ValueError(f"layer is {layer!r}; the blocks are 1 to {config.num_layers}")
 
         def table(name, *shape):
             return self.param(name, _INIT, (*shape, config.width))

@@ -35,7 +35,6 @@ class VQConfig:
         z_channels: width of the encoder's output and of the decoder's input.
         vocab_size: rows of the codebook V.
         code_width: length of a row.
-        channels: of an image.
     """
 
     multipliers: tuple[int, ...] = MULTIPLIERS["vq16"]
@@ -63,10 +62,7 @@ def config_of(state: Mapping[str, Any]) -> VQConfig:
             raise ValueError(f"not a VQ tokenizer: it has no {name}")
         found = tuple(state[name].shape)
         if len(found) != rank or 0 in found or found[0] % unit:
-            multiple = f", the first a multiple of {unit}" if unit > 1 else ""
-            raise ValueError(
-                f"not a VQ tokenizer: {name} is {found}, should be {rank} axes, none empty{multiple}"
-            )
+            raise ValueError(f"not a VQ tokenizer: {name} is {found}, not of {rank} axes")
         return found
 
     width, channels = shape("encoder.conv_in.weight", 4, _GROUPS)[:2]

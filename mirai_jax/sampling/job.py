@@ -43,9 +43,7 @@ def make_labels(how: str, count: int, num_classes: int, seed: int) -> np.ndarray
     except (ValueError, OverflowError):
         ids = np.array([-1])
     if ids.min() < 0 or ids.max() >= num_classes:
-        raise ConfigError(
-            f"--labels is {how!r}; it must be random, balanced, or ids from 0 to {num_classes - 1}"
-        )
+        raise ConfigError(f"--labels is {how!r}, not random, balanced or ids below {num_classes}")
     return ids[indices % len(ids)].astype(np.int32)
 
 
@@ -67,7 +65,10 @@ class SamplingJob:
         """
         file = out / "protocol.json"
         if file.exists():
-            changed = trees.differences(json.loads(file.read_text()), protocol)
+            try:
+                changed = trees.differences(json.loads(file.read_text()), protocol)
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f"{file} is damaged; use another --out") from error
             if changed:
                 listed = trees.was_is(changed)
                 raise ConfigError(f"{out} holds samples of another protocol: {listed}")
@@ -157,8 +158,6 @@ def sample_folder(
     """Draws one process's share of a folder, as far as it is missing; the last process joins the parts.
 
     Args:
-        out: the folder.
-        source, options: what draws tokens, and how.
         share: (index, count) of the processes that divide the work.
         num_images: in the whole folder.
         labels: `how` of `make_labels`.

@@ -34,7 +34,6 @@ def draw(
     Image i depends on `params`, `options`, `seed`, `purpose` and i alone.
 
     Args:
-        config, options, seed: what draws, and how.
         mesh: all devices of all hosts.
         params: the generator's parameters, on the mesh.
         labels: int32 (N,).

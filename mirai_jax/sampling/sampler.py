@@ -84,7 +84,6 @@ def generate(
         config, params: of the generator (the EMA's parameters, as a rule).
         labels_B: int, classes in [0, num_classes).
         keys_B: typed PRNG keys, one an image.
-        options: how to draw.
 
     Returns:
         int32 (B, L) codes in raster order.

@@ -102,7 +102,6 @@ def read(config: Mapping[str, Any], num_devices: int) -> TeacherRunSettings:
 
     Args:
         config: a ConfigDict, or the dictionary of a workdir's config.json.
-        num_devices: that share a batch.
 
     Raises:
         ConfigError: the first wrong field, in one line.

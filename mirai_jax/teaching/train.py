@@ -77,7 +77,12 @@ def teach(
             settings.vocab_size, settings.network.patch, train.images, tokenizer_path
         )
     recipe = fill(Recipe, settings, num_classes=len(train.class_names), tokenizer=tokenizer)
-    batches = make_batches(settings, train)
+    batches = pipeline.make_dataset(
+        records.CodedImages(None, train.labels, train.images),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        num_workers=settings.data.num_workers,
+    )
     identity = {"image_set": small_sets.checksum(train)}
     if tokenizer:
         identity["tokenizer"] = pretrained.checksum(tokenizer_params)
@@ -92,16 +97,6 @@ def teach(
         loop.Run(task, workdir, guard, log).run()
 
 
-def make_batches(settings: TeacherRunSettings, train: LabelledImages) -> pipeline.Batches:
-    """The endless stream of {'image': uint8 (B, H, W, C), 'label': int32 (B,)}; raises DataError."""
-    return pipeline.make_dataset(
-        records.CodedImages(None, train.labels, train.images),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        num_workers=settings.data.num_workers,
-    )
-
-
 def _how_to_use(workdir: pathlib.Path) -> str:
     return (
         f"its encoder: --config.teacher.name=dinov2 --config.teacher.path={workdir} "
@@ -113,12 +108,8 @@ class TeacherTask(loop.Task):
     """An encoder, measured on the held-out images.
 
     Args:
-        config: the run's settings.
-        recipe: of the step.
         codebook: parameters of the tokenizer, {} where the objective needs none.
-        batches: of the training images.
         held_out: the images that it is measured on.
-        workdir: of the run.
         devices: each takes a part of the batch.
     """
 

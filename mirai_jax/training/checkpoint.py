@@ -70,7 +70,6 @@ class Checkpoints:
 
     Args:
         folder: created if it does not exist.
-        every: steps between checkpoints.
         keep: the newest that are kept.
         keep_every: those at multiples of it are kept for ever (0: none).
     """
@@ -107,9 +106,7 @@ class Checkpoints:
             return
         self.wait()
         if not self._folder.is_dir():
-            raise TrainingError(
-                f"{self._folder} is gone: no checkpoint of step {step} can be written"
-            )
+            raise TrainingError(f"{self._folder} is gone: step {step} cannot be written")
         tree = _storable(state)
         marks = {"next_index": step, "fingerprints": fingerprints(tree)}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), marks=ocp.args.JsonSave(marks))
@@ -159,7 +156,6 @@ class Checkpoints:
 
         Args:
             like: the state's shapes (arrays or what `jax.eval_shape` gives).
-            shardings: where they go.
             warn: takes a line for each damaged one, and where processes see others.
 
         Returns:
@@ -183,9 +179,7 @@ class Checkpoints:
                 "the version that wrote them, or another --workdir"
             )
         for step, why in damaged.items():
-            warn(
-                f"checkpoint of step {step:,} is damaged ({why}): set aside as {self._aside(step)}"
-            )
+            warn(f"step {step:,} is damaged ({why}): set aside as {self._aside(step)}")
         self._steps = [step for step in steps if step not in damaged]
         return result
 
@@ -209,12 +203,9 @@ class Checkpoints:
     def _restore(self, step: int, like: Any, shardings: Any) -> tuple[Any, str, int]:
         """The state, or None and why not; and the outcome over all processes.
 
-        No process is left waiting: each reads without the others, and then they agree, before
-        anything that they do together.
-
-        A checkpoint that a process does not see at all ends the run, and is not taken for damaged:
-        process 0 sees it, so it is likely whole and the storage is wrong. Going back to the one before it
-        would lose a good checkpoint and its steps because of a mount.
+        No process is left waiting: each reads without the others, and then they agree. A checkpoint
+        that one process does not see ends the run: process 0 sees it, so it is likely whole and a
+        mount is wrong. Going back to the one before it would lose its steps.
         """
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -241,9 +232,7 @@ class Checkpoints:
             worst = distributed.worst(here)
         why = why or "another process cannot read it"
         if worst == _NOT_NOW:
-            raise TrainingError(
-                f"the checkpoint {path} cannot be read now ({why}); it stays as it is"
-            )
+            raise TrainingError(f"{path} cannot be read now ({why}); it stays as it is")
         if worst != _WHOLE:
             return None, why, worst
         state = type(like)(**tree)
@@ -251,9 +240,7 @@ class Checkpoints:
 
     def _aside(self, step: int) -> str:
         """Renames a damaged checkpoint; returns its new name."""
-        names = (
-            f"damaged_step_{step}{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 99)))
-        )
+        names = [f"damaged_step_{step}", *(f"damaged_step_{step}.{i}" for i in range(2, 99))]
         name = next(name for name in names if not (self._folder / name).exists())
         distributed.barrier(f"setting aside {step}")
         if distributed.is_first():
@@ -280,10 +267,8 @@ def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any,
         raise ConfigError(f"{folder} holds no checkpoint yet")
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise ConfigError(
-            f"{folder} holds no checkpoint of step {step}; its steps are "
-            f"{', '.join(map(str, steps))}"
-        )
+        listed = ", ".join(map(str, steps))
+        raise ConfigError(f"{folder} holds no checkpoint of step {step}; its steps are {listed}")
     path = (folder / f"step_{step}").absolute()
     try:
         reader = ocp.PyTreeCheckpointHandler()

@@ -13,14 +13,7 @@ def summary_figure(
     metrics: Sequence[dict[str, Any]],
     grid_HxWx3: np.ndarray | None,
 ) -> None:
-    """The run at a glance: cross-entropy and foresight losses by step, and the last samples.
-
-    Args:
-        path: the PNG to write.
-        title: what the run is.
-        metrics: the entries of metrics.jsonl.
-        grid_HxWx3: a sample grid, or None.
-    """
+    """The run at a glance: cross-entropy and foresight losses by step, and the last samples."""
     import matplotlib
 
     matplotlib.use("Agg")

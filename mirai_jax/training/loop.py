@@ -266,9 +266,7 @@ class Run:
         """Ends the run when its checkpoint is on the disk."""
         self._checkpoints.wait()
         self._note("preempted", step=step)
-        raise Preempted(
-            f"{_who()}asked to stop: step {step:,} is saved, the same command resumes there"
-        )
+        raise Preempted(f"{_who()}asked to stop: step {step:,} is saved; the same command resumes")
 
     def _save(self, step: int) -> None:
         self.guard.heartbeat(f"the checkpoint of step {step}")

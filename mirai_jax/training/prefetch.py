@@ -21,12 +21,9 @@ class Prefetcher:
     """The batches of a run in order, never more than one ahead.
 
     Args:
-        batches: what to read.
         put: begins to bring a batch to the devices, and returns it there.
-        watch: counts the waits.
         heartbeat: takes what the run is at.
         died: takes the error of a data worker that died, and the number of the batch.
-        clock: seconds.
     """
 
     def __init__(

@@ -42,8 +42,6 @@ def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Setting
     """
     settings = read_settings(field, workdir)
     folder = pathlib.Path(workdir).expanduser() / "checkpoints"
-    if not folder.is_dir():
-        raise ConfigError(f"{field} is {workdir!r}, a run without a checkpoint yet")
     return settings, *restore_weights(folder, step)
 
 

@@ -17,7 +17,6 @@ def of_workdir(
     """A run's generator and tokenizer.
 
     Args:
-        workdir: of the run.
         step: of the checkpoint; None: the newest.
         state: 'ema' or 'model', which of its weights.
         tokenizer_path: weights of a VQ tokenizer in place of those that the run's config names.
@@ -48,8 +47,6 @@ def of_checkpoint(path: str, tokenizer_path: str | None, grid: int = 0) -> Sourc
     """A converted or PyTorch generator with a VQ tokenizer.
 
     Args:
-        path: a PyTorch file or a converted folder.
-        tokenizer_path: the tokenizer's weights.
         grid: tokens a side of a PyTorch file's generator; 0: see `weights.token_grid`.
 
     Raises:

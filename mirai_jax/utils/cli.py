@@ -27,7 +27,6 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
     Expected are ConfigError, DataError, errors of the devices (such as too little memory) and `more`.
 
     Args:
-        more: further expected kinds of errors.
         interrupted: the message after Ctrl-C.
     """
     if not flags.FLAGS["verbosity"].present:
@@ -83,12 +82,9 @@ def _quieten() -> None:
 
 
 def flag_values(module: str) -> flags.FlagValues:
-    """The flags of a program: the command line's if it runs, separate ones if it is imported.
+    """The flags of the program `module` (its `__name__`): the command line's if it runs.
 
-    Separate flags let programs share names.
-
-    Args:
-        module: the program's `__name__`.
+    An imported program has separate flags, so that programs may share names.
     """
     return flags.FLAGS if module == "__main__" else flags.FlagValues()
 
@@ -112,7 +108,5 @@ def share(process_index: int | None, process_count: int | None) -> tuple[int, in
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
     if not 0 <= index < count:
-        raise ConfigError(
-            f"--process_index is {index}; it must be 0 to {count - 1}, below --process_count"
-        )
+        raise ConfigError(f"--process_index is {index}; it must be 0 to --process_count - 1")
     return index, count

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import pathlib
+import re
 import secrets
 import socket
 import sys
@@ -70,7 +71,6 @@ def start(
         mode: 'auto' joins if the environment or the next three arguments describe several processes;
             'on' always joins (needed on a Cloud TPU slice); 'off' never does.
         coordinator: 'HOST:PORT' of the first process.
-        num_processes: number of processes.
         process_id: this process's number, from 0.
         heartbeat: seconds of silence after which a process counts as dead.
         timeout: seconds to wait for the others at the start.
@@ -80,33 +80,22 @@ def start(
     Raises:
         ConfigError: arguments that do not go together, or no answer at the coordinator's address.
     """
-    given = {
-        "coordinator_address": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {"coordinator_address": coordinator, "num_processes": num_processes}
+    given = {k: v for k, v in (given | {"process_id": process_id}).items() if v is not None}
+    together = "--coordinator, --num_processes and --process_id"
     if mode == "off" and given:
-        raise ConfigError("--distributed is 'off'; it goes without --coordinator, --num_processes "
-                          "and --process_id")  # fmt: skip
+        raise ConfigError(f"--distributed is 'off'; it goes without {together}")
     found = environment(os.environ)
     if mode == "off" or (mode == "auto" and not given and found is None):
         return
-    if coordinator is not None and not (
-        ":" in coordinator and coordinator.split(":")[-1].isdigit()
-    ):
+    if coordinator is not None and not re.fullmatch(r".*:\d+", coordinator):
         raise ConfigError(f"--coordinator is {coordinator!r}; it must be HOST:PORT")
     arguments = {**(found or {}), **given}
     count, index = arguments.get("num_processes"), arguments.get("process_id")
     if given and found is None and len(given) < 3:
-        raise ConfigError(
-            "--coordinator, --num_processes and --process_id go together; "
-            f"{' and '.join(sorted(given))} alone does not start a run of several processes"
-        )
+        raise ConfigError(f"{together} go together; one is missing")
     if count is not None and index is not None and not 0 <= index < count:
-        raise ConfigError(
-            f"--process_id is {index}; it must be 0 to {count - 1}, below --num_processes"
-        )
+        raise ConfigError(f"--process_id is {index}; it must be 0 to --num_processes - 1")
     which = f" as process {index} of {count}" if count is not None else ""
     print(f"joining the other processes{which}", file=sys.stderr, flush=True)
     if coordinator is not None and index:

@@ -15,7 +15,6 @@ def sample_grid(images_BxHxWxC: np.ndarray, names: Sequence[str], side: int = 64
 
     Args:
         images_BxHxWxC: uint8, the images of the first name first; B is a multiple of len(names).
-        names: one for each row.
         side: pixels; images are enlarged by a whole factor to about this side.
 
     Returns:

@@ -106,7 +106,7 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
         raise ConfigError(f"teacher.path is {wanted.path!r}, no {wanted.name} but a {config}")
     if wanted.image_size % config.patch:
         raise ConfigError(
-            f"teacher.image_size is {wanted.image_size}; it must be a multiple of {config.patch}"
+            f"teacher.image_size is {wanted.image_size}, no multiple of {config.patch}"
         )
     if wanted.layer > config.num_layers:
         raise ConfigError(f"teacher.layer is {wanted.layer}; it must be 0 to {config.num_layers}")
