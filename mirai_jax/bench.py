@@ -31,8 +31,7 @@ _CONFIG = _string("config", "", "FILE[:scale] of configs/; --config.field=value 
 _COMPARE = flags.DEFINE_bool(
     "compare",
     False,
-    "Measure llamagen.py, mirai_e.py and mirai_i.py of the config's folder, and the config itself if it "
-    "is another one, and print their ratios.",
+    "Measure LlamaGen, Mirai-E and Mirai-I too, and print ratios.",
     flag_values=_FLAGS,
 )
 _MEASURE = flags.DEFINE_multi_enum(
@@ -49,13 +48,8 @@ _SAMPLE_BATCH = flags.DEFINE_integer(
 _PEER = _string(
     "peer", "", "A program that runs the official code's steps, timed in the same rounds."
 )
-_PEAK = flags.DEFINE_float(
-    "peak_tflops",
-    0.0,
-    "Of all devices, for MFU; 0: the datasheet's, else what matrix products reach here.",
-    0.0,
-    flag_values=_FLAGS,
-)
+_float = functools.partial(flags.DEFINE_float, flag_values=_FLAGS)
+_PEAK = _float("peak_tflops", 0.0, "Of all devices, for MFU; 0: the datasheet's or measured.", 0.0)
 _JSON = _string("json", "", "File for all numbers.")
 _FIGURE = _string("figure", "", "PNG file for a figure of them.")
 _TRACE = _string("trace", "", "Folder for a profiler's trace of one more run of each task.")

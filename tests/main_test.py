@@ -47,7 +47,7 @@ def main(*arguments: str) -> subprocess.CompletedProcess:
 
 WRONG = [  # each starts the program; config_test.py and fuzz_config_test.py have more, without it
     ([], ["--config is missing"]),
-    (["--config=configs/llamagen.py", "--config.batchsize=3"], ["batchsize", "'3'", "batch_size"]),
+    (["--config=configs/llamagen.py", "--config.batchsize=3"], ["batchsize", "batch_size"]),
     (
         ["--config=configs/llamagen.py", "--config.batch_size=9", "--config.mesh.data=2"],
         ["mesh.data=2", "number of devices"],

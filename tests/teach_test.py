@@ -143,7 +143,7 @@ def test_the_program_tells_wrong_arguments_in_one_line(monkeypatch, tmp_path, ca
         ([f"--config={file}:imagenet_b"], "has no encoder to train"),
         (
             [f"--config={file}", "--config.masked=1"],
-            "masked does not exist (given '1'); the fields of conf",
+            "--config.masked=1: no such field",
         ),
         ([f"--config={file}", "--config.seed=1.5"], "seed"),
         ([f"--config={file}", "more"], "'more' is not understood"),
@@ -316,10 +316,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished
     with pytest.raises(KeyboardInterrupt if how == "killed" else Preempted):
         run(made, tmp_path, log=log)
     message = refusal(encoder, tmp_path)
-    assert (
-        "teacher.path is " in message
-        and "a run of mirai_jax.teach has when it is finished" in message
-    )
+    assert "teacher.path is " in message and "not finished" in message
     lines = run(made, tmp_path)
     step = 4 if how == "killed" else 7  # the loop is a step ahead of the screen
     assert any(f"resumed at step {step} of 8" in line for line in lines)
@@ -397,7 +394,7 @@ def test_it_is_shown_images_like_those_it_learned_from(finished, tmp_path):
     assert "data.held_out is 100; it must be " in message
     (tmp_path / "config.json").write_text("{}")  # of a run that is no teacher, say
     settings = schema.read(student(tmp_path), 1)
-    assert "/encoder is not a whole converted folder" in refusal(frozen.make_teacher, settings)
+    assert "not finished" in refusal(frozen.make_teacher, settings)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_attributes_and_parameters():
     module, variables = make()
     assert (module.downsample, module.vocab_size) == (4, 7)
     assert module.grid((8, 12)) == (2, 3) and module.grid((32, 32)) == (8, 8)
-    with pytest.raises(ValueError, match="30x32 does not divide into patches of 4x4"):
+    with pytest.raises(ValueError, match="30x32 does not divide into tokens of 4x4"):
         module.grid((30, 32))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 12, 2)))
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)

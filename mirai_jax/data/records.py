@@ -38,10 +38,8 @@ def pack_record(codes_CxL: np.ndarray, label: int, key: str) -> bytes:
             f"record {key!r} has codes {codes.dtype} {codes.shape} and label {label}: allowed are "
             "uint16 (crops, length) and 0 to 2147483647"
         )
-    packed = codes.astype("<u2").tobytes()
-    return msgpack.packb(
-        {"shape": list(codes.shape), "codes": packed, "label": int(label), "key": key}
-    )
+    fields = {"shape": list(codes.shape), "codes": codes.astype("<u2").tobytes()}
+    return msgpack.packb({**fields, "label": int(label), "key": key})
 
 
 def unpack_record(raw: bytes) -> dict[str, Any]:

@@ -114,10 +114,9 @@ def _of_npz(path: str) -> ImageStream:
     def opened() -> tuple[Any, Any, tuple[int, ...], bool, np.dtype]:
         archive = zipfile.ZipFile(path)
         file = archive.open("arr_0.npy")
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-            version, np.lib.format.read_array_header_2_0
-        )
+        form = np.lib.format
+        first = form.read_magic(file) == (1, 0)
+        read = form.read_array_header_1_0 if first else form.read_array_header_2_0
         return archive, file, *read(file)
 
     try:

@@ -99,10 +99,7 @@ class EfficientNetLite0(nn.Module):
         if not jnp.issubdtype(images_BxHxWx3.dtype, jnp.floating):
             raise ValueError(f"images must be floats in [0, 1], not {images_BxHxWx3.dtype}")
         if stage is not None and (logits or stage not in range(1, 8)):
-            raise ValueError(
-                f"stage must be 1 to 7, or None for pooled features and logits; "
-                f"got stage={stage!r}, logits={logits}"
-            )
+            raise ValueError(f"stage is {stage!r}; it must be 1 to 7, or None, as for logits")
 
         # The training data was (pixel - 127) / 128 with pixels 0 to 255.
         x = (images_BxHxWx3.astype(jnp.float32) * 255 - 127) / 128

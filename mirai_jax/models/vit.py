@@ -62,10 +62,8 @@ def named(name: str) -> DinoConfig:
     """The published network of that name; raises ValueError if there is none."""
     if name not in NAMES:
         raise ValueError(f"{name!r} is not a published DINOv2; those are {', '.join(NAMES)}")
-    size = name.removeprefix("dinov2_")
-    if size in SIZES:
-        return SIZES[size]
-    return dataclasses.replace(SIZES[size.removesuffix("_reg4")], registers=4)
+    size, registers = name.removeprefix("dinov2_"), 4 * name.endswith("_reg4")
+    return dataclasses.replace(SIZES[size.removesuffix("_reg4")], registers=registers)
 
 
 def config_of(state: Mapping[str, Any], num_heads: int | None = None) -> DinoConfig:

@@ -179,9 +179,7 @@ def _in_memory(
 
 def _on_disk(
     settings: Settings, tokenizer: nn.Module | None, tokenizer_params: Any, log: Log
-) -> tuple[
-    records.CodeRecords | pipeline.OnlineImages, pipeline.CropLoader | None, tuple[str, ...]
-]:
+) -> tuple[Any, pipeline.CropLoader | None, tuple[str, ...]]:
     """The source of a large image set, what loads its crops if the step sees them, its classes."""
     images = open_images(settings.data.images) if settings.step_sees_images else None
     if settings.data.online:

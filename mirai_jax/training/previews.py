@@ -3,7 +3,6 @@
 Drawing is done by all devices of all hosts, whose EMA it is; pictures are made on the first host.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,9 @@ from jax.sharding import Mesh
 from mirai_jax.models import batched
 from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
 from mirai_jax.sampling.keys import CLASSIFIED, GRID
-from mirai_jax.sampling.on_mesh import draw
+from mirai_jax.sampling.on_mesh import Heartbeat, draw
 from mirai_jax.training.components import Components, labelled_images
 from mirai_jax.utils import pictures
-
-Heartbeat = Callable[[str], None]  # takes what the run is at
 
 
 def decode(components: Components, codes_NxL: np.ndarray) -> np.ndarray:

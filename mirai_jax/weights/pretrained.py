@@ -141,7 +141,10 @@ def load(
     try:
         if os.path.isdir(path):
             of_run = kind == "teacher" and os.path.isfile(os.path.join(path, "config.json"))
-            weights = load_converted(os.path.join(path, ENCODER) if of_run else path)
+            folder = os.path.join(path, ENCODER) if of_run else path
+            if of_run and not is_converted(folder):
+                raise ConfigError(f"a run of mirai_jax.teach that is not finished: no {ENCODER}/")
+            weights = load_converted(folder)
         else:
             state, entry, arguments = state_dict.read_state(path)
             source = {"file": os.path.basename(path), "entry": entry}
