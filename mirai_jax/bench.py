@@ -55,8 +55,7 @@ _FIGURE = _string("figure", "", "PNG file for a figure of them.")
 _TRACE = _string("trace", "", "Folder for a profiler's trace of one more run of each task.")
 
 
-def log(line: str) -> None:
-    print(line, flush=True)
+log = functools.partial(print, flush=True)
 
 
 def main(argv: list[str]) -> None:

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
             f"{settings.generator.remat}; compiling"
         )
         try:
-            plan = memory_plan.compile_step(settings, devices).plan
+            plan = memory_plan.plan(settings, devices)
         except jax.errors.JaxRuntimeError as error:  # compilers for TPUs refuse what does not fit
             raise TrainingError(
                 f"the compiler refuses the step ({first_line(error)[:300]}); if memory is the reason, "

@@ -100,9 +100,6 @@ class TeacherRunSettings(_TopFields):
 def read(config: Mapping[str, Any], num_devices: int) -> TeacherRunSettings:
     """Checks every field of a config and returns it typed.
 
-    Args:
-        config: a ConfigDict, or the dictionary of a workdir's config.json.
-
     Raises:
         ConfigError: the first wrong field, in one line.
     """

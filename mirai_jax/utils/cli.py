@@ -25,9 +25,7 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
     """Turns expected errors into one line, "error: ...", and the error's exit `status`.
 
     Expected are ConfigError, DataError, errors of the devices (such as too little memory) and `more`.
-
-    Args:
-        interrupted: the message after Ctrl-C.
+    `interrupted` is the message after Ctrl-C.
     """
     if not flags.FLAGS["verbosity"].present:
         _quieten()

@@ -176,17 +176,22 @@ def to_torch(config: GeneratorConfig | VQConfig | DinoConfig, params: Any) -> di
     return state
 
 
+generator_from_torch = vq_from_torch = dinov2_from_torch = from_torch
+generator_to_torch = vq_to_torch = dinov2_to_torch = to_torch
+
+
 # The projectors of foresight ----------------------------------------------------------------------
 
 _PROJECTOR = re.compile(r"projectors\.(\d+)\.([024])\.(weight|bias)")
 
 
-def projectors_from_torch(state: Arrays) -> Any:
+def projectors_from_torch(state: Arrays, num_heads: int | None = None) -> Any:
     """The official `projectors.K.{0,2,4}.{weight,bias}` -> a term's stacked projectors.
 
-    Names of other parts are ignored. Raises NamesError if a projector is incomplete.
+    Names of other parts are ignored, as are projectors after the first `num_heads` (default: all).
+    Raises NamesError if a projector is incomplete.
     """
-    count = len({m[1] for m in map(_PROJECTOR.fullmatch, state) if m})
+    count = num_heads or len({m[1] for m in map(_PROJECTOR.fullmatch, state) if m})
     rows = {
         (i, part): [f"projectors.{k}.{2 * i}.{part}" for k in range(count)]
         for i in range(3)
