@@ -104,8 +104,7 @@ def test_an_unknown_kernel_is_refused():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    make = splash_attention.make_splash_mha_single_device
-    make = functools.partial(make, interpret=True)
+    make = functools.partial(splash_attention.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", make)
 
 
@@ -128,10 +127,8 @@ def test_every_device_attends_for_its_own_images_and_heads(interpreted):
     inputs = arrays(4, 128, 2, 16, BFLOAT16)
     with on_mesh((2, 2, 2)):
         kernel = functools.partial(attention._splash, causal=True)
-        kernel = activation_sharding.per_device(
-            kernel, inputs[0].shape, "batch", None, "heads", None
-        )
-        got = run(kernel, *inputs)
+        axes = ("batch", None, "heads", None)
+        got = run(activation_sharding.per_device(kernel, inputs[0].shape, *axes), *inputs)
     assert got[0].sharding.spec == P(("data", "fsdp"), None, "tensor")
     check(got, *inputs, True, 0.01)
 
@@ -142,9 +139,8 @@ def test_every_device_attends_for_its_own_images_and_heads(interpreted):
 @pytest.fixture
 def cudnn(monkeypatch):
     """As where JAX has its CUDA plugin."""
-    monkeypatch.setattr(
-        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
-    )
+    name = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(name, lambda: 91000)
 
 
 def on_mesh(shape=(1, 1, 1)):
@@ -260,40 +256,16 @@ def generator_loss(config, params):
     return (logits.astype(jnp.float32) ** 2).sum()
 
 
-def params_of(config):
-    params = generator.init_params(config, jax.random.key(0))
-    return jax.tree.map(lambda x: x + 0.1, params)  # the output head too
-
-
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_the_generator_takes_it_whatever_is_computed_again(remat, cudnn):
     config = dataclasses.replace(CONFIG, remat=remat)
-    shapes = jax.eval_shape(functools.partial(params_of, config))
+    shapes = jax.eval_shape(lambda: generator.init_params(config, jax.random.key(0)))
     again = {} if remat == "none" else {"__cudnn$fmhaSoftmax": 2}
     with on_mesh():
         of = lambda config: jax.grad(functools.partial(generator_loss, config))
         assert calls(lowered("cuda", of(config), shapes)) == CUDNN | again
         xla = dataclasses.replace(config, attention="xla")
         assert not calls(lowered("cuda", of(xla), shapes))
-
-
-@pytest.mark.slow
-def test_what_is_computed_again_changes_no_gradient():
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    params = jax.jit(params_of, static_argnums=0, compiler_options=quick)(CONFIG)
-    with on_mesh():
-        gradients = [
-            jax.jit(jax.grad(functools.partial(generator_loss, config)), compiler_options=quick)(
-                params
-            )
-            for config in (
-                dataclasses.replace(CONFIG, attention="xla"),
-                *(dataclasses.replace(CONFIG, remat=remat) for remat in generator.REMAT),
-            )
-        ]
-    for other in gradients[1:]:
-        for x, want in zip(jax.tree.leaves(other), jax.tree.leaves(gradients[0]), strict=True):
-            np.testing.assert_allclose(x, want, rtol=0.02, atol=0.02 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(("kernel", "fused"), [("auto", {"tpu_custom_call": 1}), ("xla", {})])
@@ -311,9 +283,7 @@ def test_dinov2_takes_it(kernel, fused):
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on NVIDIA GPUs")
 @pytest.mark.parametrize("head_dim", [64, 100])
-@pytest.mark.parametrize(
-    ("length", "causal"), [(256, True), (576, True), (257, False), (261, False)]
-)
+@pytest.mark.parametrize("length, causal", [(256, True), (576, True), (257, False), (261, False)])
 def test_cudnn_is_close(length, causal, head_dim):
     inputs = arrays(2, length, 2, head_dim, BFLOAT16)
     attend = functools.partial(attention.attend, causal=causal)

@@ -1,11 +1,12 @@
 """Configs: every file reads, wrong fields are refused by name, old runs resume."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
 
-import ml_collections
+import helpers
 import pytest
 from fuzzing import at, missing, paths_of, replaced
 
@@ -13,7 +14,6 @@ from configs import base, teacher
 from mirai_jax import foresight, optimizer
 from mirai_jax.config import compare, fields, schema
 from mirai_jax.teaching import settings as teacher_settings
-from mirai_jax.utils import trees
 from mirai_jax.utils.errors import ConfigError
 
 TERM = "foresight[0]."
@@ -41,13 +41,7 @@ def with_fields(config, values):
     return config
 
 
-def refusal(config, num_devices=8):
-    """The message of the ConfigError, checked to be one line."""
-    with pytest.raises(ConfigError) as error:
-        read(config, num_devices)
-    message = str(error.value)
-    assert len(message.splitlines()) == 1
-    return message
+refusal = functools.partial(helpers.refusal, read, error=ConfigError)
 
 
 # The files ---------------------------------------------------------------------------------------
@@ -105,13 +99,6 @@ def test_the_published_mirai_i(scale, grid):
     assert result.data.codes == "stored"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_an_unknown_scale_names_all_scales(name):
-    with pytest.raises(ValueError, match="'imagenet_m'") as error:
-        importlib.import_module(f"configs.{name}").get_config("imagenet_m")
-    assert all(scale in str(error.value) for scale in base.SCALES)
-
-
 def test_no_colon_is_the_demo_and_only_variants_that_need_it_differ():
     assert all(get(name) == get(name, "demo") for name in FILES)
     assert {**get("mirai_e"), "foresight": (), "name": "llamagen"} == get("llamagen")
@@ -162,35 +149,14 @@ def test_a_config_that_lacks_a_field_has_its_default_and_resumes(config, group, 
     assert count > 12
 
 
-@dataclasses.dataclass(frozen=True)
-class LaterTerm(schema.TermFields):
-    later: float = fields.field(0.5)
-
-
-@dataclasses.dataclass(frozen=True)
-class LaterModel(schema.ModelFields):
-    later: str = fields.field("before", choices=("before", "after"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LaterConfig(schema.RunConfig):
-    later: int = fields.field(3, at_least=1, resumable=True)
-    model: LaterModel
-    foresight: tuple[LaterTerm, ...] = fields.field(())
-
-
-def test_a_run_from_before_a_field_resumes_with_the_fields_default():
-    old = get()
-    new = with_fields(old, {"later": 3, "model.later": "before", TERM + "later": 0.5})
-    assert fields.read(LaterConfig, old) == fields.read(LaterConfig, new)
-    assert compare.check_same_run(old, new, "runs/x", LaterConfig) == {}
-    assert compare.check_same_run(old, with_fields(new, {"later": 4}), "runs/x", LaterConfig) == {
-        "later": (3, 4)
-    }
-    for field, value in (("model.later", "after"), (TERM + "later", 1.0)):
-        with pytest.raises(ConfigError) as error:
-            compare.check_same_run(old, with_fields(new, {field: value}), "runs/x", LaterConfig)
-        assert field in str(error.value)
+def test_a_field_that_an_old_run_lacks_had_its_default_there():
+    config = get("mirai_e", "imagenet_b")
+    places = ("seed",), ("model", "token_dropout"), ("foresight", 0, "weights")
+    for path, value in zip(places, (1, 0.5, (1.0,)), strict=True):
+        runs = missing(config, path), replaced(config, path, value), "runs/x"
+        assert f"{path[-1]} was" in helpers.refusal(compare.check_same_run, *runs)
+    old, new = missing(config, ("log_every",)), with_fields(config, {"log_every": 7})
+    assert compare.check_same_run(old, new, "runs/x") == {"log_every": (100, 7)}
 
 
 @pytest.mark.parametrize("field", ["name", "scale"])
@@ -201,8 +167,7 @@ def test_a_missing_field_without_default_is_named(field):
 @pytest.mark.parametrize("field", ["num_step", "model.widht", TERM + "wieghts", "samples"])
 def test_a_field_that_does_not_exist_is_named(field):
     # A config file can set anything: `base.term(config, wieghts=(1.0,))` must not be ignored.
-    message = refusal(with_fields(get(), {field: 1}))
-    assert field in message and "the fields here are" in message
+    assert field in refusal(with_fields(get(), {field: 1}))
 
 
 # Wrong fields ------------------------------------------------------------------------------------
@@ -239,6 +204,7 @@ WRONG = [  # the last field of each is the one that the message names
     {TERM + "schedule": ((80.0, 0.5), (40.0, 0.25))}, {"ema_decay": 0.0},
     {TERM + "source": "checkpoint", TERM + "checkpoint": ""},
     {"model.class_dropout": 0.0, "sample.guidance": 2.0},
+    {"tokenizer.image_size": 516, "model.grid": (129, 129)},  # more tokens than 2**14
     {"mesh.tensor": 8, "accumulate": 32, TERM + "targets": "shuffled"},  # a single image
 ]  # fmt: skip
 
@@ -271,16 +237,6 @@ def test_what_data_tokenizer_and_teacher_ask_of_each_other(wrong, field):
     assert refusal(with_fields(config, wrong)).startswith(f"{field} is ")
 
 
-def test_the_message_has_the_value_and_what_is_allowed():
-    for wrong, message in (
-        ({"accumulate": 0}, "accumulate is 0; it must be at least 1"),
-        ({"teacher.stage": 8}, "teacher.stage is 8; it must be at least 1 and at most 7"),
-        ({"model.size": "M"}, "model.size is 'M'; it must be one of '', B, L, XL, XXL, 3B"),
-        ({TERM + "schedule": 1}, TERM + "schedule is 1; it must be a tuple of pairs of numbers"),
-    ):
-        assert refusal(with_fields(get(), wrong)) == message
-
-
 @pytest.mark.parametrize("mesh", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (2, 2, 4)])
 def test_a_mesh_that_does_not_fit_is_refused(mesh):
     config = with_fields(get(), {"mesh": dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))})
@@ -292,9 +248,8 @@ def test_a_batch_must_divide_by_the_devices_that_split_it_alone():
     assert read(config).mesh == (2, 1, 4)
     config = with_fields(config, {"accumulate": 6})
     assert read(config).accumulate == 6
-    message = refusal(with_fields(config, {"accumulate": 4}))
-    assert "a multiple of 8" in message and "accumulate=4" in message
-    assert "there are 6 devices" in refusal(with_fields(get(), {"batch_size": 32}), num_devices=6)
+    assert "accumulate=4" in refusal(with_fields(config, {"accumulate": 4}))
+    assert "6 devices" in refusal(with_fields(get(), {"batch_size": 32}), num_devices=6)
 
 
 def test_names_of_terms_are_unique():
@@ -334,12 +289,11 @@ def test_another_run_is_refused_with_every_field_that_differs():
         "optimizer.b2": 0.99, "data.name": "fashion_mnist", "mesh.fsdp": 2,
     }  # fmt: skip
     old, new = get(), with_fields(get(), changed)
-    with pytest.raises(ConfigError) as error:
-        compare.check_same_run(json.loads(compare.to_json(old)), new, "runs/x")
-    message = str(error.value)
-    assert len(message.splitlines()) == 1 and "runs/x" in message
+    old = json.loads(compare.to_json(old))
+    message = helpers.refusal(compare.check_same_run, old, new, "runs/x", error=ConfigError)
+    assert "runs/x" in message
     assert all(field in message for field in changed.keys() - {"mesh.fsdp"})
-    assert "seed was 0, is 1" in message and "--workdir" in message
+    assert "seed was 0, is 1" in message
     assert "mesh" not in message  # may differ
     for one, other in ((get("llamagen"), get("mirai_e")), (get("mirai_e"), get("llamagen"))):
         with pytest.raises(ConfigError, match="foresight"):
@@ -369,17 +323,3 @@ def test_only_a_constant_schedule_lets_a_run_be_prolonged():
     old = with_fields(get(), {"optimizer.schedule": "cosine"})
     with pytest.raises(ConfigError, match=r"num_steps was .*, is 10000"):
         compare.check_same_run(old, with_fields(old, {"num_steps": 10_000}), "x")
-
-
-def test_differences_in_words():
-    old = {"seed": 0, "model": {"grid": [8, 8]}, "terms": [{"name": "a"}]}
-    new = ml_collections.ConfigDict({"seed": 1, "model": {"grid": (8, 8)}})
-    changed = trees.differences(old, new)
-    assert changed == {"seed": (0, 1), "terms[0].name": ("a", None)}
-    assert trees.was_is(changed) == "seed was 0, is 1; terms[0].name was 'a', is None"
-
-
-def test_config_dicts_inside_tuples_become_plain():
-    config = ml_collections.ConfigDict({"a": (ml_collections.ConfigDict({"b": [1, 2]}),)})
-    result = fields.plain(config)
-    assert result == {"a": ({"b": (1, 2)},)} and type(result["a"][0]) is dict

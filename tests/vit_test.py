@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mirai_jax.models import teacher, vit
 from mirai_jax.weights import torch_names
@@ -80,10 +78,6 @@ def test_positions_match_torch(grid):
     got = vit.resample_positions(positions, (5, 5), tuple(map(int, grid.split("x"))))
     np.testing.assert_allclose(got, want, atol=2e-6)
     np.testing.assert_array_equal(got[:, 0], positions[:, 0])
-
-
-def test_positions_of_the_same_grid_are_untouched():
-    positions = STATE["pos_embed"]
     np.testing.assert_array_equal(vit.resample_positions(positions, (5, 5), (5, 5)), positions)
 
 
@@ -133,7 +127,7 @@ def test_shapes_determine_the_published_sizes(name):
 def test_unknown_names_are_refused():
     assert set(vit.NAMES) == set(PARAMETERS)
     for name in ("dinov2_vith14", "vitb14", "dinov2_vitb14_reg", "dinov2_vitb14_reg4_reg4", ""):
-        with pytest.raises(ValueError, match="dinov2_vits14"):
+        with pytest.raises(ValueError):
             vit.named(name)
 
 
@@ -160,30 +154,8 @@ def test_another_state_dict_is_refused(change, name):
     state = {n: a for n, a in (STATE | change).items() if a is not None}
     with pytest.raises(ValueError, match=name):
         vit.config_of(state, num_heads=2)
-
-
-def test_the_number_of_heads_must_be_known():
     with pytest.raises(ValueError, match="num_heads"):
-        vit.config_of(STATE)
-
-
-NAMES = [*STATE, "head.weight", "blocks.0.0.norm1.weight", ""]
-
-
-@settings(deadline=None)
-@given(
-    st.dictionaries(st.sampled_from(NAMES) | st.text(), st.lists(st.integers(0, 130), max_size=5)),
-    st.none() | st.integers(-1, 4),
-)
-def test_any_state_dict_gives_a_config_or_one_line(shapes, num_heads):
-    state = STATE | {n: np.broadcast_to(np.float32(0), shape) for n, shape in shapes.items()}
-    for found in (state, {n: state[n] for n in shapes}):
-        try:
-            config = vit.config_of(found, num_heads)
-        except ValueError as error:
-            assert "\n" not in str(error)
-        else:
-            assert config.width % config.num_heads == 0 and config.num_layers > 0
+        vit.config_of(STATE)  # whose width is not that of a published network
 
 
 # The network's behaviour --------------------------------------------------------------------------
@@ -200,7 +172,7 @@ def test_a_fresh_network_keeps_blocks_that_a_tap_leaves_out():
     assert {x.shape[0] for x in jax.tree.leaves(init(1)["params"]["blocks"])} == {2}
 
 
-@pytest.mark.parametrize("layer, depth", [(0, 3), (1, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize("layer, depth", [(0, 3), (1, 1), (2, 2)])
 def test_only_blocks_up_to_the_tap_are_run(layer, depth):
     config = dataclasses.replace(SMALL, num_layers=3)
     params = random_params(config)
@@ -297,17 +269,18 @@ def test_teacher_refuses_a_size_that_patches_do_not_tile(image_size):
 
 
 @pytest.mark.parametrize("image_size", [0, 14 * 8, 14 * 11], ids=["same", "finer", "uneven"])
-@pytest.mark.parametrize("token", [0, 3, 6, 11])
-def test_features_lie_where_the_pixels_are(image_size, token):
+def test_features_lie_where_the_pixels_are(image_size):
     """Of all tokens, the one whose pixels change changes most: on the token grid and off it."""
-    config = dataclasses.replace(SMALL, num_layers=1)
-    row, column = divmod(token, 4)
-    images = np.full((2, 3 * 16, 4 * 16, 3), 128, np.uint8)
-    images[1, 16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)] = random_pixels(16, 16, 3)
+    config, tokens = dataclasses.replace(SMALL, num_layers=1), (0, 3, 6, 11)
+    images = np.full((5, 3 * 16, 4 * 16, 3), 128, np.uint8)
+    for image, token in zip(images[1:], tokens, strict=True):
+        row, column = divmod(token, 4)
+        image[16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)] = random_pixels(16, 16, 3)
     features = teach(images, (3, 4), config, image_size=image_size)
-    change = np.linalg.norm(features[1] - features[0], axis=-1)
-    assert np.argmax(change) == token
-    assert change[token] > 1.5 * np.partition(change, -2)[-2]
+    for changed, token in zip(features[1:], tokens, strict=True):
+        change = np.linalg.norm(changed - features[0], axis=-1)
+        assert np.argmax(change) == token
+        assert change[token] > 1.5 * np.partition(change, -2)[-2]
 
 
 def test_tokens_share_the_features_of_coarser_patches():
