@@ -42,13 +42,9 @@ def run(
 
     Args:
         config: FILE[:scale] of configs/.
-        overrides: `--config.field=value`, for all variants.
-        compare: measures COMPARED of the config's folder too.
         measures: of MEASURES; 'compile' is part of 'step'.
         sample_batch: images sampled at once; 0: 1 on a CPU, else 64.
-        reference_command: starts a reference program; '' for none.
         peak_tflops: of all devices, for MFU; 0: the datasheet's, else what matrix products reach.
-        trace: folder for a profiler's trace; '' for none.
 
     Raises:
         ConfigError: wrong options or settings; one line.
