@@ -229,7 +229,7 @@ def test_a_wrong_text_for_any_field_is_refused_with_its_name(amount):
         ("--config=configs/mirai_e.py:imagenet_huge", "imagenet_huge imagenet_xxl demo"),
         ("--config=configs/mirai_e.py extra", "'extra'"),
         ("--config=configs/mirai_e.py --wrokdir=x", "wrokdir"),
-        ("--config=configs/mirai_e.py --config.model.depth 3", "model.depth num_layers"),
+        ("--config=configs/mirai_e.py --config.model.depth 3", "model.depth"),
         ("--config=configs/mirai_e.py --config.foresight[0].weight=3", "foresight[0].weight"),
         ("--config=configs/llamagen.py --config.foresight[1].source=ema", "foresight[1]"),
     ],
