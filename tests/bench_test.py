@@ -18,10 +18,8 @@ from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
 
 LLAMAGEN = "configs/llamagen.py"
-SMALL = [
-    *TINY,
-    *(f"--config.{x}" for x in ("batch_size=8", "teacher.stage=1", "teacher.image_size=32")),
-]
+FIELDS = ("batch_size=8", "teacher.stage=1", "teacher.image_size=32")
+SMALL = [*TINY, *(f"--config.{field}" for field in FIELDS)]
 
 
 @pytest.fixture
@@ -103,52 +101,37 @@ def test_compared_variants(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     three = list(run_lib.COMPARED)
-    assert compared("configs/mirai_e.py:demo") == three
-    assert compared("./configs/mirai_i.py") == three
+    assert compared("configs/mirai_e.py:demo") == compared("./configs/mirai_i.py") == three
     assert compared("configs/mirai_e_i.py:demo") == [*three, "mirai_e_i"]
-    for name in three:
-        (tmp_path / f"{name}.py").write_text((ROOT / "configs" / f"{name}.py").read_text())
-    (tmp_path / "twin.py").write_text((ROOT / "configs" / "mirai_e.py").read_text())
+    for name, twin in (*zip(three, three, strict=True), ("mirai_e", "twin")):
+        text = (ROOT / "configs" / f"{name}.py").read_text()
+        (tmp_path / f"{twin}.py").write_text(text)
     assert "twin.py: name is 'mirai_e'" in refusal(compared, tmp_path / "twin.py")
 
 
-@pytest.mark.parametrize(
-    "options, overrides, field",
-    [
-        ({"config": ""}, [], "--config"),
+def test_wrong_options(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for options, overrides, field in (
         ({"config": "configs/none.py"}, [], "configs/none.py"),
         ({}, ["--config.model.depth=3"], "model.depth"),
         ({}, ["more"], "'more'"),
         ({}, ["--config.batch_size=0"], "batch_size"),
         ({"measures": ["parts"]}, [], "--measure=step"),
         ({"measures": ["step", "parts"]}, ["--config.accumulate=2"], "accumulate"),
-    ],
-)
-def test_wrong_options(options, overrides, field, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    options = {"config": LLAMAGEN, "overrides": [*SMALL, *overrides], **options}
-    assert field in refusal(run_lib.run, **options)
+    ):
+        options = {"config": LLAMAGEN, "overrides": [*SMALL, *overrides], **options}
+        assert field in refusal(run_lib.run, **options)
+    arguments = bench._FLAGS(["bench", f"--config={LLAMAGEN}", "--json=nowhere/bench.json"])
+    assert "'nowhere/bench.json'" in exit_message(bench.main, arguments)  # before measuring
 
 
-def test_the_reference_program_runs_the_official_recipe_alone(capfd):
+def test_a_reference_program_answers_or_fails(capfd):
     def start(*fields):
         config = parse_config([f"--config={ROOT}/configs/mirai_e.py:imagenet_b", *fields])
         settings = schema.read(memory_plan.without_files(config), 1)
         return reference.start(REFERENCE, settings, 1)
 
-    start("--config.batch_size=4").close()
-    assert "'--size=B', '--tap=8', '--grid=16'" in capfd.readouterr().err
-    assert "accumulate" in refusal(start, "--config.accumulate=2")
-    assert "generator" in refusal(start, "--config.model.size=", *TINY)
-
-
-def test_files_need_a_folder_before_anything_is_measured():
-    arguments = bench._FLAGS(["bench", f"--config={LLAMAGEN}", "--json=nowhere/bench.json"])
-    assert "'nowhere/bench.json'" in exit_message(bench.main, arguments)
-
-
-def test_a_reference_program_answers_or_fails(capfd):
-    program = reference.ReferenceProgram(REFERENCE, "--size=B")
+    program = start("--config.batch_size=4")
     assert program("train llamagen") == 0.5
     with pytest.raises(reference.ReferenceFailed, match="train mirai_e.*no E here"):
         program("train mirai_e")
@@ -156,7 +139,10 @@ def test_a_reference_program_answers_or_fails(capfd):
         with pytest.raises(reference.ReferenceFailed, match="status 3.*sample"):
             program("sample")
     program.close()
-    assert "--size=B" in capfd.readouterr().err
+    assert "'--size=B', '--tap=8', '--grid=16'" in capfd.readouterr().err
+    # It runs the official recipe alone.
+    assert "accumulate" in refusal(start, "--config.accumulate=2")
+    assert "generator" in refusal(start, "--config.model.size=", *TINY)
     with pytest.raises(reference.ReferenceFailed, match="--peer"):
         reference.ReferenceProgram("no-such-program-at-all")
 
@@ -200,15 +186,17 @@ def row(lines, title):
 def test_the_table():
     results = {**RESULTS, "peer_refused": {"step mirai_i": "no such thing"}}
     lines = report.lines(results)
-    assert row(lines, "train step") == ["3.06", "s", "4.18", "s", "4.09", "s"]
-    assert row(lines, "  over llamagen's") == ["1.00", "1.35", "1.36"]  # within rounds
+    for title, cells in {
+        "train step": ["3.06", "s", "4.18", "s", "4.09", "s"],
+        "  over llamagen's": ["1.00", "1.35", "1.36"],  # within rounds
+        "tokens/s": ["335.1", "245.1", "250.3"],
+        "MFU of 0.302 TFLOP/s": ["68.1%", "70.3%", "69.5%"],
+        "  over planned": ["104%", "104%", "103%"],
+        "official PyTorch, step": ["3.01", "s", "4.09", "s", "not", "run"],
+        "  times its speed": ["0.98", "0.96", "not", "run"],
+    }.items():
+        assert row(lines, title) == cells
     assert row(lines, "  teacher alone")[:3] == ["-", "507.0", "ms"]
-    assert row(lines, "images/s") == ["1.3", "1.0", "1.0"]
-    assert row(lines, "tokens/s") == ["335.1", "245.1", "250.3"]
-    assert row(lines, "MFU of 0.302 TFLOP/s") == ["68.1%", "70.3%", "69.5%"]
-    assert row(lines, "  over planned") == ["104%", "104%", "103%"]
-    assert row(lines, "official PyTorch, step") == ["3.01", "s", "4.09", "s", "not", "run"]
-    assert row(lines, "  times its speed") == ["0.98", "0.96", "not", "run"]
     assert "official PyTorch, step mirai_i: no such thing" in lines
     printed = "\n".join(lines)
     assert "44.6 tokens/s" in printed and "61% of the memory roofline" in printed

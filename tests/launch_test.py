@@ -19,19 +19,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 TPU, SLURM = ROOT / "launch" / "tpu_pod.sh", ROOT / "launch" / "slurm.sbatch"
 SLICE = ["--name=pod", "--zone=us-west4-a", "--workdir=/mnt/runs/one"]
 CONFIG = "--config=configs/mirai_e.py:imagenet_b"
-HARD = [
-    '--config.name=it\'s  "é"\tor *',
-    "--config.data.path=$HOME/`a b`;\\n & ~",
-    "",
-    "two\nlines",
-]
+HARD = ['--config.name=it\'s  "é"\tor *', "--config.data.path=$HOME/`a b`;\\n & ~", "", "a\nb"]
 
 # A slice is a folder with a state and a home for each worker; a connection breaks where `drop` is.
 GCLOUD = """
 import json, os, pathlib, shutil, signal, subprocess, sys, time
 world = pathlib.Path(os.environ["WORLD"])
-plan, pod = json.loads((world / "plan").read_text()), world / "pod"
-verb, arguments = sys.argv[4], [a for a in sys.argv[5:] if not a.startswith("--")]
+pod, verb = world / "pod", sys.argv[4]
+arguments = [a for a in sys.argv[5:] if not a.startswith("--")]
 command = next((a.removeprefix("--command=") for a in sys.argv if a.startswith("--command=")), "")
 with (world / "calls").open("a") as file:
     file.write((command.split()[2] if command else verb) + "\\n")
@@ -40,7 +35,7 @@ if verb == "describe":
     print((pod / "state").read_text() if pod.exists() else sys.exit("NOT_FOUND: no pod"))
 elif verb == "create":
     assert "--accelerator-type=v6e-16" in sys.argv and "--version=v2-alpha-tpuv6e" in sys.argv
-    if (world / "calls").read_text().count("create") <= plan["refused"]:
+    if (world / "calls").read_text().count("create") == 1:
         sys.exit("ERROR: There is no more capacity")
     for i in range(2):
         (pod / str(i)).mkdir(parents=True)
@@ -65,7 +60,7 @@ else:
     sys.exit(next((shell.returncode for shell in shells if shell.returncode), 0))
 """
 UV = '[ "$1" = venv ] && mkdir -p venv/bin || cp "$WORLD/program" venv/bin/python'
-# plan["ends"] has the end of each start on each worker: a status, or 'preempted', or 'wait' for SIGTERM.
+# plan["ends"] has the end of each start on a worker: a status, 'preempted', 'wait' (for SIGTERM).
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -107,6 +102,9 @@ class World:
 
     def __init__(self, folder):
         self.folder = folder
+        for i in "01":
+            (folder / "pod" / i).mkdir(parents=True)
+        (folder / "pod" / "state").write_text("READY")
         executable(folder / "bin" / "gcloud", GCLOUD)
         executable(folder / "program", PROGRAM)
         executable(folder / "bin" / "uv", UV, "/bin/sh")
@@ -117,10 +115,9 @@ class World:
         script = f"git init -q && git add . && {git} commit -q -m all"
         subprocess.run(script, shell=True, check=True, cwd=folder / "repository")
 
-    def begin(self, *arguments, ends=(), refused=0, progress=False):
-        plan = {"ends": ends, "refused": refused, "progress": progress}
+    def begin(self, *arguments, ends=(), progress=False):
         if ends:
-            (self.folder / "plan").write_text(json.dumps(plan))
+            (self.folder / "plan").write_text(json.dumps({"ends": ends, "progress": progress}))
         path = f"{self.folder / 'bin'}:/usr/bin:/bin"
         return subprocess.Popen(
             [self.folder / "repository" / "launch" / "tpu_pod.sh", *arguments], cwd=self.folder,
@@ -152,21 +149,23 @@ def end(process):
 @pytest.fixture
 def world(tmp_path):
     old = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
-    world = World(tmp_path)
-    for i in "01":
-        (tmp_path / "pod" / i).mkdir(parents=True)
-    (tmp_path / "pod" / "state").write_text("READY")
-    yield world
+    yield World(tmp_path)
     (tmp_path / "finish").touch()
     signal.signal(signal.SIGINT, old)
 
 
 @pytest.mark.parametrize(
-    "ends, status, starts",
-    [([[0, 0]], 0, 1), ([[76, 1]], 1, 1), ([[75, 75], [76, 134], [0, 0]], 0, 3)],
+    "ends, progress, status, starts",
+    [
+        ([[0, 0]], True, 0, 1),
+        ([[76, 1]], True, 1, 1),
+        ([[75, 75], [76, 134], [0, 0]], True, 0, 3),
+        ([[75, 75], [76, 134], [0, 0]], False, 1, 2),  # restarts without progress are limited
+    ],
 )
-def test_the_programs_statuses_decide(world, ends, status, starts):
-    got, printed = world.launch(*SLICE, "--", CONFIG, *HARD, ends=ends)
+def test_the_programs_statuses_decide(world, ends, progress, status, starts):
+    arguments = [*SLICE, "--max_restarts=1", "--", CONFIG, *HARD]
+    got, printed = world.launch(*arguments, ends=ends, progress=progress)
     assert got == status, printed
     assert world.calls == starts * PREPARED
     given = ["-m", "mirai_jax.main", "--distributed=on", "--workdir=/mnt/runs/one", CONFIG, *HARD]
@@ -175,23 +174,13 @@ def test_the_programs_statuses_decide(world, ends, status, starts):
 
 
 def test_a_preempted_slice_is_created_again(world):
-    new = ["--create", "--type=v6e-16"]
-    ends = [["preempted", 75], [0, 0]]
-    status, printed = world.launch(*SLICE, *new, "--", CONFIG, ends=ends, refused=1)
+    (world.folder / "pod" / "state").write_text("PREEMPTED")
+    status, printed = world.launch(*SLICE, "--", CONFIG, ends=[["preempted", 75], [0, 0]])
+    assert status == 1 and world.calls == [] and "is PREEMPTED; --create" in printed
+    (world.folder / "pod" / "state").write_text("READY")
+    status, printed = world.launch(*SLICE, "--create", "--type=v6e-16", "--", CONFIG)
     assert status == 0, printed
     assert world.calls == [*PREPARED, "delete", "create", "create", *PREPARED]
-
-
-def test_without_create_a_preempted_slice_is_left_alone(world):
-    (world.folder / "pod" / "state").write_text("PREEMPTED")
-    status, printed = world.launch(*SLICE, "--", CONFIG, ends=[[0, 0]])
-    assert status == 1 and world.calls == [] and "is PREEMPTED; --create" in printed
-
-
-@pytest.mark.parametrize("progress", [False, True])
-def test_restarts_without_progress_are_limited(world, progress):
-    plan = {"ends": [[76, 76], [76, 76], [0, 0]], "progress": progress}
-    assert world.launch(*SLICE, "--max_restarts=1", "--", CONFIG, **plan)[0] == (not progress)
 
 
 def test_a_broken_connection_is_followed_again(world):
@@ -279,17 +268,19 @@ def slurm(folder, *arguments, statuses="0", job="7", **more):
 
 
 @pytest.mark.parametrize(
-    "statuses, status, requeued",
+    "statuses, status, restarts, requeued",
     [
-        ("0 0", 0, False),
-        ("75 75", 75, True),
-        ("76 137", 137, True),
-        ("137 1 134", 1, False),  # one process met an error to mend, the others only miss it
-        ("75 127", 1, False),
+        ("0 0", 0, 0, False),
+        ("75 75", 75, 2, True),
+        ("75 75", 75, 3, False),
+        ("76 137", 137, 0, True),
+        ("137 1 134", 1, 0, False),  # one process met an error to mend, the others only miss it
+        ("75 127", 1, 0, False),
     ],
 )
-def test_slurm_status_and_requeue(tmp_path, statuses, status, requeued):
-    assert end(slurm(tmp_path, CONFIG, *HARD, statuses=statuses))[0] == status
+def test_slurm_status_and_requeue(tmp_path, statuses, status, restarts, requeued):
+    limit = {"SLURM_RESTART_COUNT": str(restarts), "MAX_RESTARTS": "3"}
+    assert end(slurm(tmp_path, CONFIG, *HARD, statuses=statuses, **limit))[0] == status
     assert (tmp_path / "requeued").exists() == requeued
     for given in tmp_path.glob("ready*"):
         assert json.loads(given.read_text()) == ["-m", "mirai_jax.main", CONFIG, *HARD]
@@ -297,7 +288,7 @@ def test_slurm_status_and_requeue(tmp_path, statuses, status, requeued):
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_slurm_sigterm(tmp_path, cancelled):
-    """--signal reaches the tasks with their shells; scancel also the script, which must not requeue."""
+    """--signal reaches the tasks with their shells; scancel also the script, which ends the job."""
     process = slurm(tmp_path, CONFIG, statuses="wait wait")
     until(lambda: len(list(tmp_path.glob("ready*"))) == 2)
     if cancelled:
@@ -309,10 +300,7 @@ def test_slurm_sigterm(tmp_path, cancelled):
     assert (tmp_path / "requeued").exists() != cancelled
 
 
-def test_slurm_limit_and_dry_run(tmp_path):
-    limit = {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"}
-    assert end(slurm(tmp_path, CONFIG, statuses="76", **limit))[0] == 76
-    assert not (tmp_path / "requeued").exists()
+def test_slurm_dry_run(tmp_path):
     assert end(slurm(tmp_path, CONFIG, job=""))[0] == 1  # outside of SLURM
     status, printed = end(slurm(tmp_path, "--dry_run", CONFIG, *HARD, job=""))
     script = "srun() { printf '%s\\0' \"$@\"; }\n" + printed
