@@ -12,10 +12,7 @@ class Spread:
 
     Attributes:
         count: of seeds.
-        mean: over them.
         deviation: the sample's standard deviation (n - 1); None of fewer than two.
-        low: the lowest.
-        high: the highest.
     """
 
     count: int
