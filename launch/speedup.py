@@ -62,7 +62,7 @@ def first_reach(
             if before is None:
                 return float(step)
             last_step, last_short = before
-            return last_step + (step - last_step) * last_short / (last_short - short)
+            return last_step + (step - last_step) * (last_short / (last_short - short))
         before = step, short
     return None
 
