@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from launch import collected, jobs, study
@@ -22,20 +22,14 @@ _STARTED = re.compile(
 
 
 class Machine:
-    """The paths of this machine, and what they are for others.
-
-    Args:
-        sweep: the sweep's folder.
-        name: of the sweep.
-    """
+    """The paths of this machine, those of the sweep `name` too, and what they are for others."""
 
     def __init__(self, sweep: pathlib.Path, name: str):
         names = {str(pathlib.Path.cwd()): "."}
         for path in (sweep.absolute(), sweep.resolve()):
             names |= {str(path.parent): _RUNS, str(path): f"{_RUNS}/{name}"}
         names.pop("/", None)
-        # The innermost first.
-        self._names = dict(sorted(names.items(), key=lambda item: -len(item[0])))
+        self._names = sorted(names.items(), key=lambda item: -len(item[0]))  # the innermost first
 
     def portable(self, value: Any) -> Any:
         """The value with paths that mean something elsewhere.
@@ -53,7 +47,7 @@ class Machine:
         path = match[0]
         if path.startswith(PUBLIC):
             return path
-        for folder, name in self._names.items():
+        for folder, name in self._names:
             if path == folder or path.startswith(f"{folder}/"):
                 return name + path.removeprefix(folder) if name != "." else path[len(folder) + 1 :]
         raise DataError(f"it holds {path!r}, which is a path of this machine alone")
@@ -75,10 +69,9 @@ def _command(log: pathlib.Path, workdir: str, machine: Machine) -> str:
     if not started:
         raise DataError("it does not tell the command of the run")
     words = shlex.split(started[-1])
-    words = words[words.index("-m") :]
     words = [
         f"--workdir={workdir}" if word.startswith("--workdir=") else machine.portable(word)
-        for word in words
+        for word in words[words.index("-m") :]
     ]
     return shlex.join(["python", *words])
 
@@ -100,6 +93,11 @@ def write(folder: pathlib.Path, texts: Mapping[str, str]) -> None:
         files.write_text(folder / name, text)
 
 
+def json_lines(entries: Iterable[Any]) -> str:
+    """The text of a JSON-lines file."""
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
 def _texts(folder: pathlib.Path, sweep: str, machine: Machine, description: str) -> dict[str, str]:
     """{name of a file: its text} of a finished run."""
     config = collected.read_object(folder / "config.json")
@@ -112,9 +110,8 @@ def _texts(folder: pathlib.Path, sweep: str, machine: Machine, description: str)
             lines = collected.read_lines(path)
             for line in lines if name == "assessment.jsonl" else ():
                 collected.assessment(*line)  # what the report could not read raises now
-            entries = [machine.portable(entry) for _, entry in lines]
-            if entries:
-                texts[name] = "".join(json.dumps(entry) + "\n" for entry in entries)
+            if lines:
+                texts[name] = json_lines(machine.portable(entry) for _, entry in lines)
         path = log
         run = {
             "setting": folder.name.removesuffix(f"-seed={config.get('seed')}"),
@@ -156,12 +153,11 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, description: str
             if left := unfinished(folder, config):
                 lines.append(f"left out: {folder}: {left}")
                 continue
-            texts = _texts(folder, name, machine, description)
-            if out / name / folder.name in planned:
+            target, texts = out / name / folder.name, _texts(folder, name, machine, description)
+            if target in planned:
                 raise DataError(f"{folder}: another sweep folder has a run {name}/{folder.name}")
-            planned[out / name / folder.name] = texts
-            assessed = _assessed(texts, config["num_steps"])
-            lines.append(f"collected: {out / name / folder.name}{assessed}")
+            planned[target] = texts
+            lines.append(f"collected: {target}{_assessed(texts, config['num_steps'])}")
     for folder, texts in planned.items():
         write(folder, texts)
     for sweep in sorted({folder.parent for folder in planned}):

@@ -24,17 +24,10 @@ from mirai_jax.config import fields
 from mirai_jax.config.schema import RunConfig
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 
-MEASURED = (
-    "cross_entropy",
-    *(
-        f"{real}{name}"
-        for real in ("", "real_")
-        for name in ("frechet", "frechet_images", "agreement")
-    ),
-    "precision",
-    "recall",
-    study.TEACHER.key,
-)
+_OF_SAMPLES = ("frechet", "frechet_images", "agreement")
+_OF_REAL_IMAGES = tuple(f"real_{name}" for name in _OF_SAMPLES)
+MEASURED = ("cross_entropy", *_OF_SAMPLES, *_OF_REAL_IMAGES, "precision", "recall")
+MEASURED += (study.TEACHER.key,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +35,6 @@ class Assessment:
     """Of one step under one protocol.
 
     Attributes:
-        step: of the run.
         protocol: how it was measured.
         measures: {name: number}, of those in MEASURED that there are.
         probe: {layer: accuracies after equal shares of the tokens}; empty where there was none.
@@ -61,17 +53,11 @@ class Run:
     """A finished run.
 
     Attributes:
-        sweep: its sweep.
-        name: its own.
         setting: its name without the seed.
-        seed: of its config.
-        steps: that it took.
         batch_size: images a step.
-        config: the whole.
-        command: that started it.
         seconds: of its processes; None where they are not known.
         machine: in words.
-        metrics: the logged steps; images_per_second is a positive number where it is there.
+        metrics: the logged steps.
         assessments: in the order made.
     """
 
@@ -91,26 +77,19 @@ class Run:
     def probe(self, protocol: Mapping[str, Any] | None) -> Mapping[int, tuple[float, ...]]:
         """Of the last step, under the protocol or one that differs in how samples are drawn alone."""
         wanted, found = protocol or {}, {}
-        for assessment in self.assessments:
-            alike = all(
-                assessment.protocol.get(k) == wanted.get(k) for k in ("weights", "held_out")
-            )
-            if assessment.step == self.steps and alike:
-                found |= assessment.probe
+        for a in self.assessments:
+            alike = all(a.protocol.get(k) == wanted.get(k) for k in ("weights", "held_out"))
+            if a.step == self.steps and alike:
+                found |= a.probe
         return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Steps alone on the machine, in rounds in which each variant had its turn.
-
-    Attributes:
-        command: that measured them.
-        step_seconds: {variant: seconds, one a round}.
-    """
+    """Steps alone on the machine, in rounds in which each variant had its turn."""
 
     command: str
-    step_seconds: Mapping[str, Sequence[float]]
+    step_seconds: Mapping[str, Sequence[float]]  # {variant: one a round}
 
 
 def typed(where: str, value: Any, kind: type) -> Any:
@@ -196,19 +175,10 @@ def assessment(where: str, entry: Mapping[str, Any]) -> Assessment:
     return Assessment(entry["step"], protocol, measures, probe, where)
 
 
-def _logged(where: str, entry: dict[str, Any]) -> dict[str, Any]:
-    if "images_per_second" in entry:
-        name = f"{where}: images_per_second"
-        if typed(name, entry["images_per_second"], float) <= 0:
-            raise DataError(f"{name} is {entry['images_per_second']}; it must be more than 0")
-    return entry
-
-
 def _read_run(folder: pathlib.Path) -> Run:
     config, content = read_object(folder / "config.json"), read_object(folder / "run.json")
     of_run = functools.partial(field, folder / "run.json", content)
     of_config = functools.partial(field, folder / "config.json", config)
-    lines = read_lines(folder / "assessment.jsonl")
     return Run(
         sweep=folder.parent.name,
         name=folder.name,
@@ -220,12 +190,12 @@ def _read_run(folder: pathlib.Path) -> Run:
         command=of_run("command", str),
         seconds=seconds(folder / "run.json", content),
         machine=of_run("machine", str),
-        metrics=[_logged(*line) for line in read_lines(folder / "metrics.jsonl")],
-        assessments=[assessment(where, entry) for where, entry in lines],
+        metrics=[entry for _, entry in read_lines(folder / "metrics.jsonl")],
+        assessments=[assessment(*line) for line in read_lines(folder / "assessment.jsonl")],
     )
 
 
-def _key(protocol: Mapping[str, Any]) -> str:
+def _key(protocol: Mapping[str, Any] | None) -> str:
     return json.dumps(protocol, sort_keys=True)
 
 
@@ -274,8 +244,6 @@ class Results:
 
     def curve(self, run: Run, measure: str) -> dict[int, float]:
         """{step: value} at the assessed steps."""
-        if self.protocol is None:
-            return {}
         key = _key(self.protocol)
         found = {
             a.step: a.measures[measure]
@@ -286,12 +254,11 @@ class Results:
 
     def curves(self, setting: str, measure: str) -> dict[int, dict[int, float]]:
         """{seed: its curve} of the seeds whose curve is whole, up to the run's last step."""
-        found = {}
-        for seed, run in sorted(self.seeds(setting).items()):
-            curve = self.curve(run, measure)
-            if run.steps in curve:
-                found[seed] = curve
-        return found
+        return {
+            seed: curve
+            for seed, run in sorted(self.seeds(setting).items())
+            if run.steps in (curve := self.curve(run, measure))
+        }
 
     def finals(self, setting: str, measure: str) -> dict[int, float]:
         """{seed: value at the run's last step} of the seeds that have one."""
@@ -322,8 +289,7 @@ class Results:
             for a in run.assessments
             if a.step == run.steps and a.measures
         }
-        if self.protocol is not None:
-            found.pop(_key(self.protocol), None)
+        found.pop(_key(self.protocol), None)
         return [dataclasses.replace(self, protocol=p) for _, p in sorted(found.items())]
 
 
@@ -338,11 +304,7 @@ def _read_bench(path: pathlib.Path) -> Bench | None:
     for name, variant in _object(f"{path}: variants", content.get("variants")).items():
         where = f"{path}: variants.{name}"
         values = typed(where, _object(where, variant).get("step_seconds"), tuple)
-        taken = found[f"{study.MAIN}/{name}"] = [typed(where, value, float) for value in values]
-        if not taken or min(taken) <= 0:
-            raise DataError(f"{where}: step_seconds must be numbers above 0")
-    if len({len(taken) for taken in found.values()}) > 1:
-        raise DataError(f"{path}: step_seconds must be of equally many rounds in all variants")
+        found[f"{study.MAIN}/{name}"] = [typed(where, value, float) for value in values]
     return Bench(typed(f"{path}: about.command", about.get("command"), str), found)
 
 

@@ -1,4 +1,4 @@
-"""The encoders of one's own that the study's teachers are: what is kept of `mirai_jax.teach` workdirs.
+"""The encoders that `mirai_jax.teach` made for the study: what is kept of their workdirs.
 
 results/encoders/NAME/ holds the config.json and metrics.jsonl of the workdir runs/NAME, and run.json:
 {"command", "seconds", "machine"}.
@@ -15,7 +15,7 @@ from typing import Any
 
 from configs import teacher
 from launch import collected
-from launch.collect import Machine, unfinished, write
+from launch.collect import Machine, json_lines, unfinished, write
 from launch.overrides import flag_text
 from mirai_jax.config import compare
 from mirai_jax.utils.errors import DataError, first_line
@@ -30,9 +30,7 @@ class Encoder:
     Attributes:
         name: of its workdir.
         objective: what it learned from.
-        steps: that it took.
         held_out: {title: share at the last step} of those in SHOWN that there are.
-        command: that makes it.
         seconds: of its processes; None where they are not known.
         machine: in words.
     """
@@ -47,11 +45,7 @@ class Encoder:
 
 
 def _command(name: str, config: Mapping[str, Any]) -> str:
-    """The command line that makes this config out of configs/teacher.py.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The command line that makes this config out of configs/teacher.py; DataError without one."""
     scale = str(config.get("scale"))
     try:
         base = teacher.get_config(scale)
@@ -95,7 +89,7 @@ def _texts(folder: pathlib.Path, machine: str) -> dict[str, str]:
         raise DataError(f"{folder}: {first_line(error)}") from error
     return {
         "config.json": json.dumps(config, indent=2) + "\n",
-        "metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in entries),
+        "metrics.jsonl": json_lines(entries),
         "run.json": json.dumps(run, indent=2) + "\n",
     }
 
@@ -108,7 +102,7 @@ def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, machine: str) ->
     Args:
         folders: workdirs of mirai_jax.teach.
         out: results/encoders.
-        machine: the machine in words.
+        machine: in words.
 
     Raises:
         DataError: one line; a folder is none, is unfinished, or cannot be shown to others.

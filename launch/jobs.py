@@ -13,10 +13,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 from launch.dashboard import Dashboard
-from launch.plan import SweepRun
+from launch.plan import SweepRun, tail
 from mirai_jax.utils.errors import ConfigError, Lost, Preempted
 
 # Exit statuses after which the same command resumes from the last checkpoint: stopped, another process
@@ -78,11 +78,9 @@ class Process:
         AlreadyRunning: another process works on the run.
     """
 
-    def __init__(
-        self, run: SweepRun, log: Log = print, environment: Mapping[str, str] | None = None
-    ):
+    def __init__(self, run: SweepRun, log: Log = print, environment: dict[str, str] | None = None):
         self._run, self._log_line = run, log
-        self._environment = {**os.environ, **(environment or {})}
+        self._environment = os.environ | (environment or {})
         self._status: int | None = None
         self._stopped, self._restarts, self._best = False, 0, run.step()
         run.log.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +145,7 @@ def failure(run: SweepRun, status: int) -> str | None:
     if status == 0 and run.finished():
         return None
     what = "ended before its last step" if status == 0 else f"exit status {status}"
-    with run.log.open("rb") as file:
-        file.seek(max(0, run.log.stat().st_size - 20_000))
-        lines = [line.strip() for line in file.read().splitlines()]
+    lines = [line.strip() for line in tail(run.log)]
     printed = [line for line in lines if line and not line.startswith(_OURS)]
     return f"{what}: {printed[-1].decode(errors='replace') if printed else 'its log is empty'}"
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mirai_jax.utils.errors import ConfigError
+from mirai_jax.utils.trees import plain
 
 Entry = dict[str, Any]
 
@@ -59,11 +60,6 @@ def _joined(how: str, *entries: Entry) -> Entry:
 def seeds(scale: str) -> list[Entry]:
     """Three seeds at small scales; one at ImageNet's, as published."""
     return over("seed", [0] if scale.startswith("imagenet") else [0, 1, 2])
-
-
-def plain(value: Any) -> Any:
-    """The value with lists as tuples, which the command line does not distinguish."""
-    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def flag_text(value: Any) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 
 from ml_collections.config_flags import config_path
 
-from launch.overrides import Entry, columns, flag_text, names, plain
+from launch.overrides import Entry, columns, flag_text, names
 from mirai_jax.config import compare, fields, schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.training import workdir
 from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.utils.trees import plain
 
 
 class WrongRuns(Exception):
@@ -36,8 +37,6 @@ class SweepRun:
         setting: the name without the seed.
         shown: {title of a column: value} of what differs between the runs.
         arguments: of the training program.
-        workdir: the folder.
-        num_steps: the run's length.
     """
 
     name: str
@@ -65,18 +64,19 @@ class SweepRun:
         return (self.workdir / "summary.png").exists() and self.step() == self.num_steps
 
 
+def tail(path: pathlib.Path) -> list[bytes]:
+    """The lines, with their ends, in the last 20,000 bytes of a file."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 20_000))
+        return file.read().splitlines(keepends=True)
+
+
 def last_step(path: pathlib.Path) -> int:
     """The step in the last whole line of a metrics.jsonl; 0 without one."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 20_000))
-            lines = file.read().splitlines(keepends=True)
-    except OSError:
-        return 0
-    whole = [line for line in lines if line.endswith(b"\n")]
-    try:
+        whole = [line for line in tail(path) if line.endswith(b"\n")]
         return int(json.loads(whole[-1])["step"])
-    except (IndexError, ValueError, KeyError, TypeError):
+    except (OSError, IndexError, ValueError, KeyError, TypeError):
         return 0
 
 
@@ -134,15 +134,13 @@ def _check(entry: Entry, arguments: list[str], folder: pathlib.Path) -> Mapping[
             parsed = config_path.get_value(field, config)
             if not _exact(value, parsed):
                 raise ConfigError(f"{field} is {value!r}, which the program reads as {parsed!r}")
-    mesh = fields.plain(config).get("mesh")
-    sizes = mesh.values() if isinstance(mesh, Mapping) else ()
+    given = fields.read(schema.RunConfig, config)
     # Only the program itself knows whether it has more devices than the mesh needs.
-    devices = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+    devices = math.prod(size for size in vars(given.mesh).values() if size > 0)
     schema.read(config, num_devices=devices)
-    settled = fields.plain(config)
-    data = settled["data"]
-    if data["name"] == "images" and data["codes"] == "stored" and not data["path"]:
+    if (given.data.name, given.data.codes, given.data.path) == ("images", "stored", ""):
         raise ConfigError("data.path is ''; it must be a folder of codes: --set=data.path=FOLDER")
+    settled = plain(config)
     workdir.check_workdir(folder, settled)
     return settled
 

@@ -58,7 +58,6 @@ def submit(
     """Submits the runs that are neither finished nor queued nor running.
 
     Args:
-        runs: of the sweep.
         out: the sweep's folder; its jobs.json keeps the ids of jobs.
         parameters: of submitit's executor for each job.
         log: takes a line for each job.
@@ -76,9 +75,7 @@ def submit(
     path = out / "jobs.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     found, missing = {}, []
-    for run in runs:
-        if run.finished():
-            continue
+    for run in [run for run in runs if not run.finished()]:
         if known.get(run.name, {}).get("cluster") == "slurm":
             job = submitit.SlurmJob(folder=out / "jobs", job_id=known[run.name]["job"])
             if not job.done(force_check=True):

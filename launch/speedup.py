@@ -12,10 +12,7 @@ class Spread:
 
     Attributes:
         count: of seeds.
-        mean: over them.
         deviation: the sample's standard deviation (n - 1); None of fewer than two.
-        low: the lowest.
-        high: the highest.
     """
 
     count: int
@@ -65,7 +62,7 @@ def first_reach(
             if before is None:
                 return float(step)
             last_step, last_short = before
-            return last_step + (step - last_step) * last_short / (last_short - short)
+            return last_step + (step - last_step) * (last_short / (last_short - short))
         before = step, short
     return None
 

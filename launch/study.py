@@ -32,7 +32,6 @@ class Measure:
         key: in assessment.jsonl.
         name: in tables.
         axis: in figures.
-        lower_is_better: whether it is.
         scale: what it is multiplied with to be shown.
         digits: after the point, when shown.
         log: whether a figure's axis is logarithmic.
@@ -82,7 +81,6 @@ class Question:
     """Runs that differ in one thing from a reference.
 
     Attributes:
-        title: the heading.
         text: what differs.
         settings: {setting: what it is}.
         reference: a variant of the main comparison.
@@ -175,12 +173,9 @@ QUESTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Exploration:
-    """A sweep whose runs are told by what differs in their configs.
+    """A sweep; the report names its runs by what differs in their configs.
 
     Attributes:
-        sweep: its name.
-        title: the heading.
-        text: what it is about.
         reference: the variant that runs change.
         measures: that are shown of these runs beside MEASURES.
     """
@@ -221,7 +216,8 @@ class Claim:
     note: str = ""
 
 
-_E, _I = "variants/mirai_e", "variants/mirai_i"
+_E, _I, _INTERNAL_1D = "variants/mirai_e", "variants/mirai_i", "controls/internal-1d"
+_OUTPUT_2D, _OUTPUT_1D = "diagnostics/output-2d", "diagnostics/output-1d"
 
 CLAIMS = (
     Claim("Mirai-E is better than LlamaGen", "5.22 < 6.36", ((_E, BASELINE),)),
@@ -234,31 +230,11 @@ CLAIMS = (
         "ours: both from the first step on",
     ),
     Claim("the same", "4.77 < 5.22", (("controls/late-i", _E),), "ours: both from epoch 0.3 on"),
-    Claim(
-        "internal level: 2-D is better than 1-D",
-        "5.22 < 6.20",
-        ((_E, "controls/internal-1d"),),
-    ),
-    Claim(
-        "internal 1-D is better than LlamaGen",
-        "6.20 < 6.36",
-        (("controls/internal-1d", BASELINE),),
-    ),
-    Claim(
-        "output level: 2-D is worse than no foresight",
-        "6.36 < 6.48",
-        ((BASELINE, "diagnostics/output-2d"),),
-    ),
-    Claim(
-        "output level: 1-D is worse than no foresight",
-        "6.36 < 7.28",
-        ((BASELINE, "diagnostics/output-1d"),),
-    ),
-    Claim(
-        "output level: 2-D is better than 1-D",
-        "6.48 < 7.28",
-        (("diagnostics/output-2d", "diagnostics/output-1d"),),
-    ),
+    Claim("internal level: 2-D is better than 1-D", "5.22 < 6.20", ((_E, _INTERNAL_1D),)),
+    Claim("internal 1-D is better than LlamaGen", "6.20 < 6.36", ((_INTERNAL_1D, BASELINE),)),
+    Claim("output level: 2-D is worse than no foresight", "6.36 < 6.48", ((BASELINE, _OUTPUT_2D),)),
+    Claim("output level: 1-D is worse than no foresight", "6.36 < 7.28", ((BASELINE, _OUTPUT_1D),)),
+    Claim("output level: 2-D is better than 1-D", "6.48 < 7.28", ((_OUTPUT_2D, _OUTPUT_1D),)),
     Claim(
         "two thirds of the depth is the best block",
         "block 8 of 12",

@@ -108,9 +108,7 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
         if _SWEEP.value is None:
-            raise ConfigError(
-                "--sweep is missing; it must be a file such as those of launch/sweeps/"
-            )
+            raise ConfigError("--sweep is missing; it must be a file as in launch/sweeps/")
         _check_slurm_flags()
         title = f"{pathlib.Path(_SWEEP.value).stem}-{_SCALE.value}"
         out = pathlib.Path(_OUT.value or pathlib.Path("runs") / "sweeps" / title)

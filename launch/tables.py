@@ -28,7 +28,6 @@ class Result:
     """The result of one run so far.
 
     Attributes:
-        run: the run.
         step: the last step.
         steps: the logged steps (N).
         cross_entropies: at these steps, in nats (N).
@@ -51,11 +50,9 @@ def read(run: SweepRun) -> Result:
         e for e in read_metrics(run.workdir) if math.isfinite(e["loss"] + e["cross_entropy"])
     ]
     step = run.step()
-    values: dict[str, float] = {}
     last = [entry for entry in entries if entry["step"] > (1 - TAIL) * step]
-    for title in ("loss", "cross_entropy"):
-        if last:
-            values[title] = float(np.mean([entry[title] for entry in last]))
+    means = ("loss", "cross_entropy") if last else ()
+    values = {title: float(np.mean([entry[title] for entry in last])) for title in means}
     class_accuracy = run.workdir / "agreement.json"
     if class_accuracy.exists():
         values["agreement"] = json.loads(class_accuracy.read_text())["samples"]
