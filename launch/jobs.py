@@ -22,11 +22,8 @@ from mirai_jax.utils.errors import ConfigError, Lost, Preempted
 # Exit statuses after which the same command resumes from the last checkpoint: stopped, another process
 # lost, and what a crowded machine causes (SIGABRT of JAX's runtime, SIGKILL of a full memory, SIGTERM
 # before the program could catch it).
-RETRYABLE = (
-    Preempted.status,
-    Lost.status,
-    *(128 + s for s in (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)),
-)
+_CROWDED = (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
+RETRYABLE = (Preempted.status, Lost.status, *(128 + number for number in _CROWDED))
 RESTARTS = 10  # without a new step, after which a run has failed
 GRACE = 120.0  # seconds that a stopped run has to save
 _TICK = 0.2  # seconds between looks at the processes
@@ -52,11 +49,7 @@ def _lock(file) -> bool:
 
 @contextlib.contextmanager
 def only_launcher(out: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a sweep's folder. The kernel drops it with the process.
-
-    Raises:
-        ConfigError: another launcher holds it.
-    """
+    """Holds the lock of a sweep's folder; raises ConfigError if another launcher holds it."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("a+") as file:
         if not _lock(file):
@@ -168,7 +161,6 @@ def _stop_requests() -> Iterator[list[tuple[int, float]]]:
     wanted = [s for s in wanted if signal.getsignal(s) != signal.SIG_IGN]  # as under nohup
 
     def record(number: int, frame: object) -> None:
-        del frame
         requests.append((number, time.monotonic()))
 
     old = {number: signal.signal(number, record) for number in wanted}

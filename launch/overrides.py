@@ -36,9 +36,7 @@ def zipped(*parts: Iterable[Entry]) -> list[Entry]:
     """Returns the first entries of all parts joined, then the second ones, and so on."""
     lists = [list(part) for part in parts]
     if len({len(part) for part in lists}) > 1:
-        raise ConfigError(
-            f"zipped: parts of {[len(part) for part in lists]} entries; all must match"
-        )
+        raise ConfigError(f"zipped: parts of {[*map(len, lists)]} entries; all must match")
     return [_joined("zipped", *entries) for entries in zip(*lists, strict=True)]
 
 

@@ -33,10 +33,8 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder and log.
         setting: the name without the seed.
         shown: {title of a column: value} of what differs between the runs.
-        arguments: of the training program.
     """
 
     name: str
@@ -151,10 +149,8 @@ def make_runs(
     """Returns the checked runs of a sweep.
 
     Args:
-        entries: of the sweep file.
         scale: of every config that names none.
         common: {field: text} of all runs.
-        out: the folder of the sweep.
 
     Raises:
         WrongRuns: every run that cannot start, with the reason.

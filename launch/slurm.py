@@ -60,7 +60,6 @@ def submit(
     Args:
         out: the sweep's folder; its jobs.json keeps the ids of jobs.
         parameters: of submitit's executor for each job.
-        log: takes a line for each job.
 
     Returns:
         {name of a run: its submitit job}, without finished runs.
@@ -86,9 +85,8 @@ def submit(
     if not missing:
         return found
     try:
-        executor = submitit.AutoExecutor(
-            folder=out / "jobs", cluster=_CLUSTER, slurm_max_num_timeout=_TIMEOUTS
-        )
+        options = {"cluster": _CLUSTER, "slurm_max_num_timeout": _TIMEOUTS}
+        executor = submitit.AutoExecutor(folder=out / "jobs", **options)
         executor.update_parameters(name=out.name, slurm_signal_delay_s=_WARNING, **parameters)
         made = executor.submit_array([TrainJob(run) for run in missing])
     except (RuntimeError, ValueError, OSError) as error:  # the last line is sbatch's own

@@ -46,9 +46,8 @@ class Result:
 def read(run: SweepRun) -> Result:
     """Reads the result so far."""
     # The means leave out skipped updates, whose loss was not finite.
-    entries = [
-        e for e in read_metrics(run.workdir) if math.isfinite(e["loss"] + e["cross_entropy"])
-    ]
+    finite = lambda entry: math.isfinite(entry["loss"] + entry["cross_entropy"])
+    entries = list(filter(finite, read_metrics(run.workdir)))
     step = run.step()
     last = [entry for entry in entries if entry["step"] > (1 - TAIL) * step]
     means = ("loss", "cross_entropy") if last else ()
@@ -87,15 +86,11 @@ def write_tables(out: pathlib.Path, title: str, results: Sequence[Result]) -> li
         }
         for result in results
     ]
-    texts = {
-        "table.md": markdown(title, results),
-        "table.csv": _csv(rows),
-        "timing.csv": _csv(timing),
-    }
+    texts = {"table.md": markdown(title, results), "table.csv": _csv(rows)}
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
+    for name, text in (texts | {"timing.csv": _csv(timing)}).items():
         files.write_text(out / name, text)
-    return [out / name for name in texts]
+    return [out / name for name in (*texts, "timing.csv")]
 
 
 def settings(results: Sequence[Result]) -> dict[str, list[Result]]:

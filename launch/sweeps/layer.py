@@ -23,7 +23,5 @@ def get_sweep(scale: str):
     blocks = depth(scale)
     step = -(-blocks // 6)
     layers = range(blocks, 0, -step)[::-1]
-    same = zipped(
-        over("foresight[0].student_layer", layers), over("foresight[0].teacher_layer", layers)
-    )
-    return product(same, seeds(scale))
+    both = (over(f"foresight[0].{whose}_layer", layers) for whose in ("student", "teacher"))
+    return product(zipped(*both), seeds(scale))
