@@ -381,8 +381,8 @@ def test_worker_processes_give_the_same_stream_and_resume(tmp_path):
 
         def main(argv):
             source = records_lib.CodeRecords(argv[1], grid=(2, 3), vocab_size=160, num_classes=5)
-            def read(workers):
-                return iter(pipeline.make_dataset(source, batch_size=8, seed=1, num_workers=workers))
+            def read(n):
+                return iter(pipeline.make_dataset(source, batch_size=8, seed=1, num_workers=n))
 
             def check(batches, first, number):
                 for right, _ in zip(expected[first:], range(number)):

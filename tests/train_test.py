@@ -46,7 +46,7 @@ def run(config, folder, log=None, devices=1):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, quick_compilation):
-    """Gives a module's whole run, trained once: its folder, into which no test writes, and lines."""
+    """Gives the whole run of a module, trained once: its folder, to read only, and lines."""
 
     @functools.cache
     def of(module):
