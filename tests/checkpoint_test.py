@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import resource
 import shutil
 
@@ -163,11 +162,8 @@ def test_saved_under_one_mesh_and_restored_under_another(tmp_path, pairs):
         restored, at = restore(folder, other)
         assert at == 6
         assert_same(restored, state(ONE, change=6))
-        expected = jax.tree.leaves(placement(other))
-        assert [x.sharding for x in jax.tree.leaves(restored.params)] == [
-            s for s in jax.tree.leaves(placement(other).params)
-        ]
-        assert len(expected) == len(jax.tree.leaves(restored))
+        placed = [x.sharding for x in jax.tree.leaves(restored.params)]
+        assert placed == jax.tree.leaves(placement(other).params)
 
 
 def test_weights_alone_are_read_without_the_devices_that_wrote_them(tmp_path):
@@ -176,10 +172,9 @@ def test_weights_alone_are_read_without_the_devices_that_wrote_them(tmp_path):
     assert at == 4 and set(weights) == {"params", "ema"}
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(weights))
     jax.tree.map(np.testing.assert_array_equal, weights["params"], numbers()["params"])
-    with pytest.raises(ConfigError, match="no checkpoint of step 5; its steps are 4"):
-        restore_weights(tmp_path, 5)
-    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
-        restore_weights(tmp_path / "nothing")
+    for missing in ((tmp_path, 5), (tmp_path / "nothing",)):
+        with pytest.raises(ConfigError, match="no checkpoint"):
+            restore_weights(*missing)
 
 
 # What is kept ------------------------------------------------------------------------------------
@@ -190,7 +185,6 @@ def test_the_newest_and_every_nth_are_kept(tmp_path):
     assert steps_in(tmp_path) == [6, 12, 14]
     save(tmp_path / "last", 1, 2, 3, keep=1)
     assert steps_in(tmp_path / "last") == [3]
-    assert steps_in(tmp_path / "nothing") == []
 
 
 def test_what_a_killed_run_left_unfinished_goes(tmp_path):
@@ -210,14 +204,16 @@ def files_of(folder):
 
 
 def damage(path, how):
-    raw = bytearray(path.read_bytes())
-    if how == "truncated":
-        raw = raw[: len(raw) // 2]
-    elif how == "flipped":
-        raw[len(raw) // 2] ^= 16
-    elif how == "empty":
-        raw = b""
-    path.write_bytes(bytes(raw))
+    raw = path.read_bytes()
+    half = len(raw) // 2
+    changed = {
+        "truncated": raw[:half],
+        "flipped": raw[:half] + bytes([raw[half] ^ 16]) + raw[half + 1 :],
+        "empty": b"",
+    }
+    path.unlink()
+    if how != "removed":
+        path.write_bytes(changed[how])
 
 
 @pytest.fixture(scope="module")
@@ -234,55 +230,37 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, two, 
     for i, path in enumerate(files_of(two / "step_4")):
         folder = tmp_path / str(i)
         shutil.copytree(two, folder)
-        victim = folder / path.relative_to(two)
-        if how == "removed":
-            victim.unlink()
-        else:
-            damage(victim, how)
+        damage(folder / path.relative_to(two), how)
         said = []
         restored, at = restore(folder, ONE, said)
         assert_same(restored, state(ONE, change=at))
         if at == 2:
             (line,) = said
-            assert "checkpoint of step 4 is damaged" in line and len(line.splitlines()) == 1
+            assert line.startswith("step 4 is damaged") and len(line.splitlines()) == 1
             assert (folder / "damaged_step_4").is_dir() and steps_in(folder) == [2]
         used.append(at)
     assert set(used) <= {2, 4} and used.count(2) >= 2
 
 
 def test_any_flipped_byte_of_the_numbers_is_noticed(tmp_path, two):
-    shutil.copytree(two, tmp_path / "copy")
-    files = files_of(tmp_path / "copy" / "step_4" / "state")
-    victim = max(files, key=lambda path: path.stat().st_size)
-    raw = victim.read_bytes()
-    rng = np.random.default_rng(1)
-    for place in rng.integers(0, len(raw), 12):
+    files = files_of(two / "step_4" / "state")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    raw, rng, in_weights = largest.read_bytes(), np.random.default_rng(1), 0
+    for i, place in enumerate(rng.integers(0, len(raw), 12)):
+        folder = shutil.copytree(two, tmp_path / str(i))
         changed = bytearray(raw)
         changed[place] ^= 1 << rng.integers(8)
-        victim.write_bytes(bytes(changed))
-        with pytest.raises(ConfigError, match="step_4 is damaged"):
-            restore_weights_and_the_rest(tmp_path / "copy")
-    victim.write_bytes(raw)
-    assert restore(tmp_path / "copy", ONE)[1] == 4
-
-
-def restore_weights_and_the_rest(folder):
-    """The state's file may be damaged in what the weights do not need: then the ladder must say."""
-    restore_weights(folder, 4)
-    said = []
-    copy = folder.with_name("tried")
-    shutil.copytree(folder, copy)
-    try:
-        _, at = restore(copy, ONE, said)
-    finally:
-        shutil.rmtree(copy)
-    if at != 4:
-        raise ConfigError("step_4 is damaged " + said[0])
+        (folder / largest.relative_to(two)).write_bytes(bytes(changed))
+        try:
+            restore_weights(folder, 4)
+        except ConfigError:
+            in_weights += 1
+        assert restore(folder, ONE)[1] == 2
+    assert in_weights > 0
 
 
 def test_all_damaged_begins_anew_and_keeps_them_aside(tmp_path, two):
-    folder = tmp_path / "run"
-    shutil.copytree(two, folder)
+    folder = shutil.copytree(two, tmp_path / "run")
     for at in (2, 4):
         damage(folder / f"step_{at}" / "marks" / "metadata", "truncated")
     said = []
@@ -300,7 +278,7 @@ def test_checkpoints_of_another_program_are_not_taken_for_damaged(tmp_path, two)
     shapes = jax.eval_shape(lambda: step.init_state(other, jax.random.key(0)))
     where = sharding.shardings(shapes, sharding.make_mesh(ONE, jax.devices()[:1]))
     checkpoints = Checkpoints(two)
-    with pytest.raises(ConfigError, match="another program wrote .*it holds other arrays") as error:
+    with pytest.raises(ConfigError, match="another program wrote") as error:
         checkpoints.restore_newest(shapes, where, lambda line: None)
     checkpoints.close()
     assert len(str(error.value).splitlines()) == 1
@@ -323,8 +301,7 @@ def second(monkeypatch):
 
 
 def test_what_process_0_does_not_see_is_no_checkpoint(tmp_path, two, second):
-    folder = tmp_path / "run"
-    shutil.copytree(two, folder)
+    folder = shutil.copytree(two, tmp_path / "run")
     second[:] = [2]
     checkpoints = Checkpoints(folder)
     assert checkpoints.latest_step() == 4
@@ -340,25 +317,18 @@ def test_what_process_0_does_not_see_is_no_checkpoint(tmp_path, two, second):
     assert_same(restore(folder, ONE)[0], state(ONE, change=40))
 
 
-def test_a_checkpoint_that_one_process_does_not_see_is_not_damage(
-    tmp_path, two, second, monkeypatch
-):
-    folder = tmp_path / "run"
-    shutil.copytree(two, folder)
+def test_a_checkpoint_unseen_by_one_process_is_not_damage(tmp_path, two, second, monkeypatch):
+    folder = shutil.copytree(two, tmp_path / "run")
     second[:] = [6, 4]
     monkeypatch.setattr(distributed, "blind", lambda path: int(path.name == "step_6"))
     with pytest.raises(ConfigError) as error:
         restore(folder, ONE)
-    assert str(error.value) == (
-        f"process 1 does not see {folder}/step_6, which process 0 sees: the workdir must be on "
-        "storage that all processes share"
-    )
+    assert f"process 1 does not see {folder}/step_6" in str(error.value)
     assert steps_in(folder) == [2, 4] and not list(folder.glob("damaged*"))
 
 
 def test_what_only_another_process_sees_is_reported_and_left_out(tmp_path, two, monkeypatch):
-    folder = tmp_path / "run"
-    shutil.copytree(two, folder)
+    folder = shutil.copytree(two, tmp_path / "run")
     shutil.rmtree(folder / "step_4")
     newest = distributed.worst
     monkeypatch.setattr(distributed, "worst", lambda here: max(newest(here), 4 * (here == 2)))
@@ -376,7 +346,7 @@ def test_a_folder_that_vanished_is_one_line(tmp_path):
     checkpoints.save(state(ONE), 2)
     checkpoints.wait()
     shutil.rmtree(folder)
-    with pytest.raises(TrainingError, match="is gone: no checkpoint of step 4") as error:
+    with pytest.raises(TrainingError, match="is gone") as error:
         checkpoints.save(state(ONE), 4)
     assert len(str(error.value).splitlines()) == 1
     checkpoints.close()
@@ -389,9 +359,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_whole(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # files, not the disk; as good
     try:
-        with pytest.raises(
-            TrainingError, match=r"could not be written at step 4 \(File too large\)"
-        ) as error:
+        with pytest.raises(TrainingError, match=r"step 4 \(File too large\)") as error:
             checkpoints.save(state(ONE, change=4), 4)
             checkpoints.wait()
         assert str(error.value).endswith("step 2") and len(str(error.value).splitlines()) == 1
@@ -400,10 +368,3 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_whole(tmp_path):
     restored, at = restore(tmp_path, ONE)
     assert at == 2
     assert_same(restored, state(ONE, change=2))
-
-
-def test_marks_are_plain_json(tmp_path):
-    save(tmp_path, 2)
-    marks = json.loads((tmp_path / "step_2" / "marks" / "metadata").read_text())
-    assert marks["next_index"] == 2
-    assert "params/generator/output/kernel" in marks["fingerprints"]

@@ -1,11 +1,13 @@
 """A teacher trained on the data set: what it learns from, resuming, and Mirai-I with it."""
 
 import dataclasses
+import functools
 import importlib
 import os
 import shutil
 import signal
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ from mirai_jax.utils.errors import ConfigError, Preempted
 from mirai_jax.weights import frozen, pretrained
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+refusal = functools.partial(helpers.refusal, error=ConfigError)
 
 
 def tiny(**changed):
@@ -55,13 +58,6 @@ def entries(folder):
 
 def encoder(folder):
     return pretrained.load("teacher.path", str(folder), "teacher")
-
-
-def refusal(run_it, *arguments):
-    with pytest.raises(ConfigError) as error:
-        run_it(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -94,65 +90,48 @@ def test_every_scale_reads_and_has_the_generators_grid_and_images(scale):
     )  # fmt: skip
 
 
-def test_imagenet_has_dinov2():
-    with pytest.raises(ValueError, match="'imagenet_b' has no encoder to train; .*DINOv2"):
-        teacher.get_config("imagenet_b")
-
-
 @pytest.mark.parametrize(
-    "field, value, message",
+    "field, value",
     [
-        ("objective", "clusters", "one of labels, masked, both"),
-        ("network.width", 96, "a multiple of 64"),
-        ("network.dtype", "int8", "float32, bfloat16"),
-        ("tokenizer.patch", 5, "a part of tokenizer.image_size=32"),
-        ("masked_share", 1.0, "less than 1"),
-        ("batch_size", 9, "a multiple of 2, the devices"),
-        ("data.held_out", 0, "10 or more"),
-        ("data.name", "images", "one of mnist, fashion_mnist"),
-        ("optimizer.warmup_steps", 8, "less than num_steps=8"),
-        ("flip", 1, "True or False"),
+        ("objective", "clusters"),
+        ("network.width", 96),
+        ("tokenizer.patch", 5),
+        ("masked_share", 1.0),
+        ("batch_size", 9),  # two devices
+        ("data.held_out", 0),
+        ("optimizer.warmup_steps", 8),
+        ("flip", 1),
     ],
 )
-def test_a_wrong_field_is_one_line_and_leaves_nothing(tmp_path, field, value, message):
-    made = fields.plain(tiny())
-    *groups, last = field.split(".")
-    inner = made
-    for group in groups:
-        inner = inner[group]
-    inner[last] = value
-    line = refusal(run, made, tmp_path / "run", None, 2)
-    assert f"{field} is {value!r}; it must be " in line and message in line
+def test_a_wrong_field_is_one_line_and_leaves_nothing(tmp_path, field, value):
+    made = tiny()
+    with made.ignore_type():
+        made.update_from_flattened_dict({field: value})
+    line = refusal(run, fields.plain(made), tmp_path / "run", None, 2)
+    assert f"{field} is {value!r}; it must be " in line
     assert not (tmp_path / "run").exists()
 
 
 def test_other_refusals():
-    read = lambda **changed: settings_lib.read(fields.plain(tiny()) | changed, 1)  # noqa: E731
-    assert "masked_share is 0.0; it must be above 0 with objective 'masked'" in refusal(
-        lambda: read(objective="masked", masked_share=0.0)
-    )
+    read = lambda **changed: settings_lib.read(fields.plain(tiny()) | changed, 1)
+    assert "masked_share is 0.0" in refusal(lambda: read(objective="masked", masked_share=0.0))
     assert "'model' (given 1) does not exist" in refusal(lambda: read(model=1))
 
 
-def test_the_program_tells_wrong_arguments_in_one_line(monkeypatch, tmp_path, capsys):
+def test_wrong_arguments_of_the_program_are_one_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     file = importlib.import_module("configs.teacher").__file__
     for arguments, message in [
-        ([], "--config is missing"),
-        (["--config=no_such.py"], "'no_such.py', which is no file"),
-        ([f"--config={file}:imagenet_b"], "has no encoder to train"),
-        (
-            [f"--config={file}", "--config.masked=1"],
-            "--config.masked=1: no such field",
-        ),
+        ([], "--config"),
+        (["--config=no_such.py"], "no_such.py"),
+        ([f"--config={file}:imagenet_b"], "imagenet_b"),  # DINOv2 is its teacher
+        ([f"--config={file}", "--config.masked=1"], "--config.masked"),
         ([f"--config={file}", "--config.seed=1.5"], "seed"),
-        ([f"--config={file}", "more"], "'more' is not understood"),
+        ([f"--config={file}", "more"], "more"),
     ]:
         teach._FLAGS.unparse_flags()
-        with pytest.raises(SystemExit) as end:
-            teach.main(teach.parse_flags(["teach", "--config=", *arguments]))
-        assert str(end.value).startswith("error: ") and message in str(end.value)
-        assert "\n" not in str(end.value)
+        main = lambda given: teach.main(teach.parse_flags(["teach", "--config=", *given]))
+        assert message in helpers.exit_message(main, arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -199,7 +178,7 @@ def test_hidden_pixels_do_not_reach_the_predictions():
 
     of_a_code = jax.random.normal(jax.random.key(3), (5,))
     for row, column in np.ndindex(3, 3):
-        one = lambda images, at=(row, column): (logits(images)[:, *at] @ of_a_code).sum()  # noqa: E731
+        one = lambda images, at=(row, column): (logits(images)[:, *at] @ of_a_code).sum()
         gradient = jnp.abs(jax.grad(one)(images))
         size = gradient.reshape(2, 3, 4, 3, 4, 3).sum(axis=(2, 4, 5))
         assert (size[masked] == 0).all()  # also not through other patches
@@ -275,8 +254,8 @@ def test_it_learns(tmp_path, objective):
     )  # fmt: skip
     made.optimizer.learning_rate = 3e-3
     run(made, tmp_path)
-    first, last = entries(tmp_path)[0], entries(tmp_path)[-1]
-    losses = {"labels": ["labels"], "masked": ["masked"], "both": ["labels", "masked"]}[objective]
+    first, *_, last = entries(tmp_path)
+    losses = ["labels", "masked"] if objective == "both" else [objective]
     for name in losses:
         # Of two losses at once neither falls as fast.
         least = 0.02 if objective == "both" else 0.3
@@ -289,8 +268,7 @@ def test_it_learns(tmp_path, objective):
 
 def test_a_run_leaves_its_files_and_says_when_it_is_finished(finished):
     folder, lines, _ = finished
-    text = "\n".join(lines)
-    assert "held out accuracy" in text and "img/s" in text and "left" in text
+    assert any("held out accuracy" in line for line in lines)
     assert {path.name for path in folder.iterdir()} >= {
         "config.json", "metrics.jsonl", "events.jsonl", "tokenizer.npz", "checkpoints", "encoder",
         "summary.png",
@@ -298,8 +276,7 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(finished):
     assert [entry["step"] for entry in entries(folder)] == list(range(1, 9))
     measured = [entry["step"] for entry in entries(folder) if "held_out_accuracy" in entry]
     assert measured == [4, 8]
-    again = run(tiny(objective="both"), folder)
-    assert "this run is finished (8 steps)" in again[-1] and str(folder) in again[-1]
+    assert "this run is finished (8 steps)" in run(tiny(objective="both"), folder)[-1]
     assert "seed was 0, is 1" in refusal(run, tiny(objective="both", seed=1), folder)
 
 
@@ -315,8 +292,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished
 
     with pytest.raises(KeyboardInterrupt if how == "killed" else Preempted):
         run(made, tmp_path, log=log)
-    message = refusal(encoder, tmp_path)
-    assert "teacher.path is " in message and "not finished" in message
+    assert "teacher.path is " in refusal(encoder, tmp_path)
     lines = run(made, tmp_path)
     step = 4 if how == "killed" else 7  # the loop is a step ahead of the screen
     assert any(f"resumed at step {step} of 8" in line for line in lines)
@@ -327,8 +303,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished
 
 
 def test_it_does_not_go_on_with_other_images_of_the_same_names(tmp_path, finished, monkeypatch):
-    folder, load = tmp_path / "run", small_sets.load_images
-    shutil.copytree(finished[0], folder)
+    folder, load = shutil.copytree(finished[0], tmp_path / "run"), small_sets.load_images
     (folder / "summary.png").unlink()
 
     def other(*arguments):
@@ -366,9 +341,7 @@ def student(folder, **fields):
 def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     folder, _, params = finished
     made = student(folder)
-    lines = []
-    train.train(made, tmp_path, devices=jax.devices()[:1], log=lines.append)
-    assert "teacher: dinov2, 64 features a position" in lines
+    train.train(made, tmp_path, devices=jax.devices()[:1], log=lambda line: None)
     (entry,) = metrics_writer.read_metrics(tmp_path)
     assert 0 < abs(entry["foresight_bidirectional_r0c0"]) <= 1
     assert "bidirectional" in (tmp_path / "parts.json").read_text()
@@ -383,18 +356,13 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     np.testing.assert_allclose(got, want.reshape(3, 16, 64), atol=1e-5)
 
 
-def test_it_is_shown_images_like_those_it_learned_from(finished, tmp_path):
+def test_it_is_shown_images_like_those_it_learned_from(finished):
     settings = schema.read(student(finished[0], image_size=64), 1)
-    message = refusal(frozen.make_teacher, settings)
-    assert "teacher.image_size is 64, which shows 64 pixels a side; it must be 32" in message
+    assert "teacher.image_size is 64" in refusal(frozen.make_teacher, settings)
     frozen.make_teacher(schema.read(student(finished[0], image_size=32), 1))
     other = student(finished[0])
     other.data.held_out = 100
-    message = refusal(frozen.make_teacher, schema.read(other, 1))
-    assert "data.held_out is 100; it must be " in message
-    (tmp_path / "config.json").write_text("{}")  # of a run that is no teacher, say
-    settings = schema.read(student(tmp_path), 1)
-    assert "not finished" in refusal(frozen.make_teacher, settings)
+    assert "data.held_out is 100" in refusal(frozen.make_teacher, schema.read(other, 1))
 
 
 @pytest.mark.slow
