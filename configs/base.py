@@ -85,7 +85,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     #                 'tfds' lets tfds fetch fashion_mnist
     data.images = ""  # where the images themselves are, for a teacher that takes them and for
     #                   codes made online: a folder with a folder a class, tfds:NAME[:SPLIT], or
-    #                   grain:MODULE:SOURCE (see mirai_jax/data/sources.py)
+    #                   grain:MODULE:SOURCE (see mirai_jax/data/images.py)
     data.codes = "stored"  # stored, or online: the tokenizer runs in the step, on the crop itself
     data.crop_range = 1.1  # online: crops are taken from the centre image_size * this, as stored
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import http.server
 import itertools
 import json
 import pickle
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 
 import helpers
 import numpy as np
@@ -100,14 +102,30 @@ def test_fashion_mnist_refuses_what_is_wrong(tmp_path):
     assert images.name in message()
 
 
-def test_tfds_without_a_network_says_what_to_do(monkeypatch):
-    def unreachable():
-        raise ConnectionError("no route to host\nand more lines")
+def test_tfds_downloads_each_file_once(tmp_path, monkeypatch):
+    from tensorflow_datasets.core import download
+    from tensorflow_datasets.image_classification import mnist
 
-    monkeypatch.setattr(small_sets, "_fashion_mnist_builder", unreachable)
+    pixels, labels = np.arange(3 * 784).astype(np.uint8).reshape(3, 28, 28), np.uint8([4, 0, 9])
+    for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+        header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+        file = tmp_path / f"t10k-{kind}-ubyte.gz"
+        file.write_bytes(gzip.compress(header + array.tobytes()))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(mnist.FashionMNIST, "URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    for _ in range(2):  # the second time there is no server
+        loaded = small_sets.load_images("fashion_mnist", "tfds", "held_out", 28)
+        np.testing.assert_array_equal(loaded.images[..., 0], pixels)
+        np.testing.assert_array_equal(loaded.labels, labels)
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setattr(download.DownloadManager, "download", lambda *_: 1 / 0)
     with pytest.raises(errors.DataError) as error:
-        small_sets.load_images("fashion_mnist", "tfds")
-    assert "no route to host" in one_line(error) and "--config.data.path=FOLDER" in str(error.value)
+        small_sets.load_images("fashion_mnist", "tfds", "train", 28)
+    assert "--config.data.path=FOLDER" in one_line(error)
 
 
 # Digits ------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from PIL import Image
 
 from mirai_jax.data import manifest, records
 from mirai_jax.data.crops import CropSpec, load_all_crops
+from mirai_jax.data.images import open_images
 from mirai_jax.data.pipeline import CropLoader, OnlineImages, make_dataset
-from mirai_jax.data.sources import open_images
 from mirai_jax.extraction import job as jobs
 from mirai_jax.extraction import pictures, shards
 from mirai_jax.models import tokenizer, vq

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from configs import llamagen
 from mirai_jax.config import compare
-from mirai_jax.data import manifest, pipeline, records, small_sets, sources
+from mirai_jax.data import images as image_sources
+from mirai_jax.data import manifest, pipeline, records, small_sets
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.training import metrics_writer, train
 from mirai_jax.utils.errors import DataError
@@ -228,7 +229,7 @@ def test_paths_of_any_text_are_refused_in_one_line(tmp_path, monkeypatch, amount
         for field, reader in (
             ("data.path", open_records),
             ("fashion_mnist", lambda p: small_sets.load_images("fashion_mnist", p or "no")),
-            ("images", lambda p: len(sources.open_images(p))),
+            ("images", lambda p: len(image_sources.open_images(p))),
         ):
             with pytest.raises(DataError) as error:
                 reader(path)

@@ -16,7 +16,7 @@ import skimage
 from PIL import Image
 
 from configs import mirai_i
-from mirai_jax.data import sources
+from mirai_jax.data import images as image_sources
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.extraction import job as jobs
 from mirai_jax.extraction import shards
@@ -180,7 +180,7 @@ def test_another_tokenizer_or_other_images_are_refused(world, stored):
     with pytest.raises(ConfigError, match="tokenizer.path"):
         losses(settings(world, tokenizer__path=str(world / "vq2.pt")), world / "refused")
     moved = world / "moved"
-    images = sources.open_images(str(world / "images"))
+    images = image_sources.open_images(str(world / "images"))
     for i, key in enumerate(images.about(i)[1] for i in range(12)):
         (moved / key).parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.RandomState(i).randint(0, 256, (90, 90, 3)).astype(np.uint8)

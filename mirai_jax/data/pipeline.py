@@ -17,8 +17,8 @@ import grain
 import numpy as np
 
 from mirai_jax.data import crops
+from mirai_jax.data.images import ImageSource
 from mirai_jax.data.records import CodedImages, CodeRecords
-from mirai_jax.data.sources import ImageSource
 from mirai_jax.utils.errors import DataError, first_line
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from mirai_jax.data import manifest
 from mirai_jax.data.crops import CropSpec
+from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.manifest import Manifest
-from mirai_jax.data.sources import ImageSource, open_images
 from mirai_jax.models import vq
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import pretrained

@@ -17,8 +17,8 @@ from mirai_jax.config.fields import fill
 from mirai_jax.config.schema import Settings
 from mirai_jax.data import pipeline, records, small_sets
 from mirai_jax.data.crops import CropSpec
+from mirai_jax.data.images import open_images
 from mirai_jax.data.small_sets import LabelledImages
-from mirai_jax.data.sources import open_images
 from mirai_jax.models import batched
 from mirai_jax.step import Recipe
 from mirai_jax.training import restore

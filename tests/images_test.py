@@ -19,7 +19,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirai_jax.data import crops, sources
+from mirai_jax.data import crops
+from mirai_jax.data import images as sources
 from mirai_jax.utils.errors import DataError
 
 refusal = functools.partial(helpers.refusal, error=DataError)
@@ -388,7 +389,7 @@ def test_anything_else_is_refused_with_the_forms():
 def test_data_loads_no_model_and_no_accelerator_that_grain_does_not_load():
     program = """
 import sys
-import mirai_jax.data.crops, mirai_jax.data.manifest, mirai_jax.data.sources
+import mirai_jax.data.crops, mirai_jax.data.manifest, mirai_jax.data.images
 print(*{"jax", "flax", "grain", "tensorflow_datasets", "torch"} & set(sys.modules))
 import grain
 before = set(sys.modules)
