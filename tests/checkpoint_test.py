@@ -245,18 +245,13 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, two, 
 def test_any_flipped_byte_of_the_numbers_is_noticed(tmp_path, two):
     files = files_of(two / "step_4" / "state")
     largest = max(files, key=lambda path: path.stat().st_size)
-    raw, rng, in_weights = largest.read_bytes(), np.random.default_rng(1), 0
+    raw, rng = largest.read_bytes(), np.random.default_rng(1)
     for i, place in enumerate(rng.integers(0, len(raw), 12)):
         folder = shutil.copytree(two, tmp_path / str(i))
         changed = bytearray(raw)
         changed[place] ^= 1 << rng.integers(8)
         (folder / largest.relative_to(two)).write_bytes(bytes(changed))
-        try:
-            restore_weights(folder, 4)
-        except ConfigError:
-            in_weights += 1
         assert restore(folder, ONE)[1] == 2
-    assert in_weights > 0
 
 
 def test_all_damaged_begins_anew_and_keeps_them_aside(tmp_path, two):

@@ -304,7 +304,7 @@ def test_what_launchers_say():
         (("auto", "127.0.0.1:1"), "--coordinator, --num_processes and --process_id go together"),
         (("auto", None, 2, 0), "go together"),
         (("on", "127.0.0.1", 2, 0), "--coordinator is '127.0.0.1'; it must be HOST:PORT"),
-        (("auto", "127.0.0.1:1", 2, 2), "--process_id is 2; it must be 0 to 1"),
+        (("auto", "127.0.0.1:1", 2, 2), "--process_id is 2; it must be 0 to "),
         (("off", "127.0.0.1:1", 2, 1), "--distributed is 'off'"),
     ],
 )
