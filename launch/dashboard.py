@@ -17,6 +17,7 @@ class Dashboard:
     """
 
     def __init__(self, runs: Sequence[SweepRun], stream: TextIO = sys.stdout):
+        stream = sys.stdout if stream is sys.__stdout__ else stream  # as it is now
         self._runs, self._stream, self._live = runs, stream, stream.isatty()
         self._start = self._last_shown = time.monotonic()
         self._start_steps = sum(self._steps().values())

@@ -17,7 +17,7 @@ import pathlib
 import sys
 from collections.abc import Collection
 
-from absl import app, flags
+from absl import flags
 
 from launch import collect, collected, encoders, report_figures, report_text
 from launch.collected import Results
@@ -127,4 +127,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -18,13 +18,15 @@ from absl import flags
 
 from mirai_jax.evaluation import assessments
 from mirai_jax.evaluation.runs import Protocol
-from mirai_jax.utils import cli
+from mirai_jax.utils import cli, paths
 from mirai_jax.utils.errors import ConfigError
 
 _FLAGS = cli.flag_values(__name__)
 _DEFAULT = Protocol()
 _integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
-_WORKDIR = flags.DEFINE_list("workdir", [], "Folders of runs.", flag_values=_FLAGS)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Folders of runs: A,B or a pattern.", flag_values=_FLAGS
+)
 _STEPS = flags.DEFINE_enum(
     "steps", "kept", ("kept", "last"), "Every kept checkpoint, or the last.", flag_values=_FLAGS
 )
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
         fields = (_SAMPLES, _GUIDANCE, _SEED, _PIXELS, _HELD_OUT)
         protocol = Protocol(**{field.name: field.value for field in fields})
-        assessments.assess(_WORKDIR.value, _STEPS.value, protocol, _FOLLOW.value)
+        assessments.assess(paths.several(_WORKDIR.value), _STEPS.value, protocol, _FOLLOW.value)
 
 
 if __name__ == "__main__":

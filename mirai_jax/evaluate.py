@@ -22,15 +22,13 @@ import os
 from absl import flags
 
 from mirai_jax.evaluation.samples import evaluate
-from mirai_jax.utils import cli
+from mirai_jax.utils import cli, paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import inception as inception_weights
 
 _FLAGS = cli.flag_values(__name__)
 _string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_SAMPLES = flags.DEFINE_list(
-    "samples", [], "Images to evaluate; several give a row each.", flag_values=_FLAGS
-)
+_SAMPLES = _string("samples", "", "Images to evaluate: A,B or a pattern give a row each.")
 _REFERENCE = _string("reference", None, "Real images, or a .npz with statistics.")
 _INCEPTION = _string(
     "inception", "", f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used."
@@ -52,8 +50,8 @@ def main(argv: list[str]) -> None:
             raise ConfigError("--save_statistics needs --inception: no other statistics are read")
         if not os.path.isdir(os.path.dirname(_SAVE.value) or "."):
             raise ConfigError(f"--save_statistics is {_SAVE.value!r}, in a folder that is missing")
-        given = (_SAMPLES, _REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE)
-        evaluate(*(flag.value for flag in given))
+        given = (_REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE)
+        evaluate(paths.several(_SAMPLES.value), *(flag.value for flag in given))
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def _terms(given: RunConfig, student: GeneratorConfig, check: Check) -> tuple[fo
         name = term.name or _default_name(term, {t.name for t in terms})
         term = dataclasses.replace(term, name=name)
         # The keys of parts.json, in which each term's teacher has its name.
-        taken = {"data", "image_set", "tokenizer", *(t.name for t in terms)}
+        taken = {"data", "image_keys", "image_set", "tokenizer", *(t.name for t in terms)}
         taken |= {"bidirectional"} - {term.source}
         good = name.isidentifier() and name.isascii() and name not in taken
         allowed = f"letters, digits and underscores, and none of {', '.join(sorted(taken))}"

@@ -1,10 +1,12 @@
 """What watches over a run: notices to stop, and steps that never end."""
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -14,24 +16,26 @@ from mirai_jax.utils.errors import Lost
 
 
 class Preemption:
-    """Whether the run was asked to stop: SIGTERM, or the platform's notice through JAX.
+    """Whether the run was asked to stop: SIGTERM, SIGHUP, or the platform's notice through JAX.
 
     With several processes JAX takes the signal and agrees with the others on the time; all must call
-    `reached` equally often. Alone, the signal is caught here. A second SIGTERM ends the process as it would any
-    other.
+    `reached` equally often. Alone, it is caught here; a second SIGTERM ends the process as usual.
     """
 
     def __init__(self):
         self._notified, self._asked = False, 0
         self._jax = jax.distributed.is_initialized()
-        self._old = None
+        self._old: dict[int, Any] = {}
         if not self._jax and threading.current_thread() is threading.main_thread():
-            self._old = signal.signal(signal.SIGTERM, self._on_signal)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self._old[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        del number, frame
-        self._notified = True
-        self.close()
+        again, self._notified = self._notified, True
+        if again and number == signal.SIGTERM:  # a closing terminal sends SIGHUP more than once
+            self.close()
+            os.kill(os.getpid(), number)
 
     def reached(self) -> bool:
         """Whether now is the time to save and end, for all processes alike."""
@@ -43,10 +47,10 @@ class Preemption:
         return multihost_utils.reached_preemption_sync_point(self._asked)
 
     def close(self) -> None:
-        """Gives the signal back."""
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
-            self._old = None
+        """Gives the signals back."""
+        for number, old in self._old.items():
+            signal.signal(number, old)
+        self._old = {}
 
 
 class HangGuard:

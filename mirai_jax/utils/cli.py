@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -10,14 +12,27 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from mirai_jax.utils import distributed, host_memory
+from mirai_jax.utils import distributed, ending, host_memory, paths
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, first_line
 
 
 def run(main: Callable[[list[str]], None], **options: Any) -> None:
-    """Starts a program with `app.run`, after `host_memory.keep_freed`."""
+    """Starts a program with `app.run`, after `host_memory.keep_freed` and `ending.protect`."""
+    ending.protect()
     host_memory.keep_freed()
-    app.run(main, **options)
+    with program():
+        argv = [sys.argv[0], *map(_paths, sys.argv[1:])]
+    ending.after(functools.partial(app.run, main, argv=argv, **options))
+
+
+def _paths(argument: str) -> str:
+    """An argument with ~ expanded (not that of a config, which a workdir keeps); refuses URLs."""
+    name, equals, value = argument.rpartition("=")
+    for path in value.split(","):
+        paths.check_local(name or "an argument", path)
+    if name.startswith("--config."):
+        return argument
+    return name + equals + ",".join(map(os.path.expanduser, value.split(",")))
 
 
 @contextlib.contextmanager
@@ -39,6 +54,12 @@ def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterato
     except Preempted as stop:
         print(first_line(stop), file=sys.stderr)
         sys.exit(stop.status)  # all processes stop together and shut down in order
+    except (RuntimeError, AssertionError) as error:
+        frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if not frames[-1].endswith("xla_bridge.py"):
+            raise
+        why, platforms = first_line(error)[:200], os.environ.get("JAX_PLATFORMS", "")
+        _fail(f"JAX_PLATFORMS is {platforms!r}; JAX cannot use it ({why}); cpu is always there", 1)
     except KeyboardInterrupt:
         sys.exit(interrupted)
 

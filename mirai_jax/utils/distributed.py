@@ -6,13 +6,13 @@ processes read (data, workdir) lie on storage that all hosts share.
 """
 
 import contextlib
-import multiprocessing
 import os
 import pathlib
 import re
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mirai_jax.utils import ending
 from mirai_jax.utils.errors import ConfigError, Lost, TrainingError, first_line
 
 MODES = ("auto", "on", "off")
@@ -37,7 +38,8 @@ def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
     Variables of SLURM (srun) and Open MPI (mpirun) are read as JAX reads them. GKE sets
     TPU_WORKER_HOSTNAMES on hosts of a TPU slice.
     """
-    if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1))
+    if "SLURM_STEP_NODELIST" in environ and int(tasks) > 1:
         return {}  # JAX finds the rest
     if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         if "OMPI_MCA_orte_hnp_uri" in environ:
@@ -97,18 +99,35 @@ def start(
     if count is not None and index is not None and not 0 <= index < count:
         raise ConfigError(f"--process_id is {index}; it must be 0 to --num_processes - 1")
     which = f" as process {index} of {count}" if count is not None else ""
-    print(f"joining the other processes{which}", file=sys.stderr, flush=True)
-    if coordinator is not None and index:
-        _wait_for(coordinator, timeout)
+    with _reporting(f"joining the other processes{which}, for {timeout} s at most"):
+        if coordinator is not None and index:
+            _wait_for(coordinator, timeout)
+        try:
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=timeout,
+                heartbeat_timeout_seconds=heartbeat,
+                shutdown_timeout_seconds=60,
+            )
+        except Exception as error:  # whatever the runtime makes of an address or of silence
+            raise ConfigError(f"the processes did not meet: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _reporting(line: str) -> Iterator[None]:
+    """Says what it waits for, at once and every 30 seconds."""
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(30):
+            print(f"still {line} (--distributed=off goes alone)", file=sys.stderr, flush=True)
+
+    print(line, file=sys.stderr, flush=True)
+    threading.Thread(target=report, daemon=True, name="waiting").start()
     try:
-        jax.distributed.initialize(
-            **arguments,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=heartbeat,
-            shutdown_timeout_seconds=60,
-        )
-    except Exception as error:  # whatever the runtime makes of an address or of silence
-        raise ConfigError(f"the processes of the run did not meet: {first_line(error)}") from error
+        yield
+    finally:
+        ended.set()
 
 
 def _wait_for(address: str, timeout: float) -> None:
@@ -246,13 +265,9 @@ def check_shared(folder: pathlib.Path) -> None:
 
 
 def leave(status: int) -> None:
-    """Ends this process and its child processes at once, without waiting for others."""
-    for child in multiprocessing.active_children():  # data workers would live on
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """`ending.leave`, after a second in which the other processes can report what they know."""
     if jax.process_count() > 1 and is_first():
         # JAX's runtime ends the others as soon as its coordinator, in this process, is gone. If all
         # end for the same reason, this leaves them time to report it.
         time.sleep(1)
-    os._exit(status)
+    ending.leave(status)

@@ -31,6 +31,7 @@ class Progress:
     """
 
     def __init__(self, total: int, unit: str, done: int = 0, stream: TextIO | None = sys.stderr):
+        stream = sys.stderr if stream is sys.__stderr__ else stream  # as it is now
         self._total, self._unit, self._stream = total, unit, stream
         self._first, self._done = done, done
         self._begun = self._shown = time.monotonic()
