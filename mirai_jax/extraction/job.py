@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from mirai_jax.data import manifest
+from mirai_jax.data import folders, manifest
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.manifest import Manifest
@@ -83,8 +83,9 @@ def prepare(
     source = open_images(images)
     if not len(source):
         raise DataError(f"--images is {images!r}, which holds no image")
+    keys = source.listing()
     planned = Manifest(
-        images=source.describe(),
+        images=source.describe() | ({"keys": keys} if keys else {}),
         crops=crops,
         tokenizer={
             "checksum": pretrained.checksum(params),
@@ -98,7 +99,13 @@ def prepare(
         batch_size=batch_size,
         precision=precision,
     )
+    if line := folders.surprise(source.class_names):
+        print(line, flush=True)
     folder = pathlib.Path(out).expanduser()
+    if keys and folder.resolve().is_relative_to(pathlib.Path(images).expanduser().resolve()):
+        raise ConfigError(
+            f"--out is {out!r}, inside --images: it would be read as one of its classes"
+        )
     found = _found_or_written(folder, planned)
     if not found.complete:
         (folder / PARTS).mkdir(exist_ok=True)

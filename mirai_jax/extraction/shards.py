@@ -5,13 +5,14 @@ import json
 import shutil
 from typing import Any
 
-from mirai_jax.data import manifest, records
+from mirai_jax.data import folders, manifest, records
 from mirai_jax.data.manifest import Manifest, Shard
 from mirai_jax.extraction import pictures
 from mirai_jax.extraction.encode import encoded_batches
 from mirai_jax.extraction.job import PARTS, ExtractionJob
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import DataError
+from mirai_jax.utils.locks import FolderLock
 from mirai_jax.utils.progress import Progress
 from mirai_jax.weights import pretrained
 
@@ -42,11 +43,14 @@ def run(
     before = sum(len(job.indices(k)) for k in mine if job.part(k) is not None)
     if before:
         print(f"{before:,} of {total:,} images were done before", flush=True)
+    lock = FolderLock(job.out, f"lock-{process_index}")
+    lock.hold()
     progress = Progress(total, "images", before)
     try:
         write_shards(job, mine, progress, reconstructions)
     finally:
         progress.close()
+        lock.close()
     final = finish(job)
     if final is not None and reconstructions:
         pictures.draw_reconstructions(job, list(range(job.num_shards)), reconstructions)
@@ -137,6 +141,8 @@ def summary(job: ExtractionJob, final: Manifest) -> str:
         text += f" (such as {entry['key']}: {entry['reason']})"
     for name, keys in (("other files skipped", report["skipped"]), *report["notes"].items()):
         text += f"; {name}: {len(keys)}" if keys else ""
+    if line := folders.surprise(final.class_names):
+        text += f"; {line}"
     return f"{text}; every name: {job.out / _REPORT}"
 
 

@@ -17,6 +17,7 @@ from mirai_jax.sampling.painter import Painter, Source
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils import files, pictures, trees
 from mirai_jax.utils.errors import ConfigError
+from mirai_jax.utils.locks import FolderLock
 from mirai_jax.utils.progress import Progress
 
 _PART = 500  # images a file until all are there; fixed, so that stops leave no trace
@@ -66,7 +67,9 @@ class SamplingJob:
         file = out / "protocol.json"
         if file.exists():
             try:
-                changed = trees.differences(json.loads(file.read_text()), protocol)
+                old = json.loads(file.read_text())
+                # Folders of earlier versions lack some fields.
+                changed = trees.differences(old, {k: protocol.get(k) for k in old})
             except (ValueError, AttributeError) as error:
                 raise ConfigError(f"{file} is damaged; use another --out") from error
             if changed:
@@ -123,9 +126,15 @@ class SamplingJob:
         shutil.rmtree(self.out / "parts", ignore_errors=True)
         return True
 
+    def _row(self, start: int) -> str:
+        """The name of eight images from `start` on: their classes, where their names are known."""
+        names = json.loads((self.out / "protocol.json").read_text()).get("class_names")
+        shown = dict.fromkeys(names[y] for y in self.labels[start : start + 8]) if names else ()
+        return f"{start}: {', '.join(shown)}"[:40] if names else f"image {start}"
+
     def _write(self) -> None:
         first = np.load(self.part(0))
-        rows = [f"image {i}" for i in range(0, min(len(first), _GRID) // 8 * 8, 8)]
+        rows = [self._row(i) for i in range(0, min(len(first), _GRID) // 8 * 8, 8)]
         if rows:
             grid = pictures.sample_grid(first[: 8 * len(rows)], rows)
             pictures.save_picture(self.out / "grid.png", grid)
@@ -171,12 +180,17 @@ def sample_folder(
     labels_N = make_labels(labels, num_images, source.config.num_classes, seed)
     protocol = source.about | {"num_images": num_images, "labels": labels, "seed": seed}
     protocol |= dataclasses.asdict(options) | {"resize": resize, "batch_size": batch_size}
+    protocol |= {"jax": jax.__version__, "platform": jax.default_backend()}
+    precision = jax.config.jax_default_matmul_precision
+    protocol |= {"x64": jax.config.jax_enable_x64, "matmul_precision": precision}
     job = SamplingJob.begin(out, labels_N, protocol)
     if job.samples.exists():
         job.join()  # a stop may have left the parts
         print(f"{job.samples} is there already", flush=True)
         return
     index, count = share
+    lock = FolderLock(out, f"lock-{index}")
+    lock.hold()
     mine = range(index, job.num_parts, count)
     before = sum(len(job.indices(k)) for k in mine if job.part(k).exists())
     total = sum(len(job.indices(k)) for k in mine)
@@ -189,6 +203,7 @@ def sample_folder(
         job.draw(painter, mine, progress)
     finally:
         progress.close()
+        lock.close()
     if job.join():
         grid = out / "grid.png"  # of 8 images or more
         print(f"written: {job.samples}" + f"; look at {grid}" * grid.exists(), flush=True)

@@ -4,21 +4,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from mirai_jax.utils import pictures
+
 
 def teacher_figure(path: pathlib.Path, title: str, metrics: Sequence[dict[str, Any]]) -> None:
-    """A run of `mirai_jax.teach` at a glance: losses by step, and what it knows of held-out images.
-
-    Args:
-        path: the PNG to write.
-        title: what the run is.
-        metrics: the entries of metrics.jsonl.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    """A run of `mirai_jax.teach` at a glance: losses by step, and what it knows of held-out images."""
+    figure, axes = pictures.subplots(1, 2, figsize=(11, 4.5))
     figure.suptitle(title)
     names = list(dict.fromkeys(name for entry in metrics for name in entry))
     for axis, end in zip(axes, ("_loss", "accuracy"), strict=True):
@@ -33,5 +24,4 @@ def teacher_figure(path: pathlib.Path, title: str, metrics: Sequence[dict[str, A
             axis.legend()
     axes[0].set(title="Losses (nats)")
     axes[1].set(title="Accuracy", ylim=(0, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.save_figure(path, figure)

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mirai_jax.training.fingerprints import by_path, fingerprints
-from mirai_jax.utils import distributed
+from mirai_jax.utils import distributed, files, paths
 from mirai_jax.utils.errors import ConfigError, Lost, TrainingError, first_line
 
 _STEP = re.compile(r"step_(\d+)")
@@ -85,7 +85,7 @@ class Checkpoints:
         self._steps = steps_in(folder)
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._remove_old),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._check_written),
         )
 
     def due(self, step: int) -> bool:
@@ -111,7 +111,7 @@ class Checkpoints:
         marks = {"next_index": step, "fingerprints": fingerprints(tree)}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), marks=ocp.args.JsonSave(marks))
         self._steps.append(step)
-        self._writing(step, lambda: self._writer.save(self._path(step), args=args, force=True))
+        self._writing(step, lambda: self._writer.save(self._plain(step), args=args, force=True))
 
     def wait(self) -> None:
         """Blocks until what was started is on the disk.
@@ -121,9 +121,19 @@ class Checkpoints:
             Lost: another process is gone.
         """
         self._writing(self.latest_step(), self._writer.wait_until_finished)
+        self._remove_old()
+
+    def _check_written(self) -> None:
+        """Reads the index of the new checkpoint back, before it gets its name."""
+        step = self._steps[-1]
+        name = f"step_{step}.orbax-checkpoint-tmp"
+        path = self._plain(step).with_name(name)
+        wanted = {name.replace("/", ".") for name in _read_marks(path)["fingerprints"]}
+        if distributed.is_first() and files.stored_arrays(path / "state") != wanted:
+            raise OSError(f"{self._folder / name} does not hold what was written to it")
 
     def _remove_old(self) -> None:
-        """Removes what is not to be kept; called when a new checkpoint is whole."""
+        """Removes what is not to be kept."""
         kept = {step for step in self._steps if self._keep_every and step % self._keep_every == 0}
         kept.update(sorted(self._steps)[-self._keep :])
         for step in set(self._steps) - kept:
@@ -200,6 +210,10 @@ class Checkpoints:
     def _path(self, step: int) -> pathlib.Path:
         return self._folder / f"step_{step}"
 
+    def _plain(self, step: int) -> pathlib.Path:
+        """The same, for Orbax."""
+        return pathlib.Path(paths.plain(self._folder), f"step_{step}")
+
     def _restore(self, step: int, like: Any, shardings: Any) -> tuple[Any, str, int]:
         """The state, or None and why not; and the outcome over all processes.
 
@@ -220,7 +234,7 @@ class Checkpoints:
             )
         tree, why, here = None, "", _WHOLE
         try:
-            tree, marks = _read(path, abstract)
+            tree, marks = _read(self._plain(step), abstract)
         except Exception as error:  # whatever Orbax and TensorStore make of a damaged file
             here, why = _outcome(error)
         worst = distributed.worst(here)
@@ -269,7 +283,7 @@ def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any,
     if step not in steps:
         listed = ", ".join(map(str, steps))
         raise ConfigError(f"{folder} holds no checkpoint of step {step}; its steps are {listed}")
-    path = (folder / f"step_{step}").absolute()
+    path = pathlib.Path(paths.plain(folder), f"step_{step}")
     try:
         reader = ocp.PyTreeCheckpointHandler()
         tree = reader.metadata(path / "state").tree

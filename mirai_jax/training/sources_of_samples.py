@@ -1,7 +1,10 @@
 """What can be sampled from: a run's checkpoint, or a generator and a tokenizer from files."""
 
+import contextlib
 import dataclasses
+import json
 import os
+import pathlib
 from typing import Any
 
 from mirai_jax.models.generator import GeneratorConfig
@@ -40,6 +43,9 @@ def of_workdir(
         wanted = dataclasses.replace(settings.tokenizer, path=path)
         tokenizer = frozen.load_vq(dataclasses.replace(settings, tokenizer=wanted))
     about = {"workdir": os.path.basename(os.path.abspath(workdir)), "step": step, "state": state}
+    with contextlib.suppress(OSError, ValueError):  # runs of earlier versions have none
+        file = pathlib.Path(workdir).expanduser() / "classes.json"
+        about["class_names"] = json.loads(file.read_text())
     return _source(settings.generator, params, *tokenizer, about)
 
 

@@ -1,6 +1,8 @@
 """A run's folder: its config, and the rules for continuing it.
 
 config.json      the whole config
+classes.json     the name of each label
+lock.json        while a run is at work: its process, host and command
 metrics.jsonl    one JSON object a logged step; also as TensorBoard event files
                  (wait_share: of the time since the last one, what the devices stood still waiting for
                  a batch, as the first process sees its own; 0 to 1)
@@ -20,8 +22,9 @@ from typing import Any
 
 from mirai_jax.config.compare import check_same_run, to_json
 from mirai_jax.config.schema import RunConfig
-from mirai_jax.utils import distributed, files
+from mirai_jax.utils import distributed, files, paths
 from mirai_jax.utils.errors import ConfigError, first_line
+from mirai_jax.utils.locks import FolderLock
 from mirai_jax.weights import patch_codebook
 
 
@@ -36,6 +39,7 @@ def check_workdir(
     Raises:
         ConfigError: the folder cannot be used, or holds a run of another config.
     """
+    paths.check_local("workdir", workdir)
     path = workdir / "config.json"
     try:
         if workdir.exists() and not workdir.is_dir():
@@ -76,11 +80,11 @@ def claim(
     codebook: Any,
     *,
     fresh: bool,
-) -> None:
+) -> FolderLock:
     """Creates or continues the folder: from here on it belongs to this run. All processes must call.
 
     Only when all that the config names was found, so that a mistake leaves nothing behind, and only
-    when every process has seen what was there.
+    when every process has seen what was there. Returns the lock of the folder, for process 0 to hold.
 
     Args:
         identity: checksums of data and frozen networks; see `check_same`.
@@ -88,12 +92,15 @@ def claim(
         fresh: whether the run has no checkpoint yet.
 
     Raises:
-        ConfigError: the folder cannot be written or is not shared, or holds a run of other data.
+        ConfigError: the folder cannot be written or is not shared, holds a run of other data, or
+            another process is at work in it.
     """
     if not fresh:
         check_same(identity, workdir, write=False)
     distributed.barrier("begin")
+    lock = FolderLock(workdir)
     if distributed.is_first():
+        lock.hold()
         open_workdir(workdir, config)
         path = workdir / "tokenizer.npz"
         if codebook is not None and not path.exists():
@@ -103,6 +110,7 @@ def claim(
         check_same(identity, workdir, write=True)
     distributed.barrier("workdir")
     distributed.check_shared(workdir)
+    return lock
 
 
 def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: bool) -> None:
@@ -127,7 +135,8 @@ def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: boo
         if before.get(name, now) != now:
             raise ConfigError(
                 f"workdir {workdir} holds a run that began with another {name}: the checksum was "
-                f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir"
+                f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir (to "
+                f"continue on what is there now, remove {name!r} from {file})"
             )
     if write and before != {**before, **identity}:
         files.write_text(file, json.dumps({**before, **identity}, indent=2) + "\n")

@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+import tensorstore
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
@@ -36,6 +38,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file (UTF-8) atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def stored_arrays(folder: str | os.PathLike[str]) -> set[str]:
+    """The names 'a.b' of the arrays that the index of an Orbax folder leads to."""
+    store = {"driver": "ocdbt", "base": f"file://{os.fspath(folder)}/"}
+    keys = tensorstore.KvStore.open(store).result().list().result()
+    return {key.decode().rpartition("/")[0] for key in keys}
 
 
 @contextlib.contextmanager

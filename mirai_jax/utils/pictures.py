@@ -2,9 +2,12 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from mirai_jax.utils import files
 
 _MARGIN = 4  # pixels of background around an image, after enlarging
 _BACKGROUND = (255, 255, 255)
@@ -38,6 +41,25 @@ def sample_grid(images_BxHxWxC: np.ndarray, names: Sequence[str], side: int = 64
             tile = Image.fromarray(images[row * columns + column])
             picture.paste(tile, (left + column * width, top))
     return np.asarray(picture)
+
+
+def subplots(*shape: int, **options: Any) -> tuple[Any, Any]:
+    """A figure of matplotlib and its axes, without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(*shape, layout="constrained", **options)
+
+
+def save_figure(path: pathlib.Path, figure: Any) -> None:
+    """Writes a figure as a PNG, whole or not at all, and closes it."""
+    from matplotlib import pyplot as plt
+
+    with files.atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
 
 
 def save_picture(path: pathlib.Path, picture_HxWx3: np.ndarray) -> None:

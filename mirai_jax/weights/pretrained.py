@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from mirai_jax.models import generator, vit, vq
+from mirai_jax.utils import files, paths
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import state_dict
 from mirai_jax.weights.state_dict import Weights
@@ -49,7 +50,7 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
     folder = pathlib.Path(folder)
     if folder.exists():
         raise ConfigError(f"{folder} exists; it must be a new folder")
-    unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    unfinished = folder.with_name(f"{secrets.token_hex(8)}.tmp")
     about = {
         "kind": weights.kind,
         "config": dataclasses.asdict(weights.config),
@@ -62,9 +63,12 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
             try:
-                checkpointer.save(unfinished.absolute() / "params", _on_host(weights.tree))
+                checkpointer.save(f"{paths.plain(unfinished)}/params", _on_host(weights.tree))
             except Exception as error:  # TensorStore's, if the disk is full for one
                 raise ConfigError(f"{folder} cannot be written ({first_line(error)})") from error
+        wanted = set(traverse_util.flatten_dict(weights.tree, sep="."))
+        if files.stored_arrays(f"{paths.plain(unfinished)}/params") != wanted:
+            raise ConfigError(f"{folder} does not hold what was written to it")
         (unfinished / "model.json").write_text(json.dumps(about, indent=2) + "\n")
         unfinished.rename(folder)
     finally:
@@ -89,7 +93,7 @@ def load_converted(folder: str | os.PathLike[str]) -> Weights:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
         config = _CONFIGS[about["kind"]](**fields)
         source = dict(about["source"])
-        path = (folder / "params").absolute()
+        path = f"{paths.plain(folder)}/params"
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             saved = checkpointer.metadata(path).item_metadata.tree
             numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
