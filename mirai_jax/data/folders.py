@@ -1,16 +1,27 @@
 """Lists folders of image files in the order of torchvision's ImageFolder."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mirai_jax.utils.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
+_MACHINES = ("@eaDir", "__MACOSX")  # folders of thumbnails and the like that systems make
+
+
 def is_image(name: str) -> bool:
     """Whether a file is an image, by its name."""
     return name.lower().endswith(SUFFIXES)
+
+
+def surprise(names: Sequence[str]) -> str:
+    """A line where classes that are numbers have other numbers as labels; else ''."""
+    moved = [i for i, name in enumerate(names) if name.isdecimal() and int(name) != i]
+    if not moved or not all(name.isdecimal() for name in names):
+        return ""
+    return f"classes are in the order of text: label {moved[0]} is class {names[moved[0]]!r}"
 
 
 def scan(spec: str, root: str, folder: str = "") -> tuple[list[str], list[str]]:
@@ -25,7 +36,7 @@ def scan(spec: str, root: str, folder: str = "") -> tuple[list[str], list[str]]:
     try:
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
-                if not entry.name.startswith("."):
+                if not entry.name.startswith(".") and entry.name not in _MACHINES:
                     (folders if entry.is_dir() else files).append(entry.name)
     except OSError as error:
         raise DataError(

@@ -7,6 +7,7 @@ processes open it again.
 
 import abc
 import functools
+import hashlib
 import importlib
 import itertools
 import operator
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mirai_jax.data import folders, small_sets
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import DataError, first_line
 
 FORMS = (
@@ -58,6 +60,10 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Kind, name, split and number, ready for JSON, without any path."""
+
+    def listing(self) -> str:
+        """A checksum of the keys and labels in their order; '' where their number says enough."""
+        return ""
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
@@ -121,6 +127,11 @@ class _Folder(ImageSource):
             raise DataError(
                 f"{self._spec!r}: {key!r} cannot be read ({first_line(error)})"
             ) from error
+
+    def listing(self) -> str:
+        keys, labels, _ = self._listing
+        lines = (f"{label} {key}\n" for key, label in zip(keys, labels, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         name = os.path.basename(self._root)
@@ -232,8 +243,9 @@ class _Tfds(_Numbered):
 
         try:
             # From files alone: the data set's own code could start a download.
+            folder = os.environ.get("TFDS_DATA_DIR")
             builder = tfds.core.read_only_builder.builder_from_files(
-                name, data_dir=os.environ.get("TFDS_DATA_DIR")
+                name, data_dir=folder and paths.plain(folder)
             )
             self._source = builder.as_data_source(
                 split, decoders={"image": tfds.decode.SkipDecoding()}

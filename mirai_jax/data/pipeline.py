@@ -10,7 +10,7 @@ number of hosts. Nothing here touches an accelerator or knows a model.
 """
 
 import dataclasses
-import functools
+import errno
 from collections.abc import Sequence
 
 import grain
@@ -20,6 +20,8 @@ from mirai_jax.data import crops
 from mirai_jax.data.images import ImageSource
 from mirai_jax.data.records import CodedImages, CodeRecords
 from mirai_jax.utils.errors import DataError, first_line
+
+_STAND_INS = 20  # records in a row without an image before the run stops: a disk is gone, perhaps
 
 
 class WorkerDied(DataError):
@@ -41,6 +43,9 @@ class CropLoader:
         if described["kind"] == "folder":
             described["name"] = ""
         return {**described, "crops": dataclasses.asdict(self._spec)}
+
+    def listing(self) -> str:
+        return self._images.listing()
 
     def __call__(self, key: str, crop: int) -> np.ndarray:
         """uint8 (S, S, 3). Raises DataError without such an image, or if it cannot be decoded."""
@@ -109,20 +114,29 @@ def make_dataset(
     )
     rows = range(batch_size) if rows is None else rows
     batches = (
-        _Rows(records, batch_size, tuple(int(row) for row in rows))
-        .map(functools.partial(_finish, load_crop))
+        _Rows(records, batch_size, tuple(int(row) for row in rows), load_crop)
         .batch(len(rows), drop_remainder=True)
         .map(_widen)
     )
-    return Batches(records, batches, batch_size, num_workers)
+    return Batches(records, batches, batch_size, rows, num_workers)
 
 
 class _Rows(grain.MapDataset):
-    """Some rows of every `batch_size` elements of its parent."""
+    """Some rows of every `batch_size` elements of its parent, with their images.
 
-    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: tuple[int, ...]):
+    For an image that cannot be read or decoded the next record of the stream stands in, the same one
+    however the work is divided; 'replaced' is then 1.
+    """
+
+    def __init__(
+        self,
+        parent: grain.MapDataset,
+        batch_size: int,
+        rows: tuple[int, ...],
+        load_crop: CropLoader | None,
+    ):
         super().__init__(parent)
-        self._batch_size, self._rows = batch_size, rows
+        self._batch_size, self._rows, self._load_crop = batch_size, rows, load_crop
 
     def __len__(self) -> int:
         return len(self._parent) // self._batch_size * len(self._rows)
@@ -131,7 +145,18 @@ class _Rows(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         batch, place = divmod(index, len(self._rows))
-        return self._parent[batch * self._batch_size + self._rows[place]]
+        first = batch * self._batch_size + self._rows[place]
+        for k in range(first, first + _STAND_INS):
+            record = self._parent[k]
+            kept = {k: v for k, v in record.items() if k not in ("crops", "crop", "key")}
+            if self._load_crop is None:
+                return kept
+            try:
+                image = self._load_crop(record["key"], int(record["crop"]))
+                return {**kept, "image": image, "replaced": np.int32(k > first)}
+            except DataError as error:
+                failed = error
+        raise failed
 
 
 class Batches(grain.IterDataset):
@@ -146,10 +171,12 @@ class Batches(grain.IterDataset):
         records: grain.MapDataset,
         batches: grain.MapDataset,
         batch_size: int,
+        rows: Sequence[int],
         num_workers: int,
     ):
         super().__init__(batches)
         self._records, self._batch_size, self.num_workers = records, batch_size, num_workers
+        self.rows = rows
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
@@ -178,6 +205,7 @@ class BatchIterator(grain.DatasetIterator):
     def __init__(self, batches: Batches):
         super().__init__()
         self._batches, self._index, self._running = batches, 0, None
+        self.replaced: list[str] = []  # images of the last batch for which others stand in
 
     def __next__(self) -> dict[str, np.ndarray]:
         self._assert_not_closed()
@@ -195,6 +223,18 @@ class BatchIterator(grain.DatasetIterator):
                 f"({first_line(error).split('. ')[0]}): out of memory? data.num_workers sets their "
                 "number; with 0 the program reads the data itself"
             ) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._batches.num_workers:
+                raise
+            raise DataError(
+                "no room in /dev/shm, through which data workers send batches (docker run --shm-size "
+                "sets it); data.num_workers=0 needs none"
+            ) from error
+        self.replaced = []
+        if np.any(replaced := batch.pop("replaced", 0)):
+            keys = self._batches.record_keys(self._index)
+            rows = np.asarray(self._batches.rows)[np.flatnonzero(replaced)]
+            self.replaced = [keys[row] for row in rows]
         self._index += 1
         return batch
 
@@ -227,14 +267,6 @@ def _draw_crop(record: dict, rng: np.random.Generator) -> dict:
         return {**record, "crop": rng.integers(record["crops"])}
     crop = rng.integers(len(record["codes"]))
     return {**record, "codes": record["codes"][crop], "crop": crop}
-
-
-def _finish(load_crop: CropLoader | None, record: dict) -> dict:
-    """Replaces a record's key and drawn crop by the image; keeps what can be batched."""
-    kept = {k: v for k, v in record.items() if k not in ("crops", "crop", "key")}
-    if load_crop is not None:
-        kept["image"] = load_crop(record["key"], int(record["crop"]))
-    return kept
 
 
 def _widen(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from mirai_jax import sharding
 from mirai_jax.config import schema
 from mirai_jax.config.fields import fill
 from mirai_jax.config.schema import Settings
-from mirai_jax.data import pipeline, records, small_sets
+from mirai_jax.data import folders, pipeline, records, small_sets
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.data.images import open_images
 from mirai_jax.data.small_sets import LabelledImages
@@ -84,6 +84,8 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
             f"model.num_classes is {settings.generator.num_classes}; it must be "
             f"{len(class_names)}, the classes of {settings.data.name}"
         )
+    if line := folders.surprise(class_names):
+        log(line)
     if settings.data.online:
         frozen_params["tokenizer"] = tokenizer_params
     batches = pipeline.make_dataset(
@@ -108,6 +110,8 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         if params is not None and name not in identity
     }
     identity["data"] = _data_identity(source, load_crop)
+    if settings.data.online and (keys := load_crop.listing()):
+        identity["image_keys"] = keys
     names = class_names or tuple(str(i) for i in range(settings.generator.num_classes))
     parts = recipe, images, names, tokenizer, tokenizer_params, frozen_params, batches, identity
     return Components(settings, *parts)
@@ -241,28 +245,28 @@ def _check_crops(
     log: Log,
 ) -> None:
     """Rebuilds a few crops: an early error where `data.images` are not the images of the codes."""
-    some = np.unique(np.linspace(0, len(source) - 1, 4).astype(int))
-    found = [source[int(i)] for i in some]
-    picked = [int(i) % source.crops for i in some]
-    try:
-        pixels = [loader(r["key"], crop) for r, crop in zip(found, picked, strict=True)]
-    except DataError as error:
-        raise DataError(
-            f"data.images is {path!r}; it must hold the images of the codes: {error}"
-        ) from error
+    pixels, stored = [], []
+    for i in map(int, np.unique(np.linspace(0, len(source) - 1, 4).astype(int))):
+        record, crop = source[i], i % source.crops
+        try:
+            pixels.append(loader(record["key"], crop))
+            stored.append(record["codes"][crop])
+        except DataError as error:
+            log(f"images: {error}")
+    if not pixels:
+        raise DataError(f"data.images is {path!r}; it must hold the images of the codes")
     if tokenizer is None:
-        log(f"images: {len(some)} crops rebuilt; not compared, since tokenizer.path is unset")
+        log(f"images: {len(pixels)} crops rebuilt; not compared, since tokenizer.path is unset")
         return
     codes = batched.encode_images(tokenizer, tokenizer_params, np.stack(pixels))
-    stored = np.stack([r["codes"][crop] for r, crop in zip(found, picked, strict=True)])
-    share = float((codes == stored).mean())
+    share = float((codes == np.stack(stored)).mean())
     # Another chip or precision moves a few codes that were almost a tie; other images move all.
     if share < 0.5:
         raise DataError(
             f"data.images is {path!r}, but only {share:.0%} of the codes made of its crops are the "
             "stored ones: these are not the images that the codes were made of"
         )
-    log(f"images: {len(some)} crops rebuilt, {share:.1%} of their codes are the stored ones")
+    log(f"images: {len(pixels)} crops rebuilt, {share:.1%} of their codes are the stored ones")
 
 
 def load_generators(

@@ -6,28 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from mirai_jax.utils import pictures
+
 
 def summary_figure(
-    path: pathlib.Path,
-    title: str,
-    metrics: Sequence[dict[str, Any]],
-    grid_HxWx3: np.ndarray | None,
+    path: pathlib.Path, title: str, metrics: Sequence[dict[str, Any]], grid_HxWx3: np.ndarray | None
 ) -> None:
     """The run at a glance: cross-entropy and foresight losses by step, and the last samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     steps = [entry["step"] for entry in metrics]
     heads = [k for k in (metrics[-1] if metrics else {}) if k.startswith("foresight_")]
     curves = 1 + bool(heads)
-    figure, axes = plt.subplots(
-        1,
-        curves + (grid_HxWx3 is not None),
-        figsize=(5 * curves + (5 if grid_HxWx3 is not None else 0), 5),
-        layout="constrained",
-    )
+    count = curves + (grid_HxWx3 is not None)
+    figure, axes = pictures.subplots(1, count, figsize=(5 * count, 5))
     axes = np.atleast_1d(axes)
     figure.suptitle(title)
     axes[0].plot(steps, [entry["cross_entropy"] for entry in metrics])
@@ -46,5 +36,4 @@ def summary_figure(
         axes[-1].imshow(grid_HxWx3)
         axes[-1].set_title("Samples of the EMA, one class a row")
         axes[-1].axis("off")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.save_figure(path, figure)

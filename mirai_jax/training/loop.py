@@ -119,8 +119,10 @@ class Run:
         self.writer: MetricsWriter | None = None
         self._watch = Stopwatch()
         self._prefetcher = Prefetcher(
-            task.batches, task.put, self._watch, guard.heartbeat, self._worker_died
-        )
+            task.batches, task.put, self._watch, guard.heartbeat, self._worker_died,
+            replaced=self._images_replaced,
+        )  # fmt: skip
+        self._replaced: set[str] = set()
         self._checkpoints = Checkpoints(
             workdir / "checkpoints",
             every=self.settings.checkpoint_every,
@@ -299,6 +301,14 @@ class Run:
     def _worker_died(self, error: WorkerDied, index: int) -> None:
         print(f"{_who()}{error}; started again", file=sys.stderr, flush=True)
         self._note("worker_died", step=index + 1)
+
+    def _images_replaced(self, names: list[str]) -> None:
+        """Reports each of the images once."""
+        for name in {name.rpartition(" crop ")[0] for name in names} - self._replaced:
+            self._replaced.add(name)
+            line = f"image {name} cannot be read: the next one stands in for it"
+            print(f"{_who()}{line} ({len(self._replaced)} so far)", file=sys.stderr, flush=True)
+            self._note("image_replaced", image=name)
 
     def _note(self, event: str, **fields: Any) -> None:
         if self.first:

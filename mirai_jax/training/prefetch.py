@@ -24,6 +24,7 @@ class Prefetcher:
         put: begins to bring a batch to the devices, and returns it there.
         heartbeat: takes what the run is at.
         died: takes the error of a data worker that died, and the number of the batch.
+        replaced: takes the names of images for which others stand in.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class Prefetcher:
         heartbeat: Callable[[str], None],
         died: Callable[[WorkerDied, int], None],
         clock: Callable[[], float] = time.perf_counter,
+        replaced: Callable[[list[str]], None] = lambda names: None,
     ):
         self._batches, self._put, self._watch = iter(batches), put, watch
-        self._doing, self._died, self._clock = heartbeat, died, clock
+        self._doing, self._died, self._replaced, self._clock = heartbeat, died, replaced, clock
         self._ahead: tuple[Any, Exception | None] | None = None
         self._deaths: list[int] = []  # batches
         # Only a thread that waits for the end of a step knows when it was.
@@ -89,7 +91,10 @@ class Prefetcher:
         self._doing(f"step {index + 1}, waiting for its batch")
         while True:
             try:
-                return next(self._batches)
+                batch = next(self._batches)
+                if names := getattr(self._batches, "replaced", ()):
+                    self._replaced(names)
+                return batch
             except WorkerDied as error:
                 recent = [died for died in self._deaths if died > index - 1000]
                 self._deaths = [*recent, index]
