@@ -15,13 +15,12 @@ import numpy as np
 
 from mirai_jax.models import generator, vit, vq
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
-from mirai_jax.weights import safetensors, torch_names, torch_reader
+from mirai_jax.weights import safetensors, torch_names, torch_reader, usual_names
 
 Arrays = Mapping[str, np.ndarray]
 
 # Where training scripts keep the state dict, the better one first.
-WRAPPERS = ("ema", "model", "module", "state_dict")
-_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of DistributedDataParallel
+WRAPPERS = ("ema", "model", "module", "state_dict", "teacher")
 _MARKS = {
     "generator": "tok_embeddings.weight",
     "tokenizer": "quantize.embedding.weight",
@@ -64,8 +63,8 @@ def read_state(
             dict, else the first of WRAPPERS that is there.
 
     Returns:
-        {name: array} without the prefixes that wrappers add, the key it was under ('' for none),
-        and the training script's arguments where the file keeps them.
+        {name: array} under the official code's names, the key it was under ('' for none), and the
+        training script's arguments where the file keeps them.
 
     Raises:
         ConfigError: no such file, damaged, or something else.
@@ -84,9 +83,7 @@ def read_state(
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error
     state, found = _find_state(tree, entry, path)
-    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in state)), ""):
-        state = {name.removeprefix(prefix): array for name, array in state.items()}
-    return state, found, arguments if isinstance(arguments, dict) else {}
+    return usual_names.usual(state), found, arguments if isinstance(arguments, dict) else {}
 
 
 def _not_weights(path: str | os.PathLike[str]) -> str:
@@ -142,8 +139,7 @@ def from_state(
                 grid, source = (16, 16), {**source, "grid": "assumed"}
             config = _generator_config(state, grid, num_heads, arguments or {})
             heads = {n: a for n, a in state.items() if n.startswith("projectors.")}
-            # The rotary table that some versions keep as a buffer is computed here.
-            state = {n: a for n, a in state.items() if n not in heads and n != "freqs_cis"}
+            state = {n: a for n, a in state.items() if n not in heads}
         elif kind == "tokenizer":
             config = vq.config_of(state)
         elif kind == "teacher":

@@ -66,7 +66,7 @@ def read(path: str | os.PathLike) -> Any:
         bool, None and, for tensors, ndarrays, which may be non-contiguous and share memory as they
         did; bfloat16 is `ml_dtypes.bfloat16`. A Namespace and a defaultdict become a dict, a
         torch.Size a tuple, a torch.dtype, torch.device or PosixPath its text ('float32', 'cuda:0'),
-        and a NumPy number a Python one.
+        and a NumPy number a Python one. NumPy arrays of numbers stay arrays.
 
     Raises:
         TorchFileError: the file is damaged, is something else, or holds anything but the above.
@@ -100,6 +100,9 @@ class _File:
             "numpy.dtype": lambda code, *unused: code,
             "numpy.core.multiarray.scalar": _number,
             "numpy._core.multiarray.scalar": _number,
+            "numpy.core.multiarray._reconstruct": lambda *unused: np.empty(0, np.uint8),
+            "numpy._core.multiarray._reconstruct": lambda *unused: np.empty(0, np.uint8),
+            "numpy.ndarray": lambda: None,  # named, never called
             "_codecs.encode": self._encode,
             "pathlib.PosixPath": self._path,
             "pathlib._local.PosixPath": self._path,  # Python 3.13
@@ -202,10 +205,17 @@ class _File:
         return _Global(name)
 
     def _set_state(self, target: Any, state: Any) -> None:
-        """What `__setstate__` would do to a Namespace, a numpy.dtype or an OrderedDict."""
+        """What `__setstate__` does to a Namespace, a NumPy array or dtype, or an OrderedDict."""
         if type(target) is dict and type(state) is dict:
             self._spend(len(state))  # a file could have one large dict copied many times
             target.update(state)
+        elif type(target) is np.ndarray:  # one that `_reconstruct` began
+            version, shape, code, fortran, data = state
+            _require(target.size == 0 and type(code) is str and _NUMBER.fullmatch(code))
+            _require(
+                type(data) is bytes and len(data) == math.prod(shape) * np.dtype(code).itemsize
+            )
+            target.__setstate__((1, tuple(shape), np.dtype(code), fortran is True, data))
         elif type(target) is str:
             _require(state[1] in ("<", "|"), "it holds a big-endian number")
         else:
