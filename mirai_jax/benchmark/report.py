@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mirai_jax.benchmark.measure import median, paired_ratio
+from mirai_jax.utils import pictures
 
 PARTS = ("student", "teacher", "projectors", "optimizer")
 _NOT_RUN = "not run"
@@ -146,14 +147,7 @@ _COLOURS = {
 
 def figure(results: Results, path: pathlib.Path) -> None:
     """Draws the steps with their parts and the official code's, and the sampler below its roofline."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 4.2), width_ratios=(3, 1.3), layout="constrained"
-    )
+    fig, (left, right) = pictures.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 1.3))
     _draw_steps(left, results)
     _draw_sampler(right, results)
     for axes in (left, right):
@@ -166,8 +160,7 @@ def figure(results: Results, path: pathlib.Path) -> None:
         f"{about['devices']} x {about['device']}",
         fontsize=11,
     )
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    pictures.save_figure(path, fig)
 
 
 def _draw_steps(axes: Any, results: Results) -> None:

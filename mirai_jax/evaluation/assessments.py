@@ -4,6 +4,7 @@ assessment.jsonl in a workdir has a line for each checkpoint and protocol: {"ste
 measures...}. The measures are those of evaluation/runs.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,6 +18,7 @@ from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import steps_in
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import ConfigError, DataError
+from mirai_jax.utils.locks import FolderLock
 from mirai_jax.utils.progress import duration
 
 FILE = "assessment.jsonl"
@@ -60,12 +62,14 @@ def assess(workdirs: list[str], which: str, protocol: Protocol, follow: bool = F
     """
     if not workdirs:
         raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
-    assessors: dict[tuple, Assessor] = {}
+    assessors, before = {}, -1
     while True:
         todo, finished = _todo(workdirs, which, protocol, follow)
         count = sum(len(steps) for _, _, steps in todo)
-        if count or not follow:
-            print(f"{count} checkpoints of {len(workdirs)} runs to assess", flush=True)
+        if count != before:
+            more = "" if finished or not follow else "; waiting for more"
+            print(f"{count} checkpoints of {len(workdirs)} runs to assess{more}", flush=True)
+        before = count
         _assess(todo, count, protocol, assessors)
         if finished or not follow:
             return
@@ -127,8 +131,11 @@ def _assess(
                 settings, workdir, saved[protocol.weights], probed=step == settings.num_steps
             )
             entry = {"step": step, "protocol": dataclasses.asdict(protocol), **measures}
-            text = "".join(json.dumps(line) + "\n" for line in (*read(workdir), entry))
-            files.write_text(pathlib.Path(workdir) / FILE, text)
+            with contextlib.closing(FolderLock(pathlib.Path(workdir), "assess")) as lock:
+                while lock.acquire():  # another assessment adds a line
+                    time.sleep(0.1)
+                text = "".join(json.dumps(line) + "\n" for line in (*read(workdir), entry))
+                files.write_text(pathlib.Path(workdir) / FILE, text)
             done += 1
             left = (time.monotonic() - begun) / done * (count - done)
             print(

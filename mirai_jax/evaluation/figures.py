@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mirai_jax.utils import pictures
+
 
 def sweep_figure(
     path: pathlib.Path, rows: Sequence[dict[str, Any]], titles: Mapping[str, str]
@@ -17,16 +19,11 @@ def sweep_figure(
     Samples whose protocols differ only in the scale form a curve; its label holds the fields in which
     the curves differ.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     curves = _curves(sorted(rows, key=lambda row: row["protocol"]["guidance"]))
     names = list(rows[0]["metrics"])
     precision = next((n for n in names if n.endswith("precision")), None)
     recall = next((n for n in names if n.endswith("recall")), None)
-    figure, axes = plt.subplots(1, 2 if precision else 1, figsize=(11, 4.5), layout="constrained")
+    figure, axes = pictures.subplots(1, 2 if precision else 1, figsize=(11, 4.5))
     axes = np.atleast_1d(axes)
     for label, curve in curves.items():
         scales = [row["protocol"]["guidance"] for row in curve]
@@ -46,8 +43,7 @@ def sweep_figure(
         )
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.save_figure(path, figure)
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

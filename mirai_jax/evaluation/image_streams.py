@@ -32,6 +32,7 @@ class ImageStream:
     count: int
     size: tuple[int, int]  # height and width in pixels
     chunks: Callable[[int], Iterator[np.ndarray]]
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # images left out, and why
 
 
 def of_array(name: str, pixels_NxHxWxC: np.ndarray) -> ImageStream:
@@ -72,10 +73,10 @@ def open_stream(spec: str) -> ImageStream:
 
 
 def statistics(path: str) -> dict[str, np.ndarray]:
-    """Inception's statistics of a .npz: float64 'mu', 'sigma', 'mu_s' and 'sigma_s', or {}.
+    """Inception's statistics of a .npz, float64: 'mu', 'sigma', perhaps 'mu_s' and 'sigma_s'; or {}.
 
     Raises:
-        DataError: damage, some of them missing, other shapes, numbers that are not finite.
+        DataError: damage, half of a pair, other shapes, numbers that are not finite.
     """
     if not os.path.isfile(path):
         return {}
@@ -84,7 +85,10 @@ def statistics(path: str) -> dict[str, np.ndarray]:
             stored = {n: np.asarray(file[n], np.float64) for n in _SHAPES if n in file.files}
     except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
         raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
+    spatial = stored.keys() & {"mu_s", "sigma_s"}
     for name, shape in _SHAPES.items() if stored else ():
+        if name.endswith("_s") and not spatial:
+            continue
         if name not in stored or stored[name].shape != shape or not np.isfinite(stored[name]).all():
             raise DataError(f"{path} must hold a {name} of finite numbers, of shape {shape}")
     return stored
@@ -165,28 +169,33 @@ def _of_folder(path: str) -> ImageStream:
         for name in names
         if folders.is_image(name)
     ]
-    if not files:
-        raise DataError(f"{path} holds no image ({' '.join(folders.SUFFIXES)})")
     sizes: dict[tuple[int, int], pathlib.Path] = {}
-    for file in files:
+    failed: dict[str, str] = {}
+    for file in list(files):
         try:
             with Image.open(file) as image:  # the header alone
                 sizes.setdefault(image.size, file)
         except Exception as error:  # Pillow raises a dozen kinds on damaged files
-            raise DataError(f"{file} is not an image ({first_line(error)})") from error
+            files.remove(file)
+            failed[str(file.relative_to(path))] = first_line(error)
+    if not sizes:
+        why = next(iter(failed.values()), " ".join(folders.SUFFIXES))
+        raise DataError(f"{path} holds no image that can be read ({why})")
     if len(sizes) > 1:
         listed = ", ".join(f"{file.name} is {w}x{h}" for (w, h), file in sizes.items())
         raise DataError(f"{path} holds images of several sizes: {listed:.200}; they must be of one")
     ((width, height),) = sizes
 
-    def one(file: pathlib.Path) -> np.ndarray:
-        try:
-            return np.asarray(crops.decode(file.read_bytes())[0])
-        except DataError as error:
-            raise DataError(f"{file}: {first_line(error)}") from error
+    def decoded(some: list[pathlib.Path]) -> Iterator[np.ndarray]:
+        for file in some:
+            try:
+                yield np.asarray(crops.decode(file.read_bytes())[0])
+            except DataError as error:
+                failed[str(file.relative_to(path))] = first_line(error)
 
     def chunks(count: int) -> Iterator[np.ndarray]:
         for start in range(0, len(files), count):
-            yield np.stack([one(file) for file in files[start : start + count]])
+            if images := list(decoded(files[start : start + count])):
+                yield np.stack(images)
 
-    return ImageStream(path, len(files), (height, width), chunks)
+    return ImageStream(path, len(files) + len(failed), (height, width), chunks, failed)

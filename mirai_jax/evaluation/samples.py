@@ -75,10 +75,14 @@ def evaluate(
     if stored:  # they come before those of the images, as in ADM's evaluator
         moments = functools.partial(types.SimpleNamespace, warning=lambda: None)
         real.moments = moments(mean=stored["mu"], covariance=stored["sigma"])
-        real.spatial = moments(mean=stored["mu_s"], covariance=stored["sigma_s"])
+        if "mu_s" in stored:
+            real.spatial = moments(mean=stored["mu_s"], covariance=stored["sigma_s"])
+        elif not images:
+            print(f"{reference} holds mu and sigma alone: sFID is left out", flush=True)
     if statistics:
         arrays = {"mu": real.moments.mean, "sigma": real.moments.covariance}
-        arrays |= {"mu_s": real.spatial.mean, "sigma_s": real.spatial.covariance}
+        if real.spatial is not None:
+            arrays |= {"mu_s": real.spatial.mean, "sigma_s": real.spatial.covariance}
         with files.atomic_write(statistics) as file:
             np.savez(file, **arrays)
     rows = []
@@ -87,12 +91,16 @@ def evaluate(
     for spec, stream in zip(samples, streams, strict=True):
         print(f"samples: {spec}, {stream.count:,} images", flush=True)
         fake = network.features(stream)
+        for one in filter(None, (stream, images)):
+            if one.failed:
+                some = next(iter(one.failed.items()))
+                print(f"warning: {one.name}: {len(one.failed)} images left out: {some}", flush=True)
         for which, features in (("samples", fake), ("reference", real)):
             if warning := features.moments.warning():
                 print(f"warning: {which}: {warning}", flush=True)
         row = {
             "samples": spec,
-            "num_images": stream.count,
+            "num_images": stream.count - len(stream.failed),
             "sha256": _checksum(spec),
             "metrics": compare(network.is_inception, fake, real),
             "protocol": protocol_of(spec),
@@ -117,7 +125,8 @@ def compare(is_inception: bool, fake: Features, real: Features) -> dict[str, flo
     first = "fid" if is_inception else "frechet_efficientnet_lite0"
     found = {first: distance(fake.moments, real.moments)}
     if is_inception:
-        found["sfid"] = distance(fake.spatial, real.spatial)
+        if real.spatial is not None:
+            found["sfid"] = distance(fake.spatial, real.spatial)
         score, deviation = metrics.inception_score(fake.probabilities)
         found |= {"inception_score": score, "inception_score_std": deviation}
     if real.pooled is not None:
