@@ -178,25 +178,21 @@ def test_what_holds_no_images_is_refused(no_network, tmp_path):
         assert path.name in refused(path, good) and path.name in refused(good, path)
 
 
-def test_folders_of_mixed_sizes_or_damaged_images_are_refused(no_network, tmp_path):
+def test_folders_of_mixed_sizes_or_without_a_whole_image_are_refused(no_network, tmp_path):
     good = save_npz(tmp_path / "good.npz", pictures(5))
     folder = tmp_path / "mixed"
     save_folder(folder, pictures(5))
     Image.fromarray(pictures(1, size=(32, 30))[0]).save(folder / "other.png")
     assert "other.png" in refused(folder, good)
-    (folder / "other.png").write_bytes(b"no image")
-    assert "other.png" in refused(good, folder)
-    # The header does not show that the rest is missing: reading does.
-    raw = (folder / "000.png").read_bytes()
-    (folder / "other.png").write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(DataError, match=r"other.png: "):
-        whole(image_streams.open_stream(str(folder)))
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    assert "mixed" in refused(good, folder)
 
 
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"mu_s": None, "sigma_s": None}, "mu_s"),
+        ({"mu_s": None}, "mu_s"),
         ({"mu": np.full(2048, np.nan)}, "mu"),
         ({"sigma": np.zeros((2, 2048))}, "sigma"),
         ({"mu": np.array(["x"] * 2048)}, ""),

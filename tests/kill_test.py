@@ -107,6 +107,34 @@ def test_twenty_kills_change_nothing(tmp_path, undisturbed):
     assert not list(folder.glob("*tmp*")) and not list(folder.glob("damaged*"))
 
 
+def test_misfortunes_of_all_kinds_change_nothing(tmp_path, undisturbed):
+    workdir, chance = tmp_path / "run", random.Random(2)
+    folder, kinds = workdir / "checkpoints", 4 * ["kill", "stop", "hang up", "no screen", "twice"]
+    chance.shuffle(kinds)
+    for kind in kinds:
+        far = max(steps_in(folder), default=0) + chance.randrange(10, 50)
+        process = start(workdir)
+        wait_until(process, lambda far=far: max(steps_in(folder), default=0) >= far)
+        if kind == "twice":
+            second = start(workdir)
+            assert "is at work: process" in second.communicate(timeout=120)[0]
+            assert second.returncode == 1
+        if kind == "no screen":
+            process.stdout.close()
+            far = max(steps_in(folder)) + 20
+            wait_until(process, lambda far=far: max(steps_in(folder)) >= far)
+        number = {"stop": signal.SIGTERM, "hang up": signal.SIGHUP}.get(kind, signal.SIGKILL)
+        process.send_signal(number)
+        process.wait(timeout=30)
+        assert process.returncode == (-number if number == signal.SIGKILL else 75), kind
+    process = start(workdir)
+    output, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, output
+    assert_same(workdir, undisturbed)
+    left = subprocess.run(["pgrep", "-f", str(workdir)], capture_output=True, text=True).stdout
+    assert not left and not list(folder.glob("damaged*")) and not list(workdir.glob("lock*"))
+
+
 def test_sigterm_repeats_no_step(tmp_path, undisturbed):
     workdir, chance, steps = tmp_path / "run", random.Random(1), []
     for _ in range(5):

@@ -154,6 +154,13 @@ def test_no_gradient_reaches_any_teacher():
     assert all(jax.tree.leaves(to_student)), to_student
 
 
+def test_a_source_without_targets_in_the_step_is_refused():
+    term = dataclasses.replace(E, source="another")
+    recipe = make_recipe((term,))
+    with pytest.raises(ValueError, match="another"):
+        step.teacher_targets(recipe, {}, {}, make_batch(), recipe.terms)
+
+
 def test_teachers_products_are_not_left_to_the_devices_default():
     """The default of a TPU for float32 is one pass of bfloat16."""
     recipe, state = make_recipe((E, STATIC)), initialiser((E, STATIC))()
