@@ -125,7 +125,7 @@ def test_misfortunes_of_all_kinds_change_nothing(tmp_path, undisturbed):
             wait_until(process, lambda far=far: max(steps_in(folder)) >= far)
         number = {"stop": signal.SIGTERM, "hang up": signal.SIGHUP}.get(kind, signal.SIGKILL)
         process.send_signal(number)
-        process.wait(timeout=30)
+        process.wait(timeout=120)  # it may be compiling
         assert process.returncode == (-number if number == signal.SIGKILL else 75), kind
     process = start(workdir)
     output, _ = process.communicate(timeout=1800)
