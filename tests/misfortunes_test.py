@@ -179,6 +179,7 @@ def script(body, *, stdout=subprocess.PIPE, interrupt=None, **environ):
         def main(argv):
             with cli.program(interrupted="stopped by hand"):
                 {body}
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup
         cli.run(main)
     """
     begun = time.monotonic()
