@@ -98,6 +98,7 @@ def assessor(workdir, lines):
     return runs.Assessor(restore.read_settings("", str(workdir)), QUICK, lines.append)
 
 
+@pytest.mark.slow
 def test_what_the_teacher_knows_of_the_class(workdir, assessor, lines):
     config = mirai_i.get_config("demo")
     config.teacher.image_size = 32

@@ -350,6 +350,7 @@ def test_names_that_wrappers_and_libraries_left_are_the_usual_ones():
 # Whole runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_whose_pipe_ends_goes_on(tmp_path):
     command = f"{sys.executable} -m mirai_jax.main {' '.join(RUN)} --config.num_steps=60 "
     command += f"--workdir={tmp_path} 2>&1 | head -3"

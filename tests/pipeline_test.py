@@ -141,6 +141,7 @@ def stored(world):
     return losses(settings(world), world / "stored")
 
 
+@pytest.mark.slow
 def test_online_codes_train_as_stored_ones(world, stored):
     online = losses(settings(world, data__codes="online", data__path=""), world / "online", 8)
     # Eight devices against one: sums in another order.

@@ -263,6 +263,7 @@ def test_a_run_does_not_resume_with_other_images_of_the_same_names(copied, monke
         run(tiny(llamagen, num_steps=9), copied)
 
 
+@pytest.mark.slow
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     run(tiny(llamagen, num_steps=1, sample_every=0), "~/first")
@@ -288,6 +289,7 @@ def tiny_codes(folder, module, crops, **fields):
     return config
 
 
+@pytest.mark.slow
 def test_trains_on_shards_of_codes(tmp_path):
     config = tiny_codes(tmp_path / "codes", mirai_e, crops=10, num_steps=3)
     config.foresight[0].update(projector_width=16, start_epoch=0.2)
@@ -340,6 +342,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_and_resumes_without_repeating_a_step(tmp_path, finished):
     """As a cluster asks: by SIGTERM."""
     steps = []
