@@ -97,20 +97,22 @@ def test_a_plain_name_leads_to_the_same_place(name):
 
 
 def test_what_an_index_does_not_hold_is_no_checkpoint(tmp_path, monkeypatch):
-    saved = checkpoint.Checkpoints(tmp_path / "c")
+    saved = checkpoint.Checkpoints(tmp_path / "c", keep=1)
     saved.save(state(1.0), 1)
     saved.wait()
     monkeypatch.setattr(files, "stored_arrays", lambda folder: {"key"})
     saved.save(state(2.0), 2)
     message = refusal(saved.wait, error=Exception)
     assert "step_2" in message and checkpoint.steps_in(tmp_path / "c") == [1]
+    saved.close()
+    assert checkpoint.steps_in(tmp_path / "c") == [1]  # the last whole one stays
 
 
 def test_urls_are_refused_by_every_program(tmp_path):
     for module, *arguments in (
         ("main", "--config=configs/llamagen.py", "--workdir=gs://b/run"),
         ("main", "--config=configs/llamagen.py", "--config.data.path=s3://b/x"),
-        ("sample", "--workdir=gs://b/run"),
+        ("sample", "--workdir=gs://b/lr=0.1"),
         ("evaluate", "--samples=a.npz,gs://b/s.npz", "--reference=a.npz"),
         ("convert", "a.pt", "gs://b/out"),
     ):

@@ -12,7 +12,6 @@ _NEEDS = {
     "data.held_out": ("data.name 'mnist'", lambda c: c.data.name == "mnist"),
     "data.images": ("data.name 'images'", lambda c: c.data.name == "images"),
     "data.crop_range": ("data.codes 'online'", lambda c: c.data.codes == "online"),
-    "data.num_workers": ("data.name 'images'", lambda c: c.data.name == "images"),
     "judged_samples": ("a data set in memory", lambda c: c.data.name != "images"),
     "sample.interval": ("sample.guidance above 1", lambda c: c.sample.guidance > 1),
     "teacher": (

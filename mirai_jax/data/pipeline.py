@@ -192,10 +192,10 @@ class Batches(grain.IterDataset):
             )
         return iter(dataset)
 
-    def record_keys(self, index: int) -> list[str]:
-        """The key and crop of each record of batch number `index`, all rows, read again."""
-        first = index * self._batch_size
-        found = (self._records[i] for i in range(first, first + self._batch_size))
+    def record_keys(self, index: int, rows: Sequence[int] | None = None) -> list[str]:
+        """The key and crop of records of batch number `index` (default: all rows), read again."""
+        rows = range(self._batch_size) if rows is None else rows
+        found = (self._records[index * self._batch_size + int(row)] for row in rows)
         return [f"{record['key']} crop {int(record['crop'])}" for record in found]
 
 
@@ -232,9 +232,8 @@ class BatchIterator(grain.DatasetIterator):
             ) from error
         self.replaced = []
         if np.any(replaced := batch.pop("replaced", 0)):
-            keys = self._batches.record_keys(self._index)
             rows = np.asarray(self._batches.rows)[np.flatnonzero(replaced)]
-            self.replaced = [keys[row] for row in rows]
+            self.replaced = self._batches.record_keys(self._index, rows)
         self._index += 1
         return batch
 

@@ -149,6 +149,7 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # whatever Orbax and TensorStore make of a full disk
+            self._steps = [s for s in self._steps if s != step]  # it is no reason to remove others
             message = (
                 f"a checkpoint could not be written at step {step} ({_reason(error)}); the last "
                 f"whole one in {self._folder}: {last_whole(self._folder)}"

@@ -27,7 +27,7 @@ def run(main: Callable[[list[str]], None], **options: Any) -> None:
 
 def _paths(argument: str) -> str:
     """An argument with ~ expanded (not that of a config, which a workdir keeps); refuses URLs."""
-    name, equals, value = argument.rpartition("=")
+    name, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
     for path in value.split(","):
         paths.check_local(name or "an argument", path)
     if name.startswith("--config."):

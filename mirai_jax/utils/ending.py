@@ -103,8 +103,9 @@ def after(run: Callable[[], Any]) -> None:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.__context__, KeyboardInterrupt):
-            print(end.code, file=sys.stderr)
-            leave(1)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            leave(status)
         raise
     except KeyboardInterrupt:
         leave(1)
