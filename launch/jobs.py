@@ -1,7 +1,6 @@
 """Runs on this machine: each is a process with a log, and several run at once."""
 
 import contextlib
-import fcntl
 import functools
 import os
 import pathlib
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from launch.dashboard import Dashboard
 from launch.plan import SweepRun, tail
 from mirai_jax.utils.errors import ConfigError, Lost, Preempted
+from mirai_jax.utils.locks import try_lock
 
 # Exit statuses after which the same command resumes from the last checkpoint: stopped, another process
 # lost, and what a crowded machine causes (SIGABRT of JAX's runtime, SIGKILL of a full memory, SIGTERM
@@ -36,23 +36,12 @@ class AlreadyRunning(Exception):
     """Another process works on the run, such as one that a killed launcher left and that saves."""
 
 
-def _lock(file) -> bool:
-    """Locks the file until it is closed here and in every child; False if another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
-
-
 @contextlib.contextmanager
 def only_launcher(out: pathlib.Path) -> Iterator[None]:
     """Holds the lock of a sweep's folder; raises ConfigError if another launcher holds it."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("a+") as file:
-        if not _lock(file):
+        if not try_lock(file):
             file.seek(0)
             raise ConfigError(f"{out} is in use by launcher {file.read().strip()}")
         file.truncate(0)
@@ -78,7 +67,7 @@ class Process:
         self._stopped, self._restarts, self._best = False, 0, run.step()
         run.log.parent.mkdir(parents=True, exist_ok=True)
         self._log = run.log.open("ab", buffering=0)
-        if not _lock(self._log):
+        if not try_lock(self._log):
             self._log.close()
             raise AlreadyRunning
         self._start()

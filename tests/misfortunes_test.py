@@ -150,6 +150,14 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_given_back_where_the_work_fails(tmp_path):
+    with pytest.raises(KeyError), locks.FolderLock(tmp_path / "new").held():
+        raise KeyError
+    second = locks.FolderLock(tmp_path / "new").held()
+    with locks.FolderLock(tmp_path / "new").held():
+        assert "is at work: process" in refusal(second.__enter__)
+
+
 def test_without_locks_a_heartbeat_tells_a_live_writer_from_a_dead_one(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "no locks available")
@@ -219,6 +227,17 @@ def test_signals_at_any_moment_end_with_their_status():
         body = f"os.kill(os.getpid(), {int(number)}); time.sleep(30)"
         found, done, _ = script(body)
         assert found == status and word in done.stderr, done.stderr
+
+
+def test_a_signal_is_no_error_of_what_it_interrupts():
+    body = f"""
+                try:
+                    os.kill(os.getpid(), {int(signal.SIGTERM)}); time.sleep(30)
+                except Exception:
+                    raise ConfigError("the file is damaged")
+    """
+    status, done, _ = script(body.strip())
+    assert status == 75, done.stderr
 
 
 def test_devices_that_cannot_be_had_are_one_line():

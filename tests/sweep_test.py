@@ -325,7 +325,7 @@ def until(condition, seconds=60):
 def idle(run):
     """Whether no process works on the run: its log can be locked."""
     with run.log.open("ab") as file:
-        return jobs._lock(file)
+        return jobs.try_lock(file)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

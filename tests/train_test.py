@@ -58,7 +58,7 @@ def finished(tmp_path_factory, quick_compilation):
 
 @pytest.fixture
 def copied(tmp_path, finished):
-    """A copy of the whole run of LlamaGen, to go on from."""
+    """A copy of the whole run of LlamaGen, to resume."""
     return shutil.copytree(finished(llamagen)[0], tmp_path / "copied")
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from mirai_jax.utils.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-
-
 _MACHINES = ("@eaDir", "__MACOSX")  # folders of thumbnails and the like that systems make
 
 

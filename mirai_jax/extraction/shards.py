@@ -1,5 +1,6 @@
 """Writes the shards of an extraction, and at the end its report and its manifest."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -43,14 +44,9 @@ def run(
     before = sum(len(job.indices(k)) for k in mine if job.part(k) is not None)
     if before:
         print(f"{before:,} of {total:,} images were done before", flush=True)
-    lock = FolderLock(job.out, f"lock-{process_index}")
-    lock.hold()
-    progress = Progress(total, "images", before)
-    try:
+    lock, progress = FolderLock(job.out, f"lock-{process_index}"), Progress(total, "images", before)
+    with lock.held(), contextlib.closing(progress):
         write_shards(job, mine, progress, reconstructions)
-    finally:
-        progress.close()
-        lock.close()
     final = finish(job)
     if final is not None and reconstructions:
         pictures.draw_reconstructions(job, list(range(job.num_shards)), reconstructions)

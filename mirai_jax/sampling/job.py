@@ -1,5 +1,6 @@
 """Folders of samples: drawn in parts that survive a stop, then joined into one file."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -126,15 +127,15 @@ class SamplingJob:
         shutil.rmtree(self.out / "parts", ignore_errors=True)
         return True
 
-    def _row(self, start: int) -> str:
+    def _row(self, start: int, names: list[str] | None) -> str:
         """The name of eight images from `start` on: their classes, where their names are known."""
-        names = json.loads((self.out / "protocol.json").read_text()).get("class_names")
         shown = dict.fromkeys(names[y] for y in self.labels[start : start + 8]) if names else ()
         return f"{start}: {', '.join(shown)}"[:40] if names else f"image {start}"
 
     def _write(self) -> None:
         first = np.load(self.part(0))
-        rows = [self._row(i) for i in range(0, min(len(first), _GRID) // 8 * 8, 8)]
+        names = json.loads((self.out / "protocol.json").read_text()).get("class_names")
+        rows = [self._row(i, names) for i in range(0, min(len(first), _GRID) // 8 * 8, 8)]
         if rows:
             grid = pictures.sample_grid(first[: 8 * len(rows)], rows)
             pictures.save_picture(self.out / "grid.png", grid)
@@ -189,8 +190,6 @@ def sample_folder(
         print(f"{job.samples} is there already", flush=True)
         return
     index, count = share
-    lock = FolderLock(out, f"lock-{index}")
-    lock.hold()
     mine = range(index, job.num_parts, count)
     before = sum(len(job.indices(k)) for k in mine if job.part(k).exists())
     total = sum(len(job.indices(k)) for k in mine)
@@ -198,12 +197,8 @@ def sample_folder(
         print(f"{before:,} of {total:,} images were drawn before", flush=True)
     print(f"guidance {options.guidance:g}: {total:,} images to {out}", flush=True)
     progress = Progress(total, "images", before)
-    painter = Painter(source, options, seed, batch_size, resize)
-    try:
-        job.draw(painter, mine, progress)
-    finally:
-        progress.close()
-        lock.close()
+    with FolderLock(out, f"lock-{index}").held(), contextlib.closing(progress):
+        job.draw(Painter(source, options, seed, batch_size, resize), mine, progress)
     if job.join():
         grid = out / "grid.png"  # of 8 images or more
         print(f"written: {job.samples}" + f"; look at {grid}" * grid.exists(), flush=True)

@@ -86,14 +86,12 @@ def teach(
     identity = {"image_set": small_sets.checksum(train)}
     if tokenizer:
         identity["tokenizer"] = pretrained.checksum(tokenizer_params)
-    lock = claim(workdir, config, identity, tokenizer_params or None, fresh=not begin)
-    log(
-        f"data: {settings.data.name}, {len(train.labels):,} images, {len(held_out.labels):,} more are "
-        "held out"
-    )
-    log(f"devices: {len(devices)} x {devices[0].device_kind}")
-    task = TeacherTask(settings, recipe, tokenizer_params, batches, held_out, workdir, devices)
-    with contextlib.closing(HangGuard(0)) as guard, contextlib.closing(lock):
+    claimed = claim(workdir, config, identity, tokenizer_params or None, fresh=not begin)
+    with claimed, contextlib.closing(HangGuard(0)) as guard:
+        images = f"{len(train.labels):,} images, {len(held_out.labels):,} more are held out"
+        log(f"data: {settings.data.name}, {images}")
+        log(f"devices: {len(devices)} x {devices[0].device_kind}")
+        task = TeacherTask(settings, recipe, tokenizer_params, batches, held_out, workdir, devices)
         loop.Run(task, workdir, guard, log).run()
 
 

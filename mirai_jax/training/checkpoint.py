@@ -124,12 +124,14 @@ class Checkpoints:
         self._remove_old()
 
     def _check_written(self) -> None:
-        """Reads the index of the new checkpoint back, before it gets its name."""
+        """Reads the index of the new checkpoint back, on process 0, before it gets its name."""
+        if not distributed.is_first():
+            return
         step = self._steps[-1]
         name = f"step_{step}.orbax-checkpoint-tmp"
         path = self._plain(step).with_name(name)
         wanted = {name.replace("/", ".") for name in _read_marks(path)["fingerprints"]}
-        if distributed.is_first() and files.stored_arrays(path / "state") != wanted:
+        if files.stored_arrays(path / "state") != wanted:
             raise OSError(f"{self._folder / name} does not hold what was written to it")
 
     def _remove_old(self) -> None:
@@ -218,9 +220,9 @@ class Checkpoints:
     def _restore(self, step: int, like: Any, shardings: Any) -> tuple[Any, str, int]:
         """The state, or None and why not; and the outcome over all processes.
 
-        No process is left waiting: each reads without the others, and then they agree. A checkpoint
-        that one process does not see ends the run: process 0 sees it, so it is likely whole and a
-        mount is wrong. Going back to the one before it would lose its steps.
+        No process is left waiting: each reads without the others, and then they agree. If one process
+        does not see a checkpoint, the run ends: process 0 sees it, so it is likely whole and a mount
+        is wrong. An older checkpoint would lose its steps.
         """
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -69,13 +69,12 @@ def train(
         made = components.build(settings, mesh, folder / "tokenizer.npz", log)
         initial = start.read_initial(made) if settings.init_from and not begin else None
         codebook = made.tokenizer_params if settings.data.in_memory else None
-        lock = workdir.claim(folder, config, made.identity, codebook, fresh=not begin)
-        if distributed.is_first():
-            files.write_text(folder / "classes.json", json.dumps(made.class_names) + "\n")
-        kind = mesh.devices.flat[0].device_kind
-        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        log(f"devices: {mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}")
-        with contextlib.closing(lock):
+        with workdir.claim(folder, config, made.identity, codebook, fresh=not begin):
+            if distributed.is_first():
+                files.write_text(folder / "classes.json", json.dumps(made.class_names) + "\n")
+            kind = mesh.devices.flat[0].device_kind
+            processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+            log(f"devices: {mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}")
             loop.Run(GeneratorTask(made, mesh, summary, initial), folder, guard, log).run()
 
 

@@ -14,10 +14,11 @@ samples/         a grid of samples every so often
 summary.png      loss curves and the last grid, when the run is finished
 """
 
+import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mirai_jax.config.compare import check_same_run, to_json
@@ -73,6 +74,7 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
 
 
+@contextlib.contextmanager
 def claim(
     workdir: pathlib.Path,
     config: Mapping[str, Any],
@@ -80,11 +82,11 @@ def claim(
     codebook: Any,
     *,
     fresh: bool,
-) -> FolderLock:
-    """Creates or continues the folder: from here on it belongs to this run. All processes must call.
+) -> Iterator[None]:
+    """Creates or continues the folder, which belongs to this run in the block. All processes must call.
 
     Only when all that the config names was found, so that a mistake leaves nothing behind, and only
-    when every process has seen what was there. Returns the lock of the folder, for process 0 to hold.
+    when every process has seen what was there.
 
     Args:
         identity: checksums of data and frozen networks; see `check_same`.
@@ -98,19 +100,18 @@ def claim(
     if not fresh:
         check_same(identity, workdir, write=False)
     distributed.barrier("begin")
-    lock = FolderLock(workdir)
-    if distributed.is_first():
-        lock.hold()
-        open_workdir(workdir, config)
-        path = workdir / "tokenizer.npz"
-        if codebook is not None and not path.exists():
-            patch_codebook.save_params(path, codebook)
-        if fresh:
-            (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
-        check_same(identity, workdir, write=True)
-    distributed.barrier("workdir")
-    distributed.check_shared(workdir)
-    return lock
+    with FolderLock(workdir).held() if distributed.is_first() else contextlib.nullcontext():
+        if distributed.is_first():
+            open_workdir(workdir, config)
+            path = workdir / "tokenizer.npz"
+            if codebook is not None and not path.exists():
+                patch_codebook.save_params(path, codebook)
+            if fresh:
+                (workdir / "parts.json").unlink(missing_ok=True)  # of a start that saved nothing
+            check_same(identity, workdir, write=True)
+        distributed.barrier("workdir")
+        distributed.check_shared(workdir)
+        yield
 
 
 def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: bool) -> None:

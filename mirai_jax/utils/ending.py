@@ -42,13 +42,13 @@ class Screen:
     def _try(self, function: Callable, *arguments: Any) -> None:
         try:
             function(*arguments)
+        except BlockingIOError:
+            pass  # its reader is slow: this text is lost, the next may not be
         except (OSError, ValueError):  # ValueError: it is closed
             with contextlib.suppress(OSError, ValueError):
                 self._stream.flush()  # of what its buffer holds
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())  # for libraries that write there, too
-                os.close(nowhere)
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # also for libraries
 
 
 def protect() -> None:
@@ -68,7 +68,7 @@ def protect() -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    end_within(GRACE, Preempted.status)  # should the exception be swallowed where it is raised
+    end_within(GRACE, Preempted.status)
     raise Preempted("asked to stop; the same command resumes")
 
 
@@ -78,7 +78,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def end_within(seconds: float, status: int) -> None:
-    """Ends the process after so many seconds, if it has not ended."""
+    """Ends the process after so many seconds if it still runs then."""
     timer = threading.Timer(seconds, leave, [status])
     timer.daemon = True
     timer.start()

@@ -19,7 +19,7 @@ class TrainingError(RuntimeError):
     status = 1
 
 
-class Preempted(RuntimeError):
+class Preempted(BaseException):  # no Exception, for `except Exception` must not catch a signal
     """A run was asked to stop and has saved its state: the same command resumes it."""
 
     status = 75  # "try again" among the statuses of sysexits.h

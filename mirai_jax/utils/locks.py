@@ -14,12 +14,24 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import IO
 
 from mirai_jax.utils.errors import ConfigError
 
 BEAT = 5.0  # seconds between two touches
 _LIVE = 4 * BEAT  # an owner that is silent for so long is gone
+
+
+def try_lock(file: IO) -> bool:
+    """Locks a file until it is closed here and in every child; False if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # storage without locks
+    return True
 
 
 class FolderLock:
@@ -39,13 +51,9 @@ class FolderLock:
         if self._file is not None:
             return ""
         file = self._path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             file.close()
             return self._owner() or "another process"
-        except OSError:  # no locks on this storage
-            pass
         if not self._path.exists() or self._path.stat().st_ino != os.fstat(file.fileno()).st_ino:
             file.close()
             return self.acquire()  # its owner has just ended and removed it
@@ -62,8 +70,9 @@ class FolderLock:
         threading.Thread(target=self._beat, daemon=True, name="lock").start()
         return ""
 
-    def hold(self) -> None:
-        """`acquire`; raises ConfigError if another process has it, or the folder cannot be written."""
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The lock in a block; ConfigError if another process has it or the folder cannot be written."""
         folder = self._path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +81,8 @@ class FolderLock:
             raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
         if owner:
             raise ConfigError(f"{folder} is at work: {owner}")
+        with contextlib.closing(self):
+            yield
 
     def close(self) -> None:
         self._closed.set()
