@@ -129,8 +129,9 @@ class SamplingJob:
 
     def _row(self, start: int, names: list[str] | None) -> str:
         """The name of eight images from `start` on: their classes, where their names are known."""
-        shown = dict.fromkeys(names[y] for y in self.labels[start : start + 8]) if names else ()
-        return f"{start}: {', '.join(shown)}"[:40] if names else f"image {start}"
+        shown = [names[y] for y in self.labels[start : start + 8]] if names else []
+        shown = shown[:1] if len(set(shown)) == 1 else shown
+        return f"image {start}: {', '.join(shown)}"[:48].removesuffix(": ")
 
     def _write(self) -> None:
         first = np.load(self.part(0))

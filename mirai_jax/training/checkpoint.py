@@ -127,9 +127,8 @@ class Checkpoints:
         """Reads the index of the new checkpoint back, on process 0, before it gets its name."""
         if not distributed.is_first():
             return
-        step = self._steps[-1]
-        name = f"step_{step}.orbax-checkpoint-tmp"
-        path = self._plain(step).with_name(name)
+        name = f"step_{self._steps[-1]}.orbax-checkpoint-tmp"
+        path = self._plain(self._steps[-1]).with_name(name)
         wanted = {name.replace("/", ".") for name in _read_marks(path)["fingerprints"]}
         if files.stored_arrays(path / "state") != wanted:
             raise OSError(f"{self._folder / name} does not hold what was written to it")
