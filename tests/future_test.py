@@ -2,14 +2,14 @@
 
 import functools
 import json
-import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from configs import mirai_e, mirai_i
+from configs import mirai_e
 from mirai_jax import assess
 from mirai_jax.evaluation import future, future_runs
 from mirai_jax.training import restore, train
@@ -142,30 +142,19 @@ def test_the_penalty_is_the_best_on_every_fifth_image():
         np.testing.assert_array_equal(matrices["tokens"][i], expected["tokens"][i])
 
 
-def make_run(config, folder):
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of two steps."""
+    config, folder = mirai_e.get_config("demo"), tmp_path_factory.mktemp("runs") / "e"
     config.update(
-        num_steps=2,
-        batch_size=16,
-        sample_every=0,
-        checkpoint_every=2,
-        keep_every=2,
-        judged_samples=0,
-    )
+        num_steps=2, batch_size=16, sample_every=0, checkpoint_every=2, judged_samples=0
+    )  # fmt: skip
     config.model.update(num_layers=2, num_heads=2, width=32, vocab_size=16, unroll=1)
     config.sample.update(classes=2, per_class=1)
     config.teacher.image_size = 32
     config.foresight[0].update(projector_width=16)
     train.train(config, folder, devices=jax.devices()[:1], log=lambda line: None)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def workdirs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    return [
-        make_run(module.get_config("demo"), folder / name)
-        for name, module in (("e", mirai_e), ("i", mirai_i))
-    ]
+    return folder
 
 
 def run(*arguments):
@@ -173,39 +162,39 @@ def run(*arguments):
     assess.main(assess._FLAGS(["assess", *arguments]))
 
 
-def test_the_program_measures_each_run_once(workdirs, capsys, monkeypatch):
-    e, i = map(pathlib.Path, workdirs)
-    arguments = "--future=40", "--held_out=30", f"--teacher={i}"
-    run(f"--workdir={e},{i}", *arguments)
-    lines = [json.loads((folder / "future.jsonl").read_text()) for folder in (e, i)]
-    for line in lines:
-        assert line["step"] == 2 and line["teacher"] == "efficientnet_lite0"
-        assert line["protocol"] == {"images": 40, "held_out": 30, "teacher": str(i)}
-        for weights in future_runs.WEIGHTS:
-            assert list(line[weights]) == ["0", "1", "2"]
-            for kinds in line[weights].values():
-                assert set(kinds) == {"tokens", "features"}
-                assert all(r2 <= 1 for r2 in kinds["tokens"]["r2"].values())
-                assert all(abs(cosine) <= 1 for cosine in kinds["features"]["cosine"].values())
-            embedding = line[weights]["0"]["tokens"]["r2"]
-            assert embedding["r0c0"] > 0.9  # 16 tokens in 32 numbers: the token itself
-            assert embedding["r0c0"] > embedding["r0c1"]
-    assert lines[0]["ema"] != lines[0]["trained"]
+def test_the_program_measures_each_run_once(workdir, capsys, monkeypatch):
+    other = shutil.copytree(workdir, workdir.parent / "other")
+    arguments = "--future=40", "--held_out=30", f"--teacher={other}"
+    run(f"--workdir={workdir},{other}", *arguments)
+    lines = [json.loads((folder / "future.jsonl").read_text()) for folder in (workdir, other)]
+    assert lines[0] == lines[1]
+    line = lines[0]
+    assert line["step"] == 2 and line["teacher"] == "efficientnet_lite0"
+    assert line["protocol"] == {"images": 40, "held_out": 30, "teacher": str(other)}
+    assert line["ema"] != line["trained"]
+    for weights in future_runs.WEIGHTS:
+        assert list(line[weights]) == ["0", "1", "2"]
+        for kinds in line[weights].values():
+            assert set(kinds) == {"tokens", "features"}
+            assert all(r2 <= 1 for r2 in kinds["tokens"]["r2"].values())
+            assert all(abs(cosine) <= 1 for cosine in kinds["features"]["cosine"].values())
+        embedding = line[weights]["0"]["tokens"]["r2"]
+        assert embedding["r0c0"] > 0.9 > embedding["r0c1"]  # 16 tokens in 32 numbers: itself
     printed = capsys.readouterr().out
-    assert "e, step 2, EMA" in printed and "first of last row" in printed
-    with Image.open(e.parent / "future.png") as picture:
+    assert "e, step 2, EMA" in printed and "other, step 2, EMA" in printed
+    with Image.open(workdir.parent / "future.png") as picture:
         assert picture.width > 400 and picture.height > 400
 
-    before = (e / "future.jsonl").read_bytes()
-    monkeypatch.setattr(future_runs.future, "by_block", None)  # nothing is left to do
-    run(f"--workdir={e}", *arguments)
-    assert (e / "future.jsonl").read_bytes() == before
-    assert (e / "future.png").exists() and not (e / "assessment.jsonl").exists()
+    before = (workdir / "future.jsonl").read_bytes()
+    monkeypatch.setattr(future, "by_block", None)  # nothing is left to do
+    run(f"--workdir={workdir}", *arguments)
+    assert (workdir / "future.jsonl").read_bytes() == before
+    assert (workdir / "future.png").exists() and not (workdir / "assessment.jsonl").exists()
 
 
-def test_states_are_those_after_each_block(workdirs):
+def test_states_are_those_after_each_block(workdir):
     """Block by block: what a change of a token changes in the states."""
-    settings, saved, _ = restore.read_run("", workdirs[0])
+    settings, saved, _ = restore.read_run("", str(workdir))
     config = settings.generator
     codes = np.random.RandomState(0).randint(16, size=(3, config.length))
     changed = codes.copy()

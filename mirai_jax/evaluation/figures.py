@@ -64,6 +64,11 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return dict(zip(labels, found.values(), strict=True))
 
 
+def _unseen(names: Sequence[str], values_TxN: np.ndarray) -> np.ndarray:
+    """The values of the targets that a state has not seen; the others come first."""
+    return values_TxN[sum(name in future.SEEN for name in names) :]
+
+
 def future_figure(path: pathlib.Path, runs: Mapping[str, dict[str, Any]]) -> None:
     """What states know of the future: target x block, for each kind, weights and run.
 
@@ -71,42 +76,34 @@ def future_figure(path: pathlib.Path, runs: Mapping[str, dict[str, Any]]) -> Non
 
     Args:
         path: of the PNG.
-        runs: {name: a line of future.jsonl}. Several runs stand side by side.
+        runs: {name: a line of future.jsonl}. Several stand side by side.
     """
-    first = next(iter(runs.values()))
-    kinds = future_runs.kinds_of(first)
-    kinds = [k for k in kinds if all(k in future_runs.kinds_of(m) for m in runs.values())]
-    blocks, count = len(first["ema"]), len(first["ema"]["0"]["tokens"]["r2"])
-    weights = list(future_runs.WEIGHTS)
-    shape = (len(kinds), 2) if len(runs) == 1 else (2 * len(kinds), len(runs))
-    size = 1.6 + shape[1] * (0.5 * blocks + 0.3), shape[0] * (0.3 * count + 0.8)
+    kinds = [k for k in future_runs.SHOWN if all(k in run["ema"]["0"] for run in runs.values())]
+    weights = future_runs.WEIGHTS
+    parts = {
+        (kind, w, name): future_runs.shown(run, w, kind)
+        for kind, w, (name, run) in itertools.product(kinds, weights, runs.items())
+    }
+    shape = (len(kinds), len(weights)) if len(runs) == 1 else (len(kinds) * len(weights), len(runs))
+    rows, columns = next(iter(parts.values()))[1].shape
+    size = 2.5 + shape[1] * (0.42 * columns + 0.3), shape[0] * (0.28 * rows + 0.9)
     figure, axes = pictures.subplots(*shape, figsize=size, sharey=True, squeeze=False)
-    axes = axes.reshape(len(kinds), 2, len(runs))
-    seen = len(
-        [
-            name
-            for name in future.SEEN
-            if f"r{name[0]}c{name[1]}" in first["ema"]["0"]["tokens"]["r2"]
-        ]
-    )
-    for of_kind, kind in zip(axes, kinds, strict=True):
-        found = {
-            (w, name): future_runs.shown(measures, w, kind)
-            for w, (name, measures) in itertools.product(weights, runs.items())
-        }
-        most = max(values[seen:].max() for _, values in found.values())
-        for axis, ((w, name), (names, values)) in zip(of_kind.flat, found.items(), strict=True):
+    axes = axes.reshape(len(kinds), -1)
+    for kind, of_kind in zip(kinds, axes, strict=True):
+        found = {key[1:]: part for key, part in parts.items() if key[0] == kind}
+        most = max(_unseen(*part).max() for part in found.values())
+        for axis, ((w, name), (names, values)) in zip(of_kind, found.items(), strict=True):
             image = axis.imshow(values, vmin=0, vmax=most, aspect="auto", cmap="viridis")
             for (row, column), value in np.ndenumerate(values):
                 colour = "black" if value > 0.6 * most else "white"
                 text = f"{value:.2f}".replace("0.", ".")
                 axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
-            axis.axhline(seen - 0.5, color="white", linewidth=2)
+            axis.axhline(len(names) - len(_unseen(names, values)) - 0.5, color="white", linewidth=3)
             axis.set_yticks(range(len(names)), [future.TITLES[name] for name in names])
             axis.set_xticks(range(values.shape[1]))
-            axis.set_title(f"{name}\n{kind}, {future_runs.WEIGHTS[w]}", fontsize=9)
-        label = {"r2": "R² of held-out images", "cosine": "mean cosine"}[future_runs.MEASURES[kind]]
-        figure.colorbar(image, ax=list(of_kind.flat), label=label, extend="max", pad=0.01)
-    for axis in axes[-1].flat[-shape[1] :]:
+            axis.set_title(f"{name}\n{kind}, {weights[w]}", fontsize=9)
+        label = f"{future_runs.SHOWN[kind][1]}, held out"
+        figure.colorbar(image, ax=list(of_kind), label=label, extend="max", pad=0.01)
+    for axis in axes.reshape(shape)[-1]:
         axis.set_xlabel("block (0: embedding)")
     pictures.save_figure(path, figure)

@@ -28,11 +28,11 @@ from mirai_jax import foresight
 from mirai_jax.models.generator import Generator, GeneratorConfig
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-SEEN = {(-1, 0): "one row above (seen)", (0, 0): "last token (seen)"}
-AHEAD = {(0, 1): "next token", (0, 2): "the one after", (1, 0): "one row below"}
-AHEAD |= {(2, 0): "two rows below"}
+SEEN = {"r-1c0": "one row above (seen)", "r0c0": "last token (seen)"}
+AHEAD = {"r0c1": "next token", "r0c2": "the one after"}
+AHEAD |= {"r1c0": "one row below", "r2c0": "two rows below"}
 CORNERS = {"last_row_first": "first of last row", "last_row_last": "last of last row"}
-TITLES = {f"r{r}c{c}": title for (r, c), title in {**SEEN, **AHEAD}.items()} | CORNERS
+TITLES = SEEN | AHEAD | CORNERS
 _CHUNK = 100  # images at once
 _CHOOSING = 5  # every fifth training image chooses the penalty
 
@@ -66,9 +66,10 @@ def targets(grid: tuple[int, int]) -> list[Target]:
     height, width = grid
     positions, found = np.arange(height * width), []
     term = foresight.Term(source="bidirectional", borders="mask")
-    for rows, columns in (*SEEN, *AHEAD):
+    for name in (*SEEN, *AHEAD):
+        rows, columns = map(int, name[1:].split("c"))
         shift, mask_L = foresight.alignment(term, (rows, columns), grid)
-        found.append(Target(f"r{rows}c{columns}", mask_L > 0, positions + shift))
+        found.append(Target(name, mask_L > 0, positions + shift))
     upper_L = (positions > 0) & (positions <= height // 2 * width)
     for name, there in zip(CORNERS, ((height - 1) * width, height * width - 1), strict=True):
         found.append(Target(name, upper_L, np.full_like(positions, there)))

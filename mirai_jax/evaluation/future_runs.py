@@ -23,7 +23,7 @@ from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import frozen
 
 WEIGHTS = {"ema": "EMA", "trained": "trained weights"}
-MEASURES = {"tokens": "r2", "features": "cosine"}  # the one that is shown of each kind
+SHOWN = {"tokens": ("r2", "R²"), "features": ("cosine", "cosine")}  # of each kind, and in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,24 +111,23 @@ class FutureAssessor:
 
 
 def shown(measures: Mapping[str, Any], weights: str, kind: str) -> tuple[list[str], np.ndarray]:
-    """The targets' names, and (targets, blocks from 0) of what is shown of a kind."""
-    rows = [kinds[kind][MEASURES[kind]] for kinds in measures[weights].values()]
+    """The targets' names, and the measure of SHOWN, (targets, blocks from 0)."""
+    rows = [kinds[kind][SHOWN[kind][0]] for kinds in measures[weights].values()]
     return list(rows[0]), np.array([list(row.values()) for row in rows]).T
 
 
-def kinds_of(measures: Mapping[str, Any]) -> list[str]:
-    return [kind for kind in MEASURES if kind in measures["ema"]["0"]]
-
-
 def table(name: str, measures: Mapping[str, Any], weights: str = "ema") -> str:
-    """What a run's weights know, a line a target and a column a block."""
-    text = ""
-    for kind in kinds_of(measures):
+    """What a run's weights know: a line a target, a column a block."""
+    lines = [f"{name}, step {measures['step']}, {WEIGHTS[weights]}"]
+    for kind in measures[weights]["0"]:
         names, values = shown(measures, weights, kind)
-        measure = {"r2": "R²", "cosine": "cosine"}[MEASURES[kind]]
-        title = f"{kind}, {measure}, by block"
-        text += f"{name}, step {measures['step']}, {WEIGHTS[weights]}\n"
-        text += f"{title:26}" + "".join(f"{block:7}" for block in range(values.shape[1])) + "\n"
+        lines.append(
+            f"{kind + ', ' + SHOWN[kind][1]:22}" + _cells("block 0", *range(1, len(values.T)))
+        )
         for target, row in zip(names, values, strict=True):
-            text += f"{future.TITLES[target]:26}" + "".join(f"{v:7.3f}" for v in row) + "\n"
-    return text
+            lines.append(f"{future.TITLES[target]:22}" + _cells(*(f"{v:.3f}" for v in row)))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(*values: Any) -> str:
+    return "".join(f"{value:>9}" for value in values)
