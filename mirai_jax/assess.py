@@ -25,6 +25,7 @@ import pathlib
 from absl import flags
 
 from mirai_jax.evaluation import assessments, figures, future_runs
+from mirai_jax.evaluation.future_runs import FutureProtocol
 from mirai_jax.evaluation.runs import Protocol
 from mirai_jax.utils import cli, paths
 from mirai_jax.utils.errors import ConfigError
@@ -47,13 +48,10 @@ _HELD_OUT = _integer(
     "held_out", _DEFAULT.held_out, "Held-out images for cross-entropy and probes.", lower_bound=2
 )
 _FUTURE = _integer(
-    "future", 0, "Probe for the future only, fitted to so many images.", lower_bound=0
+    "future", 0, "Training images of the probes for the future (and nothing else).", lower_bound=0
 )
 _TEACHER = flags.DEFINE_string(
-    "teacher",
-    "",
-    "--future: a run whose encoder is probed for, not each run's.",
-    flag_values=_FLAGS,
+    "teacher", "", "With --future: a run whose encoder is taken for all.", flag_values=_FLAGS
 )
 _FOLLOW = flags.DEFINE_bool(
     "follow", False, "Wait for what the runs add, until all are finished.", flag_values=_FLAGS
@@ -64,19 +62,18 @@ def main(argv: list[str]) -> None:
     with cli.program(OSError, interrupted="interrupted; the same command resumes"):
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
-        workdirs, how = paths.several(_WORKDIR.value), (_STEPS.value, _FOLLOW.value)
+        workdirs = paths.several(_WORKDIR.value)
         if _FUTURE.value:
-            held_out, teacher = _HELD_OUT.value, _TEACHER.value
-            of_future = future_runs.FutureProtocol(_FUTURE.value, held_out, teacher)
-            assessments.assess(workdirs, how[0], of_future, how[1])
-            _show(workdirs, of_future)
-            return
-        fields = (_SAMPLES, _GUIDANCE, _SEED, _PIXELS, _HELD_OUT)
-        protocol = Protocol(**{field.name: field.value for field in fields})
-        assessments.assess(workdirs, how[0], protocol, how[1])
+            protocol = FutureProtocol(_FUTURE.value, _HELD_OUT.value, _TEACHER.value)
+        else:
+            fields = (_SAMPLES, _GUIDANCE, _SEED, _PIXELS, _HELD_OUT)
+            protocol = Protocol(**{field.name: field.value for field in fields})
+        assessments.assess(workdirs, _STEPS.value, protocol, _FOLLOW.value)
+        if _FUTURE.value:
+            _show(workdirs, protocol)
 
 
-def _show(workdirs: list[str], protocol: future_runs.FutureProtocol) -> None:
+def _show(workdirs: list[str], protocol: FutureProtocol) -> None:
     """Prints the tables, and writes the figure, of the last steps."""
     found = assessments.latest(workdirs, protocol)
     for name, measures in found.items():

@@ -78,7 +78,7 @@ def future_figure(path: pathlib.Path, runs: Mapping[str, dict[str, Any]]) -> Non
         path: of the PNG.
         runs: {name: a line of future.jsonl}. Several stand side by side.
     """
-    kinds = [k for k in future_runs.SHOWN if all(k in run["ema"]["0"] for run in runs.values())]
+    kinds = future_runs.kinds(*runs.values())
     weights = future_runs.WEIGHTS
     parts = {
         (kind, w, name): future_runs.shown(run, w, kind)

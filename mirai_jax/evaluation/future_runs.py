@@ -24,6 +24,7 @@ from mirai_jax.weights import frozen
 
 WEIGHTS = {"ema": "EMA", "trained": "trained weights"}
 SHOWN = {"tokens": ("r2", "R²"), "features": ("cosine", "cosine")}  # of each kind, and in words
+_FEWEST = 10  # training images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,9 @@ class FutureProtocol:
     teacher: str = ""
 
     def check(self, settings: Settings, workdir: str) -> None:
-        """Raises ConfigError for a run whose states always know the class."""
+        """Raises ConfigError for too few images, or a run whose states always know the class."""
+        if self.images < _FEWEST:
+            raise ConfigError(f"--future is {self.images}; it must be {_FEWEST} or more, or 0")
         if not settings.generator.has_null_class:
             raise ConfigError(
                 f"--future is {self.images}; it must be 0 for {workdir}, which has no null class"
@@ -82,7 +85,7 @@ class FutureAssessor:
     @staticmethod
     def summary(measures: Mapping[str, Any]) -> str:
         """Of `measure`, for the screen: the best block, and the baseline."""
-        r2 = [kinds["tokens"]["r2"] for kinds in measures["ema"].values()]
+        r2 = [block["tokens"]["r2"] for block in measures["ema"].values()]
         shown = [(future.TITLES[t], t) for t in ("r0c1", "r1c0") if t in r2[0]]
         return "  ".join(
             f"{title} R² {max(row[target] for row in r2):.3f} (embedding {r2[0][target]:.3f})"
@@ -112,14 +115,19 @@ class FutureAssessor:
 
 def shown(measures: Mapping[str, Any], weights: str, kind: str) -> tuple[list[str], np.ndarray]:
     """The targets' names, and the measure of SHOWN, (targets, blocks from 0)."""
-    rows = [kinds[kind][SHOWN[kind][0]] for kinds in measures[weights].values()]
+    rows = [block[kind][SHOWN[kind][0]] for block in measures[weights].values()]
     return list(rows[0]), np.array([list(row.values()) for row in rows]).T
+
+
+def kinds(*several: Mapping[str, Any]) -> list[str]:
+    """Those that all of these measures have."""
+    return [kind for kind in SHOWN if all(kind in measures["ema"]["0"] for measures in several)]
 
 
 def table(name: str, measures: Mapping[str, Any], weights: str = "ema") -> str:
     """What a run's weights know: a line a target, a column a block."""
     lines = [f"{name}, step {measures['step']}, {WEIGHTS[weights]}"]
-    for kind in measures[weights]["0"]:
+    for kind in kinds(measures):
         names, values = shown(measures, weights, kind)
         lines.append(
             f"{kind + ', ' + SHOWN[kind][1]:22}" + _cells("block 0", *range(1, len(values.T)))
