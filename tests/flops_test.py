@@ -108,7 +108,9 @@ def test_student():
     assert got.teacher == got.projectors == 0
 
 
-@pytest.mark.parametrize("term", [EMA, ENCODER, CHECKPOINT, TOKENS, DEEP], ids=lambda term: term.name)
+@pytest.mark.parametrize(
+    "term", [EMA, ENCODER, CHECKPOINT, TOKENS, DEEP], ids=lambda term: term.name
+)
 def test_heads(term):
     got = flops.step_flops(make_recipe(term), BATCH).projectors
     want = gradient_xla(make_recipe(term)) - gradient_xla(make_recipe())
