@@ -21,7 +21,7 @@ from mirai_jax.weights import torch_names, torch_writer
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 STEPS = 20
 SMALL = {  # an epoch is 15 steps
-    "data.held_out": 4500, "log_every": 1, "sample_every": 0, "judged_samples": 0, "keep_every": 0,
+    "data.held_out": 4750, "batch_size": 16, "log_every": 1, "sample_every": 0, "judged_samples": 0, "keep_every": 0,
     "model.num_heads": 2, "model.width": 32, "model.vocab_size": 16, "model.unroll": 1,
     "optimizer.warmup_steps": 2, "sample.classes": 1, "sample.per_class": 1,
 }  # fmt: skip
@@ -85,7 +85,7 @@ def test_every_run_of_a_sweep_trains(sweep, teachers, tmp_path):
 
 
 def program_of(settings):
-    """What tells apart programs that differ in more than numbers."""
+    """What the compiler sees of a config: programs alike differ in numbers alone."""
     terms = [
         (t.source, t.level, len(t.offsets), t.projector, t.window > 1, t.targets, t.anchor)
         for t in settings.terms

@@ -316,7 +316,7 @@ def _check_data(settings: Settings, check: Check) -> None:
     allowed = f"{' or '.join(names)} with data.name {data.name!r}"
     check("tokenizer.name", tokenizer.name in names, allowed)
     good = data.crops == "stored" or data.in_memory or data.online
-    check("data.crops", good, f"stored with data.codes {data.codes!r}, which are of stored crops")
+    check("data.crops", good, f"stored with data.codes {data.codes!r}")
     good = tokenizer.path or data.in_memory or not data.online
     check("tokenizer.path", good, f"the weights of {tokenizer.name} with data.codes 'online'")
 
