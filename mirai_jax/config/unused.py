@@ -11,7 +11,12 @@ from mirai_jax.config.schema import RunConfig
 RUN = {
     "data.held_out": ("data.name 'mnist'", lambda c: c.data.name == "mnist"),
     "data.images": ("data.name 'images'", lambda c: c.data.name == "images"),
-    "data.crop_range": ("data.codes 'online'", lambda c: c.data.codes == "online"),
+    "data.crops": ("data.name 'images'", lambda c: c.data.name == "images"),
+    "data.crop_range": (
+        "data.codes 'online' and data.crops 'stored'",
+        lambda c: (c.data.codes, c.data.crops) == ("online", "stored"),
+    ),
+    "optimizer.decayed": ("optimizer.weight_decay above 0", lambda c: c.optimizer.weight_decay > 0),
     "judged_samples": ("a data set in memory", lambda c: c.data.name != "images"),
     "sample.interval": ("sample.guidance above 1", lambda c: c.sample.guidance > 1),
     "teacher": (
@@ -24,13 +29,21 @@ RUN = {
     "tokenizer.patch": ("tokenizer.name 'patch'", lambda c: c.tokenizer.name == "patch"),
     "tokenizer.path": ("tokenizer.name vq16 or vq8", lambda c: c.tokenizer.name != "patch"),
 }
+_MLP = (
+    "level 'internal' and projector 'mlp'",
+    lambda t: (t.level, t.projector) == ("internal", "mlp"),
+)
 _TERM = {
     "anchor": ("level 'internal'", lambda t: t.level == "internal"),
     "borders": ("layout '2d'", lambda t: t.layout == "2d"),
     "checkpoint": ("source 'checkpoint'", lambda t: t.source == "checkpoint"),
-    "projector_width": ("level 'internal'", lambda t: t.level == "internal"),
+    "projector": ("level 'internal'", lambda t: t.level == "internal"),
+    "projector_init": _MLP,
+    "projector_width": _MLP,
+    "schedule_unit": ("a schedule", lambda t: t.schedule),
     "source": ("level 'internal'", lambda t: t.level == "internal"),
     "teacher_layer": ("a generator as source", lambda t: t.source != "bidirectional"),
+    "window_along": ("window above 1", lambda t: t.window > 1),
 }
 _HIDES = ("objective 'masked' or 'both'", lambda c: c.objective != "labels")
 ENCODER = {  # of mirai_jax.teach

@@ -29,12 +29,12 @@ class WorkerDied(DataError):
 
 
 class CropLoader:
-    """The crop of an image by its key: the pixels that extraction encoded, bit for bit.
+    """The crop of an image by its key: the pixels that extraction encoded (or would), bit for bit.
 
     Pickles, so that Grain's worker processes decode.
     """
 
-    def __init__(self, images: ImageSource, spec: crops.CropSpec):
+    def __init__(self, images: ImageSource, spec: crops.CropSpec | crops.RandomCrops):
         self._images, self._spec = images, spec
 
     def describe(self) -> dict:
@@ -58,7 +58,9 @@ class CropLoader:
 class OnlineImages:
     """Labels and keys of an image source, without codes: {'crops': C, 'label', 'key'}."""
 
-    def __init__(self, images: ImageSource, spec: crops.CropSpec, num_classes: int):
+    def __init__(
+        self, images: ImageSource, spec: crops.CropSpec | crops.RandomCrops, num_classes: int
+    ):
         self._images, self._spec, self._num_classes = images, spec, num_classes
 
     def __len__(self) -> int:
