@@ -10,13 +10,21 @@ of samples over EfficientNet-Lite0 (not FID), agreement of a classifier with the
 for the last step linear probes (mirai_jax/evaluation/runs.py defines each exactly). Lines that exist
 are not computed again: the same command resumes after a stop, and assesses the checkpoints that a run
 has added. With --follow it waits for those until all runs are finished.
+
+    python -m mirai_jax.assess --workdir=RUN,RUN --steps=last --future=2000
+
+measures instead what the states know of tokens to come (mirai_jax/evaluation/future.py), with regressions on
+2000 training images: a line of future.jsonl for each checkpoint, tables, and future.png beside the runs (or in
+the only run's folder).
 """
 
 import functools
+import os
+import pathlib
 
 from absl import flags
 
-from mirai_jax.evaluation import assessments
+from mirai_jax.evaluation import assessments, figures, future_runs
 from mirai_jax.evaluation.runs import Protocol
 from mirai_jax.utils import cli, paths
 from mirai_jax.utils.errors import ConfigError
@@ -38,6 +46,15 @@ _PIXELS = _integer("pixels", _DEFAULT.pixels, "Side of EfficientNet-Lite0's inpu
 _HELD_OUT = _integer(
     "held_out", _DEFAULT.held_out, "Held-out images for cross-entropy and probes.", lower_bound=2
 )
+_FUTURE = _integer(
+    "future", 0, "Probe for the future only, fitted to so many images.", lower_bound=0
+)
+_TEACHER = flags.DEFINE_string(
+    "teacher",
+    "",
+    "--future: a run whose encoder is probed for, not each run's.",
+    flag_values=_FLAGS,
+)
 _FOLLOW = flags.DEFINE_bool(
     "follow", False, "Wait for what the runs add, until all are finished.", flag_values=_FLAGS
 )
@@ -47,9 +64,26 @@ def main(argv: list[str]) -> None:
     with cli.program(OSError, interrupted="interrupted; the same command resumes"):
         if len(argv) > 1:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+        workdirs, how = paths.several(_WORKDIR.value), (_STEPS.value, _FOLLOW.value)
+        if _FUTURE.value:
+            held_out, teacher = _HELD_OUT.value, _TEACHER.value
+            of_future = future_runs.FutureProtocol(_FUTURE.value, held_out, teacher)
+            assessments.assess(workdirs, how[0], of_future, how[1])
+            _show(workdirs, of_future)
+            return
         fields = (_SAMPLES, _GUIDANCE, _SEED, _PIXELS, _HELD_OUT)
         protocol = Protocol(**{field.name: field.value for field in fields})
-        assessments.assess(paths.several(_WORKDIR.value), _STEPS.value, protocol, _FOLLOW.value)
+        assessments.assess(workdirs, how[0], protocol, how[1])
+
+
+def _show(workdirs: list[str], protocol: future_runs.FutureProtocol) -> None:
+    """Prints the tables, and writes the figure, of the last steps."""
+    found = assessments.latest(workdirs, protocol)
+    for name, measures in found.items():
+        print(future_runs.table(name, measures))
+    path = pathlib.Path(os.path.commonpath(map(os.path.abspath, workdirs))) / "future.png"
+    figures.future_figure(path, found)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

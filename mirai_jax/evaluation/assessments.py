@@ -1,7 +1,7 @@
-"""The kept checkpoints of runs, assessed one by one, and assessment.jsonl, the file of the results.
+"""The kept checkpoints of runs, assessed one by one, and the files of the results in the workdirs.
 
-assessment.jsonl in a workdir has a line for each checkpoint and protocol: {"step", "protocol",
-measures...}. The measures are those of evaluation/runs.py.
+assessment.jsonl has a line for each checkpoint and protocol: {"step", "protocol", measures...}. The measures
+are those of evaluation/runs.py. future.jsonl has such lines with the measures of evaluation/future_runs.py.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from mirai_jax.config.schema import Settings
+from mirai_jax.evaluation.future_runs import FutureAssessor, FutureProtocol
 from mirai_jax.evaluation.runs import Assessor, Protocol
 from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import steps_in
@@ -21,18 +22,19 @@ from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.utils.locks import FolderLock
 from mirai_jax.utils.progress import duration
 
-FILE = "assessment.jsonl"
+FILE = Protocol.FILE
 _POLL_EVERY = 20.0  # seconds
+AnyProtocol = Protocol | FutureProtocol
 _Missing = list[tuple[str, Settings, list[int]]]  # the steps to assess, of each workdir
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
-    """The lines of assessment.jsonl; [] where there is none.
+def read(workdir: str, file: str = FILE) -> list[dict[str, Any]]:
+    """The lines of assessment.jsonl, or of future.jsonl; [] where there is none.
 
     Raises:
         DataError: a line is damaged, except a last one that a stop cut off.
     """
-    path = pathlib.Path(workdir) / FILE
+    path = pathlib.Path(workdir) / file
     text = path.read_text(errors="replace") if path.exists() else ""
     entries = []
     for number, line in enumerate(text.split("\n")[:-1], 1):  # after the last \n: what was cut off
@@ -46,14 +48,24 @@ def read(workdir: str) -> list[dict[str, Any]]:
     return entries
 
 
-def missing(workdir: str, steps: list[int], protocol: Protocol) -> list[int]:
-    """Those of `steps` that assessment.jsonl does not hold under this protocol."""
+def missing(workdir: str, steps: list[int], protocol: AnyProtocol) -> list[int]:
+    """Those of `steps` that the protocol's file does not hold under this protocol."""
     wanted = dataclasses.asdict(protocol)
-    done = {entry["step"] for entry in read(workdir) if entry["protocol"] == wanted}
+    done = {entry["step"] for entry in read(workdir, protocol.FILE) if entry["protocol"] == wanted}
     return [step for step in steps if step not in done]
 
 
-def assess(workdirs: list[str], which: str, protocol: Protocol, follow: bool = False) -> None:
+def latest(workdirs: list[str], protocol: AnyProtocol) -> dict[str, dict[str, Any]]:
+    """{name of a run: its assessment of the last step under this protocol}, of runs that have one."""
+    wanted, found = dataclasses.asdict(protocol), {}
+    for workdir in workdirs:
+        entries = [e for e in read(workdir, protocol.FILE) if e["protocol"] == wanted]
+        if entries:
+            found[pathlib.Path(workdir).name] = max(entries, key=lambda entry: entry["step"])
+    return found
+
+
+def assess(workdirs: list[str], which: str, protocol: AnyProtocol, follow: bool = False) -> None:
     """Assesses the missing checkpoints of all runs; if `follow`, until every run is finished.
 
     Args:
@@ -77,7 +89,7 @@ def assess(workdirs: list[str], which: str, protocol: Protocol, follow: bool = F
 
 
 def _todo(
-    workdirs: list[str], which: str, protocol: Protocol, follow: bool
+    workdirs: list[str], which: str, protocol: AnyProtocol, follow: bool
 ) -> tuple[_Missing, bool]:
     """The missing steps of each run, and whether all runs are finished."""
     todo, finished = [], True
@@ -87,11 +99,7 @@ def _todo(
             finished = False
             continue
         settings = restore.read_settings("--workdir", workdir)
-        if protocol.guidance > 1 and not settings.generator.has_null_class:
-            raise ConfigError(
-                f"--guidance is {protocol.guidance}; it must be 1 for {workdir}, which has no null "
-                "class"
-            )
+        protocol.check(settings, workdir)
         there = steps_in(folder / "checkpoints")
         if not follow and not there:
             raise ConfigError(f"--workdir: {workdir} holds no checkpoint yet")
@@ -112,35 +120,33 @@ def _steps(settings: Settings, there: list[int], which: str, follow: bool) -> li
     return kept if follow or (which == "kept" and kept) else there[-1:]
 
 
-def _assess(
-    todo: _Missing, count: int, protocol: Protocol, assessors: dict[tuple, Assessor]
-) -> None:
+def _assess(todo: _Missing, count: int, protocol: AnyProtocol, assessors: dict[tuple, Any]) -> None:
     def images_of(settings: Settings) -> tuple:
         data = settings.data
         return data.name, data.path, data.held_out, settings.tokenizer.image_size
 
+    make = FutureAssessor if isinstance(protocol, FutureProtocol) else Assessor
     for _, settings, _ in todo:
         if images_of(settings) not in assessors:
             log = functools.partial(print, flush=True)
-            assessors[images_of(settings)] = Assessor(settings, protocol, log)
+            assessors[images_of(settings)] = make(settings, protocol, log)
     done, begun = 0, time.monotonic()  # after the assessors: the time left is for checkpoints only
     for workdir, settings, steps in todo:
         for step in steps:
             _, saved, _ = restore.read_run("--workdir", workdir, step)
-            measures = assessors[images_of(settings)].measure(
-                settings, workdir, saved[protocol.weights], probed=step == settings.num_steps
-            )
+            assessor = assessors[images_of(settings)]
+            measures = assessor.measure(settings, workdir, saved, step == settings.num_steps)
             entry = {"step": step, "protocol": dataclasses.asdict(protocol), **measures}
             with contextlib.closing(FolderLock(pathlib.Path(workdir), "assess")) as lock:
                 while lock.acquire():  # another assessment adds a line
                     time.sleep(0.1)
-                text = "".join(json.dumps(line) + "\n" for line in (*read(workdir), entry))
-                files.write_text(pathlib.Path(workdir) / FILE, text)
+                lines = *read(workdir, protocol.FILE), entry
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                files.write_text(pathlib.Path(workdir) / protocol.FILE, text)
             done += 1
             left = (time.monotonic() - begun) / done * (count - done)
             print(
                 f"{done}/{count}  {pathlib.Path(workdir).name}  step {step}  "
-                f"ce {measures['cross_entropy']:.4f}  frechet {measures['frechet']:.2f}  "
-                f"agreement {measures['agreement']:.1%}  {duration(left)} left",
+                f"{assessor.summary(measures)}  {duration(left)} left",
                 flush=True,
             )

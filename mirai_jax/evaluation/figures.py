@@ -1,4 +1,4 @@
-"""Figures of an evaluation."""
+"""Figures of evaluations and assessments."""
 
 import itertools
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mirai_jax.evaluation import future, future_runs
 from mirai_jax.utils import pictures
 
 
@@ -61,3 +62,48 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         for i, label in enumerate(labels, 1)
     ]
     return dict(zip(labels, found.values(), strict=True))
+
+
+def _unseen(names: Sequence[str], values_TxN: np.ndarray) -> np.ndarray:
+    """The values of the targets that a state has not seen; the others come first."""
+    return values_TxN[sum(name in future.SEEN for name in names) :]
+
+
+def future_figure(path: pathlib.Path, runs: Mapping[str, dict[str, Any]]) -> None:
+    """What states know of the future: target x block, for each kind, weights and run.
+
+    A kind has one colour scale, up to the best of what is not seen yet.
+
+    Args:
+        path: of the PNG.
+        runs: {name: a line of future.jsonl}. Several stand side by side.
+    """
+    kinds = [k for k in future_runs.SHOWN if all(k in run["ema"]["0"] for run in runs.values())]
+    weights = future_runs.WEIGHTS
+    parts = {
+        (kind, w, name): future_runs.shown(run, w, kind)
+        for kind, w, (name, run) in itertools.product(kinds, weights, runs.items())
+    }
+    shape = (len(kinds), len(weights)) if len(runs) == 1 else (len(kinds) * len(weights), len(runs))
+    rows, columns = next(iter(parts.values()))[1].shape
+    size = 2.5 + shape[1] * (0.42 * columns + 0.3), shape[0] * (0.28 * rows + 0.9)
+    figure, axes = pictures.subplots(*shape, figsize=size, sharey=True, squeeze=False)
+    axes = axes.reshape(len(kinds), -1)
+    for kind, of_kind in zip(kinds, axes, strict=True):
+        found = {key[1:]: part for key, part in parts.items() if key[0] == kind}
+        most = max(_unseen(*part).max() for part in found.values())
+        for axis, ((w, name), (names, values)) in zip(of_kind, found.items(), strict=True):
+            image = axis.imshow(values, vmin=0, vmax=most, aspect="auto", cmap="viridis")
+            for (row, column), value in np.ndenumerate(values):
+                colour = "black" if value > 0.6 * most else "white"
+                text = f"{value:.2f}".replace("0.", ".")
+                axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+            axis.axhline(len(names) - len(_unseen(names, values)) - 0.5, color="white", linewidth=3)
+            axis.set_yticks(range(len(names)), [future.TITLES[name] for name in names])
+            axis.set_xticks(range(values.shape[1]))
+            axis.set_title(f"{name}\n{kind}, {weights[w]}", fontsize=9)
+        label = f"{future_runs.SHOWN[kind][1]}, held out"
+        figure.colorbar(image, ax=list(of_kind), label=label, extend="max", pad=0.01)
+    for axis in axes.reshape(shape)[-1]:
+        axis.set_xlabel("block (0: embedding)")
+    pictures.save_figure(path, figure)

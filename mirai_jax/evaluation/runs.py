@@ -17,14 +17,15 @@ teacher_probe   accuracy of a linear probe of the bidirectional teacher's featur
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from mirai_jax import foresight, sharding
 from mirai_jax.config.schema import Settings, TeacherSettings
+from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.evaluation import image_streams, probe
 from mirai_jax.evaluation.metrics import frechet_distance
 from mirai_jax.evaluation.network import Network
@@ -55,12 +56,20 @@ class Protocol:
         weights: which weights of the run.
     """
 
+    FILE: ClassVar[str] = "assessment.jsonl"
     samples: int = 2000
     guidance: float = 1.0
     seed: int = 0
     pixels: int = 112
     held_out: int = 5000
     weights: str = "ema"
+
+    def check(self, settings: Settings, workdir: str) -> None:
+        """Raises ConfigError for a run that cannot be assessed in this way."""
+        if self.guidance > 1 and not settings.generator.has_null_class:
+            raise ConfigError(
+                f"--guidance is {self.guidance}; it must be 1 for {workdir}, which has no null class"
+            )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -85,6 +94,23 @@ def spread_evenly(count: int, wanted: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
 
 
+def real_images(settings: Settings) -> tuple[LabelledImages, LabelledImages]:
+    """A run's training images, and its held-out ones.
+
+    Raises:
+        ConfigError, DataError: they are on disk, or none are held out.
+    """
+    if not settings.data.in_memory:
+        raise ConfigError(
+            f"data.name is {settings.data.name!r}; runs on images on disk need mirai_jax.sample and "
+            "mirai_jax.evaluate"
+        )
+    held_out = labelled_images(settings, "held_out")
+    if len(held_out.labels) < 2:
+        raise DataError(f"{settings.data.name}: the run holds no images out (data.held_out)")
+    return labelled_images(settings, "train"), held_out
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
     """The real images through one tokenizer."""
@@ -101,15 +127,7 @@ class Assessor:
 
     def __init__(self, settings: Settings, protocol: Protocol, log: Callable[[str], None]):
         self.protocol = protocol
-        if not settings.data.in_memory:
-            raise ConfigError(
-                f"data.name is {settings.data.name!r}; runs on images on disk need mirai_jax.sample and "
-                "mirai_jax.evaluate"
-            )
-        self._train = labelled_images(settings, "train")
-        held_out = labelled_images(settings, "held_out")
-        if len(held_out.labels) < 2:
-            raise DataError(f"{settings.data.name}: the run holds no images out (data.held_out)")
+        self._train, held_out = real_images(settings)
         some = slice(protocol.held_out)
         self.held_out = dataclasses.replace(
             held_out, images=held_out.images[some], labels=held_out.labels[some]
@@ -130,12 +148,12 @@ class Assessor:
         self._teachers: dict[TeacherSettings, dict[str, float]] = {}
 
     def measure(
-        self, settings: Settings, workdir: str, params: Any, probed: bool
+        self, settings: Settings, workdir: str, saved: Mapping[str, Any], probed: bool
     ) -> dict[str, Any]:
-        """The measures of the generator `params` of a run on these images, with probes or without."""
+        """The measures of a run's checkpoint on these images, with probes or without."""
         config, labels_N = settings.generator, self.held_out.labels
         tokens, of_teacher = self._tokens_of(settings, workdir), self.of_teacher(settings)
-        params = jax.device_put(params)
+        params = jax.device_put(saved[self.protocol.weights])
         codes_NxL = tokens.held_out_codes
         measures = {"cross_entropy": cross_entropy(config, params, codes_NxL, labels_N)}
         asked = np.arange(self.protocol.samples, dtype=np.int32) % config.num_classes
@@ -148,6 +166,14 @@ class Assessor:
             train, test = (tokens.encode(images), labels), (codes_NxL, labels_N)
             measures["probe"] = probe.by_layer(config, params, train, test)
         return measures
+
+    @staticmethod
+    def summary(measures: Mapping[str, Any]) -> str:
+        """Of `measure`, for the screen."""
+        return (
+            f"ce {measures['cross_entropy']:.4f}  frechet {measures['frechet']:.2f}  "
+            f"agreement {measures['agreement']:.1%}"
+        )
 
     def _moments(self, images: np.ndarray) -> Any:
         return self._network.features(image_streams.of_array("images", images)).moments

@@ -1,0 +1,133 @@
+"""What the states of runs know of the future: the regressions of evaluation/future.py on real images.
+
+A line of future.jsonl has, for the EMA (`ema`) and the trained weights (`trained`), {block: {kind: {measure:
+{target: value}}}}. The kinds are
+
+tokens    the vectors of tokens in the run's codebook; read `r2`, the share of variance explained
+features  the features of a bidirectional teacher, of the patch at a token, where the teacher can be
+          loaded; read `cosine`. `teacher` is its name
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mirai_jax.config.schema import Settings, TeacherSettings
+from mirai_jax.evaluation import future
+from mirai_jax.evaluation.runs import real_images, spread_evenly
+from mirai_jax.models import batched
+from mirai_jax.training import restore
+from mirai_jax.utils.errors import ConfigError
+from mirai_jax.weights import frozen
+
+WEIGHTS = {"ema": "EMA", "trained": "trained weights"}
+SHOWN = {"tokens": ("r2", "R²"), "features": ("cosine", "cosine")}  # of each kind, and in words
+
+
+@dataclasses.dataclass(frozen=True)
+class FutureProtocol:
+    """How a checkpoint is probed. Compare only numbers of one protocol.
+
+    Attributes:
+        images: how many training images, spread evenly, the regressions are fitted to.
+        held_out: how many held-out images, spread evenly, they are measured on.
+        teacher: workdir of a run whose bidirectional teacher gives the features; '': each run's own.
+    """
+
+    FILE: ClassVar[str] = "future.jsonl"
+    images: int = 2000
+    held_out: int = 5000
+    teacher: str = ""
+
+    def check(self, settings: Settings, workdir: str) -> None:
+        """Raises ConfigError for a run whose states always know the class."""
+        if not settings.generator.has_null_class:
+            raise ConfigError(
+                f"--future is {self.images}; it must be 0 for {workdir}, which has no null class"
+            )
+
+
+class FutureAssessor:
+    """Probes runs on one data set, as `runs.Assessor` assesses them."""
+
+    def __init__(self, settings: Settings, protocol: FutureProtocol, log: Callable[[str], None]):
+        train, held_out = real_images(settings)
+        self._images = [
+            data.images[spread_evenly(len(data.images), count)]
+            for data, count in ((train, protocol.images), (held_out, protocol.held_out))
+        ]
+        self._protocol, self._log = protocol, log
+        self._features: tuple[Any, list[np.ndarray]] = (None, [])  # of the last teacher
+
+    def measure(
+        self, settings: Settings, workdir: str, saved: Mapping[str, Any], probed: bool
+    ) -> dict[str, Any]:
+        """The measures of a run's checkpoint (see above), whether it is the last one or not."""
+        tokenizer, params = frozen.load_codebook(settings, workdir)
+        codes = [batched.encode_images(tokenizer, params, images) for images in self._images]
+        name, features = self._features_of(settings)
+        parts = []
+        for i, codes_NxL in enumerate(codes):
+            values = {"tokens": params["codebook"][codes_NxL]}
+            parts.append((codes_NxL, values | ({"features": features[i]} if features else {})))
+        generators = {"ema": saved["ema"], "trained": saved["params"]["generator"]}
+        found = {
+            weights: future.by_block(settings.generator, generator, *parts)
+            for weights, generator in generators.items()
+        }
+        return {"teacher": name, **found}
+
+    @staticmethod
+    def summary(measures: Mapping[str, Any]) -> str:
+        """Of `measure`, for the screen: the best block, and the baseline."""
+        r2 = [kinds["tokens"]["r2"] for kinds in measures["ema"].values()]
+        shown = [(future.TITLES[t], t) for t in ("r0c1", "r1c0") if t in r2[0]]
+        return "  ".join(
+            f"{title} R² {max(row[target] for row in r2):.3f} (embedding {r2[0][target]:.3f})"
+            for title, target in shown
+        )
+
+    def _features_of(self, settings: Settings) -> tuple[str, list[np.ndarray]]:
+        """The teacher's name and its features of the images; ('', []) if it cannot be loaded."""
+        if self._protocol.teacher:
+            other = restore.read_settings("--teacher", self._protocol.teacher)
+            settings = dataclasses.replace(settings, teacher=other.teacher)
+        key: TeacherSettings = settings.teacher
+        if self._features[0] != key:
+            self._features = key, self._load_features(settings)
+        return (key.name if self._features[1] else ""), self._features[1]
+
+    def _load_features(self, settings: Settings) -> list[np.ndarray]:
+        try:
+            teacher, params = frozen.make_teacher(settings)
+        except ConfigError as error:
+            if self._protocol.teacher:
+                raise
+            self._log(f"no features of a teacher: {error}")  # the tokens do not need it
+            return []
+        return [batched.teacher_features(teacher, params, images) for images in self._images]
+
+
+def shown(measures: Mapping[str, Any], weights: str, kind: str) -> tuple[list[str], np.ndarray]:
+    """The targets' names, and the measure of SHOWN, (targets, blocks from 0)."""
+    rows = [kinds[kind][SHOWN[kind][0]] for kinds in measures[weights].values()]
+    return list(rows[0]), np.array([list(row.values()) for row in rows]).T
+
+
+def table(name: str, measures: Mapping[str, Any], weights: str = "ema") -> str:
+    """What a run's weights know: a line a target, a column a block."""
+    lines = [f"{name}, step {measures['step']}, {WEIGHTS[weights]}"]
+    for kind in measures[weights]["0"]:
+        names, values = shown(measures, weights, kind)
+        lines.append(
+            f"{kind + ', ' + SHOWN[kind][1]:22}" + _cells("block 0", *range(1, len(values.T)))
+        )
+        for target, row in zip(names, values, strict=True):
+            lines.append(f"{future.TITLES[target]:22}" + _cells(*(f"{v:.3f}" for v in row)))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(*values: Any) -> str:
+    return "".join(f"{value:>9}" for value in values)
