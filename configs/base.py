@@ -76,7 +76,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     optimizer.b1 = 0.9  # AdamW's first decay
     optimizer.b2 = 0.95  # AdamW's second decay
     optimizer.eps = 1e-8  # AdamW's epsilon
-    optimizer.weight_decay = 0.05  # decoupled, on matrices and embeddings
+    optimizer.weight_decay = 0.05  # decoupled
+    optimizer.decayed = "matrices"  # what it acts on: matrices (and embeddings), or all parameters
     optimizer.clip_norm = 1.0  # largest global gradient norm; 0: no clipping
 
     config.data = data = ml_collections.ConfigDict()
@@ -87,7 +88,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     #                   codes made online: a folder with a folder a class, tfds:NAME[:SPLIT], or
     #                   grain:MODULE:SOURCE (see mirai_jax/data/images.py)
     data.codes = "stored"  # stored, or online: the tokenizer runs in the step, on the crop itself
-    data.crop_range = 1.1  # online: crops are taken from the centre image_size * this, as stored
+    data.crops = "stored"  # one of ten fixed crops; or, online, random: the short side becomes
+    #                        image_size, then any crop along the long one, mirrored by chance
+    data.crop_range = 1.1  # online: stored crops are taken from the centre image_size * this
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
     data.num_workers = 8  # processes that read and decode; 0: threads of this process
 
@@ -151,6 +154,8 @@ def term(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDi
     t.layout = "2d"  # 2d offsets are (rows, columns), 1d ones are raster steps
     t.offsets = ((0, 0), (0, 1), (1, 0))  # K of them, one head each
     t.targets = "own"  # own, or shuffled: of another image of the batch (a control)
+    t.window = 1  # source bidirectional: so many places, of which a target is the mean
+    t.window_along = "positions"  # places of a window: positions of the raster, or rows below
     t.borders = "wrap"  # 2d: wrap (flattened shift, as published) or mask (drop what leaves)
     t.anchor = "consumed"  # a position is named by the token it has consumed (code), or the one
     #                        it predicts: 'predicted' (paper)
@@ -161,8 +166,11 @@ def term(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDi
     t.start_epoch = start_epoch  # epoch at which the term starts
     t.schedule = (
         ((80.0, 0.5),) if published else ()
-    )  # (epoch, multiplier) pairs: from that epoch on the weights times it
-    t.projector_width = projector_width  # hidden channels
+    )  # (time, multiplier) pairs: from that time on the weights times it
+    t.schedule_unit = "epochs"  # of these times: epochs, or shares of num_steps (0 to 1)
+    t.projector = "mlp"  # mlp, or transformer: two causal blocks like the generator's
+    t.projector_width = projector_width  # hidden channels of an mlp
+    t.projector_init = "normal"  # of an mlp: normal (official), or torch, PyTorch's default
     t.checkpoint = ""  # the pretrained generator (source checkpoint): workdir, or its weights
     t.update(fields)
     return t

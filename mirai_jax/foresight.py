@@ -5,6 +5,7 @@ the paper is a `Term`, and a run takes a tuple of them:
 
 * Mirai-E: source `ema`, targets are the EMA generator's own states at future grid positions;
 * Mirai-I: source `bidirectional`, targets are a frozen encoder's features at the same position;
+* LlamaGen-REPA (arXiv 2601.17124; as GEAR trains it): Mirai-I with the anchor `predicted`;
 * the diagnostics: a static pretrained generator (`checkpoint`), raster offsets (`1d`), and tokens
   themselves as targets (level `output`, multi-token prediction).
 
@@ -24,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax.models.linear import Linear
+from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.models.heads import Projector, TokenHead, TransformerProjector
 
 GENERATORS = ("ema", "checkpoint")  # sources whose targets are states of a generator
 SOURCES = (*GENERATORS, "bidirectional")
@@ -34,6 +36,10 @@ BORDERS = ("wrap", "mask")
 ANCHORS = ("consumed", "predicted")
 REDUCTIONS = ("sum", "mean")
 TARGETS = ("own", "shuffled")
+WINDOWS = ("positions", "rows")
+UNITS = ("epochs", "shares")
+PROJECTORS = ("mlp", "transformer")
+INITS = ("normal", "torch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,9 @@ class Term:
         offsets: K offsets. (0, 0) is the same position.
         targets: `own`, or as a control `shuffled`: those of the previous image of the batch, which
             carry no information about this one.
+        window: of source `bidirectional`: a target is the mean of the features of this many places,
+            the offset's own and those after it, as far as the grid reaches.
+        window_along: `positions` of the raster, or `rows`, straight down.
         borders: of the 2-D layout: `wrap` shifts the flattened sequence, so that a pair may run
             from a row's end into the next row (the official code); `mask` drops such pairs.
         anchor: `consumed` or `predicted`, see above. Under `consumed`, generator sources also align
@@ -58,9 +67,13 @@ class Term:
         reduction: whether the weighted heads are summed (code) or averaged (paper).
         student_layer, teacher_layer: blocks (from 1) whose output is aligned.
         start_epoch: the term takes no part before it (weight decay still acts on its parameters).
-        schedule: (epoch, multiplier) pairs in order: from that epoch on the weights are multiplied
-            by it.
-        projector_width: hidden width of the projectors (2048 officially, whatever the model).
+        schedule: (time, multiplier) pairs in order: from that time on the weights are multiplied by
+            it.
+        schedule_unit: of these times: `epochs`, or `shares` of the run's steps.
+        projector: `mlp` (official), or `transformer`, a small causal one over the sequence.
+        projector_width: hidden width of an mlp (2048 officially, whatever the model).
+        projector_init: of an mlp: `normal` (N(0, 0.02), biases 0), or `torch`, PyTorch's default of
+            its Linear (uniform within 1 / sqrt(inputs), biases too), as in GEAR.
     """
 
     name: str = "ema"
@@ -69,6 +82,8 @@ class Term:
     layout: str = "2d"
     offsets: tuple = ((0, 0), (0, 1), (1, 0))
     targets: str = "own"
+    window: int = 1
+    window_along: str = "positions"
     borders: str = "wrap"
     anchor: str = "consumed"
     weights: tuple[float, ...] = (2.0,)
@@ -77,7 +92,10 @@ class Term:
     teacher_layer: int = 8
     start_epoch: float = 15.0
     schedule: tuple[tuple[float, float], ...] = ((80.0, 0.5),)
+    schedule_unit: str = "epochs"
+    projector: str = "mlp"
     projector_width: int = 2048
+    projector_init: str = "normal"
 
     @property
     def head_weights(self) -> tuple[float, ...]:
@@ -140,41 +158,21 @@ def has_class_pair(term: Term) -> bool:
 # Heads: K projectors (or token heads); their parameters are stacked on a leading axis K.
 
 
-class Projector(nn.Module):
-    """Linear, SiLU, Linear, SiLU, Linear, with biases (the official `build_mlp`)."""
-
-    width: int
-    target_width: int
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x_MxD):
-        for i in range(2):
-            hidden = (self.width,)
-            x_MxD = nn.silu(Linear(hidden, self.dtype, use_bias=True, name=f"linear_{i}")(x_MxD))
-        return Linear((self.target_width,), self.dtype, use_bias=True, name="linear_2")(x_MxD)
-
-
-class TokenHead(nn.Module):
-    """RMSNorm and a zero-initialised output layer, as at the top of the generator."""
-
-    target_width: int
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x_MxD):
-        x_MxD = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x_MxD)
-        zeros = nn.initializers.zeros
-        return Linear((self.target_width,), self.dtype, kernel_init=zeros, name="output")(x_MxD)
-
-
-def _head(term: Term, target_width: int, dtype: str) -> nn.Module:
+def _head(term: Term, target_width: int, dtype: str, student: GeneratorConfig | None) -> nn.Module:
     if term.level == "output":
         return TokenHead(target_width, dtype)
-    return Projector(term.projector_width, target_width, dtype)
+    if term.projector == "transformer":
+        return TransformerProjector(target_width, dataclasses.replace(student, dtype=dtype))
+    return Projector(term.projector_width, target_width, dtype, term.projector_init)
 
 
-def init_heads(term: Term, target_width: int, width: int, key: jax.Array) -> Any:
+def init_heads(
+    term: Term,
+    target_width: int,
+    width: int,
+    key: jax.Array,
+    student: GeneratorConfig | None = None,
+) -> Any:
     """Fresh float32 parameters of the K heads of a term.
 
     Args:
@@ -182,23 +180,32 @@ def init_heads(term: Term, target_width: int, width: int, key: jax.Array) -> Any
         target_width: the width Z of the target, or the vocabulary size V.
         width: D, of the states that the heads read.
         key: of all heads.
+        student: of a transformer projector, whose blocks are like the student's.
     """
-    state = jnp.zeros((1, width))
-    head = _head(term, target_width, "float32")
+    state = jnp.zeros((student.length if term.projector == "transformer" else 1, width))
+    head = _head(term, target_width, "float32", student)
     return jax.vmap(lambda key: head.init(key, state)["params"])(
         jax.random.split(key, len(term.offsets))
     )
 
 
 def apply_heads(
-    term: Term, target_width: int, dtype: str, params: Any, state_BxLxD: jax.Array
+    term: Term,
+    target_width: int,
+    dtype: str,
+    params: Any,
+    state_BxLxD: jax.Array,
+    student: GeneratorConfig | None = None,
 ) -> list[jax.Array]:
     """The outputs of the K heads, each (B, L, target_width); `dtype` is that of the products.
+
+    `student` is as in `init_heads`.
 
     Heads run one after the other on one flat axis of tokens: of K batched products XLA would
     transpose activations and weights (a sixth of Mirai-E's extra time on CPU).
     """
-    head, x_MxD = _head(term, target_width, dtype), state_BxLxD.reshape(-1, state_BxLxD.shape[-1])
+    head = _head(term, target_width, dtype, student)
+    x_MxD = state_BxLxD.reshape(-1, state_BxLxD.shape[-1])
     outputs = [
         head.apply({"params": jax.tree.map(lambda p: p[k], params)}, x_MxD)  # noqa: B023 (at once)
         for k in range(len(term.offsets))
@@ -227,6 +234,19 @@ def _targets_of(term: Term, x_Bx: jax.Array) -> jax.Array:
     return jnp.roll(x_Bx, 1, axis=0) if term.targets == "shuffled" else x_Bx
 
 
+def _pooled(term: Term, target_BxLxZ: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The mean over the term's window after each grid position, float32."""
+    if term.window == 1:
+        return target_BxLxZ
+    length, step = grid[0] * grid[1], grid[1] if term.window_along == "rows" else 1
+    ahead = np.arange(length) - np.arange(length)[:, None]
+    inside = (ahead >= 0) & (ahead % step == 0) & (ahead < term.window * step)
+    weights_LxL = (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
+    return jnp.einsum(
+        "nm,bmz->bnz", weights_LxL, target_BxLxZ.astype(jnp.float32), precision="highest"
+    )
+
+
 def alignment_losses(
     term: Term,
     projections_BxLxZ: Sequence[jax.Array],
@@ -245,7 +265,8 @@ def alignment_losses(
     Returns:
         (K,) float32, each in [-1, 1].
     """
-    target = _targets_of(term, _normalise(jax.lax.stop_gradient(target_BxLxZ)))
+    target_BxLxZ = _pooled(term, jax.lax.stop_gradient(target_BxLxZ), grid)
+    target = _targets_of(term, _normalise(target_BxLxZ))
     losses = []
     for k, offset in enumerate(term.offsets):
         shift, mask_L = alignment(term, offset, grid)
@@ -314,10 +335,16 @@ def active_terms(terms: tuple[Term, ...], step: int, steps_per_epoch: int) -> tu
     return tuple(step >= start_step(term, steps_per_epoch) for term in terms)
 
 
-def weight_multiplier(term: Term, step: jax.Array, steps_per_epoch: int) -> jax.Array:
-    """The schedule's multiplier at `step`: that of the last entry whose epoch has begun, else 1."""
+def weight_multiplier(
+    term: Term, step: jax.Array, steps_per_epoch: int, num_steps: int = 0
+) -> jax.Array:
+    """The schedule's multiplier at `step`: that of the last entry whose time has come, else 1.
+
+    `num_steps` are those of the whole run, the unit of shares.
+    """
     multiplier = jnp.ones((), jnp.float32)
-    for epoch, value in term.schedule:
-        begin = min(round(epoch * steps_per_epoch), 2**31 - 1)  # `step` is an int32
+    unit = num_steps if term.schedule_unit == "shares" else steps_per_epoch
+    for time, value in term.schedule:
+        begin = min(round(time * unit), 2**31 - 1)  # `step` is an int32
         multiplier = jnp.where(step >= begin, value, multiplier)
     return multiplier

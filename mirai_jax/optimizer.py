@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("constant", "cosine")
+DECAYED = ("matrices", "all")
 
 # Parameters of one dimension in the official model. The mask goes by name and not by the number of
 # dimensions, since stacked layers and heads add an axis.
@@ -19,7 +20,9 @@ class OptimizerConfig:
     """AdamW of the official recipe.
 
     `clip_norm` is the largest global gradient norm (0: no clipping). The learning rate rises linearly
-    from 0 for `warmup_steps`; `cosine` then falls to zero at `num_steps`.
+    from 0 for `warmup_steps`; `cosine` then falls to zero at `num_steps`. `decayed` says what weight
+    decay applies to: matrices and embeddings (official), or all parameters (as GEAR, whose optimizer
+    has one group).
     """
 
     learning_rate: float = 1e-4
@@ -30,6 +33,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.05
+    decayed: str = "matrices"
     clip_norm: float = 1.0
 
 
@@ -57,7 +61,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping, then AdamW with decoupled weight decay."""
     adamw = optax.adamw(
         learning_rate(config), b1=config.b1, b2=config.b2, eps=config.eps,
-        weight_decay=config.weight_decay, mask=decay_mask,
+        weight_decay=config.weight_decay,
+        mask=decay_mask if config.decayed == "matrices" else None,
     )  # fmt: skip
     if not config.clip_norm:
         return adamw

@@ -17,18 +17,22 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 
-# First match wins. Layers (generator) and heads (foresight) are stacked on axis 0, never split.
+# First match wins. Layers (generator) and heads (foresight, whose transformers consist of blocks) are
+# stacked on axis 0, never split.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"layers/attention/wqkv/kernel", P(None, "fsdp", None, "tensor", None)),  # N D 3 H d
-    (r"layers/attention/wo/kernel", P(None, "tensor", None, "fsdp")),  # N H d D
-    (r"layers/feed_forward/w[13]/kernel", P(None, "fsdp", "tensor")),  # N D F
-    (r"layers/feed_forward/w2/kernel", P(None, "tensor", "fsdp")),  # N F D
+    (
+        r"(layers|block_\d)/attention/wqkv/kernel",
+        P(None, "fsdp", None, "tensor", None),
+    ),  # N D 3 H d
+    (r"(layers|block_\d)/attention/wo/kernel", P(None, "tensor", None, "fsdp")),  # N H d D
+    (r"(layers|block_\d)/feed_forward/w[13]/kernel", P(None, "fsdp", "tensor")),  # N D F
+    (r"(layers|block_\d)/feed_forward/w2/kernel", P(None, "tensor", "fsdp")),  # N F D
     (r"cls_embedding/embedding", P(None, "fsdp")),  # classes D
     (r"tok_embeddings/embedding", P("tensor", "fsdp")),  # V D
     (r"foresight/.*/linear_0/kernel", P(None, "fsdp", "tensor")),  # K D P
     (r"foresight/.*/linear_1/kernel", P(None, "tensor", "fsdp")),  # K P P
     (r"foresight/.*/linear_2/kernel", P(None, "fsdp", "tensor")),  # K P Z
-    (r"foresight/.*/output/kernel", P(None, "fsdp", "tensor")),  # K D V
+    (r"foresight/.*/output/kernel", P(None, "fsdp", "tensor")),  # K D V, K D Z
     (r"output/kernel", P("fsdp", "tensor")),  # D V
     (r".*", P()),  # norms, biases, counters, keys
 )

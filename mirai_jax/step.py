@@ -103,7 +103,7 @@ def init_params(recipe: Recipe, key: jax.Array) -> Any:
     width = recipe.generator.width
     projectors = {
         term.name: foresight.init_heads(
-            term, target_width(recipe, term), width, jax.random.fold_in(key, i)
+            term, target_width(recipe, term), width, jax.random.fold_in(key, i), recipe.generator
         )
         for i, term in enumerate(recipe.terms, start=1)
     }
@@ -231,13 +231,16 @@ def foresight_loss(
             recipe.generator.dtype,
             params[term.name],
             states[term.student_layer],
+            recipe.generator,
         )
         outputs = [shard_activation(out, "batch", None, None) for out in outputs]
         if term.level == "output":
             losses = foresight.prediction_losses(term, outputs, codes_BxL, grid)
         else:
             losses = foresight.alignment_losses(term, outputs, targets[term.name], grid)
-        multiplier = foresight.weight_multiplier(term, step, recipe.steps_per_epoch)
+        multiplier = foresight.weight_multiplier(
+            term, step, recipe.steps_per_epoch, recipe.optimizer.num_steps
+        )
         total += multiplier * jnp.sum(jnp.asarray(term.head_weights) * losses)
         parts.update(zip(term.metric_names, losses, strict=True))
     return total, parts

@@ -53,6 +53,9 @@ def test_every_config_reads_at_every_scale(name, scale):
     config = importlib.import_module(f"configs.{name}").get_config(scale)
     if scale.startswith("imagenet") and any(t.source == "bidirectional" for t in config.foresight):
         # The files that no config can know are required by name.
+        if config.data.codes == "online":
+            assert "tokenizer.path is ''" in refusal(config)
+            config.tokenizer.path = "vq_ds16_c2i.pt"
         assert "teacher.path is ''" in refusal(config)
         config.teacher.path = "dinov2_vitb14_pretrain.pth"
         assert "data.images is ''" in refusal(config)
@@ -68,7 +71,9 @@ def test_every_config_reads_at_every_scale(name, scale):
         small = scale.removeprefix("imagenet_").split("_")[0] in ("b", "l")
         assert result.generator.unroll == (layers if small else 1)  # no loop, a loop
         for term in result.terms:
-            assert 3 * term.student_layer == 3 * term.teacher_layer == 2 * layers
+            assert 3 * term.teacher_layer == 2 * layers
+            third = 1 if name == "llamagen_repa" else 2
+            assert 3 * term.student_layer == third * layers
     # One device is enough for any of them, and config.json holds the same.
     text = compare.to_json(config)
     again = read(json.loads(text), num_devices=1)
@@ -97,6 +102,21 @@ def test_the_published_mirai_i(scale, grid):
     # No size: one patch a token, 224 and 336 pixels.
     assert (result.teacher.name, result.teacher.image_size) == ("dinov2_vitb14", 0)
     assert result.data.codes == "stored"
+
+
+def test_the_baseline_llamagen_repa():
+    """As GEAR trains it."""
+    mirai_i = read(with_fields(get("mirai_i", "imagenet_b"), IMAGENET_I))
+    result = read(with_fields(get("llamagen_repa", "imagenet_b"), IMAGENET_I))
+    (term,), (of_mirai_i,) = result.terms, mirai_i.terms
+    changes = {"anchor": "predicted", "weights": (0.5,), "student_layer": 4}
+    assert term == dataclasses.replace(of_mirai_i, **changes, projector_init="torch")
+    changes = {"b2": 0.999, "weight_decay": 0.0, "decayed": "all"}
+    assert result.optimizer == dataclasses.replace(mirai_i.optimizer, **changes)
+    assert (result.data.codes, result.data.crops) == ("online", "random")
+    assert result.generator == mirai_i.generator and result.teacher == mirai_i.teacher
+    small = read(get("llamagen_repa"))
+    assert small.data == read(get("mirai_i")).data and small.terms[0].student_layer == 1
 
 
 def test_no_colon_is_the_demo_and_only_variants_that_need_it_differ():
@@ -185,9 +205,9 @@ WRONG = [  # the last field of each is the one that the message names
     {TERM + "schedule": ((1.0,),)},
     # The choices.
     *({field: "x"} for field in ("model.size", "model.dtype", "model.attention", "data.name",
-      "optimizer.schedule", "tokenizer.name", "teacher.name", "nonfinite", "data.codes")),
+      "data.crops", "optimizer.decayed", "optimizer.schedule", "tokenizer.name", "teacher.name", "nonfinite", "data.codes")),
     *({TERM + field: "x"} for field in ("source", "level", "layout", "borders", "targets", "anchor",
-      "reduction")),
+      "reduction", "window_along", "schedule_unit", "projector", "projector_init")),
     # The bounds.
     {"num_steps": 0}, {"ema_decay": 1.0}, {"seed": 2**31}, {"model.token_dropout": -0.1},
     {"model.num_layers": 0}, {"sample.temperature": 0.0}, {"sample.top_p": 1.5},
@@ -202,6 +222,9 @@ WRONG = [  # the last field of each is the one that the message names
     {TERM + "source": "bidirectional", TERM + "offsets": ((-7, -7),)},
     {TERM + "layout": "1d", TERM + "offsets": (0, 64)}, {TERM + "weights": (1.0, 2.0)},
     {TERM + "schedule": ((80.0, 0.5), (40.0, 0.25))}, {"ema_decay": 0.0},
+    {TERM + "schedule_unit": "shares", TERM + "schedule": ((0.5, 0.5), (1.5, 0.2))},
+    {TERM + "window": 0}, {TERM + "window": 2},  # generators see no further than their position
+    {TERM + "source": "bidirectional", TERM + "level": "output", TERM + "window": 2},
     {TERM + "source": "checkpoint", TERM + "checkpoint": ""},
     {"model.class_dropout": 0.0, "sample.guidance": 2.0},
     {"tokenizer.image_size": 516, "model.grid": (129, 129)},  # more tokens than 2**14
@@ -228,6 +251,7 @@ def test_a_wrong_field_is_refused_with_its_name(wrong):
         ({"tokenizer.name": "patch", "tokenizer.patch": 16}, "tokenizer.name"),
         ({"tokenizer.name": "vq8"}, "model.grid"),
         ({"data.crop_range": 0.9}, "data.crop_range"),
+        ({"data.crops": "random"}, "data.crops"),
     ],
     ids=str,
 )
@@ -319,7 +343,15 @@ def test_fields_that_change_nothing_computed_may_differ():
     assert set(fields.resumable(schema.RunConfig)) == names
 
 
-def test_only_a_constant_schedule_lets_a_run_be_prolonged():
-    old = with_fields(get(), {"optimizer.schedule": "cosine"})
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optimizer.schedule": "cosine"},
+        {TERM + "schedule": ((0.5, 0.5),), TERM + "schedule_unit": "shares"},
+    ],
+    ids=["learning rate", "weight"],
+)
+def test_only_what_does_not_depend_on_its_length_lets_a_run_be_prolonged(fields):
+    old = with_fields(get(), fields)
     with pytest.raises(ConfigError, match=r"num_steps was .*, is 10000"):
         compare.check_same_run(old, with_fields(old, {"num_steps": 10_000}), "x")

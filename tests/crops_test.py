@@ -169,6 +169,27 @@ def test_a_crop_alone_is_that_of_all_crops_also_in_threads():
     np.testing.assert_array_equal(rebuilt, np.concatenate(5 * [stored]))
 
 
+@settings(examples, max_examples=60)
+@given(
+    st.integers(1, 60), st.integers(1, 60), st.integers(1, 14), st.integers(0, 2**32 - 1),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_a_random_crop_lies_along_the_long_side_of_the_resized_image(
+    height, width, size, number, seed
+):
+    image = pixels(height, width, seed=seed)
+    got = crops.load_crop(image, number, crops.RandomCrops(size))
+    # torchvision's Resize: the shorter side is `size`, the other is rounded down.
+    sides = [int(size * side / min(height, width)) for side in (height, width)]
+    resized = resize(image, *sides, bicubic, 2.0)
+    places = max(sides) - size + 1
+    first = int(number // 2 / 2**31 * places)
+    y, x = (first, 0) if height > width else (0, first)
+    want = resized[y : y + size, x : x + size]
+    np.testing.assert_array_equal(got, want[:, ::-1] if number % 2 else want)
+    assert got.flags.c_contiguous
+
+
 def test_the_default_spec_is_the_official_one_and_a_wrong_field_is_named():
     spec = crops.CropSpec()
     assert (spec.image_size, spec.resized, spec.count, spec.exif) == (256, 281, 10, "ignore")

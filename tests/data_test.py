@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirai_jax.data import pipeline, small_sets
+from mirai_jax.data import crops, pipeline, small_sets
 from mirai_jax.data import records as records_lib
 from mirai_jax.utils import errors
 
@@ -358,6 +358,49 @@ def test_resumes_exactly(stop):
     half.set_state(state)
     for batch in rest:
         np.testing.assert_array_equal(next(half)["codes"], batch["codes"][4:])
+
+
+class Stripes:
+    """Twelve images, 4 pixels high and 9 wide, whose pixels say their image and column."""
+
+    class_names = ()
+
+    def __len__(self):
+        return 12
+
+    def about(self, index):
+        return index % 5, f"{index}"
+
+    def find(self, key):
+        pixels = np.zeros((4, 9, 3), np.uint8)
+        pixels[..., 0], pixels[..., 1] = int(key), np.arange(9)
+        return pixels
+
+
+def test_random_crops_depend_on_the_place_in_the_stream_alone():
+    images, spec = Stripes(), crops.RandomCrops(4)
+    source, loader = pipeline.OnlineImages(images, spec, 5), pipeline.CropLoader(images, spec)
+
+    def stream(**options):
+        options = {"batch_size": 6, "seed": 1, "load_crop": loader} | options
+        return pipeline.make_dataset(source, **options)
+
+    whole = take(stream(), 60)
+    for rows in (range(3), range(3, 6), (5, 0)):
+        for batch, part in zip(whole, take(stream(rows=rows), 5), strict=False):
+            np.testing.assert_array_equal(part["image"], batch["image"][list(rows)])
+    iterator = iter(stream())
+    iterator.set_state({"next_index": 7})
+    assert_same(take(iterator, 3), whole[7:10])
+    assert (take(stream(seed=2), 1)[0]["image"] != whole[0]["image"]).any()
+    # Every image is seen at every place, either way round; places and mirrors are equally likely.
+    seen = np.concatenate([batch["image"] for batch in whole])
+    mirrored = seen[:, 0, 0, 1] > seen[:, 0, -1, 1]
+    places = np.where(mirrored, seen[:, 0, -1, 1], seen[:, 0, 0, 1])
+    counts = np.bincount(2 * places + mirrored, minlength=12)
+    assert len(counts) == 12 and ((counts - 30) ** 2 / 30).sum() < 35  # 11 degrees of freedom
+    names = [key.partition(" crop ")[0] for key in stream().record_keys(3)]
+    assert names == [str(image) for image in whole[3]["image"][:, 0, 0, 0]]
 
 
 def test_a_closed_iterator_says_so():

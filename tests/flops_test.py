@@ -45,6 +45,7 @@ LOWER_EMA = make_term("lower", teacher_layer=1)
 ENCODER = make_term("encoder", source="bidirectional", offsets=((0, 0),))
 SAME_ENCODER = make_term("again", source="bidirectional", teacher_layer=1)
 CHECKPOINT = make_term("old", source="checkpoint", teacher_layer=1, projector_width=1024)
+DEEP = make_term("deep", source="bidirectional", projector="transformer", window=2)
 TOKENS = make_term("tokens", level="output", layout="1d", offsets=(1, 2))
 ALL = (EMA, SAME_EMA, LOWER_EMA, ENCODER, SAME_ENCODER, CHECKPOINT, TOKENS)
 
@@ -107,7 +108,9 @@ def test_student():
     assert got.teacher == got.projectors == 0
 
 
-@pytest.mark.parametrize("term", [EMA, ENCODER, CHECKPOINT, TOKENS], ids=lambda term: term.name)
+@pytest.mark.parametrize(
+    "term", [EMA, ENCODER, CHECKPOINT, TOKENS, DEEP], ids=lambda term: term.name
+)
 def test_heads(term):
     got = flops.step_flops(make_recipe(term), BATCH).projectors
     want = gradient_xla(make_recipe(term)) - gradient_xla(make_recipe())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mirai_jax import foresight
 from mirai_jax.foresight import Term
+from mirai_jax.models.generator import GeneratorConfig
 
 B, Z, V = 2, 5, 7
 # The same on every machine, slow or fast. New shapes compile, so losses get fewer than pairs.
@@ -276,6 +277,39 @@ def test_shuffled_targets_are_those_of_another_image(level):
     np.testing.assert_allclose(losses(term, outputs, targets, grid), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [2, 3, 40])
+@pytest.mark.parametrize("along", foresight.WINDOWS)
+def test_a_windows_target_is_the_mean_over_what_the_grid_has_of_it(along, window):
+    """With every anchor and offset: it is the target of the offset's own place that is replaced."""
+    height, width = grid = (3, 4)
+    rng, length = np.random.RandomState(0), 12
+    offsets = ((0, 0), (1, 0), (0, -1))
+    projections = rng.normal(size=(3, B, length, Z)).astype(np.float32)
+    target = rng.normal(size=(B, length, Z)).astype(np.float32)
+    pooled = np.zeros((B, length, Z))
+    for n in range(length):
+        if along == "positions":
+            seen = [n + k for k in range(window) if n + k < length]
+        else:
+            row, column = divmod(n, width)
+            seen = [(row + k) * width + column for k in range(window) if row + k < height]
+        pooled[:, n] = np.mean([target[:, m] for m in seen], axis=0)
+    for anchor in foresight.ANCHORS:
+        term = make_term(
+            source="bidirectional",
+            anchor=anchor,
+            offsets=offsets,
+            window=window,
+            window_along=along,
+        )
+        got = foresight.alignment_losses(term, projections, target, grid)
+        want = [
+            brute_force_alignment_loss(term, offset, projections[k], pooled, grid)
+            for k, offset in enumerate(offsets)
+        ]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_alignment_of_equal_opposite_and_zero_vectors():
     term = make_term(offsets=((0, 0),))
     x = jnp.asarray(np.random.RandomState(0).normal(size=(1, B, 6, Z)), jnp.float32)
@@ -314,6 +348,43 @@ def test_heads_have_their_own_parameters_and_the_official_initialisation():
     }
     outputs = foresight.apply_heads(term, V, "float32", params, x)
     assert not np.any(outputs)  # starts at the uniform distribution
+
+
+def test_pytorchs_initialisation_of_projectors():
+    """Its Linear: kernel and bias are uniform within one over the root of the inputs."""
+    term = make_term(projector_width=200, projector_init="torch")
+    params = foresight.init_heads(term, 300, 16, jax.random.key(0))
+    for name, inputs in (("linear_0", 16), ("linear_1", 200), ("linear_2", 200)):
+        for part in ("kernel", "bias"):
+            x, bound = np.asarray(params[name][part]), inputs**-0.5
+            assert np.abs(x).max() < bound and np.abs(x).max() > 0.95 * bound
+            assert x.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not np.allclose(params[name]["bias"][0], params[name]["bias"][1])
+
+
+def test_a_transformer_projects_a_position_from_itself_and_earlier_ones():
+    student = GeneratorConfig(1, 2, 16, vocab_size=V, num_classes=3, grid=(2, 3))
+    term = make_term(projector="transformer", offsets=((0, 0), (0, 1)))
+    init = jax.jit(lambda key: foresight.init_heads(term, Z, 16, key, student))
+    params = init(jax.random.key(0))
+    states = jnp.asarray(np.random.RandomState(0).normal(size=(B, 6, 16)), jnp.float32)
+
+    @jax.jit
+    def project(states):
+        return jnp.stack(foresight.apply_heads(term, Z, "float32", params, states, student))
+
+    outputs = project(states)
+    assert outputs.shape == (2, B, 6, Z) and not np.allclose(outputs[0], outputs[1])
+    total = lambda states: project(states).sum(axis=(1, 3))  # (K, L)
+    for gradient in np.abs(jax.jit(jax.jacrev(total))(states)).max(
+        axis=(2, 4)
+    ):  # (L, L) of each head
+        seen = gradient > 0
+        assert not np.triu(seen, 1).any() and seen.diagonal().all()
+        # The class position has a zero query and key, as in the generator, but a value like the others.
+        assert seen[np.tril_indices(6)].all()
+    # Images do not see each other.
+    np.testing.assert_allclose(project(states[:1]), outputs[:, :1], rtol=1e-5, atol=1e-6)
 
 
 # Cross-entropy ------------------------------------------------------------------------------------
@@ -386,6 +457,10 @@ def test_the_schedules_multiplier_changes_exactly_at_its_epochs():
     for step, value in expected.items():
         assert multiplier(jnp.int32(step)) == value
     assert foresight.weight_multiplier(make_term(), jnp.int32(5), 10) == 1
+    # In shares of the run, whatever an epoch is.
+    half = make_term(schedule=((0.5, 0.5),), schedule_unit="shares")
+    for step, value in {0: 1, 49: 1, 50: 0.5, 99: 0.5}.items():
+        assert foresight.weight_multiplier(half, jnp.int32(step), 7, num_steps=100) == value
     published = Term()
     assert foresight.weight_multiplier(published, jnp.int32(80 * 5004 - 1), 5004) == 1
     assert foresight.weight_multiplier(published, jnp.int32(80 * 5004), 5004) == 0.5

@@ -33,6 +33,8 @@ def test_folder_has_cases():
     assert any(cases("generator")), f"no generator_*.npz in {FOLDER}"
     assert any(cases("trajectory_e")), f"no trajectory_e_*.npz in {FOLDER}"
     assert any(cases("trajectory_i")), f"no trajectory_i_*.npz in {FOLDER}"
+    assert any(cases("trajectory_static")), f"no trajectory_static_*.npz in {FOLDER}"
+    assert any(cases("llamagen_repa")), f"no llamagen_repa_*.npz in {FOLDER}"
     assert any(cases("vq")), f"no vq_*.npz in {FOLDER}"
     assert any(cases("dinov2")), f"no dinov2_*.npz in {FOLDER}"
 
@@ -173,9 +175,21 @@ class StoredFeatures:
         return image
 
 
-def run_trajectory(path, term, teacher=None):
-    """Trains as the official script does and compares every step, then the EMA."""
+def run_trajectory(path, term, teacher=None, **optimizer):
+    """Trains as the official script does and compares every step, then what is left at the end.
+
+    Args:
+        teacher: of a `bidirectional` term.
+        optimizer: fields that no array of the file gives.
+    """
     data = load(path)
+    given = {"beta1": "b1", "beta2": "b2", "adam_eps": "eps"}  # else the official defaults
+    optimizer |= {ours: float(data[name]) for name, ours in given.items() if name in data}
+    pretrained, frozen = (), {"bidirectional": {}}
+    if saved := part(data, "teacher/"):
+        config = generator_config(data, len(saved["cls_embedding.embedding_table.weight"]))
+        pretrained = ((term.name, config),)
+        frozen[term.name] = torch_names.from_torch(config, saved)
     state = part(data, "init/")
     config = generator_config(data, len(state["cls_embedding.embedding_table.weight"]))
     recipe = step.Recipe(
@@ -185,9 +199,11 @@ def run_trajectory(path, term, teacher=None):
             learning_rate=float(data["lr"]),
             weight_decay=float(data["weight_decay"]),
             clip_norm=float(data["clip"]),
+            **optimizer,
         ),
-        ema_decay=float(data["ema_decay"]),
+        ema_decay=float(data.get("ema_decay", 0.0)),
         teacher=teacher,
+        pretrained_configs=pretrained,
     )
     params = {
         "generator": torch_names.from_torch(config, without_projectors(state)),
@@ -199,7 +215,7 @@ def run_trajectory(path, term, teacher=None):
         batch = {"codes": jnp.asarray(codes), "label": jnp.asarray(data["labels"][i], jnp.int32)}
         if "features" in data:
             batch["image"] = jnp.asarray(data["features"][i])
-        train_state, metrics = train_step(train_state, {"bidirectional": {}}, batch, i)
+        train_state, metrics = train_step(train_state, frozen, batch, i)
         close(metrics["cross_entropy"], data["primary"][i], what=f"step {i}: cross-entropy")
         close(metrics["loss"], data["total"][i], what=f"step {i}: total")
         close(metrics["grad_norm"], data["grad_norm"][i], what=f"step {i}: gradient norm")
@@ -213,6 +229,12 @@ def run_trajectory(path, term, teacher=None):
     ema = torch_names.to_torch(config, train_state.ema)
     for name, expected in part(data, "final_ema/").items():
         close(ema[name], expected, what=f"final EMA {name}")
+    student = torch_names.to_torch(config, train_state.params["generator"])
+    for name, expected in part(data, "final/").items():
+        close(student[name], expected, what=f"final {name}")
+    projectors = torch_names.projectors_to_torch(train_state.params["foresight"][term.name])
+    for name, expected in part(data, "final_projectors/").items():
+        close(projectors[f"projectors.{name}"], expected, what=f"final projector {name}")
 
 
 @pytest.mark.parametrize("path", cases("trajectory_e"))
@@ -230,6 +252,24 @@ def test_trajectory_i(path):
         path,
         term_i(data, weights=(float(data["coefficient"]),)),
         teacher=StoredFeatures(data["features"].shape[-1]),
+    )
+
+
+@pytest.mark.parametrize("path", cases("trajectory_static"))
+def test_trajectory_static(path):
+    data = load(path)
+    weights, start = (float(data["coefficient"]),), int(data["warmup_steps"])
+    run_trajectory(path, term_e(data, source="checkpoint", weights=weights, start_epoch=start))
+
+
+@pytest.mark.parametrize("path", cases("llamagen_repa"))
+def test_llamagen_repa(path):
+    data = load(path)
+    run_trajectory(
+        path,
+        term_i(data, anchor="predicted", weights=(float(data["coefficient"]),)),
+        teacher=StoredFeatures(data["features"].shape[-1]),
+        decayed="all",
     )
 
 

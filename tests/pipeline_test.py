@@ -149,6 +149,19 @@ def test_online_codes_train_as_stored_ones(world, stored):
 
 
 @pytest.mark.slow
+def test_random_crops_are_the_same_on_any_devices_and_after_a_stop(world, stored):
+    def run(name, steps, devices=1):
+        fields = dict(data__codes="online", data__crops="random", data__path="", num_steps=steps)
+        return losses(settings(world, **fields), world / name, devices)
+
+    whole = run("random", 3)
+    assert np.abs(whole - stored).max() > 1e-4  # these are other crops
+    np.testing.assert_allclose(run("random8", 3, 8), whole, rtol=2e-4)
+    run("stopped", 2)
+    np.testing.assert_array_equal(run("stopped", 3), whole)
+
+
+@pytest.mark.slow
 def test_a_teacher_of_another_grid_is_resampled(world, stored):
     other = losses(settings(world, teacher__image_size=70), world / "other")
     np.testing.assert_allclose(other[0, 1], stored[0, 1], rtol=1e-6)  # only the targets differ

@@ -11,7 +11,7 @@ paper's axes with several seeds are level.py, layout.py, source.py, layer.py, k.
 from configs import base
 from launch.overrides import Entry
 from launch.sweeps import k, layer
-from mirai_jax.config.schema import two_thirds
+from mirai_jax.config.terms import two_thirds
 
 STEPS = {"fashion_mnist": 2_000}  # where it differs from the config's
 

@@ -5,7 +5,8 @@
 * A backward pass costs twice its forward pass. Recomputation (`remat`) never counts.
 * Attention counts all pairs of positions although a causal mask drops half of them, as PaLM's MFU
   does. An implementation that skips masked blocks, such as ours, executes fewer.
-* The tokenizer's work for online codes (`Recipe.tokenizer`) is not counted.
+* The tokenizer's work for online codes (`Recipe.tokenizer`) is not counted, nor is the mean over a
+  window of targets.
 
 Sampling reads one token at a time and is bound by memory: `decode_bytes` is its roofline.
 
@@ -17,6 +18,7 @@ import dataclasses
 from mirai_jax import foresight, step
 from mirai_jax.models.efficientnet import EFFICIENTNET_LITE0_STAGES, STEM_CHANNELS
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.models.heads import BLOCKS
 from mirai_jax.models.teacher import DinoTeacher, EfficientNetTeacher
 
 
@@ -159,6 +161,10 @@ def _heads(recipe: step.Recipe, term: foresight.Term) -> int:
     features = step.target_width(recipe, term)
     if term.level == "output":
         head = width * features
+    elif term.projector == "transformer":
+        config = recipe.generator
+        blocks = generator_forward(config, layers=BLOCKS, head=False)
+        head = blocks // (2 * config.length) + width * features
     else:
         head = term.projector_width * (width + term.projector_width + features)
     return 2 * len(term.offsets) * head

@@ -10,15 +10,18 @@ import time
 from collections.abc import Container, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax import sharding, step
 from mirai_jax.config.schema import Settings
-from mirai_jax.models import vit
+from mirai_jax.models import vit, vq
 from mirai_jax.training import components
 from mirai_jax.weights import frozen
+
+_NOT_READ = "not read"  # the path of a published file whose shapes are known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +94,11 @@ def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
     def fill(section: str, field: str, names: Container[str]) -> None:
         found = config.get(section)
         if hasattr(found, "items") and found.get("name") in names and found.get(field) == "":
-            config[section] = {**dict(found.items()), field: "not read"}
+            config[section] = {**dict(found.items()), field: _NOT_READ}
 
     fill("data", "images", ("images",))
     fill("teacher", "path", vit.NAMES)  # other teachers' shapes are those of their weights
+    fill("tokenizer", "path", vq.MULTIPLIERS)
     return config
 
 
@@ -133,12 +137,21 @@ def recipe_and_frozen(settings: Settings) -> tuple[step.Recipe, dict]:
     elif settings.needs_images:
         teacher, _ = frozen.teacher_shapes(settings)
     if settings.data.online:
-        tokenizer, shapes["tokenizer"] = frozen.load_vq(settings)
+        tokenizer, shapes["tokenizer"] = _online_tokenizer(settings)
     terms, static = components.load_generators(settings, None, shapes, lambda line: None)
     recipe = components.make_recipe(
         settings, terms, static, teacher, tokenizer, steps_per_epoch=1_000_000
     )
     return recipe, shapes
+
+
+def _online_tokenizer(settings: Settings) -> tuple[nn.Module, Any]:
+    """That of `tokenizer.path`; without one the published network and its shapes."""
+    if settings.tokenizer.path != _NOT_READ:
+        return frozen.load_vq(settings)
+    module = vq.VQModel(vq.VQConfig(vq.MULTIPLIERS[settings.tokenizer.name]))
+    image = jax.ShapeDtypeStruct((1, 256, 256, 3), np.float32)
+    return module, jax.eval_shape(module.init, jax.random.key(0), image)["params"]
 
 
 def _batch(settings: Settings, recipe: step.Recipe) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,7 +8,8 @@ import subprocess
 
 import jax
 
-from mirai_jax.config.schema import Settings, two_thirds
+from mirai_jax.config.schema import Settings
+from mirai_jax.config.terms import two_thirds
 from mirai_jax.models.generator import SIZES, GeneratorConfig
 from mirai_jax.utils.errors import ConfigError
 

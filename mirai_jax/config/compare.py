@@ -32,8 +32,8 @@ def check_same_run(
     """
     changed = differences(complete(group, old), complete(group, new))
     allowed = set(resumable(group))
-    if new["optimizer"]["schedule"] != "constant":
-        allowed.remove("num_steps")  # the learning rate depends on it
+    if _depends_on_length(complete(group, new)):
+        allowed.remove("num_steps")
     refused = {f: values for f, values in changed.items() if _pattern(f) not in allowed}
     if refused:
         raise ConfigError(
@@ -41,6 +41,13 @@ def check_same_run(
             "use the same values, or another --workdir"
         )
     return changed
+
+
+def _depends_on_length(config: Mapping[str, Any]) -> bool:
+    """Whether the learning rate or the weight of a term at some step depends on the run's length."""
+    terms = config.get("foresight", ())
+    shares = any(term["schedule_unit"] == "shares" and term["schedule"] for term in terms)
+    return config["optimizer"]["schedule"] != "constant" or shares
 
 
 def _pattern(field: str) -> str:

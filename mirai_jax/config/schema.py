@@ -10,19 +10,19 @@ field existed: the value that they computed with.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from mirai_jax import foresight, sharding
 from mirai_jax.config import fields
 from mirai_jax.config.fields import Check, field, fill
+from mirai_jax.config.terms import LAST_EPOCH, read_terms
 from mirai_jax.models import attention
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import TEACHERS
 from mirai_jax.models.vq import MULTIPLIERS, VQConfig
-from mirai_jax.optimizer import SCHEDULES, OptimizerConfig
+from mirai_jax.optimizer import DECAYED, SCHEDULES, OptimizerConfig
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils.errors import ConfigError
 
@@ -30,7 +30,6 @@ SMALL_SETS = ("mnist", "fashion_mnist")
 DTYPES = ("float32", "bfloat16")
 PATCH = 14  # pixels a side of a patch of every published DINOv2
 LARGEST = 2**14  # of a model's dimensions: beyond it an allocation fails
-_LAST_EPOCH = 1e6  # more than any run has; in steps it must stay a finite number
 
 
 def probability(default: float) -> Any:
@@ -68,15 +67,20 @@ class TermFields:
     layout: str = field("2d", choices=foresight.LAYOUTS)
     offsets: tuple = field(((0, 0), (0, 1), (1, 0)))
     targets: str = field("own", choices=foresight.TARGETS)
+    window: int = field(1, at_least=1, at_most=LARGEST)
+    window_along: str = field("positions", choices=foresight.WINDOWS)
     borders: str = field("wrap", choices=foresight.BORDERS)
     anchor: str = field("consumed", choices=foresight.ANCHORS)
     weights: tuple[float, ...] = field((2.0,))
     reduction: str = field("sum", choices=foresight.REDUCTIONS)
     student_layer: int = field(0, at_least=0)
     teacher_layer: int = field(0, at_least=0)
-    start_epoch: float = field(15.0, at_least=0, at_most=_LAST_EPOCH)
+    start_epoch: float = field(15.0, at_least=0, at_most=LAST_EPOCH)
     schedule: tuple[tuple[float, float], ...] = field(((80.0, 0.5),))
+    schedule_unit: str = field("epochs", choices=foresight.UNITS)
+    projector: str = field("mlp", choices=foresight.PROJECTORS)
     projector_width: int = field(2048, at_least=1, at_most=LARGEST)
+    projector_init: str = field("normal", choices=foresight.INITS)
     checkpoint: str = field("", resumable=True)
 
 
@@ -91,6 +95,7 @@ class OptimizerFields:
     b2: float = probability(0.95)
     eps: float = field(1e-8, at_least=1e-16)
     weight_decay: float = field(0.05, at_least=0)
+    decayed: str = field("matrices", choices=DECAYED)
     clip_norm: float = field(1.0, at_least=0)
 
 
@@ -102,6 +107,7 @@ class DataSettings:
     path: str = field("", resumable=True)  # files may move: parts.json has the checksums of data
     images: str = field("", resumable=True)
     codes: str = field("stored", choices=("stored", "online"))
+    crops: str = field("stored", choices=("stored", "random"))
     crop_range: float = field(1.1, at_least=1, at_most=4)
     held_out: int = field(0, at_least=0)
     num_workers: int = field(8, at_least=0, at_most=1024, resumable=True)
@@ -234,7 +240,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     given = fields.read(RunConfig, config)
     check = functools.partial(fields.check, given)
     generator = _generator(given.model, check)
-    terms = _terms(given, generator, check)
+    terms = read_terms(given, generator, check)
     try:
         mesh = sharding.mesh_shape(**vars(given.mesh), num_devices=num_devices)
         sample = fill(SampleOptions, given.sample)
@@ -298,74 +304,6 @@ def read_optimizer(given: OptimizerFields, num_steps: int, check: Check) -> Opti
     return fill(OptimizerConfig, given, num_steps=num_steps)
 
 
-def two_thirds(num_layers: int) -> int:
-    """The default tap: block 8 of 12, 16 of 24, 24 of 36."""
-    return max(1, round(2 * num_layers / 3))
-
-
-def _terms(given: RunConfig, student: GeneratorConfig, check: Check) -> tuple[foresight.Term, ...]:
-    terms: list[foresight.Term] = []
-    for i, term in enumerate(given.foresight):
-        name = term.name or _default_name(term, {t.name for t in terms})
-        term = dataclasses.replace(term, name=name)
-        # The keys of parts.json, in which each term's teacher has its name.
-        taken = {"data", "image_keys", "image_set", "tokenizer", *(t.name for t in terms)}
-        taken |= {"bidirectional"} - {term.source}
-        good = name.isidentifier() and name.isascii() and name not in taken
-        allowed = f"letters, digits and underscores, and none of {', '.join(sorted(taken))}"
-        check(f"foresight[{i}].name", good, allowed)
-        good = given.ema_decay > 0 or term.source != "ema" or term.level != "internal"
-        check("ema_decay", good, f"above 0 for foresight[{i}].source 'ema': it is the teacher")
-        terms.append(_term(term, f"foresight[{i}]", student, check))
-    return tuple(terms)
-
-
-def _default_name(term: TermFields, taken: set[str]) -> str:
-    """The term's source (or 'output'), with a number from the second of its kind on."""
-    base = term.source if term.level == "internal" else term.level
-    names = itertools.chain([base], (f"{base}{i}" for i in itertools.count(2)))
-    return next(name for name in names if name not in taken)
-
-
-def _term(term: TermFields, where: str, student: GeneratorConfig, check: Check) -> foresight.Term:
-    layers, internal = student.num_layers, term.level == "internal"
-    pretrained = internal and term.source == "checkpoint"
-    good = term.checkpoint or not pretrained
-    check(f"{where}.checkpoint", good, "the workdir of a generator for source 'checkpoint'")
-    # A pretrained generator may be deeper than the student: checked when its config is read.
-    deepest = {"student_layer": layers, "teacher_layer": 10_000 if pretrained else layers}
-    for name, last in deepest.items():
-        allowed = f"a block of the model, 1 to {last} (0: the default)"
-        check(f"{where}.{name}", getattr(term, name) <= last, allowed)
-    kind = tuple[int, ...] if term.layout == "1d" else tuple[tuple[int, int], ...]
-    offsets = fields.typed(f"{where}.offsets", term.offsets, kind)
-    good = offsets and len(set(offsets)) == len(offsets)
-    check(f"{where}.offsets", good, "one offset or more, each once")
-    made = fill(
-        foresight.Term,
-        term,
-        offsets=offsets,
-        student_layer=term.student_layer or (two_thirds(layers) if internal else layers),
-        teacher_layer=term.teacher_layer or (0 if pretrained else two_thirds(layers)),
-    )
-    height, width = student.grid
-    for offset in offsets:
-        if term.layout == "1d":
-            inside = abs(offset) < height * width - 1
-        else:
-            inside = abs(offset[0]) < height and abs(offset[1]) < width
-        good = inside and foresight.alignment(made, offset, student.grid)[1].any()
-        allowed = f"offsets with pairs on the {height}x{width} grid, but {offset} leaves it"
-        check(f"{where}.offsets", good, allowed)
-    good = len(term.weights) in (1, len(offsets)) and min(term.weights) >= 0
-    allowed = f"one number for all, or one for each of the {len(offsets)} offsets, 0 or more"
-    check(f"{where}.weights", good, allowed)
-    epochs = [epoch for epoch, _ in term.schedule]
-    good = epochs == sorted(epochs) and all(0 <= epoch <= _LAST_EPOCH for epoch in epochs)
-    check(f"{where}.schedule", good, "(epoch, multiplier) pairs in order")
-    return made
-
-
 def _check_data(settings: Settings, check: Check) -> None:
     """Checks what data, tokenizer and grid ask of each other."""
     data, tokenizer = settings.data, settings.tokenizer
@@ -377,6 +315,8 @@ def _check_data(settings: Settings, check: Check) -> None:
     names = ("patch",) if data.in_memory else tuple(MULTIPLIERS)
     allowed = f"{' or '.join(names)} with data.name {data.name!r}"
     check("tokenizer.name", tokenizer.name in names, allowed)
+    good = data.crops == "stored" or data.in_memory or data.online
+    check("data.crops", good, f"stored with data.codes {data.codes!r}")
     good = tokenizer.path or data.in_memory or not data.online
     check("tokenizer.path", good, f"the weights of {tokenizer.name} with data.codes 'online'")
 

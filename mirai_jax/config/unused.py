@@ -1,17 +1,22 @@
 """Fields that take no effect under the others, so that nobody waits for what a setting will not do."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mirai_jax.config import fields
 from mirai_jax.config.schema import RunConfig
 
 # A field: what must hold of the config (`c`), or of the term (`t`), for it to take effect.
-_NEEDS = {
+RUN = {
     "data.held_out": ("data.name 'mnist'", lambda c: c.data.name == "mnist"),
     "data.images": ("data.name 'images'", lambda c: c.data.name == "images"),
-    "data.crop_range": ("data.codes 'online'", lambda c: c.data.codes == "online"),
+    "data.crops": ("data.name 'images'", lambda c: c.data.name == "images"),
+    "data.crop_range": (
+        "data.codes 'online' and data.crops 'stored'",
+        lambda c: (c.data.codes, c.data.crops) == ("online", "stored"),
+    ),
+    "optimizer.decayed": ("optimizer.weight_decay above 0", lambda c: c.optimizer.weight_decay > 0),
     "judged_samples": ("a data set in memory", lambda c: c.data.name != "images"),
     "sample.interval": ("sample.guidance above 1", lambda c: c.sample.guidance > 1),
     "teacher": (
@@ -24,26 +29,44 @@ _NEEDS = {
     "tokenizer.patch": ("tokenizer.name 'patch'", lambda c: c.tokenizer.name == "patch"),
     "tokenizer.path": ("tokenizer.name vq16 or vq8", lambda c: c.tokenizer.name != "patch"),
 }
-_TERM_NEEDS = {
+_MLP = (
+    "level 'internal' and projector 'mlp'",
+    lambda t: (t.level, t.projector) == ("internal", "mlp"),
+)
+_TERM = {
     "anchor": ("level 'internal'", lambda t: t.level == "internal"),
     "borders": ("layout '2d'", lambda t: t.layout == "2d"),
     "checkpoint": ("source 'checkpoint'", lambda t: t.source == "checkpoint"),
-    "projector_width": ("level 'internal'", lambda t: t.level == "internal"),
+    "projector": ("level 'internal'", lambda t: t.level == "internal"),
+    "projector_init": _MLP,
+    "projector_width": _MLP,
+    "schedule_unit": ("a schedule", lambda t: t.schedule),
     "source": ("level 'internal'", lambda t: t.level == "internal"),
     "teacher_layer": ("a generator as source", lambda t: t.source != "bidirectional"),
+    "window_along": ("window above 1", lambda t: t.window > 1),
+}
+_HIDES = ("objective 'masked' or 'both'", lambda c: c.objective != "labels")
+ENCODER = {  # of mirai_jax.teach
+    "data.held_out": RUN["data.held_out"],
+    "data.path": ("data.name 'fashion_mnist'", lambda c: c.data.name == "fashion_mnist"),
+    "label_smoothing": ("objective 'labels' or 'both'", lambda c: c.objective != "masked"),
+    "masked_share": _HIDES,
+    "tokenizer.vocab_size": _HIDES,
 }
 
 
-def notes(config: Any, arguments: Iterable[str]) -> list[str]:
+def notes(
+    config: Any, arguments: Iterable[str], group: type = RunConfig, needs: Mapping[str, Any] = RUN
+) -> list[str]:
     """A line for each --config.FIELD=VALUE of `arguments` that takes no effect in the whole `config`."""
-    given, found = fields.read(RunConfig, config), []
+    given, found = fields.read(group, config), []
     for argument in arguments:
         name = argument.removeprefix("--config.").partition("=")[0]
         term = re.fullmatch(r"foresight\[(\d+)]\.(\w+)", name)
-        rules = [_NEEDS.get(part) for part in (name.partition(".")[0], name)]
+        rules = [needs.get(part) for part in (name.partition(".")[0], name)]
         subject = given
         if term and int(term[1]) < len(given.foresight):
-            rules, subject = [_TERM_NEEDS.get(term[2])], given.foresight[int(term[1])]
+            rules, subject = [_TERM.get(term[2])], given.foresight[int(term[1])]
         for wanted, holds in filter(None, rules):
             if not holds(subject):
                 found.append(f"--config.{name} takes no effect: it needs {wanted}")

@@ -7,7 +7,7 @@ the functions here, so both see the same pixels.
 import dataclasses
 import io
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -76,6 +76,19 @@ class CropSpec:
         if not isinstance(fields, dict) or fields.keys() != set(names):
             raise DataError(f"a crop spec has the fields {', '.join(names)}, not {fields!r:.200}")
         return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrops:
+    """Any crop along the long side of the whole image, mirrored or not, for codes made online.
+
+    A crop's number is one draw from 0 to `count` - 1: its lowest bit mirrors, the others give the
+    share of the way along the long side.
+    """
+
+    image_size: int = 256
+    count: ClassVar[int] = 2**32
+    exif: ClassVar[str] = "ignore"
 
 
 # From bytes to pixels ----------------------------------------------------------------------------
@@ -236,9 +249,33 @@ def all_crops(resized_RxRx3: np.ndarray, spec: CropSpec) -> np.ndarray:
     return np.stack([crop(resized_RxRx3, index, spec) for index in range(spec.count)])
 
 
-def load_crop(raw: bytes | np.ndarray, index: int, spec: CropSpec) -> np.ndarray:
+def random_crop(image: Image.Image, number: int, size: int) -> np.ndarray:
+    """A crop of an image whose shorter side becomes `size`, as torchvision's Resize does it (bicubic).
+
+    Args:
+        number: see `RandomCrops`.
+
+    Returns:
+        uint8 (size, size, 3) of an image of mode RGB.
+
+    Raises:
+        DataError: an image so long and narrow that, resized, it exceeds Pillow's MAX_IMAGE_PIXELS.
+    """
+    width, height = (size * side // min(image.size) for side in image.size)
+    _check_pixel_count(width, height)
+    pixels = np.asarray(_resize(image, width, height, Image.Resampling.BICUBIC))
+    places = max(width, height) - size + 1
+    first = (number >> 1) * places // (RandomCrops.count >> 1)
+    rows = slice(first, first + size)
+    found = pixels[rows] if height > width else pixels[:, rows]
+    return (found[:, ::-1] if number & 1 else found).copy()
+
+
+def load_crop(raw: bytes | np.ndarray, index: int, spec: CropSpec | RandomCrops) -> np.ndarray:
     """Decodes an image and cuts crop `index`: uint8 (S, S, 3)."""
     image, _ = decode(raw, spec.exif)
+    if isinstance(spec, RandomCrops):
+        return random_crop(image, index, spec.image_size)
     return crop(center_crop(image, spec.resized), index, spec)
 
 

@@ -97,7 +97,7 @@ class Linear(nn.Module):
 
     `inputs` counts the trailing dimensions of x to sum over. Products take one flat axis M of tokens:
     XLA lays them out far better on CPU. Parameters are float32: `kernel` (*inputs, *features), and
-    `bias` (*features), initially zero.
+    `bias` (*features).
 
     `split_outputs` returns a tuple of (M, *features[1:]), the slices along the first of `features`,
     without a bias. Each slice is a separate product, except on NVIDIA GPUs, which prefer one: a TPU
@@ -110,6 +110,7 @@ class Linear(nn.Module):
     use_bias: bool = False
     split_outputs: bool = False
     kernel_init: Any = nn.initializers.normal(0.02)
+    bias_init: Any = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x):
@@ -121,6 +122,6 @@ class Linear(nn.Module):
             return tuple(checkpoint_name(part, "linear") for part in parts)
         out = checkpoint_name(_contract(x, kernel, self.inputs), "linear")
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+            bias = self.param("bias", self.bias_init, self.features, jnp.float32)
             out = (out.astype(jnp.float32) + bias).astype(self.dtype)
         return out

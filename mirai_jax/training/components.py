@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax import sharding
-from mirai_jax.config import schema
 from mirai_jax.config.fields import fill
 from mirai_jax.config.schema import Settings
+from mirai_jax.config.terms import two_thirds
 from mirai_jax.data import folders, pipeline, records, small_sets
-from mirai_jax.data.crops import CropSpec
+from mirai_jax.data.crops import CropSpec, RandomCrops
 from mirai_jax.data.images import open_images
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models import batched
@@ -187,7 +187,10 @@ def _on_disk(
     """The source of a large image set, what loads its crops if the step sees them, its classes."""
     images = open_images(settings.data.images) if settings.step_sees_images else None
     if settings.data.online:
-        spec = CropSpec(settings.tokenizer.image_size, settings.data.crop_range)
+        size = settings.tokenizer.image_size
+        spec = CropSpec(size, settings.data.crop_range)
+        if settings.data.crops == "random":
+            spec = RandomCrops(size)
         source = pipeline.OnlineImages(images, spec, settings.generator.num_classes)
         return source, pipeline.CropLoader(images, spec), images.class_names
     source = records.CodeRecords(
@@ -280,7 +283,7 @@ def load_generators(
         field = f"foresight[{i}].checkpoint"
         config, saved = restore.load_generator(field, path, settings, codebook)
         frozen_params[name] = saved["ema"]
-        layer = terms[i].teacher_layer or schema.two_thirds(config.num_layers)
+        layer = terms[i].teacher_layer or two_thirds(config.num_layers)
         if layer > config.num_layers:
             raise ConfigError(
                 f"foresight[{i}].teacher_layer is {layer}; it must be a block of the pretrained "

@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+
 from mirai_jax.config.compare import check_same_run, to_json
 from mirai_jax.config.schema import RunConfig
 from mirai_jax.utils import distributed, files, paths
@@ -132,19 +134,20 @@ def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: boo
         before = {}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged; remove it to continue without its check") from error
-    for name, now in identity.items():
-        if before.get(name, now) != now:
-            raise ConfigError(
-                f"workdir {workdir} holds a run that began with another {name}: the checksum was "
-                f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir (to "
-                f"continue on what is there now, remove {name!r} from {file})"
-            )
+    if changed := [name for name, now in identity.items() if before.get(name, now) != now]:
+        checksums = (f"{n} was {before[n][:12]}, is {identity[n][:12]}" for n in changed)
+        raise ConfigError(
+            f"workdir {workdir} holds a run that began with another {' and '.join(changed)} (checksum "
+            f"of {'; '.join(checksums)}); use the same files, or another --workdir (to continue on what "
+            f"is there now, remove {' and '.join(map(repr, changed))} from {file})"
+        )
     if write and before != {**before, **identity}:
         files.write_text(file, json.dumps({**before, **identity}, indent=2) + "\n")
 
 
 def note_event(workdir: pathlib.Path, event: str, **fields: Any) -> None:
-    """Adds a line to events.jsonl."""
+    """Adds a line to events.jsonl; each further process has its own file, events-N.jsonl."""
+    name = f"events-{jax.process_index()}.jsonl" if jax.process_index() else "events.jsonl"
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
-    with (workdir / "events.jsonl").open("a") as file:
+    with (workdir / name).open("a") as file:
         file.write(json.dumps(line) + "\n")
