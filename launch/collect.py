@@ -13,7 +13,7 @@ from mirai_jax.utils import files
 from mirai_jax.utils.errors import DataError, first_line
 
 PUBLIC = ("/usr/share/datasets/",)  # of packages: the same on other machines
-_FILES = ("config.json", "metrics.jsonl", "assessment.jsonl", "run.json")
+_FILES = ("config.json", "metrics.jsonl", "assessment.jsonl", "future.jsonl", "run.json")
 _RUNS = "runs/sweeps"  # where a reader's runs will be
 _PATH = re.compile(r"""(?:^|(?<=[\s:=,;'"(\[]))/[^\s/:,;'")\]][^\s:,;'")\]]*""")
 _STARTED = re.compile(
@@ -105,7 +105,7 @@ def _texts(folder: pathlib.Path, sweep: str, machine: Machine, description: str)
     path = folder / "config.json"  # of which an error tells
     try:
         texts = {path.name: json.dumps(machine.portable(config), indent=2) + "\n"}
-        for name in ("metrics.jsonl", "assessment.jsonl"):
+        for name in ("metrics.jsonl", "assessment.jsonl", "future.jsonl"):
             path = folder / name
             lines = collected.read_lines(path)
             for line in lines if name == "assessment.jsonl" else ():

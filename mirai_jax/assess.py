@@ -75,10 +75,12 @@ def main(argv: list[str]) -> None:
 
 def _show(workdirs: list[str], protocol: FutureProtocol) -> None:
     """Prints the tables, and writes the figure, of the last steps."""
-    found = assessments.latest(workdirs, protocol)
+    folder = pathlib.Path(os.path.commonpath(map(os.path.abspath, workdirs)))
+    name = lambda workdir: folder.name if len(workdirs) == 1 else os.path.relpath(workdir, folder)
+    found = {name(w): line for w, line in assessments.latest(workdirs, protocol).items()}
     for name, measures in found.items():
         print(future_runs.table(name, measures))
-    path = pathlib.Path(os.path.commonpath(map(os.path.abspath, workdirs))) / "future.png"
+    path = folder / "future.png"
     figures.future_figure(path, found)
     print(f"wrote {path}")
 

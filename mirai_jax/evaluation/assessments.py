@@ -56,12 +56,12 @@ def missing(workdir: str, steps: list[int], protocol: AnyProtocol) -> list[int]:
 
 
 def latest(workdirs: list[str], protocol: AnyProtocol) -> dict[str, dict[str, Any]]:
-    """{name of a run: its assessment of the last step under this protocol}, of runs that have one."""
+    """{workdir: its assessment of the last step under this protocol}, of runs that have one."""
     wanted, found = dataclasses.asdict(protocol), {}
     for workdir in workdirs:
         entries = [e for e in read(workdir, protocol.FILE) if e["protocol"] == wanted]
         if entries:
-            found[pathlib.Path(workdir).name] = max(entries, key=lambda entry: entry["step"])
+            found[workdir] = max(entries, key=lambda entry: entry["step"])
     return found
 
 

@@ -36,9 +36,7 @@ TITLES = SEEN | AHEAD | CORNERS
 _CHUNK = 100  # images at once
 _CHOOSING = 5  # every fifth training image chooses the penalty
 
-Values = Mapping[
-    str, np.ndarray
-]  # {kind: (N, L, Z)}: what there is to predict at each grid position
+Values = Mapping[str, np.ndarray]  # {kind: (N, L, Z)}, what lies at each grid position
 
 
 @dataclasses.dataclass(frozen=True)
