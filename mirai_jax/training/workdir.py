@@ -124,13 +124,13 @@ def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: boo
         before = {}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged; remove it to continue without its check") from error
-    for name, now in identity.items():
-        if before.get(name, now) != now:
-            raise ConfigError(
-                f"workdir {workdir} holds a run that began with another {name}: the checksum was "
-                f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir (to "
-                f"continue on what is there now, remove {name!r} from {file})"
-            )
+    if changed := [name for name, now in identity.items() if before.get(name, now) != now]:
+        checksums = (f"{n} was {before[n][:12]}, is {identity[n][:12]}" for n in changed)
+        raise ConfigError(
+            f"workdir {workdir} holds a run that began with another {' and '.join(changed)} (checksum "
+            f"of {'; '.join(checksums)}); use the same files, or another --workdir (to continue on what "
+            f"is there now, remove {' and '.join(map(repr, changed))} from {file})"
+        )
     if write and before != {**before, **identity}:
         files.write_text(file, json.dumps({**before, **identity}, indent=2) + "\n")
 
