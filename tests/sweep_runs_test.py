@@ -16,7 +16,7 @@ from mirai_jax.models import generator, vit
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.teacher import TEACHERS
 from mirai_jax.training import metrics_writer, train
-from mirai_jax.weights import torch_names, torch_writer
+from mirai_jax.weights import pretrained, state_dict, torch_names, torch_writer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 STEPS = 20
@@ -103,8 +103,9 @@ def test_every_run_of_a_sweep_compiles_for_imagenet(sweep, tmp_path):
         pytest.skip("not all of its encoders are here")
     shape = GeneratorConfig(num_layers=1, num_heads=2, width=64)
     params = jax.jit(lambda key: generator.init_params(shape, key))(jax.random.key(0))
-    torch_writer.write(tmp_path / "b.pt", torch_names.to_torch(shape, jax.device_get(params)))
-    given = {"foresight[0].checkpoint": str(tmp_path / "b.pt")}
+    weights = state_dict.Weights("generator", shape, jax.device_get(params))
+    pretrained.save(tmp_path / "teacher", weights)
+    given = {"foresight[0].checkpoint": str(tmp_path / "teacher")}
     common = {**paths_for(sweep), "model.unroll": 1}  # a loop compiles sooner
     for run in runs(sweep, "imagenet_b", tmp_path, given, common):
         config = config_of(run)
