@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mirai_jax import sharding, step
 from mirai_jax.config.schema import Settings
-from mirai_jax.models import vit
+from mirai_jax.models.vit_sizes import PUBLISHED
 from mirai_jax.training import components
 from mirai_jax.weights import frozen
 
@@ -94,7 +94,7 @@ def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
             config[section] = {**dict(found.items()), field: "not read"}
 
     fill("data", "images", ("images",))
-    fill("teacher", "path", vit.NAMES)  # other teachers' shapes are those of their weights
+    fill("teacher", "path", PUBLISHED)  # other teachers' shapes are those of their weights
     return config
 
 
