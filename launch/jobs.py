@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from launch.dashboard import Dashboard
 from launch.plan import SweepRun, tail
-from mirai_jax.utils.errors import ConfigError, Lost, Preempted
+from mirai_jax.utils.errors import Lost, Preempted
 from mirai_jax.utils.locks import try_lock
 
 # Exit statuses after which the same command resumes from the last checkpoint: stopped, another process
@@ -36,20 +35,6 @@ class AlreadyRunning(Exception):
     """Another process works on the run, such as one that a killed launcher left and that saves."""
 
 
-@contextlib.contextmanager
-def only_launcher(out: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a sweep's folder; raises ConfigError if another launcher holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a+") as file:
-        if not try_lock(file):
-            file.seek(0)
-            raise ConfigError(f"{out} is in use by launcher {file.read().strip()}")
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
 class Process:
     """A run's program, started again when it ends with one of RETRYABLE.
 
@@ -67,7 +52,7 @@ class Process:
         self._stopped, self._restarts, self._best = False, 0, run.step()
         run.log.parent.mkdir(parents=True, exist_ok=True)
         self._log = run.log.open("ab", buffering=0)
-        if not try_lock(self._log):
+        if try_lock(self._log) is False:
             self._log.close()
             raise AlreadyRunning
         self._start()

@@ -25,6 +25,7 @@ from launch.dashboard import Dashboard
 from mirai_jax.config.flags import FIELD
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, Preempted
+from mirai_jax.utils.locks import FolderLock
 
 _FLAGS = cli.flag_values(__name__)
 _string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
             return
         failed = {}
         if not _REPORT.value:
-            with jobs.only_launcher(out):
+            with FolderLock(out).held():
                 failed = _launch(runs, out)
         found = [tables.read(run) for run in runs]
         written = [*tables.write_tables(out, title, found), out / "curves.png"]

@@ -10,11 +10,14 @@ all saved: the same command resumes.
 
 import functools
 import pathlib
+import sys
 
 from absl import flags
 
+from mirai_jax.config import unused
 from mirai_jax.config.flags import parse_config
 from mirai_jax.teaching import train
+from mirai_jax.teaching.settings import TeacherRunConfig
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import TrainingError
 
@@ -38,6 +41,8 @@ parse_flags = functools.partial(cli.parse_known, _FLAGS)
 def main(argv: list[str]) -> None:
     with cli.program(TrainingError, interrupted="interrupted; the same command resumes"):
         config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
+        for note in unused.notes(config, argv[1:], TeacherRunConfig, unused.ENCODER):
+            print(note, file=sys.stderr, flush=True)
         name = f"{config.get('name')}-{config.get('scale')}"  # `teach` checks both
         train.teach(config, _WORKDIR.value or pathlib.Path("runs") / name)
 

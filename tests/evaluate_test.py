@@ -381,6 +381,12 @@ def test_inception_metrics_are_those_of_its_outputs(use_network, tmp_path):
     assert list(stored) == ["fid", "sfid", "inception_score", "inception_score_std"]
     assert stored == pytest.approx({name: found[name] for name in stored}, rel=1e-6)
     assert len(use_network.outputs) == 8
+    # Without those of the spatial features sFID alone is left out.
+    with np.load(saved) as file:
+        np.savez(saved, mu=file["mu"], sigma=file["sigma"])
+    program(*flags, f"--reference={saved}", f"--out={tmp_path / 'half'}")
+    (row,) = json.loads((tmp_path / "half" / "results.json").read_text())["rows"]
+    assert row["metrics"] == pytest.approx({n: x for n, x in stored.items() if n != "sfid"})
 
 
 def test_what_was_evaluated_before_a_damage_is_kept(use_network, tmp_path):

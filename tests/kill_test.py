@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -110,7 +111,8 @@ def test_twenty_kills_change_nothing(tmp_path, undisturbed):
 
 def test_misfortunes_of_all_kinds_change_nothing(tmp_path, undisturbed):
     workdir, chance = tmp_path / "run", random.Random(2)
-    folder, kinds = workdir / "checkpoints", 4 * ["kill", "stop", "hang up", "no screen", "twice"]
+    folder = workdir / "checkpoints"
+    kinds = 4 * ["kill", "stop", "hang up", "no screen", "twice", "full disk"]
     chance.shuffle(kinds)
     for kind in kinds:
         far = max(steps_in(folder), default=0) + chance.randrange(10, 50)
@@ -124,6 +126,12 @@ def test_misfortunes_of_all_kinds_change_nothing(tmp_path, undisturbed):
             process.stdout.close()
             far = max(steps_in(folder)) + 20
             wait_until(process, lambda far=far: max(steps_in(folder)) >= far)
+        if kind == "full disk":  # files cannot grow: metrics, or a checkpoint
+            room = chance.choice((100, 200_000))
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, room))
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 1 and "error: " in output, output
+            continue
         number = {"stop": signal.SIGTERM, "hang up": signal.SIGHUP}.get(kind, signal.SIGKILL)
         process.send_signal(number)
         process.wait(timeout=120)  # it may be compiling

@@ -11,7 +11,10 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
+import types
+from concurrent import futures
 
 import flax.struct
 import jax
@@ -30,6 +33,7 @@ from mirai_jax.evaluation import image_streams
 from mirai_jax.extraction import job, shards
 from mirai_jax.models import generator
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.teaching.settings import TeacherRunConfig
 from mirai_jax.training import checkpoint
 from mirai_jax.utils import distributed, files, locks, paths
 from mirai_jax.utils.errors import DataError
@@ -158,23 +162,77 @@ def test_a_folder_is_given_back_where_the_work_fails(tmp_path):
         assert "is at work: process" in refusal(second.__enter__)
 
 
-def test_without_locks_a_heartbeat_tells_a_live_writer_from_a_dead_one(tmp_path, monkeypatch):
+@pytest.fixture
+def quick_beats(monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 0.2)
+    monkeypatch.setattr(locks, "_LIVE", 2.0)
+
+
+def elsewhere(folder):
+    """Another host's owner stands in the lock, which belongs to this process."""
+    path = folder / "lock.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
+
+
+def test_without_locks_a_heartbeat_shows_who_lives(tmp_path, monkeypatch, quick_beats):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(locks, "BEAT", 0.2)
-    monkeypatch.setattr(locks, "_LIVE", 2.0)
     first = locks.FolderLock(tmp_path)
     assert first.acquire() == ""
-    path = tmp_path / "lock.json"
-    about = json.loads(path.read_text())
-    path.write_text(json.dumps(about | {"host": "elsewhere"}))
     lines = []
-    assert "on elsewhere" in locks.FolderLock(tmp_path, log=lines.append).acquire() and lines
+    assert "process " in locks.FolderLock(tmp_path, log=lines.append).acquire() and lines
     first._closed.set()  # it died: nothing touches the file any more
     time.sleep(0.5)
-    assert locks.FolderLock(tmp_path).acquire() == ""
+    second = locks.FolderLock(tmp_path)
+    assert second.acquire() == ""
+    second.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_starts_at_once_without_locks_are_one(tmp_path, monkeypatch, quick_beats):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    write, both = locks.json.dumps, threading.Barrier(2)
+    monkeypatch.setattr(locks.json, "dumps", lambda about: (both.wait(), write(about))[1])
+    # Two processes, as far as the lock can see.
+    pids = iter((11, 22, 33, 44, 55, 66))
+    numbers = threading.local()
+    monkeypatch.setattr(locks.os, "getpid", lambda: numbers.__dict__.setdefault("n", next(pids)))
+    pool = futures.ThreadPoolExecutor(2)
+    found = list(pool.map(lambda _: locks.FolderLock(tmp_path).acquire(), range(2)))
+    assert sorted(map(bool, found)) == [False, True]
+
+
+def test_a_lock_that_a_dead_host_left_is_taken(tmp_path, quick_beats):
+    with (tmp_path / "lock.json").open("a+") as left:
+        assert locks.try_lock(left)
+        about = {"pid": 1, "host": "elsewhere", "since": "yesterday"}
+        left.write(json.dumps(about) + "\n")
+        left.flush()
+        mine = locks.FolderLock(tmp_path)
+        assert mine.acquire() == ""
+        assert f"process {os.getpid()}" in locks.FolderLock(tmp_path).acquire()
+        mine.close()
+
+
+def test_a_writer_whose_folder_was_taken_ends(tmp_path, monkeypatch, quick_beats):
+    ended = []
+    monkeypatch.setattr(locks, "leave", ended.append)
+    slow = locks.FolderLock(tmp_path)
+    assert slow.acquire() == ""
+    (tmp_path / "lock.json").unlink()  # by hand: no reason to end
+    time.sleep(0.5)
+    assert not ended
+    about = {"pid": 1, "host": "elsewhere", "since": "today"}
+    (tmp_path / "lock.json").write_text(json.dumps(about))
+    time.sleep(1)
+    assert set(ended) == {1}
+    slow.close()
+    assert (tmp_path / "lock.json").exists()  # the other's
 
 
 # Ends -----------------------------------------------------------------------------------------------
@@ -291,6 +349,42 @@ def test_a_broken_image_is_replaced_by_the_next_and_reported(photos):
         next(batches(photos))
 
 
+class Flaky:
+    """Images of which record 4 cannot be read, and record 7 not at the first try."""
+
+    label = 1
+
+    def __init__(self):
+        self.tries = 0
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise ValueError("damaged record")
+        self.tries += index == 7
+        if index == 7 and self.tries < 3:
+            raise OSError(errno.EIO, "the network is gone for a moment")
+        return {"image": np.full((16, 16, 3), index, np.uint8), "label": self.label}
+
+
+def test_a_record_that_cannot_be_read_is_replaced_but_no_wrong_label_is(monkeypatch):
+    module = types.ModuleType("flaky_photos")
+    module.photos = Flaky()
+    monkeypatch.setitem(sys.modules, "flaky_photos", module)
+    monkeypatch.setattr(files, "_WAITS", (0.01, 0.01))
+    stream, seen, replaced = batches("grain:flaky_photos:photos"), set(), set()
+    for _ in range(6):
+        seen |= set(next(stream)["image"][:, 0, 0, 0].tolist())
+        replaced |= set(stream.replaced)
+    assert seen == set(range(12)) - {4} and module.photos.tries >= 3
+    assert replaced and all("record 4" in name for name in replaced)
+    module.photos.label = 2
+    with pytest.raises(DataError, match="label 2"):
+        next(batches("grain:flaky_photos:photos"))
+
+
 def test_an_evaluation_leaves_broken_images_out_and_names_them(photos):
     broken = photos / "b" / "05.png"
     broken.write_bytes(broken.read_bytes()[:-300])
@@ -336,8 +430,13 @@ def test_a_field_without_effect_is_named():
     assert [note.split()[0] for note in notes] == [
         "--config.teacher.path", "--config.data.crop_range", "--config.foresight[0].checkpoint"
     ]  # fmt: skip
-    for name in unused._NEEDS:  # every rule names a field or a section
-        functools.reduce(getattr, name.split("."), config)
+    arguments = ["--config.masked_share=0.2", "--config.data.held_out=600"]
+    encoder = parse_config(["--config=configs/teacher.py", *arguments])
+    notes = unused.notes(encoder, arguments, TeacherRunConfig, unused.ENCODER)
+    assert [note.split()[0] for note in notes] == ["--config.masked_share"]
+    for rules, whole in ((unused.RUN, config), (unused.ENCODER, encoder)):
+        for name in rules:  # every rule names a field or a section
+            functools.reduce(getattr, name.split("."), whole)
 
 
 def test_names_that_wrappers_and_libraries_left_are_the_usual_ones():

@@ -42,7 +42,9 @@ def teachers(tmp_path_factory):
     train.train(config, folder / "llamagen", devices=jax.devices()[:1], log=lambda line: None)
     shape = vit.VitConfig(width=64, num_layers=2, num_heads=1, pos_grid=(4, 4))
     image = np.zeros((1, 56, 56, 3), np.float32)
-    params = jax.device_get(jax.jit(vit.VisionTransformer(shape).init)(jax.random.key(0), image)["params"])
+    params = jax.device_get(
+        jax.jit(vit.VisionTransformer(shape).init)(jax.random.key(0), image)["params"]
+    )
     torch_writer.write(folder / "encoder.pth", torch_names.to_torch(shape, params))
     return {
         "foresight[0].checkpoint": str(folder / "llamagen"),

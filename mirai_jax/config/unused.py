@@ -1,7 +1,7 @@
 """Fields that take no effect under the others, so that nobody waits for what a setting will not do."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mirai_jax.config import fields
@@ -14,7 +14,7 @@ def _is_vit(name: str) -> bool:
 
 
 # A field: what must hold of the config (`c`), or of the term (`t`), for it to take effect.
-_NEEDS = {
+RUN = {
     "data.held_out": ("data.name 'mnist'", lambda c: c.data.name == "mnist"),
     "data.images": ("data.name 'images'", lambda c: c.data.name == "images"),
     "data.crops": ("data.name 'images'", lambda c: c.data.name == "images"),
@@ -48,7 +48,7 @@ _MLP = (
     "level 'internal' and projector 'mlp'",
     lambda t: (t.level, t.projector) == ("internal", "mlp"),
 )
-_TERM_NEEDS = {
+_TERM = {
     "anchor": ("level 'internal'", lambda t: t.level == "internal"),
     "borders": ("layout '2d'", lambda t: t.layout == "2d"),
     "checkpoint": ("source 'checkpoint'", lambda t: t.source == "checkpoint"),
@@ -60,18 +60,29 @@ _TERM_NEEDS = {
     "teacher_layer": ("a generator as source", lambda t: t.source != "bidirectional"),
     "window_along": ("window above 1", lambda t: t.window > 1),
 }
+_HIDES = ("objective 'masked' or 'both'", lambda c: c.objective != "labels")
+ENCODER = {  # of mirai_jax.teach
+    "data.held_out": RUN["data.held_out"],
+    "data.path": ("data.name 'fashion_mnist'", lambda c: c.data.name == "fashion_mnist"),
+    "label_smoothing": ("objective 'labels' or 'both'", lambda c: c.objective != "masked"),
+    "masked_share": _HIDES,
+    "optimizer.decayed": RUN["optimizer.decayed"],
+    "tokenizer.vocab_size": _HIDES,
+}
 
 
-def notes(config: Any, arguments: Iterable[str]) -> list[str]:
+def notes(
+    config: Any, arguments: Iterable[str], group: type = RunConfig, needs: Mapping[str, Any] = RUN
+) -> list[str]:
     """A line for each --config.FIELD=VALUE of `arguments` that takes no effect in the whole `config`."""
-    given, found = fields.read(RunConfig, config), []
+    given, found = fields.read(group, config), []
     for argument in arguments:
         name = argument.removeprefix("--config.").partition("=")[0]
         term = re.fullmatch(r"foresight\[(\d+)]\.(\w+)", name)
-        rules = [_NEEDS.get(part) for part in (name.partition(".")[0], name)]
+        rules = [needs.get(part) for part in (name.partition(".")[0], name)]
         subject = given
         if term and int(term[1]) < len(given.foresight):
-            rules, subject = [_TERM_NEEDS.get(term[2])], given.foresight[int(term[1])]
+            rules, subject = [_TERM.get(term[2])], given.foresight[int(term[1])]
         for wanted, holds in filter(None, rules):
             if not holds(subject):
                 found.append(f"--config.{name} takes no effect: it needs {wanted}")

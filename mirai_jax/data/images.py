@@ -12,14 +12,15 @@ import importlib
 import itertools
 import operator
 import os
+import pathlib
 import re
 from typing import Any
 
 import numpy as np
 
 from mirai_jax.data import folders, small_sets
-from mirai_jax.utils import paths
-from mirai_jax.utils.errors import DataError, first_line
+from mirai_jax.utils import files, paths
+from mirai_jax.utils.errors import DataError, Unreadable, first_line
 
 FORMS = (
     "FOLDER (with a folder of images for each class), tfds:NAME[:SPLIT], "
@@ -121,10 +122,9 @@ class _Folder(ImageSource):
         if not isinstance(key, str) or {"", ".", ".."} & set(key.split("/")):
             raise DataError(f"image key {key!r} is no path inside a folder of images")
         try:
-            with open(os.path.join(self._root, key), "rb") as file:
-                return file.read()
+            return files.patiently(pathlib.Path(self._root, key).read_bytes)
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            raise DataError(
+            raise Unreadable(
                 f"{self._spec!r}: {key!r} cannot be read ({first_line(error)})"
             ) from error
 
@@ -155,8 +155,8 @@ class _Folder(ImageSource):
         for label, class_name in enumerate(self.class_names):
             before = len(keys)
             # By folder, then by file: the order of torchvision's ImageFolder.
-            for folder, files in sorted(folders.walk(self._spec, self._root, class_name)):
-                for name in files:
+            for folder, names in sorted(folders.walk(self._spec, self._root, class_name)):
+                for name in names:
                     (keys if folders.is_image(name) else skipped).append(f"{folder}/{name}")
             if len(keys) == before:
                 raise DataError(
@@ -219,12 +219,12 @@ class _Numbered(ImageSource):
     def _get(self, index: int) -> tuple[bytes | np.ndarray, Any, str | None]:
         self._check(index)
         try:
-            image, label, name = self._record(index)
+            image, label, name = files.patiently(lambda: self._record(index))
             if not isinstance(image, bytes | np.ndarray):
                 raise TypeError(f"its image is a {type(image).__name__}, not bytes or pixels")
             return image, label, name
         except Exception as error:  # from the data set's code and files
-            raise DataError(
+            raise Unreadable(
                 f"images {self._spec!r}: record {index} cannot be read "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error

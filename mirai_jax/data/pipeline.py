@@ -19,7 +19,7 @@ import numpy as np
 from mirai_jax.data import crops
 from mirai_jax.data.images import ImageSource
 from mirai_jax.data.records import CodedImages, CodeRecords
-from mirai_jax.utils.errors import DataError, first_line
+from mirai_jax.utils.errors import DataError, Unreadable, first_line
 
 _STAND_INS = 20  # records in a row without an image before the run stops: a disk is gone, perhaps
 
@@ -48,11 +48,11 @@ class CropLoader:
         return self._images.listing()
 
     def __call__(self, key: str, crop: int) -> np.ndarray:
-        """uint8 (S, S, 3). Raises DataError without such an image, or if it cannot be decoded."""
+        """uint8 (S, S, 3). Raises Unreadable without such an image, or if it cannot be decoded."""
         try:
             return crops.load_crop(self._images.find(key), crop, self._spec)
         except DataError as error:
-            raise DataError(f"image {key!r}: {first_line(error)}") from error
+            raise Unreadable(f"image {key!r}: {first_line(error)}") from error
 
 
 class OnlineImages:
@@ -126,8 +126,8 @@ def make_dataset(
 class _Rows(grain.MapDataset):
     """Some rows of every `batch_size` elements of its parent, with their images.
 
-    For an image that cannot be read or decoded the next record of the stream stands in, the same one
-    however the work is divided; 'replaced' is then 1.
+    For an image or record that cannot be read or decoded, the next record of the stream stands in, the
+    same one however the work is divided; 'replaced' is then 1.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class _Rows(grain.MapDataset):
         batch, place = divmod(index, len(self._rows))
         first = batch * self._batch_size + self._rows[place]
         for k in range(first, first + _STAND_INS):
-            record = self._parent[k]
-            kept = {k: v for k, v in record.items() if k not in ("crops", "crop", "key")}
-            if self._load_crop is None:
-                return kept
             try:
+                record = self._parent[k]
+                kept = {k: v for k, v in record.items() if k not in ("crops", "crop", "key")}
+                if self._load_crop is None:
+                    return kept
                 image = self._load_crop(record["key"], int(record["crop"]))
                 return {**kept, "image": image, "replaced": np.int32(k > first)}
-            except DataError as error:
+            except Unreadable as error:
                 failed = error
         raise failed
 
@@ -197,8 +197,14 @@ class Batches(grain.IterDataset):
     def record_keys(self, index: int, rows: Sequence[int] | None = None) -> list[str]:
         """The key and crop of records of batch number `index` (default: all rows), read again."""
         rows = range(self._batch_size) if rows is None else rows
-        found = (self._records[index * self._batch_size + int(row)] for row in rows)
-        return [f"{record['key']} crop {int(record['crop'])}" for record in found]
+        return [self._record_key(index * self._batch_size + int(row)) for row in rows]
+
+    def _record_key(self, index: int) -> str:
+        try:
+            record = self._records[index]
+        except Unreadable as error:
+            return first_line(error)
+        return f"{record['key']} crop {int(record['crop'])}"
 
 
 class BatchIterator(grain.DatasetIterator):

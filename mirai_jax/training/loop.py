@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -304,11 +305,11 @@ class Run:
 
     def _images_replaced(self, names: list[str]) -> None:
         """Reports each of the images once."""
-        for name in {name.rpartition(" crop ")[0] for name in names} - self._replaced:
+        for name in {re.sub(r" crop \d+$", "", name) for name in names} - self._replaced:
             self._replaced.add(name)
-            line = f"image {name} cannot be read: the next one stands in for it"
+            line = f"replaced by the next image, for it cannot be read: {name}"
             print(f"{_who()}{line} ({len(self._replaced)} so far)", file=sys.stderr, flush=True)
-            self._note("image_replaced", image=name)
+            note_event(self.workdir, "image_replaced", image=name)
 
     def _note(self, event: str, **fields: Any) -> None:
         if self.first:

@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+
 from mirai_jax.config.compare import check_same_run, to_json
 from mirai_jax.config.schema import RunConfig
 from mirai_jax.utils import distributed, files, paths
@@ -144,7 +146,8 @@ def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: boo
 
 
 def note_event(workdir: pathlib.Path, event: str, **fields: Any) -> None:
-    """Adds a line to events.jsonl."""
+    """Adds a line to events.jsonl; each further process has its own file, events-N.jsonl."""
+    name = f"events-{jax.process_index()}.jsonl" if jax.process_index() else "events.jsonl"
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
-    with (workdir / "events.jsonl").open("a") as file:
+    with (workdir / name).open("a") as file:
         file.write(json.dumps(line) + "\n")

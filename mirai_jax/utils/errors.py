@@ -13,6 +13,10 @@ class DataError(ValueError):
     status = 1
 
 
+class Unreadable(DataError):
+    """A record or an image that cannot be read or decoded: others can stand in for it."""
+
+
 class TrainingError(RuntimeError):
     """A run cannot continue: one line with the step and what to do."""
 

@@ -3,10 +3,28 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
 
 import tensorstore
+
+T = TypeVar("T")
+
+_WAITS = (1, 2, 4, 8)  # seconds before the next try
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """`read()`, tried again where storage fails in a way that may pass (a network disk, for one)."""
+    for seconds in _WAITS:
+        try:
+            return read()
+        except OSError as error:
+            if isinstance(error, _LASTING) or error.errno is None:  # None: Pillow's, of bad bytes
+                raise
+        time.sleep(seconds)
+    return read()
 
 
 @contextlib.contextmanager

@@ -14,59 +14,77 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import IO
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
+from mirai_jax.utils import files
+from mirai_jax.utils.ending import leave
 from mirai_jax.utils.errors import ConfigError
 
 BEAT = 5.0  # seconds between two touches
 _LIVE = 4 * BEAT  # an owner that is silent for so long is gone
 
 
-def try_lock(file: IO) -> bool:
-    """Locks a file until it is closed here and in every child; False if another process has it."""
+def try_lock(file: IO) -> bool | None:
+    """Locks a file until it is closed here and in every child.
+
+    False if another process has it; None on storage without locks.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass  # storage without locks
+        return None
     return True
 
 
 class FolderLock:
     """Held from `acquire` to `close`, or to the end of the process.
 
-    Writers that divide the work have a `name` each; `log` takes a line before a wait.
+    Writers that divide the work have a `name` each; `log` takes a line before a wait. A process that
+    stood still so long that another one took its folder ends when it finds out.
     """
 
     def __init__(
         self, folder: pathlib.Path, name: str = "lock", log: Callable[[str], None] = print
     ):
         self._path, self._log, self._file = folder / f"{name}.json", log, None
-        self._closed = threading.Event()
+        self._me, self._closed = "", threading.Event()
 
     def acquire(self) -> str:
         """Takes the lock and returns ''; or returns who has it."""
         if self._file is not None:
             return ""
         file = self._path.open("a+")
-        if not try_lock(file):
+        locked, owner = try_lock(file), self._owner()
+        here = f" on {socket.gethostname()}," in owner
+        # The locks of this host are sure. Those of another may not be seen, or outlive it.
+        sure = locked is not None and (here or not owner)
+        if (sure and not locked) or (owner and not sure and self._beats()):
             file.close()
-            return self._owner() or "another process"
-        if not self._path.exists() or self._path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            return owner or "another process"
+        there = self._path.exists() and self._path.stat().st_ino
+        gone = locked and there != os.fstat(file.fileno()).st_ino  # its owner has just ended
+        if gone or locked is False:
             file.close()
-            return self.acquire()  # its owner has just ended and removed it
-        owner = self._owner()
-        if owner and f" on {socket.gethostname()}," not in owner and self._beats():
-            file.close()
-            return owner
+            if locked is False and self._owner() == owner:
+                self._path.unlink(missing_ok=True)
+            return self.acquire()
         words = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])[:300]
         about = {"pid": os.getpid(), "host": socket.gethostname(), "command": words}
-        file.truncate(0)
-        file.write(json.dumps(about | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
-        file.flush()
-        self._file = file
+        about["since"], self._file = time.strftime("%Y-%m-%d %H:%M:%S"), file
+        self._me, text = _named(about), json.dumps(about) + "\n"
+        if locked:
+            file.truncate(0)
+            file.write(text)
+            file.flush()
+        else:  # of two starts at once, the last to write has it
+            files.write_text(self._path, text)
+            time.sleep(BEAT / 5)
+            if (owner := self._owner()) != self._me:
+                self.close()
+                return owner or "another process"
         threading.Thread(target=self._beat, daemon=True, name="lock").start()
         return ""
 
@@ -88,13 +106,13 @@ class FolderLock:
         self._closed.set()
         if self._file is not None:
             with contextlib.suppress(OSError), self._file:
-                self._path.unlink()
+                if self._owner() == self._me:
+                    self._path.unlink()
             self._file = None
 
     def _owner(self) -> str:
         try:
-            found = json.loads(self._path.read_text())
-            return f"process {found['pid']} on {found['host']}, since {found['since']}"
+            return _named(json.loads(self._path.read_text()))
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
@@ -103,14 +121,28 @@ class FolderLock:
         self._log(
             f"{self._owner()}, had {self._path.parent}: looking for {_LIVE:.0f} s if it lives"
         )
-        before, end = self._path.stat().st_mtime_ns, time.monotonic() + _LIVE
+        before, end = self._touched(), time.monotonic() + _LIVE
         while time.monotonic() < end:
             time.sleep(0.5)
-            if self._path.stat().st_mtime_ns != before:
+            if self._touched() != before:
                 return True
         return False
+
+    def _touched(self) -> int:
+        """When the file was last touched; opening it asks the server, where a look at it may not."""
+        with self._path.open() as file:
+            return os.fstat(file.fileno()).st_mtime_ns
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
             with contextlib.suppress(OSError):
+                if self._owner() not in (self._me, ""):
+                    print(
+                        f"error: {self._path.parent} was taken by {self._owner()}", file=sys.stderr
+                    )
+                    leave(1)
                 os.utime(self._path)
+
+
+def _named(about: Mapping[str, Any]) -> str:
+    return f"process {about['pid']} on {about['host']}, since {about['since']}"
