@@ -4,6 +4,8 @@ One seed, and each run once: many sweeps share their reference. The teachers tha
 earlier runs have random weights here.
 """
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def at_the_root(monkeypatch):
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """{field: path} of teachers that sweeps take from elsewhere: a generator's run and an encoder."""
+    """What stands in for teachers of earlier runs, see `runs`: a generator's workdir, an encoder."""
     folder = tmp_path_factory.mktemp("teachers")
     fields = {**SMALL, "num_steps": 1}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -45,17 +47,20 @@ def teachers(tmp_path_factory):
     params = jax.device_get(
         jax.jit(vit.VisionTransformer(shape).init)(jax.random.key(0), image)["params"]
     )
-    torch_writer.write(folder / "encoder.pth", torch_names.to_torch(shape, params))
-    return {
-        "foresight[0].checkpoint": str(folder / "llamagen"),
-        "teacher.path": str(folder / "encoder.pth"),
-    }
+
+    def encoder(path):
+        made = folder / f"{pathlib.Path(path).name}.pth"
+        torch_writer.write(made, torch_names.to_torch(shape, params))
+        return str(made)
+
+    llamagen = str(folder / "llamagen")
+    return {"foresight[0].checkpoint": lambda _: llamagen, "teacher.path": encoder}
 
 
 def runs(sweep, scale, out, given, common):
-    """The runs of a sweep's first seed, `given` in place of the files that it names."""
+    """The runs of a sweep's first seed. `given` is {field: function of its value in the sweep file}."""
     entries = [entry for entry in plan.read_sweep(str(sweep), scale) if not entry.get("seed")]
-    entries = [{k: given.get(k, v) for k, v in entry.items()} for entry in entries]
+    entries = [{k: given[k](v) if k in given else v for k, v in e.items()} for e in entries]
     own = {name for entry in entries for name in entry}
     common = {name: str(value) for name, value in common.items() if name not in own}
     return plan.make_runs(entries, scale, common, out)
@@ -67,7 +72,8 @@ def config_of(run):
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
 def test_every_run_of_a_sweep_trains(sweep, teachers, tmp_path):
-    given = {**teachers, "num_steps": STEPS, "checkpoint_every": STEPS, "keep_every": 0}
+    steps = dict.fromkeys(("num_steps", "checkpoint_every"), lambda _: STEPS)
+    given = {**teachers, **steps, "keep_every": lambda _: 0}
     common = {**SMALL, "num_steps": STEPS, "checkpoint_every": STEPS}
     for run in runs(sweep, "demo", tmp_path, given, common):
         config = config_of(run)
@@ -104,7 +110,7 @@ def test_every_run_of_a_sweep_compiles_for_imagenet(sweep, tmp_path):
     params = jax.jit(lambda key: generator.init_params(shape, key))(jax.random.key(0))
     weights = state_dict.Weights("generator", shape, jax.device_get(params))
     pretrained.save(tmp_path / "teacher", weights)
-    given = {"foresight[0].checkpoint": str(tmp_path / "teacher")}
+    given = {"foresight[0].checkpoint": lambda _: str(tmp_path / "teacher")}
     common = {**paths_for(sweep), "model.unroll": 1}  # a loop compiles sooner
     for run in runs(sweep, "imagenet_b", tmp_path, given, common):
         config = config_of(run)
