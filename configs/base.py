@@ -103,13 +103,20 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
 
     # The frozen bidirectional encoder that terms of source 'bidirectional' look at.
     config.teacher = teacher = ml_collections.ConfigDict()
-    teacher.name = "dinov2_vitb14"  # dinov2_vit{s,b,l,g}14[_reg4], dinov2 (the shape its file has,
-    #                                 heads 64 wide), or efficientnet_lite0
-    teacher.path = ""  # weights of dinov2: the published .pth, a converted folder, or a finished
+    teacher.name = "dinov2_vitb14"  # dinov2_vit{s,b,l,g}14[_reg4], dinov3_vit{s,b,l}16,
+    #                                 mae_vit{s,b,l}16; dinov2, dinov3 or mae (the shape its file
+    #                                 has, heads 64 wide); efficientnet_lite0; or MODULE:CLASS, an
+    #                                 encoder of yours (docs/training.md)
+    teacher.path = ""  # its weights: the published .pth, a converted folder, or a finished
     #                    workdir of mirai_jax.teach (then with name dinov2 and image_size 0)
-    teacher.image_size = 0  # pixels a side of what the encoder is shown; 0: one patch a token
-    #                         (dinov2). Where patches and tokens differ, features are resampled
-    teacher.layer = 0  # block whose normalised output is used (dinov2); 0: the last
+    teacher.image_size = 0  # pixels a side of what the encoder is shown; 0: one patch a token (not
+    #                         efficientnet_lite0). Features of other patches are resampled to tokens
+    teacher.layer = 0  # block whose output is used; 0: the last
+    teacher.norm = "auto"  # the final norm after it: final, none, or auto (final, but none for mae)
+    teacher.last = 1  # the mean over this many blocks up to teacher.layer
+    teacher.block = 0  # block-causal: a patch sees its own and earlier blocks of this many tokens
+    #                    of the raster; 0: everything
+    teacher.zscore = 0.0  # alpha of (x - alpha * mean) / deviation over the image's places; 0: off
     teacher.stage = 5  # stage whose feature map is used (efficientnet_lite0: 1 to 7)
     teacher.dtype = "float32"  # of every teacher's products; official: outside autocast, so float32
     teacher.cached = False  # compute all features once, before training (data sets in memory)

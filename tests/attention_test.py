@@ -270,8 +270,8 @@ def test_the_generator_takes_it_whatever_is_computed_again(remat, cudnn):
 
 @pytest.mark.parametrize(("kernel", "fused"), [("auto", {"tpu_custom_call": 1}), ("xla", {})])
 def test_dinov2_takes_it(kernel, fused):
-    config = vit.DinoConfig(width=32, num_layers=2, num_heads=2, pos_grid=(15, 15))
-    network = vit.DinoV2(config, "bfloat16", kernel)
+    config = vit.VitConfig(width=32, num_layers=2, num_heads=2, pos_grid=(15, 15))
+    network = vit.VisionTransformer(config, "bfloat16", kernel)
     images = jax.ShapeDtypeStruct((1, 210, 210, 3), np.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
     with on_mesh(), jax.default_matmul_precision("tensorfloat32"):  # as the teacher runs it

@@ -53,11 +53,11 @@ def test_every_config_reads_at_every_scale(name, scale):
     config = importlib.import_module(f"configs.{name}").get_config(scale)
     if scale.startswith("imagenet") and any(t.source == "bidirectional" for t in config.foresight):
         # The files that no config can know are required by name.
+        assert "teacher.path is ''" in refusal(config)
+        config.teacher.path = "dinov2_vitb14_pretrain.pth"
         if config.data.codes == "online":
             assert "tokenizer.path is ''" in refusal(config)
             config.tokenizer.path = "vq_ds16_c2i.pt"
-        assert "teacher.path is ''" in refusal(config)
-        config.teacher.path = "dinov2_vitb14_pretrain.pth"
         assert "data.images is ''" in refusal(config)
         config.data.images = "imagenet/train"
     result = read(config)

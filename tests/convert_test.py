@@ -42,7 +42,7 @@ CONFIGS = {
         num_layers=2, num_heads=2, width=32, vocab_size=24, num_classes=5, grid=(4, 4)
     ),
     "tokenizer": vq.VQConfig(multipliers=(1, 2), width=32, z_channels=16, vocab_size=50),
-    "teacher": vit.DinoConfig(width=64, num_layers=2, num_heads=1, registers=1, pos_grid=(2, 2)),
+    "teacher": vit.VitConfig(width=64, num_layers=2, num_heads=1, registers=1, pos_grid=(2, 2)),
 }
 OPTIONS = {"generator": {"grid": 4, "num_heads": 2}, "tokenizer": {}, "teacher": {}}
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -58,7 +58,9 @@ def shapes_of(kind):
         make = lambda: foresight.init_heads(term, 32, 32, key)
         names = lambda _, tree: torch_names.projectors_to_torch(tree)
     else:
-        module, side = (vq.VQModel(config), 2) if kind == "tokenizer" else (vit.DinoV2(config), 14)
+        module, side = (
+            (vq.VQModel(config), 2) if kind == "tokenizer" else (vit.VisionTransformer(config), 14)
+        )
         make = lambda: module.init(key, np.zeros((1, side, side, 3), np.float32))["params"]
     tree = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), jax.eval_shape(make))
     return {name: array.shape for name, array in names(config, tree).items()}

@@ -288,8 +288,8 @@ def test_the_readme_is_short_and_has_its_test_command():
     assert command and "pytest" in command[1]
 
 
-@pytest.mark.slow  # minutes: four runs of the demo, four steps each
-@pytest.mark.parametrize("name", ["llamagen", "mirai_e", "mirai_i", "mirai_e_i"])
+@pytest.mark.slow  # minutes: runs of the demo, four steps each
+@pytest.mark.parametrize("name", ["llamagen", "mirai_e", "mirai_i", "mirai_e_i", "llamagen_repa"])
 def test_the_quickstart_runs(name, tmp_path):
     command = f"python -m mirai_jax.main --config=configs/{name}.py"
     assert f"configs/{name}.py" in (ROOT / "README.md").read_text()

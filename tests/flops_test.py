@@ -21,7 +21,8 @@ from mirai_jax.benchmark import flops
 from mirai_jax.models import decoding, efficientnet, vit
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.models.teacher import DinoTeacher, EfficientNetTeacher
+from mirai_jax.models.teacher import EfficientNetTeacher, VitTeacher
+from mirai_jax.models.vit_sizes import PUBLISHED
 
 BATCH = 4
 CONFIG = GeneratorConfig(
@@ -29,8 +30,8 @@ CONFIG = GeneratorConfig(
     token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,  # whose masks are much arithmetic
 )  # fmt: skip
 PRETRAINED = dataclasses.replace(CONFIG, num_layers=2, width=768, unroll=2)
-DINO = DinoTeacher(
-    CONFIG.grid, vit.DinoConfig(768, 1, 2, registers=2, swiglu=True, pos_grid=CONFIG.grid)
+DINO = VitTeacher(
+    CONFIG.grid, vit.VitConfig(768, 1, 2, registers=2, swiglu=True, pos_grid=CONFIG.grid)
 )
 GPT_B = GeneratorConfig(*generator_lib.SIZES["B"])
 
@@ -129,9 +130,9 @@ def test_teaching_generator(layer):
     assert 0.99 < flops.step_flops(recipe, BATCH).teacher / want < 1
 
 
-@pytest.mark.parametrize("config", [vit.DinoConfig(1024, 1, 2, pos_grid=CONFIG.grid), DINO.config])
+@pytest.mark.parametrize("config", [vit.VitConfig(1024, 1, 2, pos_grid=CONFIG.grid), DINO.config])
 def test_dinov2(config):
-    teacher = DinoTeacher(CONFIG.grid, config)
+    teacher = VitTeacher(CONFIG.grid, config)
     shapes = encoder_params(teacher), array(1, 8, 8, 1, dtype=np.uint8)
     want = xla(lambda params, image: teacher.apply({"params": params}, image), *shapes)
     assert 0.98 < teacher_flops(teacher) / want < 1  # an exact GELU is a long polynomial
@@ -139,8 +140,8 @@ def test_dinov2(config):
 
 def test_dinov2_runs_no_block_above_the_layer():
     def count(layers, layer=0):
-        config = dataclasses.replace(vit.SIZES["vits14"], num_layers=layers)
-        return teacher_flops(DinoTeacher((16, 16), config, layer=layer))
+        config = dataclasses.replace(PUBLISHED["dinov2_vits14"], num_layers=layers)
+        return teacher_flops(VitTeacher((16, 16), config, layer=layer))
 
     assert count(12, 7) == count(7) == count(7, 7)
     assert count(12) - count(7) == 5 * (count(2) - count(1)) > 0

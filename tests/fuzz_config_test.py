@@ -19,7 +19,8 @@ from ml_collections.config_flags import config_path
 from mirai_jax import step
 from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import compare, fields, flags, schema
-from mirai_jax.models import teacher, vit
+from mirai_jax.models import teacher
+from mirai_jax.models.vit_sizes import PUBLISHED
 from mirai_jax.training import restore, workdir
 from mirai_jax.utils.errors import ConfigError
 
@@ -114,8 +115,8 @@ def check_step(made):
         size, stage = made.teacher.image_size, made.teacher.stage
         module = teacher.EfficientNetTeacher(made.generator.grid, size, stage, made.teacher.dtype)
     elif made.needs_images:
-        shape = vit.named(made.teacher.name)
-        module = teacher.DinoTeacher(made.generator.grid, shape, made.teacher.image_size)
+        shape = PUBLISHED[made.teacher.name]
+        module = teacher.VitTeacher(made.generator.grid, shape, made.teacher.image_size)
     recipe = step.Recipe(
         generator=made.generator,
         terms=tuple(dataclasses.replace(t, teacher_layer=t.teacher_layer or 1) for t in terms),

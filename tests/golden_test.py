@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from mirai_jax import foresight, step
-from mirai_jax.models import vit, vq
+from mirai_jax.models import preprocessing, teacher, vit, vit_sizes, vq
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.sampling import sampler
@@ -36,7 +36,8 @@ def test_folder_has_cases():
     assert any(cases("trajectory_static")), f"no trajectory_static_*.npz in {FOLDER}"
     assert any(cases("llamagen_repa")), f"no llamagen_repa_*.npz in {FOLDER}"
     assert any(cases("vq")), f"no vq_*.npz in {FOLDER}"
-    assert any(cases("dinov2")), f"no dinov2_*.npz in {FOLDER}"
+    for kind in ("dinov2", "dinov3", "mae"):
+        assert any(cases(kind)), f"no {kind}_*.npz in {FOLDER}"
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -307,21 +308,93 @@ def test_dinov2(path):
     data = load(path)
     state = part(data, "params/")
     heads, patch = int(data["num_heads"]), int(data["patch_size"])
-    config = vit.config_of(state, heads)
+    config = vit_sizes.config_of(state, heads)
     assert (config.width, config.num_layers) == (int(data["embed_dim"]), int(data["depth"]))
     assert (config.registers, config.patch) == (int(data["registers"]), patch)
     params = torch_names.from_torch(config, state)
     shown = channels_last(data["preprocessed_bchw"])
     size = shown.shape[1:3]
-    images = vit.preprocess(channels_last(data["raw_image_bchw"]), size)
+    images = preprocessing.preprocess(channels_last(data["raw_image_bchw"]), size)
     close(images, shown, 1e-5, "preprocessed image")
     grid = (size[0] // patch, size[1] // patch)
-    positions = vit.resample_positions(params["pos_embed"], config.pos_grid, grid)
+    positions = preprocessing.resample_positions(params["pos_embed"], config.pos_grid, grid)
     close(positions, data["resampled_pos_embed"], 1e-5, "position embedding")
-    patches, cls = vit.DinoV2(config).apply({"params": params}, images)
+    patches, prefix = vit.VisionTransformer(config).apply({"params": params}, images)
     features = data["patch_features"]
     close(patches.reshape(features.shape), features, 1e-4, "patch features")
-    close(cls, data["cls_feature"], 1e-4, "class feature")
+    close(prefix[:, 0], data["cls_feature"], 1e-4, "class feature")
     back = torch_names.to_torch(config, params)
     assert back.keys() == state.keys()
     assert all(np.array_equal(back[name], state[name]) for name in state)
+
+
+def encoder(data: dict[str, np.ndarray]):
+    """Config and parameters, whose names make the round trip; and the preprocessed images."""
+    state = part(data, "params/")
+    config = vit_sizes.config_of(state, int(data["num_heads"]))
+    assert (config.width, config.num_layers) == (int(data["embed_dim"]), int(data["depth"]))
+    assert (config.registers, config.patch) == (int(data["registers"]), int(data["patch_size"]))
+    assert config.epsilon == float(data["norm_eps"])
+    params = torch_names.from_torch(config, state)
+    back = torch_names.to_torch(config, params)
+    assert back.keys() == state.keys()
+    assert all(np.array_equal(back[name], state[name]) for name in state)
+    raw, shown = channels_last(data["raw_image_bchw"]), channels_last(data["preprocessed_bchw"])
+    assert raw.shape == shown.shape
+    images = preprocessing.preprocess(raw, shown.shape[1:3])
+    close(images, shown, 1e-5, "preprocessed image")
+    return config, params, images
+
+
+def flat(features_BxhxwxD) -> np.ndarray:
+    batch, *_, width = features_BxhxwxD.shape
+    return features_BxhxwxD.reshape(batch, -1, width)
+
+
+@pytest.mark.parametrize("path", cases("dinov3"))
+def test_dinov3(path):
+    data = load(path)
+    config, params, images = encoder(data)
+    assert config.family == "dinov3"
+    assert vit_sizes.config_of(part(data, "params/")) == config  # the periods show the heads
+    run = lambda x, *layer, **how: vit.VisionTransformer(config).apply(
+        {"params": params}, x, *layer, **how
+    )
+    patches, prefix = run(images)
+    close(flat(patches), data["patch_features"], 1e-4, "patch features")
+    close(prefix[:, 0], data["cls_feature"], 1e-4, "class feature")
+    close(prefix[:, 1:], data["storage_features"], 1e-4, "storage features")
+    normalised = flat(teacher.spatial_zscore(patches, 0.6))
+    close(normalised, data["spatial_zscore_features"], 1e-4, "normalised features")
+
+    layer = int(data["layer"]) + 1
+    patches, prefix = run(images, layer)
+    close(flat(patches), data["layer_features"], 1e-4, "features of a block")
+    close(prefix[:, 0], data["layer_cls_feature"], 1e-4, "class feature of a block")
+    patches, _ = run(images, layer, norm=False)
+    close(flat(patches), data["layer_features_prenorm"], 1e-4, "features without the norm")
+    patches, _ = run(channels_last(data["odd_image_bchw"]))
+    close(flat(patches), data["odd_patch_features"], 1e-4, "features of an odd size")
+
+    grid = tuple(side // config.patch for side in images.shape[1:3])
+    rotations = vit.Rotations(config.width // config.num_heads)
+    fresh, variables = rotations.init_with_output(jax.random.key(0), grid)
+    close(variables["params"]["periods"], params["rope_embed"]["periods"], 1e-6, "periods")
+    for tables in (fresh, rotations.apply({"params": params["rope_embed"]}, grid)):
+        close(tables[0], data["rope_sin"], 1e-5, "sines")
+        close(tables[1], data["rope_cos"], 1e-5, "cosines")
+
+
+@pytest.mark.parametrize("path", cases("mae"))
+def test_mae(path):
+    data = load(path)
+    config, params, images = encoder(data)
+    assert config.family == "mae"
+    grid = tuple(side // config.patch for side in images.shape[1:3])
+    positions = preprocessing.resample_positions(params["pos_embed"], config.pos_grid, grid)
+    close(positions, data["resampled_pos_embed"], 1e-5, "position embedding")
+    run = lambda **how: vit.VisionTransformer(config).apply({"params": params}, images, **how)
+    patches, prefix = run()
+    close(flat(patches), data["patch_features"], 1e-4, "patch features")
+    close(prefix[:, 0], data["cls_feature"], 1e-4, "class feature")
+    close(flat(run(norm=False)[0]), data["patch_features_prenorm"], 1e-4, "without the norm")

@@ -28,7 +28,7 @@ from mirai_jax.weights import torch_names, torch_writer
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
 VQ = vq.VQConfig(multipliers=vq.MULTIPLIERS["vq8"], width=32, z_channels=32, vocab_size=64)
-DINO = vit.DinoConfig(width=128, num_layers=2, num_heads=2, pos_grid=(5, 5))
+DINO = vit.VitConfig(width=128, num_layers=2, num_heads=2, pos_grid=(5, 5))
 PHOTOGRAPHS = {
     "animals": ("chelsea.png", "astronaut.png", "camera.png"),
     "things": ("coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png", "coins.png"),
@@ -49,7 +49,7 @@ def world(tmp_path_factory):
     params = init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     state = torch_names.to_torch(VQ, jax.device_get(params))
     torch_writer.write(folder / "vq.pt", {"model": state, "steps": 7})
-    init = jax.jit(vit.DinoV2(DINO).init)
+    init = jax.jit(vit.VisionTransformer(DINO).init)
     params = init(jax.random.key(1), np.zeros((1, 14, 14, 3), np.float32))["params"]
     state = torch_names.to_torch(DINO, jax.device_get(params))
     torch_writer.write(folder / "dino.pth", state)
@@ -177,7 +177,7 @@ def test_a_run_does_not_resume_with_other_frozen_networks(world, stored):
     moved.write_bytes((world / "dino.pth").read_bytes())
     more = {"num_steps": 4, "teacher__path": str(moved)}
     assert len(losses(settings(world, **more), world / "stored")) == 4
-    init = jax.jit(vit.DinoV2(DINO).init)
+    init = jax.jit(vit.VisionTransformer(DINO).init)
     params = init(jax.random.key(7), np.zeros((1, 14, 14, 3), np.float32))["params"]
     torch_writer.write(moved, torch_names.to_torch(DINO, jax.device_get(params)))
     more["num_steps"] = 5

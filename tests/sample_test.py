@@ -20,8 +20,8 @@ from configs import llamagen
 from mirai_jax import sample
 from mirai_jax.models import generator, vq
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.models.preprocessing import resize_bicubic
 from mirai_jax.models.tokenizer import PatchCodebook
-from mirai_jax.models.vit import resize_bicubic
 from mirai_jax.sampling import job as job_lib
 from mirai_jax.sampling import painter as painter_lib
 from mirai_jax.sampling.job import SamplingJob, make_labels

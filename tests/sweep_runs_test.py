@@ -4,6 +4,8 @@ One seed, and each run once: many sweeps share their reference. The teachers tha
 earlier runs have random weights here.
 """
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -14,9 +16,8 @@ from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import flags, schema
 from mirai_jax.models import generator, vit
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.models.teacher import TEACHERS
 from mirai_jax.training import metrics_writer, train
-from mirai_jax.weights import torch_names, torch_writer
+from mirai_jax.weights import pretrained, state_dict, torch_names, torch_writer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 STEPS = 20
@@ -35,26 +36,31 @@ def at_the_root(monkeypatch):
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """{field: path} of teachers that sweeps take from elsewhere: a generator's run and an encoder."""
+    """What stands in for teachers of earlier runs, see `runs`: a generator's workdir, an encoder."""
     folder = tmp_path_factory.mktemp("teachers")
     fields = {**SMALL, "num_steps": 1}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = flags.parse_config(["--config=configs/llamagen.py:demo", *overrides])
     train.train(config, folder / "llamagen", devices=jax.devices()[:1], log=lambda line: None)
-    shape = vit.DinoConfig(width=64, num_layers=2, num_heads=1, pos_grid=(4, 4))
+    shape = vit.VitConfig(width=64, num_layers=2, num_heads=1, pos_grid=(4, 4))
     image = np.zeros((1, 56, 56, 3), np.float32)
-    params = jax.device_get(jax.jit(vit.DinoV2(shape).init)(jax.random.key(0), image)["params"])
-    torch_writer.write(folder / "encoder.pth", torch_names.to_torch(shape, params))
-    return {
-        "foresight[0].checkpoint": str(folder / "llamagen"),
-        "teacher.path": str(folder / "encoder.pth"),
-    }
+    params = jax.device_get(
+        jax.jit(vit.VisionTransformer(shape).init)(jax.random.key(0), image)["params"]
+    )
+
+    def encoder(path):
+        made = folder / f"{pathlib.Path(path).name}.pth"
+        torch_writer.write(made, torch_names.to_torch(shape, params))
+        return str(made)
+
+    llamagen = str(folder / "llamagen")
+    return {"foresight[0].checkpoint": lambda _: llamagen, "teacher.path": encoder}
 
 
 def runs(sweep, scale, out, given, common):
-    """The runs of a sweep's first seed, `given` in place of the files that it names."""
+    """The runs of a sweep's first seed. `given` is {field: function of its value in the sweep file}."""
     entries = [entry for entry in plan.read_sweep(str(sweep), scale) if not entry.get("seed")]
-    entries = [{k: given.get(k, v) for k, v in entry.items()} for entry in entries]
+    entries = [{k: given[k](v) if k in given else v for k, v in e.items()} for e in entries]
     own = {name for entry in entries for name in entry}
     common = {name: str(value) for name, value in common.items() if name not in own}
     return plan.make_runs(entries, scale, common, out)
@@ -66,7 +72,8 @@ def config_of(run):
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
 def test_every_run_of_a_sweep_trains(sweep, teachers, tmp_path):
-    given = {**teachers, "num_steps": STEPS, "checkpoint_every": STEPS, "keep_every": 0}
+    steps = dict.fromkeys(("num_steps", "checkpoint_every"), lambda _: STEPS)
+    given = {**teachers, **steps, "keep_every": lambda _: 0}
     common = {**SMALL, "num_steps": STEPS, "checkpoint_every": STEPS}
     for run in runs(sweep, "demo", tmp_path, given, common):
         config = config_of(run)
@@ -99,12 +106,11 @@ def program_of(settings):
 def test_every_run_of_a_sweep_compiles_for_imagenet(sweep, tmp_path):
     if sweep.stem == "teachers":
         return  # of the small sets
-    if sweep.stem == "encoders" and "dinov3_vitb16" not in TEACHERS:
-        pytest.skip("not all of its encoders are here")
     shape = GeneratorConfig(num_layers=1, num_heads=2, width=64)
     params = jax.jit(lambda key: generator.init_params(shape, key))(jax.random.key(0))
-    torch_writer.write(tmp_path / "b.pt", torch_names.to_torch(shape, jax.device_get(params)))
-    given = {"foresight[0].checkpoint": str(tmp_path / "b.pt")}
+    weights = state_dict.Weights("generator", shape, jax.device_get(params))
+    pretrained.save(tmp_path / "teacher", weights)
+    given = {"foresight[0].checkpoint": lambda _: str(tmp_path / "teacher")}
     common = {**paths_for(sweep), "model.unroll": 1}  # a loop compiles sooner
     for run in runs(sweep, "imagenet_b", tmp_path, given, common):
         config = config_of(run)

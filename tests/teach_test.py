@@ -161,7 +161,7 @@ def test_masks_hide_equally_many_patches_everywhere():
 
 
 def recipe(objective="both"):
-    network = vit.DinoConfig(width=64, num_layers=2, num_heads=1, pos_grid=(3, 3), patch=4)
+    network = vit.VitConfig(width=64, num_layers=2, num_heads=1, pos_grid=(3, 3), patch=4)
     codes = PatchCodebook(vocab_size=5, image_size=(12, 12), patch=4)
     return step_lib.Recipe(network, objective, 10, codes, OptimizerConfig(), masked_share=0.4)
 
@@ -186,7 +186,7 @@ def test_hidden_pixels_do_not_reach_the_predictions():
 
 
 def test_hiding_nothing_is_the_network_as_it_is():
-    network = vit.DinoV2(recipe().network)
+    network = vit.VisionTransformer(recipe().network)
     images = jax.random.normal(jax.random.key(1), (2, 12, 12, 3))
     params = jax.jit(network.init)(jax.random.key(0), images)
     shown = network.apply(params, images, masked_Bxhxw=jnp.zeros((2, 3, 3), bool))
@@ -351,7 +351,7 @@ def test_mirai_i_learns_from_the_encoder_as_it_was_trained(tmp_path, finished):
     jax.tree.map(np.testing.assert_array_equal, loaded["network"], params["network"])
     images = small_sets.load_images("mnist").images[:3]
     got = module.apply({"params": loaded}, images)
-    network = vit.DinoV2(settings_lib.read(tiny(), 1).network)
+    network = vit.VisionTransformer(settings_lib.read(tiny(), 1).network)
     want, _ = network.apply({"params": params["network"]}, prepare_images(images, (32, 32)))
     np.testing.assert_allclose(got, want.reshape(3, 16, 64), atol=1e-5)
 

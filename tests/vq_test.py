@@ -17,10 +17,11 @@ import pytest
 from flax import traverse_util
 
 from mirai_jax import foresight
-from mirai_jax.models import batched, tokenizer, vit, vq
+from mirai_jax.models import batched, tokenizer, vit, vit_sizes, vq
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.weights import torch_names
+from mirai_jax.models.vit_sizes import PUBLISHED
+from mirai_jax.weights import pretrained, state_dict, torch_names, torch_writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 DATA = pathlib.Path(__file__).parent / "data"
@@ -129,12 +130,34 @@ def test_vq8_is_a_level_shallower():
     assert state["decoder.conv_blocks.3.res.0.conv1.weight"].shape == (128, 256, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["dinov2_vitb14", "dinov2_vitb14_reg4", "dinov2_vitg14"])
-def test_dinov2_has_the_published_names_and_shapes(name):
-    config = vit.named(name)
-    params = abstract_params(vit.DinoV2(config), 1, 14, 14, 3)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dinov2_vitb14", "dinov2_vitb14_reg4", "dinov2_vitg14",
+        "dinov3_vits16", "dinov3_vitb16", "dinov3_vitl16", "mae_vitb16",
+    ],
+)  # fmt: skip
+def test_encoders_have_the_published_names_and_shapes(name):
+    config = PUBLISHED[name]
+    expected = every_layer(published(name), "blocks.", config.num_layers)
+    state = {name: free(shape) for name, shape in expected.items()}
+    assert vit_sizes.config_of(state) == config
+    params = abstract_params(vit.VisionTransformer(config), 1, config.patch, config.patch, 3)
     state = torch_names.to_torch(config, jax.tree.map(lambda x: free(x.shape), params))
-    assert shapes(state) == every_layer(published(name), "blocks.", config.num_layers)
+    assert shapes(state) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vitb16", "dinov3_vitl16", "mae_vitb16"])
+def test_encoders_of_full_size_load_from_a_file_and_go_back_bit_for_bit(name, tmp_path):
+    rng = np.random.default_rng(0)
+    state = {n: rng.random(shape, np.float32) for n, shape in published(name).items()}
+    torch_writer.write(tmp_path / "a.pth", {"model": state} if "mae" in name else state)
+    loaded = pretrained.load("teacher.path", str(tmp_path / "a.pth"), "teacher")
+    assert loaded.config == PUBLISHED[name]
+    back = state_dict.to_state(loaded)
+    assert back.keys() == state.keys()
+    assert all(back[n].tobytes() == state[n].tobytes() for n in state)
 
 
 def every_layer(one, prefix, layers):
@@ -185,17 +208,29 @@ def test_round_trip_through_torch_names_bit_for_bit(params):
         assert_equal(torch_names.from_torch(SMALL, own | buffer), params)
 
 
-def test_round_trip_of_dinov2_bit_for_bit():
-    config = vit.DinoConfig(width=16, num_layers=3, num_heads=2, registers=2, pos_grid=(2, 3))
-    abstract = abstract_params(vit.DinoV2(config), 1, 14, 14, 3)
+SMALL_VIT = {"width": 16, "num_layers": 3, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        vit.VitConfig(**SMALL_VIT, registers=2, pos_grid=(2, 3)),
+        vit.VitConfig(**SMALL_VIT, registers=2, pos_grid=None, masked_k_bias=True, patch=16,
+                      local_cls_norm=True),
+        vit.VitConfig(**SMALL_VIT, layer_scale=False, mask_token=False, patch=16),
+    ],
+    ids=lambda config: config.family,
+)  # fmt: skip
+def test_round_trip_of_encoders_bit_for_bit(config):
+    abstract = abstract_params(vit.VisionTransformer(config), 1, config.patch, config.patch, 3)
     rng = np.random.RandomState(0)
     tree = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
     state = torch_names.to_torch(config, tree)
     rows = tree["blocks"]["attn"]["qkv"]["kernel"]
     assert state["blocks.2.attn.qkv.weight"][5, 1] == rows[2, 1, 5]
     assert_equal(torch_names.from_torch(config, state), tree)
-    del state["blocks.1.ls2.gamma"]
-    with pytest.raises(torch_names.NamesError, match="blocks.1.ls2.gamma"):
+    del state["blocks.1.norm2.bias"]
+    with pytest.raises(torch_names.NamesError, match="blocks.1.norm2.bias"):
         torch_names.from_torch(config, state)
 
 

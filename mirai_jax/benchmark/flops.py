@@ -19,7 +19,7 @@ from mirai_jax import foresight, step
 from mirai_jax.models.efficientnet import EFFICIENTNET_LITE0_STAGES, STEM_CHANNELS
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.heads import BLOCKS
-from mirai_jax.models.teacher import DinoTeacher, EfficientNetTeacher
+from mirai_jax.models.teacher import EfficientNetTeacher, VitTeacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +124,14 @@ def _teachers(recipe: step.Recipe, cached_features: bool) -> int:
 
 def _encoder(teacher) -> int:
     """One image through the bidirectional teacher."""
-    if isinstance(teacher, DinoTeacher):
-        return _dino(teacher)
+    if isinstance(teacher, VitTeacher):
+        return _vit(teacher)
     if isinstance(teacher, EfficientNetTeacher):
         return _efficientnet(teacher)
     raise ValueError(f"no formula counts the operations of {type(teacher).__name__}")
 
 
-def _dino(teacher: DinoTeacher) -> int:
+def _vit(teacher: VitTeacher) -> int:
     config, (height, width) = teacher.config, teacher.patches
     patches = height * width
     tokens = 1 + config.registers + patches

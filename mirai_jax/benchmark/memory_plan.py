@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from mirai_jax import sharding, step
 from mirai_jax.config.schema import Settings
-from mirai_jax.models import vit, vq
+from mirai_jax.models import vq
+from mirai_jax.models.vit_sizes import PUBLISHED
 from mirai_jax.training import components
 from mirai_jax.weights import frozen
 
@@ -89,7 +90,7 @@ def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
             config[section] = {**dict(found.items()), field: _NOT_READ}
 
     fill("data", "images", ("images",))
-    fill("teacher", "path", vit.NAMES)  # other teachers' shapes are those of their weights
+    fill("teacher", "path", PUBLISHED)  # other teachers' shapes are those of their weights
     fill("tokenizer", "path", vq.MULTIPLIERS)
     return config
 

@@ -22,6 +22,8 @@ from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.trees import plain, shown
 
+DTYPES = ("float32", "bfloat16")  # of matrix products
+
 T = TypeVar("T")
 Check = Callable[[str, Any, str], None]  # `check` of a config
 

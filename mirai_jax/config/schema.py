@@ -15,20 +15,18 @@ from typing import Any
 
 from mirai_jax import foresight, sharding
 from mirai_jax.config import fields
-from mirai_jax.config.fields import Check, field, fill
+from mirai_jax.config.encoders import TeacherSettings, check_teacher
+from mirai_jax.config.fields import DTYPES, Check, field, fill
 from mirai_jax.config.terms import LAST_EPOCH, read_terms
 from mirai_jax.models import attention
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.models.teacher import TEACHERS
 from mirai_jax.models.vq import MULTIPLIERS, VQConfig
 from mirai_jax.optimizer import DECAYED, SCHEDULES, OptimizerConfig
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils.errors import ConfigError
 
 SMALL_SETS = ("mnist", "fashion_mnist")
-DTYPES = ("float32", "bfloat16")
-PATCH = 14  # pixels a side of a patch of every published DINOv2
 LARGEST = 2**14  # of a model's dimensions: beyond it an allocation fails
 
 
@@ -129,19 +127,6 @@ class TokenizerSettings:
     path: str = field("", resumable=True)
     image_size: int = field(256, at_least=1, at_most=4096)
     patch: int = field(4, at_least=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherSettings:
-    """`teacher.*`."""
-
-    name: str = field("dinov2_vitb14", choices=TEACHERS)
-    path: str = field("", resumable=True)
-    image_size: int = field(0, at_least=0, at_most=4096)
-    layer: int = field(0, at_least=0)
-    stage: int = field(5, at_least=1, at_most=7)
-    dtype: str = field("float32", choices=DTYPES)
-    cached: bool = field(False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,8 +260,8 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     check("sample.guidance", good, "1 where model.class_dropout is 0 (there is no null class)")
     classes = generator.num_classes
     check("sample.classes", given.sample.classes <= classes, f"at most model.num_classes={classes}")
+    check_teacher(settings.teacher, settings.needs_images, check)
     _check_data(settings, check)
-    _check_teacher(settings, check)
     return settings
 
 
@@ -305,7 +290,7 @@ def read_optimizer(given: OptimizerFields, num_steps: int, check: Check) -> Opti
 
 
 def _check_data(settings: Settings, check: Check) -> None:
-    """Checks what data, tokenizer and grid ask of each other."""
+    """Checks what data, tokenizer, grid and teacher ask of each other."""
     data, tokenizer = settings.data, settings.tokenizer
     patch, size = tokenizer.name == "patch", tokenizer.image_size
     side = tokenizer.patch if patch else VQConfig(MULTIPLIERS[tokenizer.name]).downsample
@@ -319,21 +304,9 @@ def _check_data(settings: Settings, check: Check) -> None:
     check("data.crops", good, f"stored with data.codes {data.codes!r}")
     good = tokenizer.path or data.in_memory or not data.online
     check("tokenizer.path", good, f"the weights of {tokenizer.name} with data.codes 'online'")
-
-
-def _check_teacher(settings: Settings, check: Check) -> None:
-    """Checks what the frozen encoder asks of its fields and of the data."""
-    teacher, data = settings.teacher, settings.data
-    if settings.needs_images and teacher.name == "efficientnet_lite0":
-        check("teacher.image_size", teacher.image_size >= 32, f"32 or more for {teacher.name}")
-    elif settings.needs_images:
-        good = teacher.name == "dinov2" or teacher.image_size % PATCH == 0
-        check("teacher.image_size", good, f"a multiple of {PATCH} (0: one patch a token)")
-        of = "the published .pth, a converted folder, or a workdir of mirai_jax.teach"
-        check("teacher.path", teacher.path, f"the weights of {teacher.name}: {of}")
     if not data.in_memory:
         allowed = f"False with data.name {data.name!r}: features of all crops do not fit in memory"
-        check("teacher.cached", not teacher.cached, allowed)
+        check("teacher.cached", not settings.teacher.cached, allowed)
         why = "data.codes 'online'" if data.online else "a term of source 'bidirectional'"
         allowed = f"a folder with a folder a class, or tfds:NAME[:SPLIT]: {why} needs images"
         check("data.images", data.images or not settings.step_sees_images, allowed)

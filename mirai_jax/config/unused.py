@@ -6,6 +6,12 @@ from typing import Any
 
 from mirai_jax.config import fields
 from mirai_jax.config.schema import RunConfig
+from mirai_jax.models.teacher import FAMILIES
+
+
+def _is_vit(name: str) -> bool:
+    return name.partition("_")[0] in FAMILIES
+
 
 # A field: what must hold of the config (`c`), or of the term (`t`), for it to take effect.
 RUN = {
@@ -23,9 +29,18 @@ RUN = {
         "a foresight term of source 'bidirectional'",
         lambda c: any((t.source, t.level) == ("bidirectional", "internal") for t in c.foresight),
     ),
-    "teacher.layer": ("a DINOv2 as teacher.name", lambda c: "dinov2" in c.teacher.name),
-    "teacher.path": ("a DINOv2 as teacher.name", lambda c: "dinov2" in c.teacher.name),
-    "teacher.stage": ("teacher.name 'efficientnet_lite0'", lambda c: "dino" not in c.teacher.name),
+    **dict.fromkeys(
+        ("teacher.layer", "teacher.norm", "teacher.last"),
+        ("a vision transformer as teacher.name", lambda c: _is_vit(c.teacher.name)),
+    ),
+    "teacher.path": (
+        "another teacher.name than 'efficientnet_lite0'",
+        lambda c: c.teacher.name != "efficientnet_lite0",
+    ),
+    "teacher.stage": (
+        "teacher.name 'efficientnet_lite0'",
+        lambda c: c.teacher.name == "efficientnet_lite0",
+    ),
     "tokenizer.patch": ("tokenizer.name 'patch'", lambda c: c.tokenizer.name == "patch"),
     "tokenizer.path": ("tokenizer.name vq16 or vq8", lambda c: c.tokenizer.name != "patch"),
 }
@@ -51,6 +66,7 @@ ENCODER = {  # of mirai_jax.teach
     "data.path": ("data.name 'fashion_mnist'", lambda c: c.data.name == "fashion_mnist"),
     "label_smoothing": ("objective 'labels' or 'both'", lambda c: c.objective != "masked"),
     "masked_share": _HIDES,
+    "optimizer.decayed": RUN["optimizer.decayed"],
     "tokenizer.vocab_size": _HIDES,
 }
 

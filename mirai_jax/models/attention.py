@@ -3,9 +3,9 @@
 Fused kernels never write the (T, T) scores to memory, forward or backward. The platform that a
 program is lowered for chooses the kernel: cuDNN's on NVIDIA GPUs (from compute capability 8.0),
 JAX's splash attention on TPUs (from v4), for bfloat16 and at least 128 positions. XLA computes the
-rest: float32, which should agree with the official code, short sequences, CPUs, lengths that a TPU
-would pad by more than a quarter (the 257 of DINOv2), and several devices without a training mesh that
-divides the batch and the heads.
+rest: float32, which should agree with the official code, masks other than a causal one, short
+sequences, CPUs, lengths that a TPU would pad by more than a quarter (the 257 of DINOv2), and several
+devices without a training mesh that divides the batch and the heads.
 
 Shape letters: B batch, T positions, H heads, d channels of a head.
 """
@@ -33,6 +33,7 @@ def attend(
     v_BxTxHxd: jax.Array,
     *,
     causal: bool,
+    mask: np.ndarray | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
     """Attention of all positions at once, differentiable; scores are scaled by d ** -0.5.
@@ -40,6 +41,8 @@ def attend(
     Args:
         q_BxTxHxd, k_BxTxHxd, v_BxTxHxd: of one shape and floating dtype.
         causal: whether a position sees only itself and the positions before it.
+        mask: bool (T, T) in place of that: whether position t sees position s. Each sees one or more.
+            No fused kernel takes it.
         kernel: "auto", or "xla" for no fused kernel.
 
     Returns:
@@ -50,8 +53,8 @@ def attend(
     """
     if kernel not in KERNELS:
         raise ValueError(f"attention kernel is {kernel!r}, must be one of {', '.join(KERNELS)}")
-    xla = functools.partial(_xla, causal=causal)
-    fused = _fused(q_BxTxHxd, causal) if kernel == "auto" else {}
+    fused = _fused(q_BxTxHxd, causal) if kernel == "auto" and mask is None else {}
+    xla = functools.partial(_xla, mask=np.tri(q_BxTxHxd.shape[1], dtype=bool) if causal else mask)
     if not fused:
         return xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd)
     # All branches return what any of them stores for the backward pass: XLA's stores nothing.
@@ -81,23 +84,23 @@ def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
 # XLA ----------------------------------------------------------------------------------------------
 
 
-def _xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, causal):
+def _xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, mask):
     # Heads lead the matrix products: about twice as fast on CPU as with T leading.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
     length, scale = q.shape[2], q.shape[-1] ** -0.5
-    # Equal blocks of queries. Causal blocks read only the keys up to their end; without a mask blocks
-    # are three times as fast as the whole at 257 positions (DINOv2), which XLA on CPU fuses badly.
+    # Equal blocks of queries. Masked blocks read only the keys up to the last that they see; without a mask
+    # blocks are three times as fast as the whole at 257 positions (DINOv2), which XLA on CPU fuses badly.
     size = math.ceil(length / max(1, round(length / _QUERY_BLOCK)))
     blocks = []
     for start in range(0, length, size):
         end = min(start + size, length)
-        seen = end if causal else length
+        seen = length if mask is None else 1 + np.flatnonzero(mask[start:end].any(axis=0))[-1]
         scores = scale * jnp.einsum(
             "bhtd,bhsd->bhts", q[:, :, start:end], k[:, :, :seen],
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        if causal:
-            scores = jnp.where(np.tri(end - start, end, start, dtype=bool), scores, -jnp.inf)
+        if mask is not None:
+            scores = jnp.where(mask[start:end, :seen], scores, -jnp.inf)
         # The division by the softmax's sum follows the product with the values, as in flash
         # attention: there are fewer elements to divide.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))

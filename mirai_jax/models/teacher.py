@@ -15,9 +15,12 @@ import jax.numpy as jnp
 
 from mirai_jax.models import vit
 from mirai_jax.models.efficientnet import STAGE_CHANNELS, EfficientNetLite0
+from mirai_jax.models.preprocessing import preprocess
+from mirai_jax.models.vit_sizes import PUBLISHED
 
-# "dinov2" may have any size, which its weights determine; the others are the published encoders.
-TEACHERS = ("efficientnet_lite0", "dinov2", *vit.NAMES)
+# Networks of any size, which their weights determine.
+FAMILIES = ("dinov2", "dinov3", "mae")
+TEACHERS = ("efficientnet_lite0", *FAMILIES, *PUBLISHED)
 
 
 def resample(features_BxhxwxZ: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -25,6 +28,19 @@ def resample(features_BxhxwxZ: jax.Array, grid: tuple[int, int]) -> jax.Array:
     batch, _, _, width = features_BxhxwxZ.shape
     out = jax.image.resize(features_BxhxwxZ, (batch, *grid, width), "linear", antialias=True)
     return out.reshape(batch, grid[0] * grid[1], width)
+
+
+def spatial_zscore(features_BxhxwxZ: jax.Array, alpha: float) -> jax.Array:
+    """Each channel of each image, normalised over the map (iREPA and GEAR); alpha 0: as it is.
+
+    (x - alpha mean) / (deviation + 1e-6), where the deviation has N - 1 in its denominator: alpha below 1
+    leaves a part of what all places share.
+    """
+    if not alpha:
+        return features_BxhxwxZ
+    mean = features_BxhxwxZ.mean(axis=(1, 2), keepdims=True)
+    deviation = features_BxhxwxZ.std(axis=(1, 2), keepdims=True, ddof=1)
+    return (features_BxhxwxZ - alpha * mean) / (deviation + 1e-6)
 
 
 class EfficientNetTeacher(nn.Module):
@@ -35,12 +51,14 @@ class EfficientNetTeacher(nn.Module):
         image_size: pixels a side of the input of the network; images are resized linearly.
         stage: 1 to 7, the stage that gives the features.
         dtype: of the convolutions.
+        zscore: see `spatial_zscore`.
     """
 
     grid: tuple[int, int]
     image_size: int = 64
     stage: int = 5
     dtype: str = "float32"
+    zscore: float = 0.0
 
     @property
     def feature_width(self) -> int:
@@ -54,18 +72,42 @@ class EfficientNetTeacher(nn.Module):
         if channels == 1:
             images = jnp.repeat(images, 3, axis=-1)
         network = EfficientNetLite0(dtype=self.dtype, name="network")
-        return resample(network(images, stage=self.stage).astype(jnp.float32), self.grid)
+        features = network(images, stage=self.stage).astype(jnp.float32)
+        return resample(spatial_zscore(features, self.zscore), self.grid)
 
 
 def prepare_images(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """uint8 images -> the input of DINOv2, (B, *size, 3) float32; grey images become RGB."""
+    """uint8 images -> the input of a vision transformer, (B, *size, 3) float32; grey images become RGB."""
     if images_BxHxWxC.shape[-1] == 1:
         images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
-    return vit.preprocess(images_BxHxWxC, size)
+    return preprocess(images_BxHxWxC, size)
 
 
-class DinoTeacher(nn.Module):
-    """Normalised patch features of DINOv2 (trained without labels), the teacher of Mirai-I.
+def blocks_of_patches(
+    tokens: tuple[int, int], patches: tuple[int, int], block: int
+) -> tuple[int, ...]:
+    """Of each patch, row by row, the number of the block of `block` tokens that its centre lies in.
+
+    A centre on the border of two tokens belongs to the later one. () where one block holds all tokens:
+    nothing is hidden.
+    """
+    (height, width), (rows, columns) = tokens, patches
+    if not 0 < block < height * width:
+        return ()
+    return tuple(
+        ((2 * row + 1) * height // (2 * rows) * width + (2 * column + 1) * width // (2 * columns))
+        // block
+        for row in range(rows)
+        for column in range(columns)
+    )
+
+
+class VitTeacher(nn.Module):
+    """Patch features of a vision transformer: DINOv2 is the teacher of Mirai-I.
+
+    With `block` it is the paper's block-causal encoder: the tokens of the raster come in blocks of so
+    many, and a patch attends to patches of its own and of earlier blocks only (`vit.attended`). Where
+    images are resized or features resampled, a token also has a share of its neighbours on the grid.
 
     Attributes:
         grid: (height, width) of the token grid.
@@ -73,14 +115,22 @@ class DinoTeacher(nn.Module):
         image_size: pixels of the longer side of the input of the network, a multiple of the patch;
             the other side follows the token grid. 0 gives every token one patch.
         layer: the block, from 1, that gives the features; 0 for the last.
+        norm: whether they go through the network's final norm.
+        last: so many blocks up to `layer` give the mean of their features.
+        block: tokens of a block; 0: every patch attends to every other.
+        zscore: see `spatial_zscore`.
         dtype: of the matrix products.
         attention: the kernel, of attention.KERNELS.
     """
 
     grid: tuple[int, int]
-    config: vit.DinoConfig
+    config: vit.VitConfig
     image_size: int = 0
     layer: int = 0
+    norm: bool = True
+    last: int = 1
+    block: int = 0
+    zscore: float = 0.0
     dtype: str = "float32"
     attention: str = "auto"
 
@@ -104,8 +154,9 @@ class DinoTeacher(nn.Module):
         """uint8 images -> (B, L, Z) float32; see `prepare_images`."""
         height, width = (side * self.config.patch for side in self.patches)
         images = prepare_images(images_BxHxWxC, (height, width))
-        network = vit.DinoV2(self.config, self.dtype, self.attention, name="network")
+        network = vit.VisionTransformer(self.config, self.dtype, self.attention, name="network")
+        blocks = blocks_of_patches(self.grid, self.patches, self.block)
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
-            features = network(images, self.layer)[0]
-        return resample(features, self.grid)
+            features, _ = network(images, self.layer, norm=self.norm, last=self.last, blocks=blocks)
+        return resample(spatial_zscore(features, self.zscore), self.grid)

@@ -1,16 +1,20 @@
-"""DINOv2: the frozen vision transformer that teaches in Mirai-I, and the preprocessing of its images.
+"""The vision transformer that teaches in Mirai-I: DINOv2, DINOv3 and MAE are its options.
 
-Pre-norm blocks with LayerScale over `[class, registers, patches]`, where every token attends to every
-other (official file: dinov2/models/vision_transformer.py). As in the generator, one `nn.scan` runs
-the blocks, whose parameters are stacked on a leading axis of length N.
+Pre-norm blocks over `[class, registers, patches]`, where every token attends to every other, unless
+the patches have an order of blocks (official files: dinov2/models/vision_transformer.py,
+dinov3/models/vision_transformer.py and layers/, mae/models_vit.py). As in the generator, one `nn.scan`
+runs the blocks, whose parameters are stacked on a leading axis of length N.
 
-Shape letters: B batch, H and W pixels, h and w patches, T tokens, D width, N layers.
+    DINOv2   a learned table of positions, LayerScale
+    DINOv3   no table: queries and keys of patches are rotated; LayerScale; keys without a bias
+    MAE      a table of sines and cosines, no LayerScale
+
+Shape letters: B batch, H and W pixels, h and w patches, T tokens, R registers, D width, d channels of a
+head, N layers.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,20 +22,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from mirai_jax.models.attention import attend
+from mirai_jax.models.preprocessing import check_images, resample_positions
 
-_HEAD_DIM = 64  # in every published size
 DEVIATION = 0.02  # of fresh parameters
 # The official trunc_normal_ of that deviation cuts at -2 and 2: in effect a normal distribution.
 _INIT = nn.initializers.normal(DEVIATION)
-_MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's
+_ROPE_BASE = 100  # DINOv3's longest period, in half sides of the image
 
 
 @dataclasses.dataclass(frozen=True)
-class DinoConfig:
-    """The shapes of the network.
+class VitConfig:
+    """The shapes and parts of the network; the defaults are DINOv2's.
 
-    `swiglu` selects the feed-forward network of the giant. `pos_grid` is the (height, width) in
-    patches of the stored position embedding, `patch` the side of a patch in pixels.
+    Attributes:
+        width, num_layers, num_heads: D, N, and heads of attention.
+        registers: tokens beside the class token, without positions (DINOv3's storage tokens).
+        swiglu: the feed-forward network of DINOv2's giant.
+        pos_grid: (height, width) in patches of the stored table of positions; None: there is none,
+            and rotations of queries and keys say where a patch is (RoPE).
+        patch: the side of a patch in pixels.
+        epsilon: of LayerNorm.
+        layer_scale: whether a learned factor scales what a block adds.
+        masked_k_bias: whether a stored mask, `bias_mask`, multiplies the bias of queries, keys and
+            values: DINOv3 stores a bias of keys that takes no effect.
+        mask_token: whether there is a token for hidden patches, which only pretraining uses.
+        local_cls_norm: whether there is a second norm, which only pretraining uses (DINOv3's SAT-493M).
     """
 
     width: int
@@ -39,78 +54,25 @@ class DinoConfig:
     num_heads: int
     registers: int = 0
     swiglu: bool = False
-    pos_grid: tuple[int, int] = (37, 37)
+    pos_grid: tuple[int, int] | None = (37, 37)
     patch: int = 14
+    epsilon: float = 1e-6
+    layer_scale: bool = True
+    masked_k_bias: bool = False
+    mask_token: bool = True
+    local_cls_norm: bool = False
+
+    @property
+    def family(self) -> str:
+        """'dinov2', 'dinov3' or 'mae': whose network this is."""
+        if self.pos_grid is None:
+            return "dinov3"
+        return "dinov2" if self.layer_scale else "mae"
 
     @property
     def ffn_width(self) -> int:
         """4D; with SwiGLU two thirds of that, rounded up to a multiple of 8."""
         return (int(8 * self.width / 3) + 7) // 8 * 8 if self.swiglu else 4 * self.width
-
-
-SIZES: Mapping[str, DinoConfig] = {
-    "vits14": DinoConfig(width=384, num_layers=12, num_heads=6),
-    "vitb14": DinoConfig(width=768, num_layers=12, num_heads=12),
-    "vitl14": DinoConfig(width=1024, num_layers=24, num_heads=16),
-    "vitg14": DinoConfig(width=1536, num_layers=40, num_heads=24, swiglu=True),
-}
-# The names of the published checkpoints.
-NAMES = tuple(f"dinov2_{size}{suffix}" for suffix in ("", "_reg4") for size in SIZES)
-
-
-def named(name: str) -> DinoConfig:
-    """The published network of that name; raises ValueError if there is none."""
-    if name not in NAMES:
-        raise ValueError(f"{name!r} is not a published DINOv2; those are {', '.join(NAMES)}")
-    size, registers = name.removeprefix("dinov2_"), 4 * name.endswith("_reg4")
-    return dataclasses.replace(SIZES[size.removesuffix("_reg4")], registers=registers)
-
-
-def config_of(state: Mapping[str, Any], num_heads: int | None = None) -> DinoConfig:
-    """The config that a PyTorch state dict was made for.
-
-    Args:
-        state: arrays (anything with a `shape`) under their official names. Only what the config
-            needs is read: the mapping of names checks the rest.
-        num_heads: of attention, which no shape determines; None for the published width of 64.
-
-    Raises:
-        ValueError: not a DINOv2 state dict.
-    """
-
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in state:
-            raise ValueError(f"not a DINOv2 state dict: it has no {name}")
-        found = tuple(state[name].shape)
-        if len(found) != rank or 0 in found:
-            raise ValueError(f"not a DINOv2 state dict: {name} is {found}, not of {rank} axes")
-        return found
-
-    width = shape("cls_token", 3)[-1]
-    patches = shape("pos_embed", 3)[1] - 1
-    side = math.isqrt(patches)
-    if side == 0 or side**2 != patches:
-        raise ValueError(f"not a DINOv2 state dict: pos_embed has {patches} patches, not a square")
-    layers = sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in state)
-    if layers == 0:
-        raise ValueError("not a DINOv2 state dict: it has no blocks.0.norm1.weight")
-    if num_heads is None:
-        if width % _HEAD_DIM:
-            raise ValueError(
-                f"cls_token is {width} wide, no multiple of {_HEAD_DIM}: give num_heads"
-            )
-        num_heads = width // _HEAD_DIM
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads is {num_heads}, must divide the width of {width}")
-    return DinoConfig(
-        width=width,
-        num_layers=layers,
-        num_heads=num_heads,
-        registers=shape("register_tokens", 3)[1] if "register_tokens" in state else 0,
-        swiglu="blocks.0.mlp.w12.weight" in state,
-        pos_grid=(side, side),
-        patch=shape("patch_embed.proj.weight", 4)[-1],
-    )
 
 
 # The network --------------------------------------------------------------------------------------
@@ -120,15 +82,15 @@ def _dense(width: int, dtype: str, name: str) -> nn.Dense:
     return nn.Dense(width, kernel_init=_INIT, dtype=dtype, name=name)
 
 
-def _norm(name: str) -> nn.LayerNorm:
+def _norm(config: VitConfig, name: str) -> nn.LayerNorm:
     """In float32, with the variance in two passes: very large channels cause no cancellation."""
-    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, name=name)
+    return nn.LayerNorm(config.epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 class PatchEmbed(nn.Module):
     """Projects each patch of pixels: (B, H, W, 3) -> (B, h, w, D) float32."""
 
-    config: DinoConfig
+    config: VitConfig
     dtype: str = "float32"
 
     @nn.compact
@@ -140,29 +102,93 @@ class PatchEmbed(nn.Module):
         return project(images_BxHxWx3).astype(jnp.float32)
 
 
-class Attention(nn.Module):
-    """Self-attention of every token to every token, softmax in float32."""
+class Rotations(nn.Module):
+    """DINOv3's rotary positions: sines and cosines for each patch of a grid.
 
-    config: DinoConfig
-    dtype: str = "float32"
-    attention: str = "auto"
+    Patch centres lie in [-1, 1] on either axis, whatever the grid. Pair i of a head's channels turns by
+    2 pi times the coordinate over period i; the first half of the pairs is for rows, the second for
+    columns, and the two channels of a pair are half a head apart.
+    """
+
+    head_dim: int
 
     @nn.compact
-    def __call__(self, x_BxTxD):
-        heads = self.config.num_heads
+    def __call__(self, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        """(h * w, d) float32 each, row by row."""
+        count = self.head_dim // 4
+        base = lambda _, shape: _ROPE_BASE ** jnp.linspace(0, 1, *shape, endpoint=False)
+        periods = self.param("periods", base, (count,))
+        axes = [2 * (np.arange(side, dtype=np.float32) + 0.5) / side - 1 for side in grid]
+        places_Lx2x1 = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2, 1)
+        angles = (2 * math.pi * places_Lx2x1).astype(np.float32) / periods
+        angles_Lxd = jnp.tile(angles.reshape(len(places_Lx2x1), -1), 2)
+        return jnp.sin(angles_Lxd), jnp.cos(angles_Lxd)
+
+
+def _rotate(x_BxTxHxd: jax.Array, rotations: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """In float32; the tokens that lead, which have no place, stay as they are."""
+    sin, cos = rotations
+    lead = ((x_BxTxHxd.shape[1] - len(sin), 0), (0, 0))
+    sin, cos = jnp.pad(sin, lead)[:, None], jnp.pad(cos, lead, constant_values=1)[:, None]
+    x = x_BxTxHxd.astype(jnp.float32)
+    left, right = jnp.split(x, 2, axis=-1)
+    return (x * cos + jnp.concatenate([-right, left], axis=-1) * sin).astype(x_BxTxHxd.dtype)
+
+
+def attended(blocks_L: tuple[int, ...], lead: int) -> np.ndarray:
+    """bool (T, T): whether token t attends to token s, where patches come in blocks.
+
+    A patch attends to those of its own and of earlier blocks, and to the `lead` tokens before all
+    patches. These attend to themselves alone: what they knew of the image, every patch would know.
+    """
+    order = np.concatenate([np.full(lead, -1), blocks_L])
+    return order[None, :] <= order[:, None]
+
+
+class MaskedDense(nn.Module):
+    """`nn.Dense` whose bias is multiplied by a stored mask, `bias_mask`: fresh, 0 for the keys."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        keys = lambda _, shape: jnp.repeat(jnp.float32([1, 0, 1]), shape[0] // 3)
+        kernel = self.param("kernel", _INIT, (x.shape[-1], self.width))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        bias = bias * self.param("bias_mask", keys, (self.width,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x @ kernel + bias
+
+
+class Attention(nn.Module):
+    """Self-attention, softmax in float32: of every token to every token, or as `attended` says."""
+
+    config: VitConfig
+    dtype: str = "float32"
+    attention: str = "auto"
+    blocks: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x_BxTxD, rotations=None):
+        config, heads = self.config, self.config.num_heads
         batch, length, width = x_BxTxD.shape
         # As in the generator, products take one flat axis of tokens, for speed on CPU.
-        qkv = _dense(3 * width, self.dtype, "qkv")(x_BxTxD.reshape(-1, width))
+        dense = MaskedDense if config.masked_k_bias else _dense
+        qkv = dense(3 * width, self.dtype, name="qkv")(x_BxTxD.reshape(-1, width))
         shape = (batch, length, heads, width // heads)
         q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
-        out = attend(q, k, v, causal=False, kernel=self.attention)
+        if rotations is not None:
+            q, k = _rotate(q, rotations), _rotate(k, rotations)
+        mask = attended(self.blocks, length - len(self.blocks)) if self.blocks else None
+        out = attend(q, k, v, causal=False, mask=mask, kernel=self.attention)
         return _dense(width, self.dtype, "proj")(out.reshape(-1, width)).reshape(x_BxTxD.shape)
 
 
 class FeedForward(nn.Module):
     """fc2(gelu(fc1 x)), or with SwiGLU w3(silu(a) * b) where [a, b] = w12 x."""
 
-    config: DinoConfig
+    config: VitConfig
     dtype: str = "float32"
 
     @nn.compact
@@ -187,32 +213,42 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block, with the signature that `nn.scan` requires. The residual stream is float32."""
+    """One pre-norm block, with the signature that `nn.scan` requires. The residual stream is float32.
 
-    config: DinoConfig
+    With `collect` the scan also returns the stream after each block.
+    """
+
+    config: VitConfig
     dtype: str = "float32"
     attention: str = "auto"
+    blocks: tuple[int, ...] = ()
+    collect: bool = False
 
     @nn.compact
-    def __call__(self, x, _):
-        attention = Attention(self.config, self.dtype, self.attention, name="attn")
-        x = x + LayerScale(name="ls1")(attention(_norm("norm1")(x)))
-        feed_forward = FeedForward(self.config, self.dtype, name="mlp")
-        x = x + LayerScale(name="ls2")(feed_forward(_norm("norm2")(x)))
-        return x, None
+    def __call__(self, x, rotations):
+        config = self.config
+
+        def scaled(name, added):
+            return LayerScale(name=name)(added) if config.layer_scale else added
+
+        attention = Attention(config, self.dtype, self.attention, self.blocks, name="attn")
+        x = x + scaled("ls1", attention(_norm(config, "norm1")(x), rotations))
+        feed_forward = FeedForward(config, self.dtype, name="mlp")
+        x = x + scaled("ls2", feed_forward(_norm(config, "norm2")(x)))
+        return x, x if self.collect else None
 
 
-class DinoV2(nn.Module):
+class VisionTransformer(nn.Module):
     """The vision transformer.
 
     Attributes:
-        config: its shapes.
+        config: its shapes and parts.
         dtype: of matrix products, "float32" or "bfloat16". Parameters, the residual stream,
-            LayerNorm and softmax are float32.
+            LayerNorm, rotations and softmax are float32.
         attention: the kernel, of attention.KERNELS.
     """
 
-    config: DinoConfig
+    config: VitConfig
     dtype: str = "float32"
     attention: str = "auto"
 
@@ -222,137 +258,85 @@ class DinoV2(nn.Module):
         images_BxHxWx3: jax.Array,
         layer: int = 0,
         masked_Bxhxw: jax.Array | None = None,
+        *,
+        norm: bool = True,
+        last: int = 1,
+        blocks: tuple[int, ...] = (),
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalised features of every patch and of the class token.
+        """Features of every patch, and of the class token and registers.
 
         Args:
-            images_BxHxWx3: floats from `preprocess`, sides multiples of the patch.
-            layer: the block, from 1, whose output is normalised; 0 for the last. Blocks above it do
-                not run.
+            images_BxHxWx3: floats from `preprocess`. What its sides exceed a multiple of the patch by
+                is cut off.
+            layer: the block, from 1, whose output is taken; 0 for the last. Blocks above it do not
+                run.
             masked_Bxhxw: bool; the mask token replaces true patches. None: no patch.
+            norm: whether the output goes through the final norm (official: get_intermediate_layers).
+            last: so many blocks up to `layer` give the mean of their outputs, each normalised. With
+                more than one, the outputs of all blocks are in memory together.
+            blocks: of each patch, row by row, the number of the block that it belongs to: see
+                `attended`. (): every token attends to every other.
 
         Returns:
-            (B, h, w, D) and (B, D), float32 (the official `get_intermediate_layers`).
+            (B, h, w, D) and (B, 1 + R, D), float32; the class token comes first.
 
         Raises:
-            ValueError: images of another shape or type, or an unknown block.
+            ValueError: images of another shape or type, an unknown block, or more than there are.
         """
         config = self.config
-        _check_images(images_BxHxWx3)
-        height, width = images_BxHxWx3.shape[1:3]
-        if height % config.patch or width % config.patch:
-            raise ValueError(f"images are {height}x{width}, no multiples of {config.patch}")
+        check_images(images_BxHxWx3)
         if layer not in range(config.num_layers + 1):
             raise ValueError(f"layer is {layer!r}; the blocks are 1 to {config.num_layers}")
+        if last not in range(1, (layer or config.num_layers) + 1):
+            raise ValueError(f"last is {last!r}, of {layer or config.num_layers} blocks")
 
         def table(name, *shape):
             return self.param(name, _INIT, (*shape, config.width))
 
         x = PatchEmbed(config, self.dtype, name="patch_embed")(images_BxHxWx3)
         batch, *grid, _ = x.shape
-        positions = table("pos_embed", 1, 1 + math.prod(config.pos_grid))
-        positions = resample_positions(positions, config.pos_grid, tuple(grid))
-        mask_token = table("mask_token", 1)  # every checkpoint has it, only pretraining uses it
+        rotations = positions = None
+        if config.pos_grid is None:
+            head_dim = config.width // config.num_heads
+            rotations = Rotations(head_dim, name="rope_embed")(tuple(grid))
+        else:
+            positions = table("pos_embed", 1, 1 + math.prod(config.pos_grid))
+            positions = resample_positions(positions, config.pos_grid, tuple(grid))
+        if config.mask_token:
+            mask_token = table("mask_token", 1)
         if masked_Bxhxw is not None:
             x = jnp.where(masked_Bxhxw[..., None], mask_token, x)
-        first = table("cls_token", 1, 1) + positions[:, :1]
+        first, x = table("cls_token", 1, 1), x.reshape(batch, -1, config.width)
+        if positions is not None:
+            first, x = first + positions[:, :1], x + positions[:, 1:]
         if config.registers:  # they have no position
-            registers = table("register_tokens", 1, config.registers)
-            first = jnp.concatenate([first, registers], axis=1)
+            name = "storage_tokens" if positions is None else "register_tokens"
+            first = jnp.concatenate([first, table(name, 1, config.registers)], axis=1)
         first = jnp.broadcast_to(first, (batch, *first.shape[1:]))
-        x = x.reshape(batch, -1, config.width) + positions[:, 1:]
-        x, _ = self._blocks(layer)(jnp.concatenate([first, x], axis=1), None)
-        x = _norm("norm")(x)
-        return x[:, 1 + config.registers :].reshape(batch, *grid, config.width), x[:, 0]
+        scanned = self._blocks(layer, blocks, collect=last > 1)
+        x, outputs = scanned(jnp.concatenate([first, x], axis=1), rotations)
+        x = outputs[-last:] if last > 1 else x
+        normalised = _norm(config, "norm")(x)
+        if config.local_cls_norm and self.is_initializing():
+            _norm(config, "local_cls_norm")(x)
+        x = normalised if norm else x
+        x = x.mean(axis=0) if last > 1 else x
+        lead = 1 + config.registers
+        return x[:, lead:].reshape(batch, *grid, config.width), x[:, :lead]
 
-    def _blocks(self, layer: int) -> nn.Module:
+    def _blocks(self, layer: int, blocks: tuple[int, ...], collect: bool) -> nn.Module:
         """The blocks up to `layer`, with their part of the stacked parameters."""
         config = self.config
         depth = config.num_layers if self.is_initializing() or layer == 0 else layer
-        blocks = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth
+        scanned = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=depth,
         )
         if depth < config.num_layers:
-            blocks = nn.map_variables(
-                blocks, "params", lambda params: jax.tree.map(lambda x: x[:depth], params)
+            scanned = nn.map_variables(
+                scanned, "params", lambda params: jax.tree.map(lambda x: x[:depth], params)
             )
-        return blocks(config, self.dtype, self.attention, name="blocks")
-
-
-# Preprocessing ------------------------------------------------------------------------------------
-
-
-def _check_images(images_BxHxWx3: jax.Array) -> None:
-    if images_BxHxWx3.ndim != 4 or images_BxHxWx3.shape[-1] != 3:
-        raise ValueError(f"images must be (B, H, W, 3), not {images_BxHxWx3.shape}")
-    if not jnp.issubdtype(images_BxHxWx3.dtype, jnp.floating):
-        raise ValueError(f"images must be floats, not {images_BxHxWx3.dtype}")
-
-
-def resample_positions(
-    positions_1xTxD: jax.Array, old: tuple[int, int], new: tuple[int, int]
-) -> jax.Array:
-    """A position embedding (1, 1 + h * w, D), resampled to another grid of patches.
-
-    Bicubic with antialiasing (a = -0.5), as timm's `resample_abs_pos_embed`, which the official
-    Mirai-I calls, and unlike the official DINOv2. The entry of the class token stays.
-    """
-    if old == new:
-        return positions_1xTxD
-    width = positions_1xTxD.shape[-1]
-    grid = positions_1xTxD[:, 1:].reshape(1, *old, width)
-    grid = jax.image.resize(grid, (1, *new, width), "cubic", antialias=True)
-    return jnp.concatenate([positions_1xTxD[:, :1], grid.reshape(1, -1, width)], axis=1)
-
-
-def _bicubic_weights(old: int, new: int) -> np.ndarray:
-    """The matrix (new, old) of one axis of `resize_bicubic`, float32."""
-    a = -0.75
-    # Positions are rounded to float32, as in torch: at 256 pixels that moves values by 1e-4.
-    where = np.float64(np.float32(old / new)) * (np.arange(new) + 0.5) - 0.5
-    where = where.astype(np.float32).astype(np.float64)
-    weights = np.zeros((new, old))
-    for tap in range(-1, 3):
-        source = np.floor(where) + tap
-        x = np.abs(where - source)
-        near = ((a + 2) * x - (a + 3)) * x**2 + 1
-        far = a * (((x - 5) * x + 8) * x - 4)
-        weight = np.where(x <= 1, near, far)
-        np.add.at(weights, (np.arange(new), np.clip(source, 0, old - 1).astype(int)), weight)
-    return weights.astype(np.float32)
-
-
-def resize_bicubic(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Float images at another (height, width): torch's bicubic interpolation (a = -0.75).
-
-    Pixel centres lie at half a pixel, edges repeat, and there is no antialiasing
-    (`align_corners=False, antialias=False`); `jax.image.resize` has another kernel.
-    """
-    rows, columns = map(_bicubic_weights, images_BxHxWxC.shape[1:3], size)
-    highest = jax.lax.Precision.HIGHEST
-    # Columns and channels are one axis: with two, untuned Triton products of XLA on GPUs find no tiles
-    # of 224 by 256 pixels and fail to compile.
-    batch, height, width, channels = images_BxHxWxC.shape
-    images = images_BxHxWxC.reshape(batch, height, width * channels)
-    images = jnp.einsum("hH,bHx->bhx", rows, images, precision=highest)
-    images = images.reshape(batch, size[0], width, channels)
-    return jnp.einsum("wW,bhWc->bhwc", columns, images, precision=highest)
-
-
-def preprocess(images_BxHxWx3: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """The input of DINOv2 in Mirai-I: images normalised, then resized.
-
-    Args:
-        images_BxHxWx3: uint8, or floats in [0, 1]; RGB.
-        size: (height, width) of the result in pixels.
-
-    Returns:
-        (B, *size, 3) float32, of mean 0 and deviation 1 over ImageNet.
-
-    Raises:
-        ValueError: images of another shape or type.
-    """
-    if images_BxHxWx3.dtype == jnp.uint8:
-        images_BxHxWx3 = images_BxHxWx3.astype(jnp.float32) / 255
-    _check_images(images_BxHxWx3)
-    return resize_bicubic((images_BxHxWx3.astype(jnp.float32) - _MEAN) / _STD, size)
+        return scanned(config, self.dtype, self.attention, blocks, collect, name="blocks")

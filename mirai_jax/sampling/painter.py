@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mirai_jax.models import batched
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.models.vit import resize_bicubic
+from mirai_jax.models.preprocessing import resize_bicubic
 from mirai_jax.sampling import keys, sampler
 
 

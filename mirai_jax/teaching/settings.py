@@ -10,7 +10,7 @@ from mirai_jax.config.fields import field, fill
 from mirai_jax.config.schema import DTYPES, LARGEST, SMALL_SETS, OptimizerFields, probability
 from mirai_jax.data import small_sets
 from mirai_jax.data.small_sets import LabelledImages
-from mirai_jax.models.vit import DinoConfig
+from mirai_jax.models.vit import VitConfig
 from mirai_jax.optimizer import OptimizerConfig
 from mirai_jax.teaching.step import OBJECTIVES
 
@@ -19,7 +19,7 @@ _HEAD_WIDTH = 64  # as in every published DINOv2: a file of the encoder has no n
 
 @dataclasses.dataclass(frozen=True)
 class NetworkFields:
-    """`network.*`; see DinoConfig."""
+    """`network.*`; see VitConfig."""
 
     width: int = field(128, at_least=1, at_most=LARGEST)
     num_layers: int = field(4, at_least=1, at_most=1000)
@@ -90,7 +90,7 @@ class ImageSet(ImageFields):
 class TeacherRunSettings(_TopFields):
     """A config of mirai_jax.teach as the modules take it."""
 
-    network: DinoConfig
+    network: VitConfig
     dtype: str
     vocab_size: int
     optimizer: OptimizerConfig
@@ -117,7 +117,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> TeacherRunSettings:
     good = given.data.held_out > 0 or given.data.name != "mnist"
     check("data.held_out", good, "10 or more with data.name 'mnist', to evaluate the encoder on")
     network = fill(
-        DinoConfig,
+        VitConfig,
         given.network,
         num_heads=width // _HEAD_WIDTH,
         pos_grid=(size // patch,) * 2,

@@ -24,7 +24,7 @@ from jax.sharding import Sharding
 
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.teacher import prepare_images
-from mirai_jax.models.vit import DEVIATION, DinoConfig, DinoV2
+from mirai_jax.models.vit import DEVIATION, VisionTransformer, VitConfig
 from mirai_jax.optimizer import OptimizerConfig, make_optimizer
 
 OBJECTIVES = ("labels", "masked", "both")
@@ -46,7 +46,7 @@ class Recipe:
         label_smoothing, masked_share, shift, flip: see configs/teacher.py.
     """
 
-    network: DinoConfig
+    network: VitConfig
     objective: str
     num_classes: int
     tokenizer: tokenizer_lib.PatchCodebook | None
@@ -79,7 +79,7 @@ class Learner(nn.Module):
 
     def setup(self) -> None:
         recipe = self.recipe
-        self.network = DinoV2(recipe.network, recipe.dtype)
+        self.network = VisionTransformer(recipe.network, recipe.dtype)
         if recipe.learns_labels:
             self.classifier = nn.Dense(recipe.num_classes, kernel_init=_INIT)
         if recipe.learns_masked:
@@ -113,7 +113,7 @@ class TeachState(flax.struct.PyTreeNode):
 
 
 def _rescaled(network: Any) -> Any:
-    """Fresh parameters of a DinoV2 for a narrow network and a short run.
+    """Fresh parameters of a VisionTransformer for a narrow network and a short run.
 
     DINOv2's deviation, the same everywhere, makes small steps of both. Here each product keeps the
     size of what goes into it, and attention can distinguish places from the start.

@@ -1,5 +1,6 @@
 """The parts of a run that are never trained: its tokenizer and its bidirectional teacher."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -7,8 +8,10 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from mirai_jax.config.fields import fill
 from mirai_jax.config.schema import Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
+from mirai_jax.models.vit_sizes import PUBLISHED
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import efficientnet, patch_codebook, pretrained
 
@@ -98,19 +101,19 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             image_size=wanted.image_size,
             stage=wanted.stage,
             dtype=wanted.dtype,
+            zscore=wanted.zscore,
         )
         return module, {"network": efficientnet.load_efficientnet_lite0()}
     loaded = pretrained.load("teacher.path", wanted.path, "teacher")
     config = loaded.config
-    if wanted.name != "dinov2" and config != vit.named(wanted.name):
+    if wanted.name in PUBLISHED:
+        # DINOv3's SAT-493M has one more norm than LVD-1689M, which takes no part.
+        same = dataclasses.replace(config, local_cls_norm=False) == PUBLISHED[wanted.name]
+    else:
+        same = config.family == wanted.name
+    if not same:
         raise ConfigError(f"teacher.path is {wanted.path!r}, no {wanted.name} but a {config}")
-    if wanted.image_size % config.patch:
-        raise ConfigError(
-            f"teacher.image_size is {wanted.image_size}, no multiple of {config.patch}"
-        )
-    if wanted.layer > config.num_layers:
-        raise ConfigError(f"teacher.layer is {wanted.layer}; it must be 0 to {config.num_layers}")
-    module = _dino_teacher(settings, config)
+    module = _vit_teacher(settings, config)
     shown, learned = max(module.patches) * config.patch, loaded.source.get("image_size")
     if learned not in (None, str(shown)):  # of `mirai_jax.teach`, which has seen no other size
         raise ConfigError(
@@ -131,20 +134,32 @@ def teacher_shapes(settings: Settings) -> tuple[nn.Module, Any]:
     Raises:
         ConfigError: it does not, and the weights cannot be read.
     """
-    if settings.teacher.name not in vit.NAMES:
+    if settings.teacher.name not in PUBLISHED:
         return make_teacher(settings)
-    module = _dino_teacher(settings, vit.named(settings.teacher.name))
+    module = _vit_teacher(settings, PUBLISHED[settings.teacher.name])
     side = settings.tokenizer.image_size
     image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
     return module, jax.eval_shape(module.init, jax.random.key(0), image)["params"]
 
 
-def _dino_teacher(settings: Settings, config: vit.DinoConfig) -> teacher.DinoTeacher:
-    return teacher.DinoTeacher(
+def _vit_teacher(settings: Settings, config: vit.VitConfig) -> teacher.VitTeacher:
+    """Raises ConfigError if the network has not what the fields ask for."""
+    wanted, depth = settings.teacher, config.num_layers
+    if wanted.image_size % config.patch:
+        raise ConfigError(
+            f"teacher.image_size is {wanted.image_size}, no multiple of {config.patch}"
+        )
+    if wanted.layer > depth:
+        raise ConfigError(f"teacher.layer is {wanted.layer}; it must be 0 to {depth}")
+    if wanted.last > (wanted.layer or depth):
+        raise ConfigError(
+            f"teacher.last is {wanted.last}; it must be 1 to {wanted.layer or depth}, the blocks there are"
+        )
+    return fill(
+        teacher.VitTeacher,
+        wanted,
         grid=settings.generator.grid,
         config=config,
-        image_size=settings.teacher.image_size,
-        layer=settings.teacher.layer,
-        dtype=settings.teacher.dtype,
+        norm=wanted.norm == "final" or (wanted.norm == "auto" and config.family != "mae"),
         attention=settings.generator.attention,
     )

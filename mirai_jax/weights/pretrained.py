@@ -31,7 +31,7 @@ ENCODER = "encoder"  # where a finished run of `mirai_jax.teach` has its convert
 _CONFIGS = {
     "generator": generator.GeneratorConfig,
     "tokenizer": vq.VQConfig,
-    "teacher": vit.DinoConfig,
+    "teacher": vit.VitConfig,
 }
 
 # Converted folders --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mirai_jax.models import generator, vit, vq
+from mirai_jax.models import generator, vit_sizes, vq
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import safetensors, torch_names, torch_reader, usual_names
 
@@ -34,7 +34,7 @@ class Weights:
 
     Attributes:
         kind: 'generator', 'tokenizer' or 'teacher'.
-        config: its shapes: GeneratorConfig, VQConfig or DinoConfig.
+        config: its shapes: GeneratorConfig, VQConfig or VitConfig.
         params: the tree that its module takes; NumPy arrays of the file's dtypes.
         projectors: of a generator: the stacked projectors trained with it, or None.
         source: where it came from: {'file', 'entry', 'sha256'}; and 'grid': 'assumed' for a
@@ -143,10 +143,10 @@ def from_state(
         elif kind == "tokenizer":
             config = vq.config_of(state)
         elif kind == "teacher":
-            config = vit.config_of(state, num_heads or None)
+            config = vit_sizes.config_of(state, num_heads or None)
         else:
             raise ConfigError(
-                "none of a LlamaGen generator, a LlamaGen tokenizer and a DINOv2 encoder; its "
+                "none of a LlamaGen generator, a LlamaGen tokenizer and a vision transformer; its "
                 f"names begin {', '.join(sorted(state)[:5])}"
             )
         params = torch_names.from_torch(config, state)

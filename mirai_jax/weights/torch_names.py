@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.models.vit import DinoConfig, DinoV2
+from mirai_jax.models.vit import VisionTransformer, VitConfig
 from mirai_jax.models.vq import VQConfig, VQModel
 from mirai_jax.utils.errors import ConfigError
 
@@ -118,7 +118,7 @@ _CODEBOOK_USED = "quantize.codebook_used"
 
 
 @functools.cache
-def _entries(config: GeneratorConfig | VQConfig | DinoConfig) -> list[_Entry]:
+def _entries(config: GeneratorConfig | VQConfig | VitConfig) -> list[_Entry]:
     """The entries of a network; tracing one, whose names are almost PyTorch's, takes a second.
 
     ('conv_blocks_0', 'conv1', 'kernel') is 'conv_blocks.0.conv1.weight' in PyTorch.
@@ -128,7 +128,7 @@ def _entries(config: GeneratorConfig | VQConfig | DinoConfig) -> list[_Entry]:
     if isinstance(config, VQConfig):
         module, side, channels = VQModel(config), config.downsample, config.channels
     else:
-        module, side, channels = DinoV2(config), config.patch, 3
+        module, side, channels = VisionTransformer(config), config.patch, 3
     image = jax.ShapeDtypeStruct((1, side, side, channels), np.float32)
     tree = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     entries = []
@@ -143,8 +143,8 @@ def _entries(config: GeneratorConfig | VQConfig | DinoConfig) -> list[_Entry]:
     return entries
 
 
-def from_torch(config: GeneratorConfig | VQConfig | DinoConfig, state: Arrays) -> Any:
-    """LlamaGen's generator (without projectors) or tokenizer, or DINOv2's backbone -> parameters.
+def from_torch(config: GeneratorConfig | VQConfig | VitConfig, state: Arrays) -> Any:
+    """LlamaGen's generator (without projectors) or tokenizer, or a vision transformer -> parameters.
 
     Raises:
         NamesError: names or shapes differ from `config`; all of them are listed.
@@ -159,7 +159,7 @@ def from_torch(config: GeneratorConfig | VQConfig | DinoConfig, state: Arrays) -
     return traverse_util.unflatten_dict(flat)
 
 
-def to_torch(config: GeneratorConfig | VQConfig | DinoConfig, params: Any) -> dict[str, np.ndarray]:
+def to_torch(config: GeneratorConfig | VQConfig | VitConfig, params: Any) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`, with the buffer that the official tokenizer also loads."""
     entries = _entries(config)
     flat = {"/".join(path): array for path, array in traverse_util.flatten_dict(params).items()}
