@@ -90,7 +90,7 @@ def load_generator(
         config = other.generator
         if tokenizer_params is not None:
             _check_same_codebook(field, folder, tokenizer_params)
-    names = "grid", "vocab_size", "num_classes"
+    names = "model.grid", "model.vocab_size", "model.num_classes"
     _check_same(field, path, settings.generator, config, names)
     return config, saved
 
@@ -99,7 +99,7 @@ def _check_same(
     field: str, path: str, config: GeneratorConfig, other: GeneratorConfig, names: tuple[str, ...]
 ) -> None:
     for name in names:
-        mine, theirs = getattr(config, name), getattr(other, name)
+        mine, theirs = (getattr(made, name.removeprefix("model.")) for made in (config, other))
         if mine != theirs:
             raise ConfigError(
                 f"{field} is {path!r}, whose {name} is {theirs}; it must be {mine}, as in this run"
