@@ -36,12 +36,13 @@ def arrays(batch, length, heads, head_dim, dtype=np.float32):
 
 
 def reference(q, k, v, g, causal):
-    """The output and the gradients of q, k and v, by the definition."""
+    """The output and the gradients of q, k and v, by the definition; `causal` may be a mask."""
     q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
     scale = q.shape[-1] ** -0.5
     scores = scale * np.einsum("bthd,bshd->bhts", q, k)
-    if causal:
-        scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
+    if causal is not False:
+        mask = np.tri(q.shape[1], dtype=bool) if causal is True else causal
+        scores = np.where(mask, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     of_weights = np.einsum("bthd,bshd->bhts", g, v)
@@ -83,6 +84,17 @@ def test_float32_is_exact(length, causal):
     inputs = arrays(2, length, 3, 20)
     attend = functools.partial(attention.attend, causal=causal)
     check(run(attend, *inputs), *inputs, causal, 2e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-6), (BFLOAT16, 0.01)])
+def test_any_mask(dtype, tolerance):
+    inputs = arrays(2, 260, 2, 16, dtype)
+    mask = np.random.RandomState(0).rand(260, 260) < 0.3
+    mask[:, 200:] = False  # the blocks of queries see no key from here on
+    np.fill_diagonal(mask, True)
+    attend = functools.partial(attention.attend, causal=False, mask=mask)
+    with on_mesh():
+        check(run(attend, *inputs), *inputs, mask, tolerance)
 
 
 @pytest.mark.parametrize("kernel", attention.KERNELS)

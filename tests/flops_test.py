@@ -10,7 +10,6 @@ computes all pairs, as the formula does (`attention._QUERY_BLOCK`).
 import dataclasses
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,7 @@ from mirai_jax.benchmark import flops
 from mirai_jax.models import decoding, efficientnet, vit
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
-from mirai_jax.models.teacher import EfficientNetTeacher, VitTeacher
+from mirai_jax.models.teacher import EfficientNetTeacher, OwnTeacher, VitTeacher
 from mirai_jax.models.vit_sizes import PUBLISHED
 
 BATCH = 4
@@ -187,14 +186,13 @@ def test_counts_grow_with_the_batch_and_not_with_remat():
     assert flops.step_flops(dataclasses.replace(make_recipe(*ALL), generator=generator), 6) == six
 
 
-def test_an_encoder_without_a_formula_is_refused_unless_its_features_are_cached():
-    class Encoder(nn.Module):
-        feature_width: int = 6
-
-    recipe = make_recipe(ENCODER, teacher=Encoder())
-    with pytest.raises(ValueError, match="Encoder"):
-        flops.step_flops(recipe, 1)
+def test_cached_features_and_an_encoder_of_yours_cost_nothing():
+    recipe = make_recipe(ENCODER)
     assert flops.step_flops(recipe, 1, cached_features=True).teacher == 0
+    assert (
+        flops.step_flops(make_recipe(ENCODER, teacher=OwnTeacher(CONFIG.grid, DINO)), 1).teacher
+        == 0
+    )
 
 
 def test_training_gpt_b_takes_six_operations_a_weight_and_those_of_attention():

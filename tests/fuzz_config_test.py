@@ -116,7 +116,8 @@ def check_step(made):
         module = teacher.EfficientNetTeacher(made.generator.grid, size, stage, made.teacher.dtype)
     elif made.needs_images:
         shape = PUBLISHED[made.teacher.name]
-        module = teacher.VitTeacher(made.generator.grid, shape, made.teacher.image_size)
+        fields = {name: getattr(made.teacher, name) for name in ("image_size", "block", "zscore")}
+        module = teacher.VitTeacher(made.generator.grid, shape, **fields)
     recipe = step.Recipe(
         generator=made.generator,
         terms=tuple(dataclasses.replace(t, teacher_layer=t.teacher_layer or 1) for t in terms),

@@ -5,13 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mirai_jax.config import fields
+from mirai_jax.config.encoders import is_vit
 from mirai_jax.config.schema import RunConfig
-from mirai_jax.models.teacher import FAMILIES
-
-
-def _is_vit(name: str) -> bool:
-    return name.partition("_")[0] in FAMILIES
-
 
 # A field: what must hold of the config (`c`), or of the term (`t`), for it to take effect.
 RUN = {
@@ -31,7 +26,11 @@ RUN = {
     ),
     **dict.fromkeys(
         ("teacher.layer", "teacher.norm", "teacher.last"),
-        ("a vision transformer as teacher.name", lambda c: _is_vit(c.teacher.name)),
+        ("a vision transformer as teacher.name", lambda c: is_vit(c.teacher.name)),
+    ),
+    "teacher.image_size": (
+        "an encoder that is not yours: yours sees images as they are",
+        lambda c: ":" not in c.teacher.name,
     ),
     "teacher.path": (
         "another teacher.name than 'efficientnet_lite0'",

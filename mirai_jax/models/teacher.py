@@ -6,7 +6,7 @@ The interface is a linen module with
     __call__(images_BxHxWxC uint8) -> (B, L, Z) float32
 
 where L is the token grid, row by row: position n describes the pixels of token n. The features of an
-encoder with another grid are resampled to the token grid.
+encoder with another grid are resampled to the token grid. An encoder of yours: `OwnTeacher`.
 """
 
 import flax.linen as nn
@@ -69,18 +69,19 @@ class EfficientNetTeacher(nn.Module):
         batch, _, _, channels = images_BxHxWxC.shape
         shape = (batch, self.image_size, self.image_size, channels)
         images = jax.image.resize(images_BxHxWxC.astype(jnp.float32) / 255, shape, "linear")
-        if channels == 1:
-            images = jnp.repeat(images, 3, axis=-1)
+        images = _rgb(images)
         network = EfficientNetLite0(dtype=self.dtype, name="network")
         features = network(images, stage=self.stage).astype(jnp.float32)
         return resample(spatial_zscore(features, self.zscore), self.grid)
 
 
+def _rgb(images_BxHxWxC: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(images_BxHxWxC, (*images_BxHxWxC.shape[:3], 3))
+
+
 def prepare_images(images_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
     """uint8 images -> the input of a vision transformer, (B, *size, 3) float32; grey images become RGB."""
-    if images_BxHxWxC.shape[-1] == 1:
-        images_BxHxWxC = jnp.repeat(images_BxHxWxC, 3, axis=-1)
-    return preprocess(images_BxHxWxC, size)
+    return preprocess(_rgb(images_BxHxWxC), size)
 
 
 def blocks_of_patches(
@@ -105,9 +106,9 @@ def blocks_of_patches(
 class VitTeacher(nn.Module):
     """Patch features of a vision transformer: DINOv2 is the teacher of Mirai-I.
 
-    With `block` it is the paper's block-causal encoder: the tokens of the raster come in blocks of so
-    many, and a patch attends to patches of its own and of earlier blocks only (`vit.attended`). Where
-    images are resized or features resampled, a token also has a share of its neighbours on the grid.
+    With `block` it is the paper's block-causal encoder: the tokens of the raster are cut into blocks of
+    that size, and a patch attends to patches of the same and of earlier blocks only (`vit.attended`).
+    Where images are resized or features resampled, a token also has a share of its neighbours.
 
     Attributes:
         grid: (height, width) of the token grid.
@@ -116,7 +117,7 @@ class VitTeacher(nn.Module):
             the other side follows the token grid. 0 gives every token one patch.
         layer: the block, from 1, that gives the features; 0 for the last.
         norm: whether they go through the network's final norm.
-        last: so many blocks up to `layer` give the mean of their features.
+        last: the features are the mean over this number of blocks up to `layer`.
         block: tokens of a block; 0: every patch attends to every other.
         zscore: see `spatial_zscore`.
         dtype: of the matrix products.
@@ -159,4 +160,40 @@ class VitTeacher(nn.Module):
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
             features, _ = network(images, self.layer, norm=self.norm, last=self.last, blocks=blocks)
+        return resample(spatial_zscore(features, self.zscore), self.grid)
+
+
+class OwnTeacher(nn.Module):
+    """An encoder of yours: `teacher.name='MODULE:CLASS'`, where `import MODULE` finds CLASS.
+
+    CLASS has one function, `load(path: str) -> (module, params)`, which may be static. `path` is
+    `teacher.path`, which may be ''. `params` is a nested dictionary of arrays: their checksum is part of
+    the run's identity, so that it resumes with the same ones only. `module` is a linen module that hashes
+    (its fields do), with
+
+        feature_width: int                                       the width Z of its features
+        __call__(images_BxHxWx3 float32 in [0, 1]) -> (B, h, w, Z)
+
+    Images are RGB and have the size of the tokenizer's. The features lie on any grid that divides the image
+    evenly; they are resampled to the token grid. docs/own_encoder.py is an example.
+
+    Attributes:
+        grid: (height, width) of the token grid.
+        network: that module; the parameters have its under the name `network`.
+        zscore: see `spatial_zscore`.
+    """
+
+    grid: tuple[int, int]
+    network: nn.Module
+    zscore: float = 0.0
+
+    @property
+    def feature_width(self) -> int:
+        return self.network.feature_width
+
+    def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
+        """uint8 images -> (B, L, Z) float32."""
+        images = _rgb(images_BxHxWxC).astype(jnp.float32) / 255
+        with jax.default_matmul_precision("tensorfloat32"):  # as in VitTeacher
+            features = self.network(images).astype(jnp.float32)
         return resample(spatial_zscore(features, self.zscore), self.grid)

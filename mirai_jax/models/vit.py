@@ -138,7 +138,7 @@ def _rotate(x_BxTxHxd: jax.Array, rotations: tuple[jax.Array, jax.Array]) -> jax
 def attended(blocks_L: tuple[int, ...], lead: int) -> np.ndarray:
     """bool (T, T): whether token t attends to token s, where patches come in blocks.
 
-    A patch attends to those of its own and of earlier blocks, and to the `lead` tokens before all
+    A patch attends to those of the same and of earlier blocks, and to the `lead` tokens before all
     patches. These attend to themselves alone: what they knew of the image, every patch would know.
     """
     order = np.concatenate([np.full(lead, -1), blocks_L])
@@ -272,8 +272,8 @@ class VisionTransformer(nn.Module):
                 run.
             masked_Bxhxw: bool; the mask token replaces true patches. None: no patch.
             norm: whether the output goes through the final norm (official: get_intermediate_layers).
-            last: so many blocks up to `layer` give the mean of their outputs, each normalised. With
-                more than one, the outputs of all blocks are in memory together.
+            last: the result is the mean of the outputs of this number of blocks up to `layer`, each
+                normalised. With more than 1, the outputs of all blocks are in memory together.
             blocks: of each patch, row by row, the number of the block that it belongs to: see
                 `attended`. (): every token attends to every other.
 

@@ -82,8 +82,9 @@ def to_torch(
         safetensors.write(target, named, {"format": "pt", **texts})
     else:
         named = collections.OrderedDict(named)
-        # The official scripts read a teacher bare and everything else under 'model'.
-        torch_writer.write(target, named if made.kind == "teacher" else {"model": named, **extra})
+        # The official scripts read DINOv2 and DINOv3 bare and everything else under 'model'.
+        bare = made.kind == "teacher" and made.config.family != "mae"
+        torch_writer.write(target, named if bare else {"model": named, **extra})
     return made
 
 

@@ -1,6 +1,7 @@
 """The parts of a run that are never trained: its tokenizer and its bidirectional teacher."""
 
 import dataclasses
+import importlib
 import pathlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from mirai_jax.config.fields import fill
 from mirai_jax.config.schema import Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
 from mirai_jax.models.vit_sizes import PUBLISHED
-from mirai_jax.utils.errors import ConfigError
+from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import efficientnet, patch_codebook, pretrained
 
 # Not the run's: runs of several seeds share their tokens, so that their losses can be compared.
@@ -104,6 +105,8 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             zscore=wanted.zscore,
         )
         return module, {"network": efficientnet.load_efficientnet_lite0()}
+    if ":" in wanted.name:
+        return _own_teacher(settings)
     loaded = pretrained.load("teacher.path", wanted.path, "teacher")
     config = loaded.config
     if wanted.name in PUBLISHED:
@@ -126,6 +129,18 @@ def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
             f"data.held_out is {data.held_out}; it must be {source.get('held_out')}, as of the teacher"
         )
     return module, {"network": pretrained.float32(loaded.params)}
+
+
+def _own_teacher(settings: Settings) -> tuple[teacher.OwnTeacher, Any]:
+    """Imports the module that `teacher.name` names, and no other of the user's."""
+    wanted = settings.teacher
+    module, _, name = wanted.name.partition(":")
+    try:
+        loader = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"teacher.name is {wanted.name!r}: {first_line(error)}") from error
+    network, params = loader.load(wanted.path)
+    return teacher.OwnTeacher(settings.generator.grid, network, wanted.zscore), {"network": params}
 
 
 def teacher_shapes(settings: Settings) -> tuple[nn.Module, Any]:
