@@ -161,7 +161,7 @@ def term(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDi
     t.layout = "2d"  # 2d offsets are (rows, columns), 1d ones are raster steps
     t.offsets = ((0, 0), (0, 1), (1, 0))  # K of them, one head each
     t.targets = "own"  # own, or shuffled: of another image of the batch (a control)
-    t.window = 1  # source bidirectional: so many places, of which a target is the mean
+    t.window = 1  # source bidirectional: how many features, its own and the next, a target averages
     t.window_along = "positions"  # places of a window: positions of the raster, or rows below
     t.borders = "wrap"  # 2d: wrap (flattened shift, as published) or mask (drop what leaves)
     t.anchor = "consumed"  # a position is named by the token it has consumed (code), or the one

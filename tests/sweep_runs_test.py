@@ -98,8 +98,7 @@ def program_of(settings):
         for t in settings.terms
     ]
     teacher = settings.teacher.name if settings.needs_images else ""
-    block = getattr(settings.teacher, "block", 0) > 0
-    return (*terms, teacher, block, settings.data.online)
+    return (*terms, teacher, settings.teacher.block > 0, settings.data.online)
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)

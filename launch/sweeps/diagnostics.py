@@ -5,7 +5,7 @@
 One seed each; compare with seed 0 of Mirai-E in variants.py (K = 3, internal, 2-D, wrap, two thirds of
 the depth, weight 2). At the scale fashion_mnist these runs are shorter; compare with the checkpoint of
 the same step, since nothing in a run depends on where it ends (the learning rate is constant). The
-paper's axes with several seeds are level.py, layout.py, source.py, layer.py, k.py and weight.py.
+paper's axes with several seeds are the other files (docs/sweeps.md lists them).
 """
 
 from configs import base
