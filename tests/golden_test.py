@@ -29,15 +29,14 @@ def cases(kind: str) -> list:
     return [pytest.param(p, id=p.stem) for p in sorted(FOLDER.glob(f"{kind}_*.npz"))]
 
 
+KINDS = ("generator", "sampling", "trajectory_e", "trajectory_i", "trajectory_static", "llamagen_repa",
+         "vq", "dinov2", "dinov3", "mae")  # fmt: skip
+
+
 def test_folder_has_cases():
-    assert any(cases("generator")), f"no generator_*.npz in {FOLDER}"
-    assert any(cases("trajectory_e")), f"no trajectory_e_*.npz in {FOLDER}"
-    assert any(cases("trajectory_i")), f"no trajectory_i_*.npz in {FOLDER}"
-    assert any(cases("trajectory_static")), f"no trajectory_static_*.npz in {FOLDER}"
-    assert any(cases("llamagen_repa")), f"no llamagen_repa_*.npz in {FOLDER}"
-    assert any(cases("vq")), f"no vq_*.npz in {FOLDER}"
-    for kind in ("dinov2", "dinov3", "mae"):
-        assert any(cases(kind)), f"no {kind}_*.npz in {FOLDER}"
+    """The project's own folder has all kinds; another one may hold some of them."""
+    missing = [kind for kind in KINDS if not cases(kind)]
+    assert not missing or ("MIRAI_GOLDEN" in os.environ and len(missing) < len(KINDS)), missing
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
