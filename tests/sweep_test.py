@@ -148,14 +148,14 @@ def paths_for(sweep):
 @pytest.mark.parametrize("scale", ["demo", "fashion_mnist", "imagenet_b", "imagenet_xl_384"])
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
 def test_shipped_sweeps_are_valid(sweep, scale):
-    if sweep.stem == "teachers" and scale.startswith("imagenet"):
+    if sweep.stem in ("teachers", "neighbours") and scale.startswith("imagenet"):
         assert "ImageNet has DINOv2" in refusal(runs_of, sweep, scale)
         return
     small = not scale.startswith("imagenet")
     runs = runs_of(sweep, scale, {} if small else paths_for(sweep))
     assert len({run.name for run in runs}) == len(runs) > 2
     assert all(f":{scale}" in run.arguments[0] for run in runs)
-    one_seed = sweep.stem in ("diagnostics", "teachers", "study_rates")
+    one_seed = sweep.stem in ("diagnostics", "neighbours", "teachers", "study_rates")
     seeds = 3 if (small or sweep.stem == "variants") and not one_seed else 1
     assert len(runs) == seeds * len({run.setting for run in runs})
 
