@@ -5,7 +5,8 @@
 Both have the three positions of Mirai-E, and the encoder also the same position alone, as in Mirai-I.
 Published, ImageNet 256, B, 80 epochs, FID: EMA 5.22; encoders for Mirai-I: DINOv2-B 4.77, DINOv3-B 5.02,
 MAE-B 6.34 (`--set=teacher.name=dinov3_vitb16` or `mae_vitb16`). On ImageNet the encoder needs
-`--set=data.images=...` and `--set=teacher.path=...`. A static pretrained generator is a source too, but it must be trained first:
+`--set=data.images=...` and `--set=teacher.path=...`. A static pretrained generator is a source too, but
+it must be trained first:
     python -m mirai_jax.main --config=configs/mirai_e.py --config.foresight[0].source=checkpoint \\
         --config.foresight[0].checkpoint=runs/llamagen-demo --workdir=runs/static
 """
