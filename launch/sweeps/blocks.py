@@ -3,7 +3,7 @@
     python -m mirai_jax.teach --config=configs/teacher.py:fashion_mnist
     python -m launch.sweep --sweep=launch/sweeps/blocks.py --scale=fashion_mnist --parallel=2
 
-The tokens of the raster come in blocks of b, and a patch attends to patches of its own and of earlier
+The tokens of the raster come in blocks of b, and a patch attends to patches of the same and of earlier
 blocks only: b is one token, one row, two, four, half of the image, and all of it (the encoder as it is).
 Published: the smaller b, the worse the FID, monotonically, so that the gain of Mirai-I is foresight. At
 the small scales the encoder is the vision transformer trained on the data set itself, for convolutions
