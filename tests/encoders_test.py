@@ -16,7 +16,14 @@ from configs import mirai_i
 from mirai_jax.config import schema, unused
 from mirai_jax.models import preprocessing, teacher, vit, vit_sizes
 from mirai_jax.training import train
-from mirai_jax.weights import frozen, torch_names, torch_writer, usual_names
+from mirai_jax.weights import (
+    conversion,
+    frozen,
+    state_dict,
+    torch_names,
+    torch_writer,
+    usual_names,
+)
 from tests.helpers import refusal, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -89,14 +96,14 @@ def test_no_feature_knows_a_pixel_of_a_later_block(kind, block):
 @each_kind
 def test_class_token_and_registers_know_no_pixel(kind):
     config = KINDS[kind]
-    params, blocks = random_params(config), tuple(range(LENGTH))
+    params, order = random_params(config), tuple(range(LENGTH))
 
-    def run(images, blocks):
-        prefix = vit.VisionTransformer(config).apply({"params": params}, images, blocks=blocks)[1]
+    def run(images, order):
+        prefix = vit.VisionTransformer(config).apply({"params": params}, images, order=order)[1]
         return numbers(prefix, 1).sum()
 
     slope = jax.jit(jax.grad(run), static_argnums=1)
-    assert not np.any(slope(random_images(), blocks))
+    assert not np.any(slope(random_images(), order))
     assert np.any(slope(random_images(), ()))
 
 
@@ -288,6 +295,26 @@ def test_a_name_gives_the_shapes_for_planning(name):
     assert module.config == vit_sizes.PUBLISHED[name] and module.patches == (16, 16)
     assert module.norm == (not name.startswith("mae")) and module.block == 16
     assert shapes["network"]["norm"]["scale"].shape == (module.feature_width,)
+
+
+@each_kind
+def test_converted_there_and_back(kind, tmp_path):
+    config, folder = wide(kind), tmp_path / "converted"
+    path, params = write(tmp_path, config)
+    conversion.from_torch(path, str(folder))
+    made = schema.read(student(name=kind, path=str(folder)), 1)
+    if kind == "dinov2":  # as folders from before there were others
+        about = json.loads((folder / "model.json").read_text())
+        old = ("width", "num_layers", "num_heads", "registers", "swiglu", "pos_grid", "patch")
+        about["config"] = {name: about["config"][name] for name in old}
+        (folder / "model.json").write_text(json.dumps(about))
+    module, loaded = frozen.make_teacher(made)
+    assert module.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded["network"], params)
+    conversion.to_torch(str(folder), str(tmp_path / "back.pth"), read_run=None)
+    before, after = (state_dict.read_state(p) for p in (path, tmp_path / "back.pth"))
+    assert after[1] == ("model" if kind == "mae" else "")
+    assert all(np.array_equal(before[0][name], after[0][name]) for name in before[0] | after[0])
 
 
 # The library transformers -> the official code; the parts of the three projections differ too.

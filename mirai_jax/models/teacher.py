@@ -156,10 +156,10 @@ class VitTeacher(nn.Module):
         height, width = (side * self.config.patch for side in self.patches)
         images = prepare_images(images_BxHxWxC, (height, width))
         network = vit.VisionTransformer(self.config, self.dtype, self.attention, name="network")
-        blocks = blocks_of_patches(self.grid, self.patches, self.block)
+        order = blocks_of_patches(self.grid, self.patches, self.block)
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
-            features, _ = network(images, self.layer, norm=self.norm, last=self.last, blocks=blocks)
+            features, _ = network(images, self.layer, norm=self.norm, last=self.last, order=order)
         return resample(spatial_zscore(features, self.zscore), self.grid)
 
 

@@ -135,13 +135,13 @@ def _rotate(x_BxTxHxd: jax.Array, rotations: tuple[jax.Array, jax.Array]) -> jax
     return (x * cos + jnp.concatenate([-right, left], axis=-1) * sin).astype(x_BxTxHxd.dtype)
 
 
-def attended(blocks_L: tuple[int, ...], lead: int) -> np.ndarray:
-    """bool (T, T): whether token t attends to token s, where patches come in blocks.
+def attended(order_L: tuple[int, ...], lead: int) -> np.ndarray:
+    """bool (T, T): whether token t attends to token s, where patches come in numbered blocks.
 
-    A patch attends to those of the same and of earlier blocks, and to the `lead` tokens before all
+    A patch attends to those of the same and of lower numbers, and to the `lead` tokens before all
     patches. These attend to themselves alone: what they knew of the image, every patch would know.
     """
-    order = np.concatenate([np.full(lead, -1), blocks_L])
+    order = np.concatenate([np.full(lead, -1), order_L])
     return order[None, :] <= order[:, None]
 
 
@@ -167,7 +167,7 @@ class Attention(nn.Module):
     config: VitConfig
     dtype: str = "float32"
     attention: str = "auto"
-    blocks: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x_BxTxD, rotations=None):
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
         if rotations is not None:
             q, k = _rotate(q, rotations), _rotate(k, rotations)
-        mask = attended(self.blocks, length - len(self.blocks)) if self.blocks else None
+        mask = attended(self.order, length - len(self.order)) if self.order else None
         out = attend(q, k, v, causal=False, mask=mask, kernel=self.attention)
         return _dense(width, self.dtype, "proj")(out.reshape(-1, width)).reshape(x_BxTxD.shape)
 
@@ -221,7 +221,7 @@ class Block(nn.Module):
     config: VitConfig
     dtype: str = "float32"
     attention: str = "auto"
-    blocks: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
     collect: bool = False
 
     @nn.compact
@@ -231,7 +231,7 @@ class Block(nn.Module):
         def scaled(name, added):
             return LayerScale(name=name)(added) if config.layer_scale else added
 
-        attention = Attention(config, self.dtype, self.attention, self.blocks, name="attn")
+        attention = Attention(config, self.dtype, self.attention, self.order, name="attn")
         x = x + scaled("ls1", attention(_norm(config, "norm1")(x), rotations))
         feed_forward = FeedForward(config, self.dtype, name="mlp")
         x = x + scaled("ls2", feed_forward(_norm(config, "norm2")(x)))
@@ -261,7 +261,7 @@ class VisionTransformer(nn.Module):
         *,
         norm: bool = True,
         last: int = 1,
-        blocks: tuple[int, ...] = (),
+        order: tuple[int, ...] = (),
     ) -> tuple[jax.Array, jax.Array]:
         """Features of every patch, and of the class token and registers.
 
@@ -274,7 +274,7 @@ class VisionTransformer(nn.Module):
             norm: whether the output goes through the final norm (official: get_intermediate_layers).
             last: the result is the mean of the outputs of this number of blocks up to `layer`, each
                 normalised. With more than 1, the outputs of all blocks are in memory together.
-            blocks: of each patch, row by row, the number of the block that it belongs to: see
+            order: of each patch, row by row, the number of the block of patches that it lies in: see
                 `attended`. (): every token attends to every other.
 
         Returns:
@@ -313,7 +313,7 @@ class VisionTransformer(nn.Module):
             name = "storage_tokens" if positions is None else "register_tokens"
             first = jnp.concatenate([first, table(name, 1, config.registers)], axis=1)
         first = jnp.broadcast_to(first, (batch, *first.shape[1:]))
-        scanned = self._blocks(layer, blocks, collect=last > 1)
+        scanned = self._blocks(layer, order, collect=last > 1)
         x, outputs = scanned(jnp.concatenate([first, x], axis=1), rotations)
         x = outputs[-last:] if last > 1 else x
         normalised = _norm(config, "norm")(x)
@@ -324,7 +324,7 @@ class VisionTransformer(nn.Module):
         lead = 1 + config.registers
         return x[:, lead:].reshape(batch, *grid, config.width), x[:, :lead]
 
-    def _blocks(self, layer: int, blocks: tuple[int, ...], collect: bool) -> nn.Module:
+    def _blocks(self, layer: int, order: tuple[int, ...], collect: bool) -> nn.Module:
         """The blocks up to `layer`, with their part of the stacked parameters."""
         config = self.config
         depth = config.num_layers if self.is_initializing() or layer == 0 else layer
@@ -339,4 +339,4 @@ class VisionTransformer(nn.Module):
             scanned = nn.map_variables(
                 scanned, "params", lambda params: jax.tree.map(lambda x: x[:depth], params)
             )
-        return scanned(config, self.dtype, self.attention, blocks, collect, name="blocks")
+        return scanned(config, self.dtype, self.attention, order, collect, name="blocks")
