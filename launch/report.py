@@ -17,30 +17,19 @@ import pathlib
 import sys
 from collections.abc import Collection
 
-from absl import flags
-
 from launch import collect, collected, encoders, report_figures, report_text
 from launch.collected import Results
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError
 
-_FLAGS = cli.flag_values(__name__)
-_RESULTS = flags.DEFINE_string("results", "results", "Folder of the report.", flag_values=_FLAGS)
-_COLLECT = flags.DEFINE_list(
-    "collect", [], "FOLDER,... of sweeps whose finished runs are copied.", flag_values=_FLAGS
+_FLAGS, _define = cli.flags_of(__name__)
+_RESULTS = _define.string("results", "results", "Folder of the report.")
+_COLLECT = _define.list("collect", [], "FOLDER,... of sweeps whose finished runs are copied.")
+_ENCODERS = _define.list(
+    "encoders", [], "FOLDER,... of finished runs of mirai_jax.teach that are copied."
 )
-_ENCODERS = flags.DEFINE_list(
-    "encoders",
-    [],
-    "FOLDER,... of finished runs of mirai_jax.teach that are copied.",
-    flag_values=_FLAGS,
-)
-_MACHINE = flags.DEFINE_string(
-    "machine", "", "What the collected runs ran on, in words.", flag_values=_FLAGS
-)
-_CHECK = flags.DEFINE_bool(
-    "check", False, "Write nothing; say which files would change.", flag_values=_FLAGS
-)
+_MACHINE = _define.string("machine", "", "What the collected runs ran on, in words.")
+_CHECK = _define.bool("check", False, "Write nothing; say which files would change.")
 
 FIGURES = (report_figures.COMPARISON, report_figures.DIAGNOSTICS, report_figures.PROBE)
 

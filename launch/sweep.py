@@ -11,14 +11,11 @@ run, and at the end (with --report: at any time) table.md, table.csv, timing.csv
 Exit status: 0 all runs are finished, 1 some failed or are wrong, 75 stopped: the same command resumes.
 """
 
-import functools
 import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
-
-from absl import flags
 
 from launch import curves, jobs, plan, slurm, tables
 from launch.dashboard import Dashboard
@@ -27,28 +24,26 @@ from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, Preempted
 from mirai_jax.utils.locks import FolderLock
 
-_FLAGS = cli.flag_values(__name__)
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_strings = functools.partial(flags.DEFINE_multi_string, flag_values=_FLAGS)
-_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
-_bool = functools.partial(flags.DEFINE_bool, flag_values=_FLAGS)
+_FLAGS, _define = cli.flags_of(__name__)
 
-_SWEEP = _string("sweep", None, "FILE with get_sweep(scale), see launch/sweeps/.")
-_SCALE = _string("scale", "demo", "The part after the colon of every --config.")
-_OUT = _string("out", None, "The sweep's folder; default: runs/sweeps/<sweep>-<scale>.")
-_SET = _strings("set", [], "FIELD=VALUE for all runs; may be repeated.")
-_PARALLEL = _integer(
+_SWEEP = _define.string("sweep", None, "FILE with get_sweep(scale), see launch/sweeps/.")
+_SCALE = _define.string("scale", "demo", "The part after the colon of every --config.")
+_OUT = _define.string("out", None, "The sweep's folder; default: runs/sweeps/<sweep>-<scale>.")
+_SET = _define.multi_string("set", [], "FIELD=VALUE for all runs; may be repeated.")
+_PARALLEL = _define.integer(
     "parallel", 0, "How many runs at once, which share the GPUs. Default: one, with --slurm all.", 0
 )
-_DRY_RUN = _bool("dry_run", False, "Print the commands and do nothing.")
-_REPORT = _bool("report", False, "Write the tables and the figure of the runs so far.")
-_SLURM = _bool("slurm", False, "Submit the runs as SLURM jobs.")
-_PARTITION = _string("partition", "", "SLURM's partition.")
-_TIME = _integer("time", 1440, "Minutes of a job, which returns to the queue until it is done.", 1)
-_GPUS = _integer("gpus", 1, "GPUs of a job.", 0)
-_CPUS = _integer("cpus", 0, "CPU cores of a job; 0: the cluster's default.", 0)
-_SBATCH = _strings("sbatch", [], "OPTION=VALUE of sbatch beyond these (account=me).")
-_WAIT = _bool("wait", True, "With --slurm: wait for the jobs; --nowait returns at once.")
+_DRY_RUN = _define.bool("dry_run", False, "Print the commands and do nothing.")
+_REPORT = _define.bool("report", False, "Write the tables and the figure of the runs so far.")
+_SLURM = _define.bool("slurm", False, "Submit the runs as SLURM jobs.")
+_PARTITION = _define.string("partition", "", "SLURM's partition.")
+_TIME = _define.integer(
+    "time", 1440, "Minutes of a job, which returns to the queue until it is done.", 1
+)
+_GPUS = _define.integer("gpus", 1, "GPUs of a job.", 0)
+_CPUS = _define.integer("cpus", 0, "CPU cores of a job; 0: the cluster's default.", 0)
+_SBATCH = _define.multi_string("sbatch", [], "OPTION=VALUE of sbatch beyond these (account=me).")
+_WAIT = _define.bool("wait", True, "With --slurm: wait for the jobs; --nowait returns at once.")
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:

@@ -12,41 +12,32 @@ are not computed again: the same command resumes after a stop, and assesses the 
 has added. With --follow it waits for those until all runs are finished.
 """
 
-import functools
-
-from absl import flags
-
 from mirai_jax.evaluation import assessments
 from mirai_jax.evaluation.runs import Protocol
 from mirai_jax.utils import cli, paths
-from mirai_jax.utils.errors import ConfigError
 
-_FLAGS = cli.flag_values(__name__)
+_FLAGS, _define = cli.flags_of(__name__)
 _DEFAULT = Protocol()
-_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Folders of runs: A,B or a pattern.", flag_values=_FLAGS
+_WORKDIR = _define.string("workdir", "", "Folders of runs: A,B or a pattern.")
+_STEPS = _define.enum("steps", "kept", ("kept", "last"), "Every kept checkpoint, or the last.")
+_SAMPLES = _define.integer("samples", _DEFAULT.samples, "Images to draw at each.", lower_bound=2)
+_GUIDANCE = _define.float(
+    "guidance", _DEFAULT.guidance, "Of the samples; 1: none.", lower_bound=1.0
 )
-_STEPS = flags.DEFINE_enum(
-    "steps", "kept", ("kept", "last"), "Every kept checkpoint, or the last.", flag_values=_FLAGS
+_SEED = _define.integer(
+    "seed", _DEFAULT.seed, "Of the samples.", lower_bound=0, upper_bound=2**31 - 1
 )
-_SAMPLES = _integer("samples", _DEFAULT.samples, "Images to draw at each.", lower_bound=2)
-_float = functools.partial(flags.DEFINE_float, flag_values=_FLAGS)
-_GUIDANCE = _float("guidance", _DEFAULT.guidance, "Of the samples; 1: none.", lower_bound=1.0)
-_SEED = _integer("seed", _DEFAULT.seed, "Of the samples.", lower_bound=0, upper_bound=2**31 - 1)
-_PIXELS = _integer("pixels", _DEFAULT.pixels, "Side of EfficientNet-Lite0's input.", lower_bound=32)
-_HELD_OUT = _integer(
+_PIXELS = _define.integer(
+    "pixels", _DEFAULT.pixels, "Side of EfficientNet-Lite0's input.", lower_bound=32
+)
+_HELD_OUT = _define.integer(
     "held_out", _DEFAULT.held_out, "Held-out images for cross-entropy and probes.", lower_bound=2
 )
-_FOLLOW = flags.DEFINE_bool(
-    "follow", False, "Wait for what the runs add, until all are finished.", flag_values=_FLAGS
-)
+_FOLLOW = _define.bool("follow", False, "Wait for what the runs add, until all are finished.")
 
 
 def main(argv: list[str]) -> None:
-    with cli.program(OSError, interrupted="interrupted; the same command resumes"):
-        if len(argv) > 1:
-            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+    with cli.program(OSError, argv=argv, interrupted="interrupted; the same command resumes"):
         fields = (_SAMPLES, _GUIDANCE, _SEED, _PIXELS, _HELD_OUT)
         protocol = Protocol(**{field.name: field.value for field in fields})
         assessments.assess(paths.several(_WORKDIR.value), _STEPS.value, protocol, _FOLLOW.value)

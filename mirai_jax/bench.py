@@ -25,34 +25,30 @@ from mirai_jax.benchmark import run as run_lib
 from mirai_jax.utils import cli, files
 from mirai_jax.utils.errors import ConfigError
 
-_FLAGS = cli.flag_values(__name__)
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_CONFIG = _string("config", "", "FILE[:scale] of configs/; --config.field=value overrides.")
-_COMPARE = flags.DEFINE_bool(
-    "compare",
-    False,
-    "Measure LlamaGen, Mirai-E and Mirai-I too, and print ratios.",
-    flag_values=_FLAGS,
+_FLAGS, _define = cli.flags_of(__name__)
+_CONFIG = _define.string("config", "", "FILE[:scale] of configs/; --config.field=value overrides.")
+_COMPARE = _define.bool(
+    "compare", False, "Measure LlamaGen, Mirai-E and Mirai-I too, and print ratios."
 )
-_MEASURE = flags.DEFINE_multi_enum(
+_MEASURE = _define.multi_enum(
     "measure",
     [measure for measure in run_lib.MEASURES if measure != "compile"],
     run_lib.MEASURES,
     "What to measure; repeatable. 'compile' compiles the step and plans its memory, as 'step' also does.",
-    flag_values=_FLAGS,
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds.", 1, flag_values=_FLAGS)
-_SAMPLE_BATCH = flags.DEFINE_integer(
-    "sample_batch", 0, "Images sampled at once; 0: 1 on a CPU, else 64.", 0, flag_values=_FLAGS
+_REPEATS = _define.integer("repeats", 5, "Timed rounds.", 1)
+_SAMPLE_BATCH = _define.integer(
+    "sample_batch", 0, "Images sampled at once; 0: 1 on a CPU, else 64.", 0
 )
-_PEER = _string(
+_PEER = _define.string(
     "peer", "", "A program that runs the official code's steps, timed in the same rounds."
 )
-_float = functools.partial(flags.DEFINE_float, flag_values=_FLAGS)
-_PEAK = _float("peak_tflops", 0.0, "Of all devices, for MFU; 0: the datasheet's or measured.", 0.0)
-_JSON = _string("json", "", "File for all numbers.")
-_FIGURE = _string("figure", "", "PNG file for a figure of them.")
-_TRACE = _string("trace", "", "Folder for a profiler's trace of one more run of each task.")
+_PEAK = _define.float(
+    "peak_tflops", 0.0, "Of all devices, for MFU; 0: the datasheet's or measured.", 0.0
+)
+_JSON = _define.string("json", "", "File for all numbers.")
+_FIGURE = _define.string("figure", "", "PNG file for a figure of them.")
+_TRACE = _define.string("trace", "", "Folder for a profiler's trace of one more run of each task.")
 
 
 log = functools.partial(print, flush=True)

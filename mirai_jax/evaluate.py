@@ -16,34 +16,26 @@ Writes results.json, with how the samples were drawn beside each number, anew af
 samples; for samples at several guidance scales also sweep.png.
 """
 
-import functools
 import os
-
-from absl import flags
 
 from mirai_jax.evaluation.samples import evaluate
 from mirai_jax.utils import cli, paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import inception as inception_weights
 
-_FLAGS = cli.flag_values(__name__)
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_SAMPLES = _string("samples", "", "Images to evaluate: A,B or a pattern give a row each.")
-_REFERENCE = _string("reference", None, "Real images, or a .npz with statistics.")
-_INCEPTION = _string(
+_FLAGS, _define = cli.flags_of(__name__)
+_SAMPLES = _define.string("samples", "", "Images to evaluate: A,B or a pattern give a row each.")
+_REFERENCE = _define.string("reference", None, "Real images, or a .npz with statistics.")
+_INCEPTION = _define.string(
     "inception", "", f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used."
 )
-_OUT = _string("out", "", "Folder of results.json; default: that of the samples.")
-_BATCH = flags.DEFINE_integer(
-    "batch_size", 64, "Images at once on each device.", lower_bound=1, flag_values=_FLAGS
-)
-_SAVE = _string("save_statistics", "", "Also write the reference's moments, a .npz.")
+_OUT = _define.string("out", "", "Folder of results.json; default: that of the samples.")
+_BATCH = _define.integer("batch_size", 64, "Images at once on each device.", lower_bound=1)
+_SAVE = _define.string("save_statistics", "", "Also write the reference's moments, a .npz.")
 
 
 def main(argv: list[str]) -> None:
-    with cli.program(OSError, interrupted="interrupted"):
-        if len(argv) > 1:
-            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+    with cli.program(OSError, argv=argv, interrupted="interrupted"):
         if not _SAMPLES.value or not _REFERENCE.value:
             raise ConfigError("--samples and --reference are needed: see --help")
         if _SAVE.value and not _INCEPTION.value:

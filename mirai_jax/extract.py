@@ -49,9 +49,7 @@ _COUNT = flags.DEFINE_integer("process_count", None, "How many hosts share the w
 
 
 def main(argv: list[str]) -> None:
-    with cli.program(OSError, interrupted="interrupted; the same command resumes"):
-        if len(argv) > 1:
-            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+    with cli.program(OSError, argv=argv, interrupted="interrupted; the same command resumes"):
         for flag in (_IMAGES, _TOKENIZER, _OUT):
             if not flag.value:
                 raise ConfigError(f"--{flag.name} is missing; --help explains it")

@@ -8,7 +8,6 @@ Exit status: 0 planned; 1 an error to mend.
 import functools
 
 import jax
-from absl import flags
 
 from mirai_jax import sharding
 from mirai_jax.benchmark import chips, memory_plan
@@ -17,17 +16,14 @@ from mirai_jax.config.flags import parse_config
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import LESS_MEMORY, TrainingError, first_line
 
-_FLAGS = cli.flag_values(__name__)
-_CONFIG = flags.DEFINE_string(
-    "config", "", "FILE[:scale] of configs/; --config.field=value overrides.", flag_values=_FLAGS
-)
-_DEVICES = flags.DEFINE_integer("devices", 1, "Number of devices.", 1, flag_values=_FLAGS)
-_CHIP = flags.DEFINE_string(
+_FLAGS, _define = cli.flags_of(__name__)
+_CONFIG = _define.string("config", "", "FILE[:scale] of configs/; --config.field=value overrides.")
+_DEVICES = _define.integer("devices", 1, "Number of devices.", 1)
+_CHIP = _define.string(
     "chip",
     "",
     "Compile for this chip: h100, h200, a100 (with jax[cuda12]) or a TPU slice such as v5e:2x4 (with "
     "jax[tpu]); '': for simulated devices of this CPU.",
-    flag_values=_FLAGS,
 )
 
 parse_flags = functools.partial(cli.parse_known, _FLAGS)

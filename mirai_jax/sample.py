@@ -11,10 +11,7 @@ Images are kept in parts of 500: after any stop the same command resumes, and en
 on the same kind of device. Several hosts share the work with `--process_index` of `--process_count`.
 """
 
-import functools
 import pathlib
-
-from absl import flags
 
 from mirai_jax.sampling import job
 from mirai_jax.sampling.sampler import SampleOptions
@@ -22,35 +19,34 @@ from mirai_jax.training import sources_of_samples as sources
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, first_line
 
-_FLAGS = cli.flag_values(__name__)
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
-_float = functools.partial(flags.DEFINE_float, flag_values=_FLAGS)
-_WORKDIR = _string("workdir", None, "Folder of the run to sample from.")
-_STEP = _integer("step", None, "Checkpoint of the workdir; default: the newest.")
-_STATE = flags.DEFINE_enum(
-    "state", "ema", ("ema", "model"), "Which weights of the workdir.", flag_values=_FLAGS
-)
-_CHECKPOINT = _string(
+_FLAGS, _define = cli.flags_of(__name__)
+_WORKDIR = _define.string("workdir", None, "Folder of the run to sample from.")
+_STEP = _define.integer("step", None, "Checkpoint of the workdir; default: the newest.")
+_STATE = _define.enum("state", "ema", ("ema", "model"), "Which weights of the workdir.")
+_CHECKPOINT = _define.string(
     "checkpoint", None, "Instead of a workdir: a generator's PyTorch file or converted folder."
 )
-_TOKENIZER = _string("tokenizer", None, "Weights of the VQ tokenizer; default: the workdir's.")
-_SIDE = _integer("grid", 0, "Tokens a side of --checkpoint; 0: its file's, else 16.", lower_bound=0)
-_OUT = _string("out", None, "Folder of the samples; default: one inside the workdir.")
-_NUM = _integer("num_images", 50_000, "Images to draw.", lower_bound=1)
-_LABELS = _string("labels", "random", "random, balanced, or class ids: 0,207,360.")
-_GUIDANCE = flags.DEFINE_list(
-    "guidance", ["2.0"], "One scale, or several: a folder for each.", flag_values=_FLAGS
+_TOKENIZER = _define.string(
+    "tokenizer", None, "Weights of the VQ tokenizer; default: the workdir's."
 )
-_INTERVAL = _integer("interval", -1, "Guide tokens up to this one only; -1: all.")
-_TEMPERATURE = _float("temperature", 1.0, "Divides the logits.")
-_TOP_K = _integer("top_k", 0, "Keep the k likeliest tokens; 0: all.")
-_TOP_P = _float("top_p", 1.0, "Keep the likeliest tokens that make up p; 1: all.")
-_SEED = _integer("seed", 0, "Of labels and tokens.", lower_bound=0, upper_bound=2**32 - 1)
-_SIZE = _integer("resize", 0, "Pixels a side of the images kept; 0: as decoded.", lower_bound=0)
-_BATCH = _integer("batch_size", 64, "Images drawn at once on each device.", lower_bound=1)
-_INDEX = _integer("process_index", None, "Which host this is; default: JAX's.")
-_COUNT = _integer("process_count", None, "How many hosts share the work.")
+_SIDE = _define.integer(
+    "grid", 0, "Tokens a side of --checkpoint; 0: its file's, else 16.", lower_bound=0
+)
+_OUT = _define.string("out", None, "Folder of the samples; default: one inside the workdir.")
+_NUM = _define.integer("num_images", 50_000, "Images to draw.", lower_bound=1)
+_LABELS = _define.string("labels", "random", "random, balanced, or class ids: 0,207,360.")
+_GUIDANCE = _define.list("guidance", ["2.0"], "One scale, or several: a folder for each.")
+_INTERVAL = _define.integer("interval", -1, "Guide tokens up to this one only; -1: all.")
+_TEMPERATURE = _define.float("temperature", 1.0, "Divides the logits.")
+_TOP_K = _define.integer("top_k", 0, "Keep the k likeliest tokens; 0: all.")
+_TOP_P = _define.float("top_p", 1.0, "Keep the likeliest tokens that make up p; 1: all.")
+_SEED = _define.integer("seed", 0, "Of labels and tokens.", lower_bound=0, upper_bound=2**32 - 1)
+_SIZE = _define.integer(
+    "resize", 0, "Pixels a side of the images kept; 0: as decoded.", lower_bound=0
+)
+_BATCH = _define.integer("batch_size", 64, "Images drawn at once on each device.", lower_bound=1)
+_INDEX = _define.integer("process_index", None, "Which host this is; default: JAX's.")
+_COUNT = _define.integer("process_count", None, "How many hosts share the work.")
 
 
 def _options(guidance: str) -> SampleOptions:
@@ -100,9 +96,7 @@ def run() -> None:
 
 def main(argv: list[str]) -> None:
     interrupted = "interrupted; the same command resumes where it stopped"
-    with cli.program(OSError, interrupted=interrupted):
-        if len(argv) > 1:
-            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
+    with cli.program(OSError, argv=argv, interrupted=interrupted):
         run()
 
 

@@ -61,10 +61,6 @@ def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = No
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def _path(path: tuple) -> str:
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh, path: str) -> P:
     """Drops the axes that do not divide their dimension: that dimension is replicated."""
     if len(spec) > len(shape):
@@ -82,7 +78,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf of `tree` (arrays or ShapeDtypeStructs), by RULES."""
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
-        name = _path(path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
         return NamedSharding(mesh, _fit(spec, leaf.shape, mesh, name))
 

@@ -12,8 +12,6 @@ import functools
 import pathlib
 import sys
 
-from absl import flags
-
 from mirai_jax.config import unused
 from mirai_jax.config.flags import parse_config
 from mirai_jax.teaching import train
@@ -21,18 +19,14 @@ from mirai_jax.teaching.settings import TeacherRunConfig
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import TrainingError
 
-_FLAGS = cli.flag_values(__name__)
-_CONFIG = flags.DEFINE_string(
+_FLAGS, _define = cli.flags_of(__name__)
+_CONFIG = _define.string(
     "config",
     "",
     "FILE[:scale], such as configs/teacher.py:fashion_mnist; --config.field=value overrides.",
-    flag_values=_FLAGS,
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of the run, resumed if it exists; default: runs/<config>-<scale>.",
-    flag_values=_FLAGS,
+_WORKDIR = _define.string(
+    "workdir", None, "Folder of the run, resumed if it exists; default: runs/<config>-<scale>."
 )
 
 parse_flags = functools.partial(cli.parse_known, _FLAGS)

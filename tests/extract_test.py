@@ -178,10 +178,19 @@ def test_bad_and_odd_images_are_listed_by_name(folder, tokenizer_file, tmp_path)
         np.testing.assert_array_equal(found[key], whole[key])
 
 
-def test_a_source_that_vanishes_stops_the_work(folder, tokenizer_file, tmp_path):
+def test_a_lost_file_is_listed_and_a_source_that_vanishes_stops_the_work(
+    folder, tokenizer_file, tmp_path
+):
+    job = prepare(folder, tokenizer_file, tmp_path / "one")
+    (folder / "dogs" / "04.png").rename(tmp_path / "04.png")
+    final = shards.run(job, 0, 1, reconstructions=0)
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert final.num_failed == 1 and "dogs/04.png" in report["failed"][0]["reason"]
+    (tmp_path / "04.png").rename(folder / "dogs" / "04.png")
     job = prepare(folder, tokenizer_file, tmp_path / "codes")
-    (folder / "dogs" / "04.png").unlink()
-    with pytest.raises(DataError, match=r"dogs/04\.png.*cannot be read"):
+    for file in (folder / "dogs").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"dogs/.*cannot be read"):
         shards.run(job, 0, 1, reconstructions=0)
     assert shards.finish(job) is None
 

@@ -259,7 +259,7 @@ def test_a_run_does_not_resume_with_other_images_of_the_same_names(copied, monke
         return dataclasses.replace(images, labels=images.labels[::-1].copy())
 
     monkeypatch.setattr(small_sets, "load_images", other)
-    with pytest.raises(ConfigError, match="began with another image_set: the checksum was"):
+    with pytest.raises(ConfigError, match="began with another image_set"):
         run(tiny(llamagen, num_steps=9), copied)
 
 

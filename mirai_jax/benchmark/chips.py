@@ -6,7 +6,6 @@ fused kernel of the chip whose plugin is installed (models/attention.py): instal
 """
 
 import dataclasses
-import math
 import os
 import re
 
@@ -77,10 +76,10 @@ def verdict(gpu: str, needed: int) -> str:
     needed_fraction = needed / (has << 30)
     if needed_fraction < fraction:
         return message
-    if needed_fraction < 0.95:
-        enough = min(0.95, math.ceil(100 * needed_fraction) / 100 + 0.01)
-        return f"{message}: it does not fit; {_FRACTION}={enough:.2f} would do"
-    return f"{message}: it does not fit"
+    enough = (
+        f"; {_FRACTION}={needed_fraction + 0.02:.2f} would do" if needed_fraction < 0.93 else ""
+    )
+    return f"{message}: it does not fit{enough}"
 
 
 def devices(name: str, count: int) -> list[jax.Device]:

@@ -51,11 +51,6 @@ def interleaved(
 
     Args:
         tasks: each does its work and returns the seconds that it took.
-        repeats: number of rounds.
-        on_round: called after each round.
-
-    Returns:
-        The seconds of each task, one number a round.
     """
     taken: dict[Any, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):

@@ -55,23 +55,15 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """The step of a config, all of its terms active, compiled ahead of time.
-
-    Attributes:
-        mesh: of the devices.
-        recipe: of the step.
-        state, frozen, batch: shapes, dtypes and shardings of its arguments.
-        run: the program: (state, frozen, batch) -> (state, metrics); the state is donated.
-        seconds: of tracing and compiling.
-    """
+    """The step of a config, all of its terms active, compiled ahead of time."""
 
     mesh: Mesh
     recipe: step.Recipe
-    state: step.TrainState
+    state: step.TrainState  # like frozen and batch: shapes, dtypes and shardings of the arguments
     frozen: dict[str, Any]
     batch: dict[str, jax.ShapeDtypeStruct]
-    run: jax.stages.Compiled
-    seconds: float
+    run: jax.stages.Compiled  # (state, frozen, batch) -> (state, metrics); the state is donated
+    seconds: float  # of tracing and compiling
 
     @property
     def plan(self) -> Plan:

@@ -169,11 +169,8 @@ class SamplerWork:
         head = params["output"]["kernel"]  # zero at first: all tokens would be alike
         params["output"]["kernel"] = 0.02 * jax.random.normal(jax.random.key(1), head.shape)
         labels = jnp.arange(batch_size, dtype=jnp.int32) % self._config.num_classes
-        self._arguments = (
-            params,
-            labels,
-            sampler.image_keys(jax.random.key(2), np.arange(batch_size)),
-        )
+        keys = sampler.image_keys(jax.random.key(2), np.arange(batch_size))
+        self._arguments = params, labels, keys
         begun = time.perf_counter()
         lowered = sampler.generate.lower(self._config, *self._arguments, options=self._options)
         self._run = lowered.compile()

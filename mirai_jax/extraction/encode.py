@@ -11,7 +11,7 @@ import numpy as np
 from mirai_jax.data.crops import load_all_crops
 from mirai_jax.extraction.job import ExtractionJob
 from mirai_jax.models import batched
-from mirai_jax.utils.errors import DataError, first_line
+from mirai_jax.utils.errors import DataError, Unreadable, first_line
 
 
 @dataclasses.dataclass
@@ -23,6 +23,7 @@ class LoadedImage:
     crops: np.ndarray | None
     notes: tuple[str, ...]
     problem: str
+    unread: bool = False
 
 
 def encoded_batches(
@@ -31,7 +32,7 @@ def encoded_batches(
     """(shard, images, codes (B, C, L) uint16), in order; the next batch is always queued.
 
     Batches never cross a shard, so a shard's bytes depend on nothing outside it. An image that cannot
-    be read raises DataError; one that cannot be decoded has a `problem`.
+    be read or decoded has a `problem`; a whole batch that cannot be read raises DataError.
     """
     devices, spec, size = batched.LocalDevices(), job.manifest.crops, job.manifest.batch_size
     params, rows = devices.copy(job.params), size * spec.count
@@ -62,6 +63,8 @@ def _batches(job: ExtractionJob, shards: list[int]) -> Iterator[tuple[int, list[
         while left:
             batch = [next(stream) for _ in range(min(size, left))]
             left -= len(batch)
+            if len(batch) == size and all(image.unread for image in batch):
+                raise DataError(batch[-1].problem)  # the disk is lost, perhaps
             yield k, batch
 
 
@@ -83,9 +86,10 @@ def _loaded(job: ExtractionJob, indices: Iterator[int]) -> Iterator[LoadedImage]
 
 
 def _load(job: ExtractionJob, index: int) -> LoadedImage:
-    # An image that cannot be read ends the work: the disk may be lost, and the image is not to
-    # blame. An image that cannot be decoded is listed.
-    raw, label, key = job.images.example(index)
+    try:
+        raw, label, key = job.images.example(index)
+    except Unreadable as error:
+        return LoadedImage(f"image {index}", 0, None, (), first_line(error), unread=True)
     try:
         crops, notes = load_all_crops(raw, job.manifest.crops)
         return LoadedImage(key, label, crops, notes, "")

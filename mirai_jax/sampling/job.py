@@ -170,9 +170,7 @@ def sample_folder(
 
     Args:
         share: (index, count) of the processes that divide the work.
-        num_images: in the whole folder.
         labels: `how` of `make_labels`.
-        seed: of labels and tokens.
         resize: pixels a side of the images kept; 0 keeps them as decoded.
         batch_size: images drawn at once on each device; another size rounds differently in bfloat16.
 

@@ -34,8 +34,7 @@ def draw(
     Image i depends on `params`, `options`, `seed`, `purpose` and i alone.
 
     Args:
-        mesh: all devices of all hosts.
-        params: the generator's parameters, on the mesh.
+        params: the generator's parameters, on the mesh of all devices of all hosts.
         labels: int32 (N,).
         purpose: one of `sampling.keys`.
         heartbeat: takes a line before each chunk.

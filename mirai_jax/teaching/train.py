@@ -103,13 +103,7 @@ def _how_to_use(workdir: pathlib.Path) -> str:
 
 
 class TeacherTask(loop.Task):
-    """An encoder, measured on the held-out images.
-
-    Args:
-        codebook: parameters of the tokenizer, {} where the objective needs none.
-        held_out: the images that it is measured on.
-        devices: each takes a part of the batch.
-    """
+    """An encoder, measured on the held-out images; each of `devices` takes a part of the batch."""
 
     def __init__(
         self,

@@ -88,10 +88,7 @@ class HangGuard:
         process, count = jax.process_index(), jax.process_count()
         message = f"error: no progress for {silent:.0f} s (hang_limit is {self._limit:g}): "
         message += f"process {process} of {count} is at: {self._doing}"
-        if count > 1:
-            message += (
-                "; if it waits for the devices, another process is gone or hangs: see its log"
-            )
-        print(message, file=sys.stderr, flush=True)
+        more = "; if it waits for the devices, another process is gone or hangs: see its log"
+        print(message + (more if count > 1 else ""), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         self._end(Lost.status)

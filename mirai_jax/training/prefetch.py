@@ -1,6 +1,6 @@
 """Batches on their way to the devices: one is read and sent while the devices are at the step before.
 
-It also measures how long the devices stood still for want of one: `wait_share`.
+It also measures how long the devices stood still for want of one: `wait_share`, 0 to 1.
 """
 
 import contextlib

@@ -57,12 +57,8 @@ def load_initial(settings: Settings, tokenizer_params: Any) -> dict[str, Any]:
     """
     path = settings.init_from
     config, saved = load_generator("init_from", path, settings, tokenizer_params)
-    for name in ("num_layers", "num_heads", "width", "has_null_class"):
-        mine, theirs = getattr(settings.generator, name), getattr(config, name)
-        if mine != theirs:
-            raise ConfigError(
-                f"init_from is {path!r}, whose {name} is {theirs}; it must be {mine}, as in this run"
-            )
+    names = "num_layers", "num_heads", "width", "has_null_class"
+    _check_same("init_from", path, settings.generator, config, names)
     return saved
 
 
@@ -94,14 +90,20 @@ def load_generator(
         config = other.generator
         if tokenizer_params is not None:
             _check_same_codebook(field, folder, tokenizer_params)
-    for name in ("grid", "vocab_size", "num_classes"):
-        mine, theirs = getattr(settings.generator, name), getattr(config, name)
+    names = "model.grid", "model.vocab_size", "model.num_classes"
+    _check_same(field, path, settings.generator, config, names)
+    return config, saved
+
+
+def _check_same(
+    field: str, path: str, config: GeneratorConfig, other: GeneratorConfig, names: tuple[str, ...]
+) -> None:
+    for name in names:
+        mine, theirs = (getattr(made, name.removeprefix("model.")) for made in (config, other))
         if mine != theirs:
             raise ConfigError(
-                f"{field} is {path!r}, whose model.{name} is {theirs}; it must be {mine}, as in "
-                "this run"
+                f"{field} is {path!r}, whose {name} is {theirs}; it must be {mine}, as in this run"
             )
-    return config, saved
 
 
 def _check_same_codebook(field: str, workdir: pathlib.Path, params: Any) -> None:

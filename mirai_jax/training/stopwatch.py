@@ -47,14 +47,7 @@ def progress_line(
     metrics: Mapping[str, float],
     left: float | None,
 ) -> str:
-    """What the screen shows of a logged step.
-
-    Args:
-        step, num_steps: done, and in all.
-        measures: texts such as "loss 2.3".
-        metrics: holds images_per_second and wait_share where `left` is known.
-        left: seconds; None where the speed is not known yet.
-    """
+    """A logged step with `measures` ("loss 2.3") and, unless `left` is None, its speed in `metrics`."""
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", *measures]
     if left is not None:
         parts += [

@@ -40,7 +40,6 @@ def train(
     Args:
         config: a ConfigDict from configs/, or the like.
         folder: the workdir, created if need be; a run of another config in it is refused.
-        devices: what to run on (default: all).
         log: takes the lines for the screen (default: print, on the first process).
 
     Raises:

@@ -4,8 +4,6 @@ config.json      the whole config
 classes.json     the name of each label
 lock.json        while a run is at work: its process, host and command
 metrics.jsonl    one JSON object a logged step; also as TensorBoard event files
-                 (wait_share: of the time since the last one, what the devices stood still waiting for
-                 a batch, as the first process sees its own; 0 to 1)
 events.jsonl     starts, stops and whatever else happened to the run, with the time
 tokenizer.npz    the tokenizer, where the run fitted one
 parts.json       checksums of data and frozen networks, which a continued run must have too
@@ -63,19 +61,6 @@ def check_workdir(
         ) from error
 
 
-def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Creates the folder and writes config.json: from here on it belongs to this run.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(workdir / "config.json", to_json(config))
-    except OSError as error:
-        raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
-
-
 @contextlib.contextmanager
 def claim(
     workdir: pathlib.Path,
@@ -104,7 +89,12 @@ def claim(
     distributed.barrier("begin")
     with FolderLock(workdir).held() if distributed.is_first() else contextlib.nullcontext():
         if distributed.is_first():
-            open_workdir(workdir, config)
+            try:
+                files.write_text(workdir / "config.json", to_json(config))
+            except OSError as error:
+                raise ConfigError(
+                    f"workdir {workdir} cannot be written: {error.strerror}"
+                ) from error
             path = workdir / "tokenizer.npz"
             if codebook is not None and not path.exists():
                 patch_codebook.save_params(path, codebook)
@@ -134,13 +124,13 @@ def check_same(identity: Mapping[str, str], workdir: pathlib.Path, *, write: boo
         before = {}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged; remove it to continue without its check") from error
-    for name, now in identity.items():
-        if before.get(name, now) != now:
-            raise ConfigError(
-                f"workdir {workdir} holds a run that began with another {name}: the checksum was "
-                f"{before[name][:12]}, is {now[:12]}; use the same files, or another --workdir (to "
-                f"continue on what is there now, remove {name!r} from {file})"
-            )
+    if changed := [name for name, now in identity.items() if before.get(name, now) != now]:
+        checksums = (f"{n} was {before[n][:12]}, is {identity[n][:12]}" for n in changed)
+        raise ConfigError(
+            f"workdir {workdir} holds a run that began with another {' and '.join(changed)} (checksum "
+            f"of {'; '.join(checksums)}); use the same files, or another --workdir (to continue on what "
+            f"is there now, remove {' and '.join(map(repr, changed))} from {file})"
+        )
     if write and before != {**before, **identity}:
         files.write_text(file, json.dumps({**before, **identity}, indent=2) + "\n")
 

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -36,15 +36,20 @@ def _paths(argument: str) -> str:
 
 
 @contextlib.contextmanager
-def program(*more: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+def program(
+    *more: type[Exception], interrupted: str = "interrupted", argv: Sequence[str] = ()
+) -> Iterator[None]:
     """Turns expected errors into one line, "error: ...", and the error's exit `status`.
 
     Expected are ConfigError, DataError, errors of the devices (such as too little memory) and `more`.
-    `interrupted` is the message after Ctrl-C.
+    `interrupted` is the message after Ctrl-C. `argv` is what the parser of flags left, of a program that
+    takes flags alone.
     """
     if not flags.FLAGS["verbosity"].present:
         _quieten()
     try:
+        if argv[1:]:
+            raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
         yield
     except (ConfigError, DataError, *more) as error:
         _fail(first_line(error), getattr(error, "status", 1))
@@ -100,12 +105,16 @@ def _quieten() -> None:
     sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
 
 
-def flag_values(module: str) -> flags.FlagValues:
-    """The flags of the program `module` (its `__name__`): the command line's if it runs.
+def flags_of(module: str) -> tuple[flags.FlagValues, types.SimpleNamespace]:
+    """The flags of the program `module` (its `__name__`), and what defines them: `string(...)` and so on.
 
-    An imported program has separate flags, so that programs may share names.
+    They are the command line's if the program runs. An imported program has separate flags, so that
+    programs may share names.
     """
-    return flags.FLAGS if module == "__main__" else flags.FlagValues()
+    values = flags.FLAGS if module == "__main__" else flags.FlagValues()
+    kinds = "string", "integer", "float", "bool", "enum", "list", "multi_enum", "multi_string"
+    define = (functools.partial(getattr(flags, f"DEFINE_{k}"), flag_values=values) for k in kinds)
+    return values, types.SimpleNamespace(**dict(zip(kinds, define, strict=True)))
 
 
 def parse_known(values: flags.FlagValues, argv: list[str]) -> list[str]:

@@ -24,10 +24,8 @@ class Progress:
     A terminal gets one line, updated twice a second; other streams get a line every 30 seconds.
 
     Args:
-        total: number of items.
-        unit: their name, in the plural.
+        unit: the name of the items, in the plural.
         done: items done earlier, which do not count for the speed.
-        stream: where to write; None for nowhere.
     """
 
     def __init__(self, total: int, unit: str, done: int = 0, stream: TextIO | None = sys.stderr):
