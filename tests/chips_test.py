@@ -79,6 +79,15 @@ def test_a_plan_with_a_published_teacher_needs_neither_its_weights_nor_images():
     assert size > 300 * 2**20  # DINOv2 ViT-B
 
 
+def test_a_plan_of_online_codes_needs_no_tokenizer():
+    recipe, frozen = memory_plan.recipe_and_frozen(
+        settings_of("llamagen_repa", 1, "--config.foresight[0].student_layer=1")
+    )
+    assert recipe.tokenizer.grid((256, 256)) == (16, 16)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(frozen["tokenizer"]))
+    assert count == pytest.approx(71.9e6, rel=1e-3)  # the published VQ-16
+
+
 def test_no_file_of_a_large_run_is_needed():
     config = parse_config([f"--config={ROOT}/configs/mirai_i.py:imagenet_b"])
     refusal(schema.read, config, 1)
