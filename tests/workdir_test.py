@@ -29,7 +29,8 @@ def get(**changed):
 def test_a_workdir_of_the_same_run_is_opened_again(tmp_path):
     folder, config = tmp_path / "a" / "b", get()
     assert workdir.check_workdir(folder, config) == {} and not folder.exists()
-    workdir.open_workdir(folder, config)
+    with workdir.claim(folder, config, {}, None, fresh=True):
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lock.json"]
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert workdir.check_workdir(folder, config) == {}
     longer = get(log_every=3)
@@ -52,7 +53,7 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     for folder in (file, file / "below"):
         with pytest.raises(ConfigError) as error:
             workdir.check_workdir(folder, get())
-            workdir.open_workdir(folder, get())
+            workdir.claim(folder, get(), {}, None, fresh=True).__enter__()
         assert str(folder) in str(error.value)
 
 
