@@ -1,7 +1,8 @@
 """LlamaGen's convolutional tokenizer: VQ-16 and VQ-8, images <-> codes of a learned codebook.
 
 A residual convolutional encoder, a lookup of the nearest codebook row on the unit sphere, and a
-mirrored decoder (official file: tokenizer/tokenizer_image/vq_model.py; only inference is here).
+mirrored decoder (official file: tokenizer/tokenizer_image/vq_model.py). What training needs beside
+the network is in room tokenizing.
 Parameters are named as in PyTorch, `conv_blocks.0` being `conv_blocks_0`; the decoder's
 `conv_blocks_0` is its deepest level. Images are (B, H, W, channels), float32 in [-1, 1].
 """
@@ -9,7 +10,7 @@ Parameters are named as in PyTorch, `conv_blocks.0` being `conv_blocks_0`; the d
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,6 +49,15 @@ class VQConfig:
     def downsample(self) -> int:
         """Pixels a token covers along each side."""
         return 2 ** (len(self.multipliers) - 1)
+
+
+class Autoencoded(NamedTuple):
+    """Images through the whole tokenizer, with gradients; all float32 except the codes."""
+
+    images: jax.Array  # (B, H, W, C), not clipped
+    latents: jax.Array  # (B, h, w, code_width), of unit norm
+    rows: jax.Array  # (B, h, w, code_width), the nearest codebook rows, of unit norm
+    codes: jax.Array  # int32 (B, h, w)
 
 
 def config_of(state: Mapping[str, Any]) -> VQConfig:
@@ -124,6 +134,14 @@ class VQModel(Gridded, nn.Module):
             latents = self.quant_conv(self.encoder(images_BxHxWxC.astype(self.dtype)))
         return latents.astype(jnp.float32)
 
+    def autoencode(self, images_BxHxWxC: jax.Array) -> Autoencoded:
+        """What training looks at. Gradients of the images pass the lookup straight to the latents."""
+        latents = self.latents(images_BxHxWxC)
+        codes = self.quantize.nearest(jax.lax.stop_gradient(latents))
+        latents, rows = unit(latents), self.quantize.rows(codes)
+        passed = latents + jax.lax.stop_gradient(rows - latents)
+        return Autoencoded(self._decode_rows(passed), latents, rows, codes)
+
     def encode(self, images_BxHxWxC: jax.Array) -> jax.Array:
         """Float32 images in [-1, 1] -> int32 codes (B, L), the grid row by row."""
         latents = self.latents(images_BxHxWxC)
@@ -148,7 +166,10 @@ class VQModel(Gridded, nn.Module):
         if height * width != length:
             raise ValueError(f"{length} codes an image do not fill a {height}x{width} grid")
         rows = self.quantize.rows(codes_BxL).reshape(batch, height, width, -1)
-        images = self.decoder(self.post_quant_conv(rows.astype(self.dtype)))
+        return self._decode_rows(rows)
+
+    def _decode_rows(self, rows_BxhxwxC: jax.Array) -> jax.Array:
+        images = self.decoder(self.post_quant_conv(rows_BxhxwxC.astype(self.dtype)))
         return images.astype(jnp.float32)
 
 
@@ -163,7 +184,7 @@ class _Codebook(nn.Module):
 
     def nearest(self, latents: jax.Array) -> jax.Array:
         """(..., code_width) -> int32 (...); the first of equally near rows, as in PyTorch."""
-        latents, rows = _unit(latents), _unit(self.embedding)
+        latents, rows = unit(latents), unit(self.embedding)
         square = jnp.sum(jnp.square(latents), axis=-1, keepdims=True)
         best = jnp.full(latents.shape[:-1], jnp.inf)
         code = jnp.zeros(latents.shape[:-1], jnp.int32)
@@ -180,10 +201,10 @@ class _Codebook(nn.Module):
         return code
 
     def rows(self, codes: jax.Array) -> jax.Array:
-        return jnp.take(_unit(self.embedding), codes, axis=0)
+        return jnp.take(unit(self.embedding), codes, axis=0)
 
 
-def _unit(vectors: jax.Array) -> jax.Array:
+def unit(vectors: jax.Array) -> jax.Array:
     """Projects vectors to the unit sphere, as torch's F.normalize."""
     norm = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / jnp.maximum(norm, 1e-12)
