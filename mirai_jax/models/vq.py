@@ -21,7 +21,7 @@ from mirai_jax.models.tokenizer import Gridded
 # name -> channel multipliers, finest level first; each level but the last halves the resolution.
 MULTIPLIERS: Mapping[str, tuple[int, ...]] = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}
 
-_GROUPS = 32
+GROUPS = 32  # of group normalisation
 # Codebook rows compared at a time: distances to all 16,384 would outgrow the activations.
 _ROWS_AT_ONCE = 2048
 
@@ -75,7 +75,7 @@ def config_of(state: Mapping[str, Any]) -> VQConfig:
             raise ValueError(f"not a VQ tokenizer: {name} is {found}, not of {rank} axes")
         return found
 
-    width, channels = shape("encoder.conv_in.weight", 4, _GROUPS)[:2]
+    width, channels = shape("encoder.conv_in.weight", 4, GROUPS)[:2]
     vocab_size, code_width = shape("quantize.embedding.weight", 2)
     z_channels = shape("encoder.conv_out.weight", 4)[0]
     level = "encoder.conv_blocks.{}.res.0.conv1.weight"
@@ -215,7 +215,7 @@ def _conv(channels: int, size: int, dtype: str, **options: Any) -> nn.Conv:
 
 
 def _norm(dtype: str, name: str) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.GroupNorm(GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class _ResBlock(nn.Module):

@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax.sharding import Sharding
 
 from mirai_jax.models.discriminator import PatchDiscriminator
-from mirai_jax.models.tokenizer import to_unit
+from mirai_jax.models.tokenizer import to_uint8, to_unit
 from mirai_jax.models.vq import Autoencoded, VQConfig, VQModel, unit
 from mirai_jax.optimizer import OptimizerConfig, make_optimizer
 from mirai_jax.tokenizing import losses
@@ -332,3 +332,15 @@ def make_train_step(recipe: Recipe, replicated: Sharding, split: Sharding):
         in_shardings=(replicated, replicated, split),
         out_shardings=(replicated, replicated),
     )
+
+
+def make_reconstruct(recipe: Recipe, replicated: Sharding, split: Sharding):
+    """`(params, batch) -> (images, codes)`, jitted: uint8 as the batch's 'image', int32 (B, L)."""
+
+    @functools.partial(jax.jit, in_shardings=(replicated, split), out_shardings=replicated)
+    def reconstruct(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        images = to_unit(batch["image"])
+        found = recipe.module.apply({"params": params}, images, method="autoencode")
+        return to_uint8(found.images), found.codes.reshape(len(images), -1)
+
+    return reconstruct
