@@ -78,8 +78,9 @@ def flags_of(module) -> dict[str, flags.Flag]:
 
 def check_config(program: str, overrides: list[str]) -> None:
     config = parse_config(overrides)
-    if program == "teach":
-        importlib.import_module("mirai_jax.teaching.settings").read(config, 1)
+    room = {"teach": "teaching", "tokenize": "tokenizing"}.get(program)
+    if room:
+        importlib.import_module(f"mirai_jax.{room}.settings").read(config, 1)
         return
     if program in ("bench", "plan"):  # they need no files
         config.data.images = config.teacher.path = config.tokenizer.path = config.data.path = (

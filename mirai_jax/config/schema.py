@@ -119,7 +119,7 @@ class DataSettings:
 class TokenizerSettings:
     """`tokenizer.*`."""
 
-    name: str = field("vq16", choices=("patch", *MULTIPLIERS))
+    name: str = field("vq16", choices=("patch", *MULTIPLIERS, "vq"))
     path: str = field("", resumable=True)
     image_size: int = field(256, at_least=1, at_most=4096)
     patch: int = field(4, at_least=1)
@@ -369,16 +369,17 @@ def _term(term: TermFields, where: str, student: GeneratorConfig, check: Check) 
 def _check_data(settings: Settings, check: Check) -> None:
     """Checks what data, tokenizer and grid ask of each other."""
     data, tokenizer = settings.data, settings.tokenizer
-    patch, size = tokenizer.name == "patch", tokenizer.image_size
-    side = tokenizer.patch if patch else VQConfig(MULTIPLIERS[tokenizer.name]).downsample
-    good = settings.generator.grid == (size / side, size / side)
-    tokens = f"({size}/{side}, {size}/{side})"
-    check("model.grid", good, f"{tokens}, the tokens of tokenizer.image_size={size}")
-    names = ("patch",) if data.in_memory else tuple(MULTIPLIERS)
+    name, size = tokenizer.name, tokenizer.image_size
+    if name != "vq":  # whose file alone knows the pixels of a token
+        side = tokenizer.patch if name == "patch" else VQConfig(MULTIPLIERS[name]).downsample
+        good = settings.generator.grid == (size / side, size / side)
+        tokens = f"({size}/{side}, {size}/{side})"
+        check("model.grid", good, f"{tokens}, the tokens of tokenizer.image_size={size}")
+    names = ("patch", "vq") if data.in_memory else (*MULTIPLIERS, "vq")
     allowed = f"{' or '.join(names)} with data.name {data.name!r}"
-    check("tokenizer.name", tokenizer.name in names, allowed)
-    good = tokenizer.path or data.in_memory or not data.online
-    check("tokenizer.path", good, f"the weights of {tokenizer.name} with data.codes 'online'")
+    check("tokenizer.name", name in names, allowed)
+    needed = name != "patch" and (data.in_memory or data.online)
+    check("tokenizer.path", tokenizer.path or not needed, f"the weights of {name}, which encode")
 
 
 def _check_teacher(settings: Settings, check: Check) -> None:

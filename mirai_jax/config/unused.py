@@ -22,7 +22,7 @@ RUN = {
     "teacher.path": ("a DINOv2 as teacher.name", lambda c: "dinov2" in c.teacher.name),
     "teacher.stage": ("teacher.name 'efficientnet_lite0'", lambda c: "dino" not in c.teacher.name),
     "tokenizer.patch": ("tokenizer.name 'patch'", lambda c: c.tokenizer.name == "patch"),
-    "tokenizer.path": ("tokenizer.name vq16 or vq8", lambda c: c.tokenizer.name != "patch"),
+    "tokenizer.path": ("tokenizer.name vq16, vq8 or vq", lambda c: c.tokenizer.name != "patch"),
 }
 _TERM = {
     "anchor": ("level 'internal'", lambda t: t.level == "internal"),

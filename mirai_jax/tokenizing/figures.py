@@ -30,6 +30,7 @@ def tokenizer_figure(
         curve(axis, f"held_out_{name}", "o-", "held-out images")
         axis.set(title=text)
         axis.legend()
+    axes[2].set_ylim(0, 1.05)
     for axis in axes[:3]:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -260,7 +260,7 @@ class TokenizerTask(loop.Task):
         """Writes the tokenizer and the figure."""
         config, recipe = self._config, self._recipe
         source = {
-            "file": str(run.workdir),
+            "file": run.workdir.name,
             "entry": f"EMA of mirai_jax.tokenize at step {config.num_steps}",
             "image_size": "x".join(map(str, recipe.image_size)),
             "data": config.data.name,
