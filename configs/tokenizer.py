@@ -123,7 +123,7 @@ def _folder(config):
     config.measure_every = 500
     config.tokenizer.update(image_size=(32, 32), vocab_size=512)
     config.loss.perceptual_weight = 0.1
-    config.data.update(name="images", held_out=200, crop_range=1.1)
+    config.data.update(name="images", held_out=200, crop_range=1.1, num_workers=2)
 
 
 SCALES = {

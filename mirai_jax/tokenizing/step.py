@@ -294,8 +294,9 @@ def train_step(
     if recipe.trained == "decoder":
         updates = _in_decoder(updates)  # weight decay is one too
     params = optax.apply_updates(state.params, updates)
-    decay = recipe.ema_decay
-    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+    # In this form what does not move stays the same to the bit: codes of a frozen encoder.
+    new_share = 1 - recipe.ema_decay
+    ema = jax.tree.map(lambda old, new: old + new_share * (new - old), state.ema, params)
 
     if recipe.has_discriminator:
         gradient, (after, parts) = jax.grad(_discriminator_loss, has_aux=True)(
