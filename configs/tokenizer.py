@@ -49,8 +49,10 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     tokenizer.start = (
         "random"  # of the codebook: random, or kmeans over latents of the first images
     )
-    tokenizer.restart_after = 0  # every so many steps, codes that were not used since the last time
-    #                              become latents of the batch; 0: never, as officially
+    tokenizer.restart_after = (
+        0  # steps after which latents of the batch replace the codes that were
+    )
+    #                              not used in them, again and again; 0: never, as officially
 
     config.loss = loss = ml_collections.ConfigDict()
     loss.reconstruction = "l2"  # l2 or l1, of pixels in [-1, 1]

@@ -347,14 +347,14 @@ def test_tokenizer_training(path):
         discriminator_width=int(data["disc_dim"]),
         discriminator_layers=int(data["disc_num_layers"]),
         adaptive=bool(data["disc_adaptive_weight"]),
-        # The official figure is of the last 65,536 lookups.
+        # The official usage counts the last 65,536 lookups.
         usage_window=-(-int(data["codebook_used_length"]) // codes.shape[1]),
     )
     params = jax.tree.map(jnp.asarray, torch_names.from_torch(recipe.network, init))
     state = tokenizing.init_state(recipe, jax.random.key(0), params)
     state = state.replace(
         discriminator=discriminator_from_torch(init_disc),
-        last_used_V=state.last_used_V.at[0].set(0),  # its lookups before the first are of code 0
+        last_used_V=state.last_used_V.at[0].set(0),  # its buffer begins with code 0
     )
     train_step = jax.jit(tokenizing.train_step, static_argnums=0)
     encode = jax.jit(lambda p, x: recipe.module.apply({"params": p}, x, method="encode"))

@@ -4,7 +4,11 @@ import dataclasses
 import functools
 import itertools
 import os
+import random
 import signal
+import subprocess
+import sys
+import time
 
 import helpers
 import jax
@@ -27,6 +31,7 @@ from mirai_jax.tokenizing import settings as settings_lib
 from mirai_jax.tokenizing import step as step_lib
 from mirai_jax.tokenizing import train as tokenize_train
 from mirai_jax.training import metrics_writer, sources_of_samples, train
+from mirai_jax.training.checkpoint import steps_in
 from mirai_jax.utils.errors import Preempted
 from mirai_jax.weights import conversion, frozen, pretrained, state_dict
 
@@ -287,6 +292,35 @@ def test_the_batch_is_split_over_devices(tmp_path, finished):
     run(tiny(), tmp_path, devices=4)
     one, four = entries(finished[0])[1], entries(tmp_path)[1]
     assert four["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_change_nothing(tmp_path):
+    arguments = [f"--config={helpers.ROOT}/configs/tokenizer.py"]
+    made = {
+        "num_steps": 150, "batch_size": 8, "log_every": 1, "measure_every": 150, "checkpoint_every": 5,
+        "tokenizer.image_size": (28, 28), "tokenizer.multipliers": (1, 1), "tokenizer.z_channels": 8,
+        "tokenizer.restart_after": 4, "discriminator.weight": 0.5, "discriminator.start": 20,
+        "discriminator.width": 4, "discriminator.num_layers": 2, "data.held_out": 10,
+    }  # fmt: skip
+    arguments += [f"--config.{name}={value}" for name, value in made.items()]
+    helpers.output("mirai_jax.tokenize", *arguments, "--workdir=whole", cwd=tmp_path)
+    chance, checkpoints = random.Random(0), tmp_path / "killed/checkpoints"
+    for kill in range(5):
+        far = max(steps_in(checkpoints), default=0) + 5 * (kill % 3)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mirai_jax.tokenize", *arguments, "--workdir=killed"],
+            cwd=tmp_path, env=helpers.environment(), stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None and max(steps_in(checkpoints), default=0) < far:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL  # it was at work
+    helpers.output("mirai_jax.tokenize", *arguments, "--workdir=killed", cwd=tmp_path)
+    assert entries(tmp_path / "killed") == entries(tmp_path / "whole")
+    one, other = trained(tmp_path / "killed"), trained(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
 def test_its_decoder_is_tuned_and_other_shapes_are_refused(tmp_path, finished):

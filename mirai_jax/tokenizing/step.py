@@ -250,7 +250,7 @@ def _restarted(
 
 
 def perplexity(codes: jax.Array, vocab_size: int) -> jax.Array:
-    """exp of the entropy of the codes' frequencies: as many codes, equally frequent, would have it."""
+    """exp of the entropy of the codes' frequencies: V where all of them are equally frequent."""
     p = jnp.zeros(vocab_size).at[codes.reshape(-1)].add(1 / codes.size)
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p)))
 
