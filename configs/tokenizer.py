@@ -34,6 +34,10 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.measure_every = 5_000  # steps between measurements and pictures of held-out images
     config.checkpoint_every = 5_000  # steps between checkpoints
     config.keep_checkpoints = 2  # the newest that are kept
+    config.inception = (
+        ""  # file of Inception-v3's weights, for FID (see docs/evaluation.md); without
+    )
+    #                        it the Fréchet distance is EfficientNet-Lite0's
     config.init_from = ""  # weights to begin with: LlamaGen's .pt, a converted folder or a workdir
     config.train = "all"  # all, or decoder: the codes stay those of init_from
 

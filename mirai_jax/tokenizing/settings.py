@@ -82,6 +82,7 @@ class _TopFields:
     measure_every: int = field(5_000, at_least=1, resumable=True)
     checkpoint_every: int = field(5_000, at_least=1, resumable=True)
     keep_checkpoints: int = field(2, at_least=1, resumable=True)
+    inception: str = field("", resumable=True)
     init_from: str = field("")
     train: str = field("all", choices=TRAINED)
 

@@ -45,6 +45,7 @@ from mirai_jax.weights import efficientnet, frozen, pretrained
 
 Log = Callable[[str], None]
 
+FID, EFFICIENTNET = "held_out_fid", "held_out_frechet_efficientnet"
 _SHOWN = 10  # held-out images in a picture
 _FEATURES_AT_ONCE = 32  # images on a device, of the network that measures
 
@@ -104,6 +105,7 @@ def tokenize(
         identity["init_from"] = pretrained.checksum(initial)
     if recipe.perceptual_weight:
         perceptual = efficientnet.load_efficientnet_lite0()
+    judge = Network(settings.inception, _FEATURES_AT_ONCE)
     claimed = claim(workdir, config, identity, None, fresh=not begin)
     with claimed, contextlib.closing(HangGuard(0)) as guard:
         log(
@@ -111,7 +113,7 @@ def tokenize(
         )
         log(f"tokens: {height}x{width} an image, {vocab_size:,} codes")
         log(f"devices: {len(devices)} x {devices[0].device_kind}")
-        task = TokenizerTask(settings, images, initial, perceptual, workdir, devices)
+        task = TokenizerTask(settings, images, initial, perceptual, judge, workdir, devices)
         loop.Run(task, workdir, guard, log).run()
 
 
@@ -128,6 +130,7 @@ class TokenizerTask(loop.Task):
     Args:
         initial: parameters to begin with, or None for fresh ones.
         perceptual: parameters of EfficientNetLite0, or {} where no loss needs them.
+        judge: whose features measure.
         devices: each takes a part of the batch.
     """
 
@@ -137,6 +140,7 @@ class TokenizerTask(loop.Task):
         images: images_lib.Images,
         initial: Any,
         perceptual: Any,
+        judge: Network,
         workdir: pathlib.Path,
         devices: list[jax.Device],
     ):
@@ -151,7 +155,7 @@ class TokenizerTask(loop.Task):
         self._perceptual = sharding.place(perceptual, self._replicated)
         self._train_step = make_train_step(self._recipe, self._replicated, split)
         self._reconstruct = make_reconstruct(self._recipe, self._replicated, split)
-        self._judge: Network | None = None
+        self._judge, self._distance = judge, FID if config.inception else EFFICIENTNET
         self._of_originals: metrics_lib.Moments | None = None
         self._picture: np.ndarray | None = None
 
@@ -218,7 +222,7 @@ class TokenizerTask(loop.Task):
             "held_out_psnr": float(psnr.mean()),
             "held_out_codebook_use": len(np.unique(codes)) / vocab_size,
             "held_out_perplexity": float(perplexity(codes, vocab_size)),
-            "held_out_frechet_efficientnet": distance,
+            self._distance: distance,
         }
 
     def _reconstructed(self, params: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -233,13 +237,11 @@ class TokenizerTask(loop.Task):
         return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
     def _moments(self, images: np.ndarray) -> metrics_lib.Moments:
-        """Of EfficientNet-Lite0's pooled features, which `evaluate` takes too."""
-        if self._judge is None:
-            self._judge = Network("", _FEATURES_AT_ONCE)
+        """Of the pooled features that `evaluate` takes too."""
         batch, made, parts = self._judge.batch, metrics_lib.Moments(), []
         for start in range(0, len(images), batch):
             some = images[start : start + batch]
-            parts += self._judge(np.broadcast_to(some, (*some.shape[:3], 3)))
+            parts.append(self._judge(np.broadcast_to(some, (*some.shape[:3], 3)))[0])
         made.add(np.concatenate(parts))
         return made
 
@@ -278,10 +280,10 @@ class TokenizerTask(loop.Task):
 
 
 def _measured(values: Mapping[str, float]) -> list[str]:
-    if "held_out_psnr" not in values:
-        return []
-    return [
-        f"held out: PSNR {values['held_out_psnr']:.2f}",
-        f"codes {values['held_out_codebook_use']:.0%}",
-        f"Fréchet {values['held_out_frechet_efficientnet']:.1f} (EfficientNet-Lite0)",
-    ]
+    known = {
+        "held_out_psnr": "held out: PSNR {:.2f}",
+        "held_out_codebook_use": "codes {:.0%}",
+        FID: "FID {:.2f}",
+        EFFICIENTNET: "Fréchet {:.1f} (EfficientNet-Lite0)",
+    }
+    return [text.format(values[name]) for name, text in known.items() if name in values]
