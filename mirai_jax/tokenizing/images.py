@@ -1,5 +1,7 @@
 """The images that a tokenizer is trained and measured on: small sets in memory, folders of any size."""
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -62,9 +64,9 @@ class RandomCrops:
         height, width = self.size
         scale = larger * max(height / image.height, width / image.width)
         across, down = width / scale, height / scale  # of the crop, in the image's pixels
-        left, top = left * (image.width - across), top * (image.height - down)
-        right, bottom = min(left + across, image.width), min(top + down, image.height)
-        box = (left, top, right, bottom)
+        left, top = left * max(0, image.width - across), top * max(0, image.height - down)
+        # Rounding must not lead out of the image.
+        box = (left, top, min(left + across, image.width), min(top + down, image.height))
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
@@ -100,7 +102,7 @@ def load(
         spec: of 'images'; see `data.images.open_images`.
         size: (height, width) in pixels.
         held_out: how many images are kept out of training and measured on. Of 'images' they are those
-            whose names have the smallest hashes; of fashion_mnist the first of its test images.
+            whose names have the smallest hashes; of fashion_mnist some of its test images.
         crop_range, flip: of 'images'; see RandomCrops.
         of_batches: see `pipeline.make_dataset`.
 
@@ -132,8 +134,11 @@ def load(
     hashes = [hashlib.sha256(each.encode()).digest() for each in names]
     order = np.array(sorted(range(len(names)), key=hashes.__getitem__))
     loader = RandomCrops(source, size, crop_range, flip)
-    middles = [loader.centre(source.about(int(i))[1]) for i in order[:held_out]]
-    train = np.sort(order[held_out:])
+    middles, left = [], collections.deque(order)
+    while left and len(middles) < held_out:
+        with contextlib.suppress(Unreadable):
+            middles.append(loader.centre(source.about(int(left.popleft()))[1]))
+    train = np.sort(np.array(left, int))
     batches = pipeline.make_dataset(_Some(source, train), load_crop=loader, **of_batches)
     about = {**about, "name": ""} if of_folder else about  # a folder may move
     listing = f"{json.dumps(about, sort_keys=True)} {source.listing()}"
