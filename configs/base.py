@@ -95,9 +95,12 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.num_workers = 8  # processes that read and decode; 0: threads of this process
 
     config.tokenizer = tokenizer = ml_collections.ConfigDict()
-    tokenizer.name = "vq16"  # patch (k-means over patches, fitted at the start), vq16 or vq8
-    tokenizer.path = ""  # weights of vq16 and vq8: LlamaGen's .pt or a converted folder; only
-    #                      sample grids and online codes need them
+    tokenizer.name = "vq16"  # patch (k-means over patches, fitted at the start), vq16, vq8, or vq
+    #                          (the shape its file has)
+    tokenizer.path = (
+        ""  # weights of all but patch: LlamaGen's .pt, a converted folder, or a workdir
+    )
+    #                      of mirai_jax.tokenize; only sample grids and online codes need them
     tokenizer.image_size = 256  # pixels a side of the images it sees
     tokenizer.patch = 4  # pixels a side of a patch (patch only)
 

@@ -20,7 +20,7 @@ TERM = "foresight[0]."
 FILES = sorted(
     path.stem
     for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-    if path.stem not in ("__init__", "base", "teacher")
+    if path.stem not in ("__init__", "base", "teacher", "tokenizer")
 )
 
 

@@ -25,7 +25,8 @@ ROOMS = {  # a room: which other rooms its files may import
     "evaluation": f"training {TRAINING}",
     "benchmark": f"training {TRAINING}",
     "teaching": f"training {TRAINING}",  # an encoder of the user's own
-    "doors": f"extraction evaluation benchmark teaching training {TRAINING}",  # never each other
+    "tokenizing": f"evaluation training {TRAINING}",  # a tokenizer of the user's own
+    "doors": f"extraction evaluation benchmark teaching tokenizing training {TRAINING}",  # never each other
     "configs": "",  # one file a variant
     "launch": "configs benchmark training config models utils",
 }

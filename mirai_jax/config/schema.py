@@ -123,7 +123,7 @@ class DataSettings:
 class TokenizerSettings:
     """`tokenizer.*`."""
 
-    name: str = field("vq16", choices=("patch", *MULTIPLIERS))
+    name: str = field("vq16", choices=("patch", *MULTIPLIERS, "vq"))
     path: str = field("", resumable=True)
     image_size: int = field(256, at_least=1, at_most=4096)
     patch: int = field(4, at_least=1)
@@ -292,18 +292,19 @@ def read_optimizer(given: OptimizerFields, num_steps: int, check: Check) -> Opti
 def _check_data(settings: Settings, check: Check) -> None:
     """Checks what data, tokenizer, grid and teacher ask of each other."""
     data, tokenizer = settings.data, settings.tokenizer
-    patch, size = tokenizer.name == "patch", tokenizer.image_size
-    side = tokenizer.patch if patch else VQConfig(MULTIPLIERS[tokenizer.name]).downsample
-    good = settings.generator.grid == (size / side, size / side)
-    tokens = f"({size}/{side}, {size}/{side})"
-    check("model.grid", good, f"{tokens}, the tokens of tokenizer.image_size={size}")
-    names = ("patch",) if data.in_memory else tuple(MULTIPLIERS)
+    name, size = tokenizer.name, tokenizer.image_size
+    if name != "vq":  # whose file alone knows the pixels of a token
+        side = tokenizer.patch if name == "patch" else VQConfig(MULTIPLIERS[name]).downsample
+        good = settings.generator.grid == (size / side, size / side)
+        tokens = f"({size}/{side}, {size}/{side})"
+        check("model.grid", good, f"{tokens}, the tokens of tokenizer.image_size={size}")
+    names = ("patch", "vq") if data.in_memory else (*MULTIPLIERS, "vq")
     allowed = f"{' or '.join(names)} with data.name {data.name!r}"
-    check("tokenizer.name", tokenizer.name in names, allowed)
+    check("tokenizer.name", name in names, allowed)
     good = data.crops == "stored" or data.in_memory or data.online
     check("data.crops", good, f"stored with data.codes {data.codes!r}")
-    good = tokenizer.path or data.in_memory or not data.online
-    check("tokenizer.path", good, f"the weights of {tokenizer.name} with data.codes 'online'")
+    needed = name != "patch" and (data.in_memory or data.online)
+    check("tokenizer.path", tokenizer.path or not needed, f"the weights of {name}, which encode")
     if not data.in_memory:
         allowed = f"False with data.name {data.name!r}: features of all crops do not fit in memory"
         check("teacher.cached", not settings.teacher.cached, allowed)

@@ -41,7 +41,7 @@ RUN = {
         lambda c: c.teacher.name == "efficientnet_lite0",
     ),
     "tokenizer.patch": ("tokenizer.name 'patch'", lambda c: c.tokenizer.name == "patch"),
-    "tokenizer.path": ("tokenizer.name vq16 or vq8", lambda c: c.tokenizer.name != "patch"),
+    "tokenizer.path": ("tokenizer.name vq16, vq8 or vq", lambda c: c.tokenizer.name != "patch"),
 }
 _MLP = (
     "level 'internal' and projector 'mlp'",
@@ -67,6 +67,27 @@ ENCODER = {  # of mirai_jax.teach
     "masked_share": _HIDES,
     "optimizer.decayed": RUN["optimizer.decayed"],
     "tokenizer.vocab_size": _HIDES,
+}
+_ALL = ("train 'all'", lambda c: c.train == "all")
+_ADVERSARY = ("discriminator.weight above 0", lambda c: c.discriminator.weight > 0)
+_IMAGES = ("data.name 'images'", lambda c: c.data.name == "images")
+TOKENIZER = {  # of mirai_jax.tokenize
+    "data.crop_range": _IMAGES,
+    "data.flip": _IMAGES,
+    "data.images": _IMAGES,
+    "data.path": ("data.name 'fashion_mnist'", lambda c: c.data.name == "fashion_mnist"),
+    "tokenizer.restart_after": _ALL,
+    "tokenizer.start": ("init_from unset", lambda c: not c.init_from),
+    "loss.commit_weight": _ALL,
+    "loss.entropy_weight": _ALL,
+    "loss.perceptual_stages": (
+        "loss.perceptual_weight above 0",
+        lambda c: c.loss.perceptual_weight > 0,
+    ),
+    **{
+        f"discriminator.{name}": _ADVERSARY
+        for name in ("start", "loss", "adaptive", "width", "num_layers")
+    },
 }
 
 

@@ -188,7 +188,11 @@ class Assessor:
 
     def _tokens_of(self, settings: Settings, workdir: str) -> Tokenized:
         """Codes and reconstructions of the real images, by the run's tokenizer."""
-        tokenizer, params = frozen.load_codebook(settings, workdir)
+        fitted = settings.tokenizer.name == "patch"
+        load = (
+            functools.partial(frozen.load_codebook, workdir=workdir) if fitted else frozen.load_vq
+        )
+        tokenizer, params = load(settings)
         checksum = pretrained.checksum(params)
         if checksum not in self._tokenized:
             encode = functools.partial(batched.encode_images, tokenizer, params)

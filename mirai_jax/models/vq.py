@@ -1,7 +1,8 @@
 """LlamaGen's convolutional tokenizer: VQ-16 and VQ-8, images <-> codes of a learned codebook.
 
 A residual convolutional encoder, a lookup of the nearest codebook row on the unit sphere, and a
-mirrored decoder (official file: tokenizer/tokenizer_image/vq_model.py; only inference is here).
+mirrored decoder (official file: tokenizer/tokenizer_image/vq_model.py). What training needs beside
+the network is in room tokenizing.
 Parameters are named as in PyTorch, `conv_blocks.0` being `conv_blocks_0`; the decoder's
 `conv_blocks_0` is its deepest level. Images are (B, H, W, channels), float32 in [-1, 1].
 """
@@ -9,7 +10,7 @@ Parameters are named as in PyTorch, `conv_blocks.0` being `conv_blocks_0`; the d
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,7 @@ from mirai_jax.models.tokenizer import Gridded
 # name -> channel multipliers, finest level first; each level but the last halves the resolution.
 MULTIPLIERS: Mapping[str, tuple[int, ...]] = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}
 
-_GROUPS = 32
+GROUPS = 32  # of group normalisation
 # Codebook rows compared at a time: distances to all 16,384 would outgrow the activations.
 _ROWS_AT_ONCE = 2048
 
@@ -50,6 +51,15 @@ class VQConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
+class Autoencoded(NamedTuple):
+    """Images through the whole tokenizer, with gradients; all float32 except the codes."""
+
+    images: jax.Array  # (B, H, W, C), not clipped
+    latents: jax.Array  # (B, h, w, code_width), of unit norm
+    rows: jax.Array  # (B, h, w, code_width), the nearest codebook rows, of unit norm
+    codes: jax.Array  # int32 (B, h, w)
+
+
 def config_of(state: Mapping[str, Any]) -> VQConfig:
     """The config of a PyTorch state dict, from its shapes.
 
@@ -65,7 +75,7 @@ def config_of(state: Mapping[str, Any]) -> VQConfig:
             raise ValueError(f"not a VQ tokenizer: {name} is {found}, not of {rank} axes")
         return found
 
-    width, channels = shape("encoder.conv_in.weight", 4, _GROUPS)[:2]
+    width, channels = shape("encoder.conv_in.weight", 4, GROUPS)[:2]
     vocab_size, code_width = shape("quantize.embedding.weight", 2)
     z_channels = shape("encoder.conv_out.weight", 4)[0]
     level = "encoder.conv_blocks.{}.res.0.conv1.weight"
@@ -124,6 +134,14 @@ class VQModel(Gridded, nn.Module):
             latents = self.quant_conv(self.encoder(images_BxHxWxC.astype(self.dtype)))
         return latents.astype(jnp.float32)
 
+    def autoencode(self, images_BxHxWxC: jax.Array) -> Autoencoded:
+        """What training looks at. Gradients of the images pass the lookup straight to the latents."""
+        latents = self.latents(images_BxHxWxC)
+        codes = self.quantize.nearest(jax.lax.stop_gradient(latents))
+        latents, rows = unit(latents), self.quantize.rows(codes)
+        passed = latents + jax.lax.stop_gradient(rows - latents)
+        return Autoencoded(self._decode_rows(passed), latents, rows, codes)
+
     def encode(self, images_BxHxWxC: jax.Array) -> jax.Array:
         """Float32 images in [-1, 1] -> int32 codes (B, L), the grid row by row."""
         latents = self.latents(images_BxHxWxC)
@@ -148,7 +166,10 @@ class VQModel(Gridded, nn.Module):
         if height * width != length:
             raise ValueError(f"{length} codes an image do not fill a {height}x{width} grid")
         rows = self.quantize.rows(codes_BxL).reshape(batch, height, width, -1)
-        images = self.decoder(self.post_quant_conv(rows.astype(self.dtype)))
+        return self._decode_rows(rows)
+
+    def _decode_rows(self, rows_BxhxwxC: jax.Array) -> jax.Array:
+        images = self.decoder(self.post_quant_conv(rows_BxhxwxC.astype(self.dtype)))
         return images.astype(jnp.float32)
 
 
@@ -163,7 +184,7 @@ class _Codebook(nn.Module):
 
     def nearest(self, latents: jax.Array) -> jax.Array:
         """(..., code_width) -> int32 (...); the first of equally near rows, as in PyTorch."""
-        latents, rows = _unit(latents), _unit(self.embedding)
+        latents, rows = unit(latents), unit(self.embedding)
         square = jnp.sum(jnp.square(latents), axis=-1, keepdims=True)
         best = jnp.full(latents.shape[:-1], jnp.inf)
         code = jnp.zeros(latents.shape[:-1], jnp.int32)
@@ -180,10 +201,10 @@ class _Codebook(nn.Module):
         return code
 
     def rows(self, codes: jax.Array) -> jax.Array:
-        return jnp.take(_unit(self.embedding), codes, axis=0)
+        return jnp.take(unit(self.embedding), codes, axis=0)
 
 
-def _unit(vectors: jax.Array) -> jax.Array:
+def unit(vectors: jax.Array) -> jax.Array:
     """Projects vectors to the unit sphere, as torch's F.normalize."""
     norm = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / jnp.maximum(norm, 1e-12)
@@ -194,7 +215,7 @@ def _conv(channels: int, size: int, dtype: str, **options: Any) -> nn.Conv:
 
 
 def _norm(dtype: str, name: str) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.GroupNorm(GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class _ResBlock(nn.Module):

@@ -58,6 +58,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
     images = tokenizer = tokenizer_params = None
     if settings.data.in_memory:
         images = labelled_images(settings, "train")
+    if settings.tokenizer.name == "patch":
         tokenizer, tokenizer_params = frozen.make_codebook(
             settings.generator.vocab_size, settings.tokenizer.patch, images.images, tokenizer_path
         )
@@ -277,7 +278,7 @@ def load_generators(
 ) -> tuple[tuple, tuple]:
     """The terms with their teacher layers fixed, and the shapes of the pretrained generators."""
     terms, static = list(settings.terms), []
-    codebook = tokenizer_params if settings.data.in_memory else None
+    codebook = tokenizer_params if settings.tokenizer.name == "patch" else None
     for name, path in settings.term_checkpoints:
         i = next(i for i, term in enumerate(terms) if term.name == name)
         field = f"foresight[{i}].checkpoint"

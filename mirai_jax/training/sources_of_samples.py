@@ -29,7 +29,7 @@ def of_workdir(
     """
     settings, saved, step = restore.read_run("--workdir", workdir, step)
     params = saved["ema"] if state == "ema" else saved["params"]["generator"]
-    if settings.data.in_memory:
+    if settings.tokenizer.name == "patch":
         if tokenizer_path:
             raise ConfigError(f"--tokenizer is {tokenizer_path!r}; {workdir} has its own")
         tokenizer = frozen.load_codebook(settings, workdir)

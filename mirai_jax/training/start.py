@@ -106,7 +106,7 @@ def begin(
 
 def read_initial(made: Components) -> dict[str, Any]:
     """What `init_from` holds; see `restore.load_initial`."""
-    codebook = made.tokenizer_params if made.settings.data.in_memory else None
+    codebook = made.tokenizer_params if made.settings.tokenizer.name == "patch" else None
     return restore.load_initial(made.settings, codebook)
 
 

@@ -67,7 +67,7 @@ def train(
         mesh = sharding.make_mesh(settings.mesh, devices)
         made = components.build(settings, mesh, folder / "tokenizer.npz", log)
         initial = start.read_initial(made) if settings.init_from and not begin else None
-        codebook = made.tokenizer_params if settings.data.in_memory else None
+        codebook = made.tokenizer_params if settings.tokenizer.name == "patch" else None
         with workdir.claim(folder, config, made.identity, codebook, fresh=not begin):
             if distributed.is_first():
                 files.write_text(folder / "classes.json", json.dumps(made.class_names) + "\n")

@@ -76,11 +76,21 @@ def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
     Raises:
         ConfigError: no such file, another network, or another vocabulary.
     """
-    name, path = settings.tokenizer.name, settings.tokenizer.path
+    name, path, size = (getattr(settings.tokenizer, f) for f in ("name", "path", "image_size"))
     module, params = load_vq_file("tokenizer.path", path)
-    config = module.config
-    if config.multipliers != vq.MULTIPLIERS[name]:
+    config, channels = module.config, 1 if settings.data.in_memory else 3
+    if vq.MULTIPLIERS.get(name, config.multipliers) != config.multipliers:
         raise ConfigError(f"tokenizer.path is {path!r}, no {name} but {config}")
+    if config.channels != channels:
+        raise ConfigError(
+            f"tokenizer.path is {path!r}, of {config.channels} channels; the images have {channels}"
+        )
+    sides = tuple(config.downsample * tokens for tokens in settings.generator.grid)
+    if sides != (size, size):
+        raise ConfigError(
+            f"model.grid is {settings.generator.grid}; it must be of tokens of {config.downsample} "
+            f"pixels (those of {path}) on tokenizer.image_size={size}"
+        )
     if config.vocab_size != settings.generator.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {settings.generator.vocab_size}; it must be "

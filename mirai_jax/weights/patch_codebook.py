@@ -46,7 +46,7 @@ def fit_patch_codebook(
             f"model.vocab_size {vocab_size} is too large: the images have only "
             f"{len(distinct)} distinct {patch}x{patch} patches"
         )
-    codebook = _kmeans(tokenizer.to_unit(distinct), counts, vocab_size, rng.randint(2**31 - 1))
+    codebook = kmeans(tokenizer.to_unit(distinct), counts, vocab_size, rng.randint(2**31 - 1))
     order = np.argsort(codebook.mean(axis=1), kind="stable")
     return {"codebook": codebook[order]}
 
@@ -59,7 +59,8 @@ def _count_distinct(patches_NxP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distinct.view(np.uint8).reshape(-1, rows.shape[1]), counts
 
 
-def _kmeans(points_NxP: np.ndarray, counts_N: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+def kmeans(points_NxP: np.ndarray, counts_N: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    """The centres (clusters, P), float32, of points that occur `counts` times each; N >= clusters."""
     from sklearn.cluster import KMeans  # here: slow to import, and only a first run fits
     from threadpoolctl import threadpool_limits
 

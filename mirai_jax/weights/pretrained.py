@@ -28,6 +28,8 @@ from mirai_jax.weights import state_dict
 from mirai_jax.weights.state_dict import Weights
 
 ENCODER = "encoder"  # where a finished run of `mirai_jax.teach` has its converted folder
+TOKENIZER = "tokenizer"  # the same of `mirai_jax.tokenize`
+_OF_RUN = {"teacher": ("teach", ENCODER), "tokenizer": ("tokenize", TOKENIZER)}
 _CONFIGS = {
     "generator": generator.GeneratorConfig,
     "tokenizer": vq.VQConfig,
@@ -130,8 +132,8 @@ def token_grid(side: int, arguments: Mapping[str, Any]) -> tuple[int, int] | Non
 def load(
     field: str, path: str, kind: str, *, grid: tuple[int, int] | None = None, num_heads: int = 0
 ) -> Weights:
-    """The weights of a PyTorch file, a converted folder, or, of a teacher, the workdir of a finished
-    run of `mirai_jax.teach`.
+    """The weights of a PyTorch file, a converted folder, or, of a teacher or a tokenizer, the workdir
+    of a finished run of `mirai_jax.teach` or `mirai_jax.tokenize`.
 
     Args:
         field: the config field or flag that names them, for messages.
@@ -144,10 +146,11 @@ def load(
     path = os.path.expanduser(path)
     try:
         if os.path.isdir(path):
-            of_run = kind == "teacher" and os.path.isfile(os.path.join(path, "config.json"))
-            folder = os.path.join(path, ENCODER) if of_run else path
+            program, inside = _OF_RUN.get(kind, ("", ""))
+            of_run = program and os.path.isfile(os.path.join(path, "config.json"))
+            folder = os.path.join(path, inside) if of_run else path
             if of_run and not is_converted(folder):
-                raise ConfigError(f"a run of mirai_jax.teach that is not finished: no {ENCODER}/")
+                raise ConfigError(f"no finished run of mirai_jax.{program}: it has no {inside}/")
             weights = load_converted(folder)
         else:
             state, entry, arguments = state_dict.read_state(path)

@@ -1,0 +1,46 @@
+"""Trains a VQ tokenizer, on the small data sets or on a folder of images, or fine-tunes a published one.
+
+    python -m mirai_jax.tokenize --config=configs/tokenizer.py[:scale] [--config.field=value ...]
+    python -m mirai_jax.extract --images=FOLDER --tokenizer=WORKDIR --out=CODES
+    python -m mirai_jax.main --config=configs/mirai_e.py:SCALE --config.tokenizer.name=vq \\
+        --config.tokenizer.path=WORKDIR --config.data.path=CODES
+
+On all devices of this machine. Exit status: 0 finished; 1 an error to mend; 75 stopped by SIGTERM, with
+all saved: the same command resumes.
+"""
+
+import functools
+import pathlib
+import sys
+
+from mirai_jax.config import unused
+from mirai_jax.config.flags import parse_config
+from mirai_jax.tokenizing import train
+from mirai_jax.tokenizing.settings import TokenizerRunConfig
+from mirai_jax.utils import cli
+from mirai_jax.utils.errors import TrainingError
+
+_FLAGS, _define = cli.flags_of(__name__)
+_CONFIG = _define.string(
+    "config",
+    "",
+    "FILE[:scale], such as configs/tokenizer.py:folder; --config.field=value overrides.",
+)
+_WORKDIR = _define.string(
+    "workdir", None, "Folder of the run, resumed if it exists; default: runs/<config>-<scale>."
+)
+
+parse_flags = functools.partial(cli.parse_known, _FLAGS)
+
+
+def main(argv: list[str]) -> None:
+    with cli.program(TrainingError, interrupted="interrupted; the same command resumes"):
+        config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
+        for note in unused.notes(config, argv[1:], TokenizerRunConfig, unused.TOKENIZER):
+            print(note, file=sys.stderr, flush=True)
+        name = f"{config.get('name')}-{config.get('scale')}"  # `tokenize` checks both
+        train.tokenize(config, _WORKDIR.value or pathlib.Path("runs") / name)
+
+
+if __name__ == "__main__":
+    cli.run(main, flags_parser=parse_flags)
