@@ -9,7 +9,6 @@ from launch import speedup, study
 from launch.collected import Results, Run
 from launch.study import Measure
 from launch.tables import table
-from mirai_jax.benchmark.measure import median
 
 _NOT_REACHED = "not reached"
 _OTHERS = [variant for variant in study.VARIANTS if variant != study.BASELINE]
@@ -196,7 +195,7 @@ def times(results: Results) -> str:
         rows.append(
             [
                 name,
-                f"{1000 * median(taken):.0f}" if taken else cells.NOT_RUN,
+                f"{1000 * statistics.median(taken):.0f}" if taken else cells.NOT_RUN,
                 _median(rounds),
                 *(
                     _median(speed_ups_in_time(results, variant, m.key).values())
@@ -238,7 +237,7 @@ def speed_ups_in_time(results: Results, variant: str, measure: str) -> dict[int,
     None where it never is. Empty where what the variant's steps take was not measured.
     """
     costs = {
-        _foresight(run.metrics[-1], every=True): median(rounds)
+        _foresight(run.metrics[-1], every=True): statistics.median(rounds)
         for v in study.VARIANTS
         if (rounds := _over_baseline(results, v))
         for run in results.seeds(v).values()

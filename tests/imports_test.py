@@ -28,7 +28,7 @@ ROOMS = {  # a room: which other rooms its files may import
     "tokenizing": f"evaluation training {TRAINING}",  # a tokenizer of the user's own
     "doors": f"extraction evaluation benchmark teaching tokenizing training {TRAINING}",  # never each other
     "configs": "",  # one file a variant
-    "launch": "configs benchmark training config models utils",
+    "launch": "configs training config models utils",
 }
 PACKAGES = {  # the only packages beyond Python's own that files of these rooms may import
     "models": "jax flax numpy",
