@@ -431,6 +431,7 @@ def updated(actual, expected, before, what):
     assert good, f"{what}: size {size:.2e}, moved {moved:.2e}, off by {error:.2e}"
 
 
+@pytest.mark.usefixtures("quick_compilation")  # most of its time; the last test of this file
 @pytest.mark.parametrize("path", cases("tokenizer_training"))
 def test_tokenizer_training(path):
     data = load(path)

@@ -199,6 +199,7 @@ def test_the_perceptual_loss_is_zero_for_equal_images_and_else_leads_to_them():
     assert value > 1e-3 and loss(others - 0.1 * gradient / jnp.linalg.norm(gradient))[0] < value
 
 
+@pytest.mark.slow
 def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
     made = recipe(discriminator_weight=0.7, discriminator_start=0, discriminator_width=4,
                   discriminator_layers=2, adversarial="non_saturating", adaptive=True)  # fmt: skip
@@ -220,6 +221,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
     np.testing.assert_allclose(loss, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_decoder_alone_learns_and_the_codes_stay():
     made = recipe(
         trained="decoder", optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
@@ -323,6 +325,7 @@ def test_five_kills_at_random_moments_change_nothing(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
+@pytest.mark.slow
 def test_its_decoder_is_tuned_and_other_shapes_are_refused(tmp_path, finished):
     folder = finished[0]
     made = tiny(init_from=str(folder), train="decoder", num_steps=1)
@@ -368,6 +371,7 @@ def of_folder(folder, **changed):
     return made
 
 
+@pytest.mark.slow
 def test_a_folder_of_any_images_trains_and_its_tokenizer_encodes(tmp_path, folder):
     run(of_folder(folder), tmp_path / "run")
     found = trained(tmp_path / "run")
@@ -416,6 +420,7 @@ def test_crops_cover_their_size_and_some_are_mirrored(tmp_path):
 # As a tokenizer -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_generator_learns_its_codes(tmp_path, finished):
     made = helpers.tiny(mirai_e, steps=1, sample_every=1)
     made.optimizer.warmup_steps = 0
