@@ -46,7 +46,7 @@ RUN = ["--config=configs/llamagen.py", *TINY, "--config.log_every=20", "--config
 # Names ----------------------------------------------------------------------------------------------
 
 NAMES = ["[0:9]", "lr[3e-4]", "a*?", "50%", "#1", "~", "two words", "line\nbreak", "b\\c", "-dash",
-         "é" * 80, "e\u0301\u202eabc", "gs:", "a,b=c", "{x}", "'q'\""]  # fmt: skip
+         "é" * 100, "e\u0301\u202eabc", "gs:", "a,b=c", "{x}", "'q'\""]  # fmt: skip
 
 
 @flax.struct.dataclass
