@@ -34,10 +34,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.measure_every = 5_000  # steps between measurements and pictures of held-out images
     config.checkpoint_every = 5_000  # steps between checkpoints
     config.keep_checkpoints = 2  # the newest that are kept
-    config.inception = (
-        ""  # file of Inception-v3's weights, for FID (see docs/evaluation.md); without
-    )
-    #                        it the Fréchet distance is EfficientNet-Lite0's
+    config.inception = ""  # file of Inception-v3's weights, for FID (see docs/evaluation.md);
+    #                        '': the Fréchet distance is EfficientNet-Lite0's
     config.init_from = ""  # weights to begin with: LlamaGen's .pt, a converted folder or a workdir
     config.train = "all"  # all, or decoder: the codes stay those of init_from
 
@@ -50,13 +48,11 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     tokenizer.vocab_size = 16384  # codes
     tokenizer.code_width = 8  # length of a row of the codebook
     tokenizer.dtype = "bfloat16"  # of the convolutions: float32 or bfloat16; parameters are float32
-    tokenizer.start = (
-        "random"  # of the codebook: random, or kmeans over latents of the first images
-    )
+    tokenizer.start = "random"  # of the codebook: random, or kmeans over the first images' latents
     tokenizer.restart_after = (
-        0  # steps after which latents of the batch replace the codes that were
+        0  # steps after which a latent of the batch replaces a code that was not
     )
-    #                              not used in them, again and again; 0: never, as officially
+    #                              used in them, again and again; 0: never, as officially
 
     config.loss = loss = ml_collections.ConfigDict()
     loss.reconstruction = "l2"  # l2 or l1, of pixels in [-1, 1]

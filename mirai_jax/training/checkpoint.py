@@ -220,8 +220,8 @@ class Checkpoints:
         """The state, or None and why not; and the outcome over all processes.
 
         No process is left waiting: each reads without the others, and then they agree. If one process
-        does not see a checkpoint, the run ends: process 0 sees it, so it is likely whole and a mount
-        is wrong. An older checkpoint would lose its steps.
+        does not see a checkpoint that process 0 sees, the run ends: the checkpoint is likely whole and
+        a mount is wrong. An older checkpoint would lose its steps.
         """
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -78,7 +78,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def end_within(seconds: float, status: int) -> None:
-    """Ends the process after so many seconds if it still runs then."""
+    """Ends the process if it still runs after `seconds`."""
     timer = threading.Timer(seconds, leave, [status])
     timer.daemon = True
     timer.start()
