@@ -7,7 +7,6 @@ may end one on its own (134).
 
 import functools
 import pathlib
-import sys
 
 from absl import flags
 
@@ -43,8 +42,7 @@ parse_flags = functools.partial(cli.parse_known, flags.FLAGS)
 def main(argv: list[str]) -> None:
     with cli.program():
         config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
-        for note in unused.notes(config, argv[1:]):
-            print(note, file=sys.stderr, flush=True)
+        unused.report(config, argv[1:])
     workdir = _WORKDIR.value or pathlib.Path("runs") / f"{config.get('name')}-{config.get('scale')}"
     interrupted = f"interrupted; the same command resumes from the last checkpoint of {workdir}"
     with cli.program(TrainingError, Lost, interrupted=interrupted):

@@ -10,7 +10,6 @@ all saved: the same command resumes.
 
 import functools
 import pathlib
-import sys
 
 from mirai_jax.config import unused
 from mirai_jax.config.flags import parse_config
@@ -35,8 +34,7 @@ parse_flags = functools.partial(cli.parse_known, _FLAGS)
 def main(argv: list[str]) -> None:
     with cli.program(TrainingError, interrupted="interrupted; the same command resumes"):
         config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
-        for note in unused.notes(config, argv[1:], TeacherRunConfig, unused.ENCODER):
-            print(note, file=sys.stderr, flush=True)
+        unused.report(config, argv[1:], TeacherRunConfig, unused.ENCODER)
         name = f"{config.get('name')}-{config.get('scale')}"  # `teach` checks both
         train.teach(config, _WORKDIR.value or pathlib.Path("runs") / name)
 

@@ -1,6 +1,7 @@
 """Fields that take no effect under the others, so that nobody waits for what a setting will not do."""
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -89,6 +90,12 @@ TOKENIZER = {  # of mirai_jax.tokenize
         for name in ("start", "loss", "adaptive", "width", "num_layers")
     },
 }
+
+
+def report(config: Any, arguments: Iterable[str], *rules: Any) -> None:
+    """Prints the `notes` of a command line on stderr."""
+    for note in notes(config, arguments, *rules):
+        print(note, file=sys.stderr, flush=True)
 
 
 def notes(
