@@ -53,7 +53,8 @@ def test_a_run_measures_all(quick_run):
     found = results["variants"]["llamagen"]
     assert len(found["step_seconds"]) == 2 and min(found["step_seconds"]) > 0
     assert list(found["part_seconds"]) == ["student", "optimizer"]
-    assert found["compile_seconds"] > 0 and found["peak_bytes"] > 0
+    assert found["compile_seconds"] > 0
+    assert found["peak_bytes"] is None or found["peak_bytes"] > 0
     assert results["sampler"]["seconds"] and results["input"]["images_per_second"] > 0
     assert report.sampler_share(results) > 0
     lines = report.lines(results)

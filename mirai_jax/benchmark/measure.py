@@ -144,14 +144,14 @@ class PeakMemory:
                 pathlib.Path("/proc/self/clear_refs").write_text("5")
 
     def __call__(self) -> int | None:
-        """Bytes beyond those at the start; None where earlier work needed more than this work."""
+        """Bytes beyond those at the start; None where earlier work, or what was freed since, hides them."""
         if self._counted:
             peak = self._device.memory_stats()["peak_bytes_in_use"]
         else:
             peak = _resident("VmHWM")
         if self._before is None or peak is None or peak == self._peak_before:
             return None
-        return peak - self._before
+        return peak - self._before if peak > self._before else None
 
 
 def _resident(field: str) -> int | None:
