@@ -5,6 +5,7 @@ metrics.jsonl     as the run logged it
 assessment.jsonl  as `python -m mirai_jax.assess` wrote it: a JSON object a line with "step", "protocol"
                   (how it was measured), measures, and at times a "probe"; later lines add to earlier
                   ones of the same step and protocol
+future.jsonl      as `python -m mirai_jax.assess --future` wrote it; only the EMA's best blocks are read
 run.json          command, setting (the run's name without its seed), steps, seconds, machine
 
 bench.json is what `python -m mirai_jax.bench --compare --json=...` wrote, of the study's scale.
@@ -59,6 +60,7 @@ class Run:
         machine: in words.
         metrics: the logged steps.
         assessments: in the order made.
+        future: {step: {measure of study.FUTURE: value}}.
     """
 
     sweep: str
@@ -73,6 +75,7 @@ class Run:
     machine: str
     metrics: Sequence[Mapping[str, Any]]
     assessments: Sequence[Assessment]
+    future: Mapping[int, Mapping[str, float]]
 
     def probe(self, protocol: Mapping[str, Any] | None) -> Mapping[int, tuple[float, ...]]:
         """Of the last step, under the protocol or one that differs in how samples are drawn alone."""
@@ -175,6 +178,18 @@ def assessment(where: str, entry: Mapping[str, Any]) -> Assessment:
     return Assessment(entry["step"], protocol, measures, probe, where)
 
 
+def _future(where: str, entry: Mapping[str, Any]) -> dict[str, float]:
+    """Of a line of a future.jsonl: each measure of study.FUTURE in the best block of the EMA."""
+    found = {}
+    for measure in study.FUTURE:
+        try:
+            blocks = entry["ema"].values()
+            found[measure.key] = max(b["tokens"]["r2"][measure.key] for b in blocks)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: {first_line(error)} of the EMA's tokens") from error
+    return found
+
+
 def _read_run(folder: pathlib.Path) -> Run:
     config, content = read_object(folder / "config.json"), read_object(folder / "run.json")
     of_run = functools.partial(field, folder / "run.json", content)
@@ -192,6 +207,10 @@ def _read_run(folder: pathlib.Path) -> Run:
         machine=of_run("machine", str),
         metrics=[entry for _, entry in read_lines(folder / "metrics.jsonl")],
         assessments=[assessment(*line) for line in read_lines(folder / "assessment.jsonl")],
+        future={
+            entry["step"]: _future(where, entry)
+            for where, entry in read_lines(folder / "future.jsonl")
+        },
     )
 
 
@@ -263,6 +282,9 @@ class Results:
     def finals(self, setting: str, measure: str) -> dict[int, float]:
         """{seed: value at the run's last step} of the seeds that have one."""
         runs = self.seeds(setting)
+        if measure in {m.key for m in study.FUTURE}:
+            found = {seed: run.future.get(run.steps, {}) for seed, run in sorted(runs.items())}
+            return {seed: values[measure] for seed, values in found.items() if measure in values}
         return {s: curve[runs[s].steps] for s, curve in self.curves(setting, measure).items()}
 
     def noise(self, measure: Measure) -> float | None:

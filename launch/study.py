@@ -73,6 +73,12 @@ MORE_MEASURES = (
     Measure("precision", "precision", "", False, 1, 3),
     Measure("recall", "recall", "", False, 1, 3),
 )
+# What the EMA's states know of tokens to come: of a line of future.jsonl, in the best block.
+FUTURE = (
+    Measure("r0c1", "next token, R²", "", False, 1, 3),
+    Measure("r1c0", "one row below, R²", "", False, 1, 3),
+    Measure("r2c0", "two rows below, R²", "", False, 1, 3),
+)
 TEACHER = Measure("teacher_probe", "linear probe of the encoder", "", False, 100, 1)
 
 
@@ -195,6 +201,16 @@ EXPLORATIONS = (
         "linear classifier of its features, averaged over the grid, says of held-out images.",
         "variants/mirai_i",
         (TEACHER,),
+    ),
+    Exploration(
+        "neighbours",
+        "Mirai-I and its neighbours",
+        "Block-causal encoders, LlamaGen-REPA, a finished generator as teacher, look-ahead windows and a "
+        "transformer as projector, one seed each. R² is what a linear probe of the states predicts of the "
+        "vectors of tokens to come on held-out images, in the best block (`python -m mirai_jax.assess "
+        "--future`).",
+        "variants/mirai_i",
+        FUTURE,
     ),
 )
 
