@@ -21,7 +21,7 @@ for what is said in words under "Findings" [`findings.md`](findings.md); `--chec
 what they give.
 """
 _COMMANDS = f"""```
-python -m mirai_jax.teach ...  # the encoders, where a sweep's teachers are one's own: below
+python -m mirai_jax.teach ...  # the encoders, where a sweep's teachers are your own: below
 python -m launch.sweep --sweep=launch/sweeps/SWEEP.py --scale={study.SCALE} --out=runs/sweeps/SWEEP --parallel=2
 python -m mirai_jax.assess --workdir=RUN,...
 python -m mirai_jax.bench --config=configs/mirai_e_i.py:{study.SCALE} --compare --repeats=15 --measure=step --json=results/bench.json
@@ -49,7 +49,7 @@ def readme(
         results: all runs.
         findings: written by hand; may be empty.
         drawn: the names of the figures that there are.
-        encoders: of one's own, which runs have as their teachers.
+        encoders: the user's own, which runs have as their teachers.
     """
     sections = [
         _HEAD,
@@ -291,7 +291,7 @@ def _encoders(encoders: Sequence[Encoder]) -> str:
         for encoder in encoders
     ]
     return (
-        "## Encoders of one's own\n\n"
+        "## Your own encoders\n\n"
         "DINOv2's network, small, trained by `mirai_jax.teach` on the images that the generators train "
         "on: with their labels, or without on the codes of hidden patches (masked). What it was asked "
         "in training, asked of the held-out images:\n\n"

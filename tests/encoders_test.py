@@ -431,6 +431,7 @@ def test_an_encoder_without_parameters_and_on_another_grid():
     )
 
 
+@pytest.mark.slow
 def test_mirai_i_learns_from_the_example_of_the_docs_and_resumes(tmp_path):
     config = student(name="docs.own_encoder:Encoder", zscore=0.6)
     config.num_steps = 3

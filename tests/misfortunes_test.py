@@ -114,9 +114,7 @@ def test_what_an_index_does_not_hold_is_no_checkpoint(tmp_path, monkeypatch):
 
 def test_urls_are_refused_by_every_program(tmp_path):
     for module, *arguments in (
-        ("main", "--config=configs/llamagen.py", "--workdir=gs://b/run"),
         ("main", "--config=configs/llamagen.py", "--config.data.path=s3://b/x"),
-        ("sample", "--workdir=gs://b/lr=0.1"),
         ("evaluate", "--samples=a.npz,gs://b/s.npz", "--reference=a.npz"),
         ("convert", "a.pt", "gs://b/out"),
     ):
