@@ -267,7 +267,11 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     for i, term in enumerate(terms):
         good = term.targets == "own" or given.batch_size > parts
         check(f"foresight[{i}].targets", good, "own where a part of the batch is a single image")
-    check("lora.rank", not given.lora.rank or given.init_from, "0 with init_from '': they adapt it")
+    check(
+        "lora.rank",
+        not given.lora.rank or given.init_from,
+        "0 without init_from, whose weights they adapt",
+    )
     good = all(
         isinstance(pair, tuple) and len(pair) == 2 and {type(c) for c in pair} <= {int, str}
         for pair in given.init_rows

@@ -62,7 +62,7 @@ def class_names(path: str) -> tuple[str, ...]:
     try:
         file = pathlib.Path(path).expanduser() / "classes.json"
         return tuple(map(str, json.loads(file.read_text())))
-    except (OSError, ValueError):  # runs of earlier versions have none
+    except (OSError, ValueError, TypeError):  # runs of earlier versions have none
         return ()
 
 

@@ -41,7 +41,7 @@ class Initial:
 def codebook_path(settings: Settings, workdir: pathlib.Path) -> pathlib.Path:
     """Where a run finds its patch codebook: in its workdir, else in that of `init_from`.
 
-    The codes of a generator mean something by its tokenizer alone.
+    What the codes of a generator mean depends on its tokenizer.
 
     Raises:
         ConfigError: that of `init_from` is for other codes.
@@ -74,9 +74,9 @@ def read(made: Components) -> Initial:
 
 
 def _rows(made: Components, other: GeneratorConfig, theirs: tuple[str, ...]) -> dict[int, int]:
-    """Classes of equal names, as `init_rows` changes it, and the null class.
+    """The rows of classes with equal names, those of `init_rows`, and the null class.
 
-    Where the numbers of classes are equal and either side has no names but numbers, class i is class i.
+    Where there are equally many classes and one side has only numbers as names, row i is row i.
     """
     settings, mine = made.settings, made.class_names
     ours, count = settings.generator, other.num_classes
@@ -106,10 +106,10 @@ def _rows(made: Components, other: GeneratorConfig, theirs: tuple[str, ...]) -> 
 def with_weights(
     made: Components, state: TrainState, placement: TrainState, initial: Initial
 ) -> tuple[TrainState, str]:
-    """The fresh state with the weights of `initial`, and a line about what stays fresh.
+    """The fresh state with the weights of `initial`, and a line about what is new.
 
-    Where something is frozen, of which there is one copy for training and average, training begins
-    with the average, too. Of foresight heads those with an equal there are taken.
+    A frozen tensor has one copy, in training and in the average: where there is any, training begins
+    with the average, too. Foresight heads are taken where their shapes are equal.
     """
     recipe, saved = made.recipe, initial.saved
 
@@ -168,6 +168,5 @@ def _described(made: Components, initial: Initial, heads: list[str]) -> str:
         new.append(f"fresh foresight heads {', '.join(heads)}")
     if lora.rank:
         new.append(f"adapters of rank {lora.rank}")
-    return (
-        f"began with the weights of {settings.init_from}" + ", with " * bool(new) + ", ".join(new)
-    )
+    with_new = f", with {', '.join(new)}" if new else ""
+    return f"began with the weights of {settings.init_from}{with_new}"
