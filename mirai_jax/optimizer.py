@@ -53,7 +53,7 @@ def trained(params: Any, frozen: tuple[str, ...]) -> Any:
 
 
 def overlay(params: Any, part: Any) -> Any:
-    """The tree with the leaves of a part of it (see `trained`) in place of its own."""
+    """The tree, with those leaves replaced that a part of it (see `trained`) has."""
     if not isinstance(params, dict):
         return part
     return {

@@ -130,7 +130,7 @@ class GeneratorTask(loop.Task):
         return progress_line(step, self.settings.num_steps, measures, values, left)
 
     def _generator(self, state: Any) -> Any:
-        """The generator that samples are of: the average, with its adapters merged."""
+        """The generator that draws samples: the average, with its adapters merged."""
         return adapters.merge(ema_params(state), self._made.recipe.lora)
 
     def samples(self, step: int) -> bool:
