@@ -41,7 +41,11 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.keep_checkpoints = 2  # the newest that are kept
     config.keep_every = 0  # steps: checkpoints at multiples of it are kept for ever; 0: none are
     config.init_from = ""  # weights a new run begins with: a workdir, a converted folder or a
-    #                        PyTorch file of a generator; '': fresh ones
+    #                        PyTorch file of a generator; '': fresh ones. Classes and grid may
+    #                        differ: classes of equal names keep their rows, others get fresh ones
+    config.init_rows = ()  # further rows of the class table to take from init_from: (new, old)
+    #                        pairs of classes, by name or number
+    config.freeze = ()  # patterns of parameters that are not trained, such as 'generator/layers/*'
     config.accumulate = 1  # parts of a batch computed one after the other, for less memory
     config.nonfinite = "stop"  # at a loss that is not finite: stop, or skip the update, count it,
     #                            and stop after 20 in a row
@@ -79,6 +83,12 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     optimizer.weight_decay = 0.05  # decoupled
     optimizer.decayed = "matrices"  # what it acts on: matrices (and embeddings), or all parameters
     optimizer.clip_norm = 1.0  # largest global gradient norm; 0: no clipping
+
+    # Low-rank adapters of the weights of init_from, which are frozen then. Trained are the adapters of
+    # wqkv, wo, w1, w2 and w3, the class table and the foresight heads.
+    config.lora = lora = ml_collections.ConfigDict()
+    lora.rank = 0  # 0: no adapters
+    lora.alpha = 16.0  # their product counts alpha / rank times
 
     config.data = data = ml_collections.ConfigDict()
     data.name = "images"  # mnist, fashion_mnist (in memory), or images (the fields below)

@@ -1,11 +1,16 @@
-"""The optimizer: AdamW with a decay mask, a global clip and a learning-rate schedule."""
+"""The optimizer: AdamW with a decay mask, a global clip and a learning-rate schedule.
+
+It is given the trained parameters alone: what is frozen has neither gradient nor state, and no decay.
+"""
 
 import dataclasses
+import fnmatch
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 SCHEDULES = ("constant", "cosine")
 DECAYED = ("matrices", "all")
@@ -35,6 +40,26 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     decayed: str = "matrices"
     clip_norm: float = 1.0
+
+
+def trained(params: Any, frozen: tuple[str, ...]) -> Any:
+    """The part of a tree whose names ('generator/norm/scale') match none of the patterns (fnmatch)."""
+    if not frozen:
+        return params
+    flat = traverse_util.flatten_dict(params, keep_empty_nodes=True, sep="/")
+    is_frozen = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in frozen)
+    kept = {name: leaf for name, leaf in flat.items() if not is_frozen(name)}
+    return traverse_util.unflatten_dict(kept, sep="/")
+
+
+def overlay(params: Any, part: Any) -> Any:
+    """The tree, with those leaves replaced that a part of it (see `trained`) has."""
+    if not isinstance(params, dict):
+        return part
+    return {
+        name: overlay(below, part[name]) if name in part else below
+        for name, below in params.items()
+    }
 
 
 def decay_mask(params: Any) -> Any:

@@ -27,6 +27,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(layers|block_\d)/attention/wo/kernel", P(None, "tensor", None, "fsdp")),  # N H d D
     (r"(layers|block_\d)/feed_forward/w[13]/kernel", P(None, "fsdp", "tensor")),  # N D F
     (r"(layers|block_\d)/feed_forward/w2/kernel", P(None, "tensor", "fsdp")),  # N F D
+    # Adapters of these kernels: A has their inputs, B their outputs.
+    (r"(wqkv|w[13])/lora_a", P(None, "fsdp")),  # N D r
+    (r"(wo|w2)/lora_a", P(None, "tensor")),  # N H d r, N F r
+    (r"wqkv/lora_b", P(None, None, None, "tensor")),  # N r 3 H d
+    (r"w[13]/lora_b", P(None, None, "tensor")),  # N r F
+    (r"(wo|w2)/lora_b", P(None, None, "fsdp")),  # N r D
     (r"cls_embedding/embedding", P(None, "fsdp")),  # classes D
     (r"tok_embeddings/embedding", P("tensor", "fsdp")),  # V D
     (r"foresight/.*/linear_0/kernel", P(None, "fsdp", "tensor")),  # K D P

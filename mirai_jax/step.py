@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import optax
 
 from mirai_jax import foresight
+from mirai_jax.models import adapters
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer, overlay, trained
 
 # label (B,) int; codes (B, L) int, unless the step makes them; for a bidirectional teacher image
 # (B, H, W, C) uint8, or features (B, L, Z) computed before training.
@@ -55,6 +56,8 @@ class Recipe:
         accumulate: parts of a batch that are computed one after the other, to save memory; the
             update is that of the whole batch, with other draws of dropout.
         skip_nonfinite: skip an update whose loss or gradient is not finite, and count it.
+        freeze: patterns of the names of parameters that are not trained; see `optimizer.trained`.
+        lora: low-rank adapters, which are trained in place of the weights that they adapt.
     """
 
     generator: GeneratorConfig
@@ -68,6 +71,13 @@ class Recipe:
     tokenizer: nn.Module | None = None
     accumulate: int = 1
     skip_nonfinite: bool = False
+    freeze: tuple[str, ...] = ()
+    lora: adapters.LoraConfig = adapters.LoraConfig()
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of all parameters that are not trained."""
+        return (*self.freeze, *(adapters.BASE if self.lora.rank else ()))
 
 
 def taps(terms: tuple[foresight.Term, ...], active: tuple[bool, ...]) -> tuple[int, ...]:
@@ -82,8 +92,8 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array  # int32 scalar: batches so far
     skipped: jax.Array  # int32 scalar: batches whose update was skipped (`Recipe.skip_nonfinite`)
     params: Any
-    ema: Any  # of params['generator']
-    opt_state: Any
+    ema: Any  # of what is trained of params['generator']; see `ema_params`
+    opt_state: Any  # of what is trained of params
     key: jax.Array  # typed PRNG key, constant through a run
 
 
@@ -107,7 +117,10 @@ def init_params(recipe: Recipe, key: jax.Array) -> Any:
         )
         for i, term in enumerate(recipe.terms, start=1)
     }
-    generator = generator_lib.init_params(recipe.generator, jax.random.fold_in(key, 0))
+    generator_key = jax.random.fold_in(key, 0)
+    generator = generator_lib.init_params(recipe.generator, generator_key)
+    if recipe.lora.rank:
+        generator = adapters.add(generator, recipe.lora, jax.random.fold_in(generator_key, 1))
     return {"generator": generator, "foresight": projectors}
 
 
@@ -115,14 +128,20 @@ def init_state(recipe: Recipe, key: jax.Array, params: Any | None = None) -> Tra
     """The state before step 0; the EMA starts as a copy of the generator."""
     init_key, run_key = jax.random.split(key)
     params = init_params(recipe, init_key) if params is None else params
+    learned = trained(params, recipe.frozen)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params["generator"]),  # a copy: both are donated
-        opt_state=make_optimizer(recipe.optimizer).init(params),
+        ema=jax.tree.map(jnp.copy, learned["generator"]),  # a copy: both are donated
+        opt_state=make_optimizer(recipe.optimizer).init(learned),
         key=run_key,
     )
+
+
+def ema_params(state: TrainState) -> Any:
+    """The average of the generator's parameters: what is not trained is its own average."""
+    return overlay(state.params["generator"], state.ema)
 
 
 def teacher_targets(
@@ -138,7 +157,7 @@ def teacher_targets(
         if term.source == "checkpoint":
             config, params = dict(recipe.pretrained_configs)[term.name], teacher_params[term.name]
         elif term.source == "ema":
-            config, params = recipe.generator, ema
+            config, params = recipe.generator, adapters.scaled(ema, recipe.lora)
         else:
             raise ValueError(f"the step has no targets for the source {term.source!r}")
         config = dataclasses.replace(config, dtype=recipe.teacher_dtype)
@@ -189,7 +208,7 @@ def loss_fn(
     """
     codes = batch["codes"]
     logits, states = Generator(recipe.generator, taps=taps(recipe.terms, active)).apply(
-        {"params": params["generator"]},
+        {"params": adapters.scaled(params["generator"], recipe.lora)},
         codes[:, :-1],
         batch["label"],
         rngs=None if dropout_key is None else {"dropout": dropout_key},
@@ -291,18 +310,19 @@ def train_step(
 
 def update(recipe: Recipe, state: TrainState, gradients: Any) -> tuple[Any, Any, Any]:
     """The optimizer and the EMA: (params, opt_state, ema) after the step."""
+    learned = trained(state.params, recipe.frozen)
     updates, opt_state = make_optimizer(recipe.optimizer).update(
-        gradients, state.opt_state, state.params
+        gradients, state.opt_state, learned
     )
-    params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params["generator"], state.ema, 1 - recipe.ema_decay)
-    return params, opt_state, ema
+    learned = optax.apply_updates(learned, updates)
+    ema = optax.incremental_update(learned["generator"], state.ema, 1 - recipe.ema_decay)
+    return overlay(state.params, learned), opt_state, ema
 
 
 def _gradients(
     recipe: Recipe, state: TrainState, teacher_params: Any, batch: Batch, active: tuple[bool, ...]
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients and metrics of a batch; both are means over `recipe.accumulate` parts of it."""
+    """Gradients of what is trained, and metrics: means over `recipe.accumulate` parts of the batch."""
     terms = tuple(t for t, is_active in zip(recipe.terms, active, strict=True) if is_active)
 
     def of_part(batch: Batch, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
@@ -311,13 +331,16 @@ def _gradients(
             tokenizer_params = {"params": teacher_params["tokenizer"]}
             codes = recipe.tokenizer.apply(tokenizer_params, images, method="encode")
             batch = {**batch, "codes": codes}
-        targets = teacher_targets(recipe, state.ema, teacher_params, batch, terms)
+        targets = teacher_targets(recipe, ema_params(state), teacher_params, batch, terms)
         # The student runs after its teachers: side by side they would take more memory, and on CPU
         # compete for its caches.
         batch, targets = jax.lax.optimization_barrier((batch, targets))
-        return jax.grad(loss_fn, has_aux=True)(
-            state.params, recipe, targets, batch, state.step, active, key
-        )
+
+        def loss(learned: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            params = overlay(state.params, learned)
+            return loss_fn(params, recipe, targets, batch, state.step, active, key)
+
+        return jax.grad(loss, has_aux=True)(trained(state.params, recipe.frozen))
 
     key, count = jax.random.fold_in(state.key, state.step), recipe.accumulate
     if count == 1:

@@ -89,6 +89,8 @@ def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
         if hasattr(found, "items") and found.get("name") in names and found.get(field) == "":
             config[section] = {**dict(found.items()), field: _NOT_READ}
 
+    if config.get("init_from") == "":  # which adapters need
+        config["init_from"] = _NOT_READ
     fill("data", "images", ("images",))
     fill("teacher", "path", PUBLISHED)  # other teachers' shapes are those of their weights
     fill("tokenizer", "path", vq.MULTIPLIERS)

@@ -116,7 +116,7 @@ class StepWork:
             "student": self._task(student, lambda: (self._state.params["generator"], self._batch))
         }
         if recipe.terms:
-            given = lambda: (self._state.ema, self._frozen, self._batch)
+            given = lambda: (step.ema_params(self._state), self._frozen, self._batch)
             tasks["teacher"] = self._task(teacher, given)
             with jax.set_mesh(self._compiled.mesh):
                 targets = jax.jit(teacher)(*given())

@@ -18,7 +18,7 @@ from mirai_jax.config import fields
 from mirai_jax.config.encoders import TeacherSettings, check_teacher
 from mirai_jax.config.fields import DTYPES, Check, field, fill
 from mirai_jax.config.terms import LAST_EPOCH, read_terms
-from mirai_jax.models import attention
+from mirai_jax.models import adapters, attention
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.vq import MULTIPLIERS, VQConfig
@@ -98,6 +98,14 @@ class OptimizerFields:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraFields:
+    """`lora.*`; see LoraConfig."""
+
+    rank: int = field(0, at_least=0, at_most=LARGEST)
+    alpha: float = field(16.0, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
     """`data.*`."""
 
@@ -168,6 +176,8 @@ class _TopFields:
     keep_checkpoints: int = field(2, at_least=1, resumable=True)
     keep_every: int = field(0, at_least=0, resumable=True)
     init_from: str = field("")
+    init_rows: tuple = field(())
+    freeze: tuple[str, ...] = field(())
     accumulate: int = field(1, at_least=1, resumable=True)  # changes the draws of dropout
     nonfinite: str = field("stop", choices=("stop", "skip"), resumable=True)
     hang_limit: int = field(1800, at_least=0, at_most=10**7, resumable=True)
@@ -184,6 +194,7 @@ class RunConfig(_TopFields):
     foresight: tuple[TermFields, ...] = field(())
     model: ModelFields
     optimizer: OptimizerFields
+    lora: LoraFields
     mesh: MeshFields
     sample: SampleFields
 
@@ -196,6 +207,7 @@ class Settings(_TopFields):
     term_checkpoints: tuple[tuple[str, str], ...]  # (term name, workdir) of `checkpoint` terms
     generator: GeneratorConfig
     optimizer: OptimizerConfig
+    lora: adapters.LoraConfig
     mesh: tuple[int, int, int]
     sample: SampleOptions
     sample_classes: int
@@ -242,6 +254,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
         ),
         generator=generator,
         optimizer=read_optimizer(given.optimizer, given.num_steps, check),
+        lora=fill(adapters.LoraConfig, given.lora),
         mesh=mesh,
         sample=sample,
         sample_classes=given.sample.classes,
@@ -254,6 +267,16 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     for i, term in enumerate(terms):
         good = term.targets == "own" or given.batch_size > parts
         check(f"foresight[{i}].targets", good, "own where a part of the batch is a single image")
+    check(
+        "lora.rank",
+        not given.lora.rank or given.init_from,
+        "0 without init_from, whose weights they adapt",
+    )
+    good = all(
+        isinstance(pair, tuple) and len(pair) == 2 and {type(c) for c in pair} <= {int, str}
+        for pair in given.init_rows
+    )
+    check("init_rows", good, "((new, old), ...), each the name or the number of a class")
     every = given.checkpoint_every
     check("keep_every", given.keep_every % every == 0, f"a multiple of checkpoint_every={every}")
     good = sample.guidance == 1 or generator.has_null_class

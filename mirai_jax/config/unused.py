@@ -19,6 +19,8 @@ RUN = {
         lambda c: (c.data.codes, c.data.crops) == ("online", "stored"),
     ),
     "optimizer.decayed": ("optimizer.weight_decay above 0", lambda c: c.optimizer.weight_decay > 0),
+    "init_rows": ("init_from", lambda c: c.init_from),
+    "lora.alpha": ("lora.rank above 0", lambda c: c.lora.rank > 0),
     "judged_samples": ("a data set in memory", lambda c: c.data.name != "images"),
     "sample.interval": ("sample.guidance above 1", lambda c: c.sample.guidance > 1),
     "teacher": (

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mirai_jax.models import adapters
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _contract(x, w, count):
@@ -102,6 +104,8 @@ class Linear(nn.Module):
     `split_outputs` returns a tuple of (M, *features[1:]), the slices along the first of `features`,
     without a bias. Each slice is a separate product, except on NVIDIA GPUs, which prefer one: a TPU
     spends more on splitting the whole, and on joining its gradients, than on the product.
+
+    Low-rank adapters among the parameters are added to the kernel (see adapters.py).
     """
 
     features: tuple[int, ...]
@@ -116,6 +120,9 @@ class Linear(nn.Module):
     def __call__(self, x):
         shape = (*x.shape[-self.inputs :], *self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        if self.has_variable("params", "lora_a"):
+            pair = (self.get_variable("params", f"lora_{side}") for side in "ab")
+            kernel += adapters.product(*pair)
         x = x.astype(self.dtype)
         if self.split_outputs:
             parts = _contract_split(x, kernel, self.inputs)

@@ -1,6 +1,7 @@
 """What a run is made of, except for its state: data, frozen networks, and the recipe of the step."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,7 +22,8 @@ from mirai_jax.data.crops import CropSpec, RandomCrops
 from mirai_jax.data.images import open_images
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models import batched
-from mirai_jax.step import Recipe
+from mirai_jax.optimizer import trained
+from mirai_jax.step import Recipe, init_params
 from mirai_jax.training import restore
 from mirai_jax.utils import distributed
 from mirai_jax.utils.errors import ConfigError, DataError
@@ -127,7 +130,7 @@ def make_recipe(
     steps_per_epoch: int,
 ) -> Recipe:
     """The step of a config; `terms` and `static` are those of `load_generators`."""
-    return fill(
+    recipe = fill(
         Recipe,
         settings,
         terms=terms,
@@ -138,6 +141,25 @@ def make_recipe(
         tokenizer=tokenizer,
         skip_nonfinite=settings.nonfinite == "skip",
     )
+    if settings.freeze:
+        _check_freeze(recipe)
+    return recipe
+
+
+def _check_freeze(recipe: Recipe) -> None:
+    """Raises ConfigError for a pattern that matches nothing, or where nothing is left to train."""
+    params = jax.eval_shape(functools.partial(init_params, recipe), jax.random.key(0))
+    count = lambda tree: len(jax.tree.leaves(tree))
+    for pattern in recipe.freeze:
+        if count(trained(params, (pattern,))) == count(params):
+            raise ConfigError(
+                f"freeze names {pattern!r}; it must match parameters, such as 'generator/layers/*', "
+                "'generator/tok_embeddings/*' or 'generator/output/kernel'"
+            )
+    if not trained(params, recipe.frozen).get("generator"):
+        raise ConfigError(
+            f"freeze is {recipe.freeze}; it must leave some of the generator to train"
+        )
 
 
 def _data_identity(source: Any, load_crop: pipeline.CropLoader | None) -> str:
@@ -278,11 +300,10 @@ def load_generators(
 ) -> tuple[tuple, tuple]:
     """The terms with their teacher layers fixed, and the shapes of the pretrained generators."""
     terms, static = list(settings.terms), []
-    codebook = tokenizer_params if settings.tokenizer.name == "patch" else None
     for name, path in settings.term_checkpoints:
         i = next(i for i, term in enumerate(terms) if term.name == name)
         field = f"foresight[{i}].checkpoint"
-        config, saved = restore.load_generator(field, path, settings, codebook)
+        config, saved = restore.load_generator(field, path, settings, tokenizer_params)
         frozen_params[name] = saved["ema"]
         layer = terms[i].teacher_layer or two_thirds(config.num_layers)
         if layer > config.num_layers:

@@ -4,11 +4,14 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from mirai_jax.config import schema
 from mirai_jax.config.schema import Settings
+from mirai_jax.models import adapters
 from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.optimizer import overlay
 from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import patch_codebook, pretrained
@@ -35,31 +38,51 @@ def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Setting
     """A checkpoint, the newest unless `step` is given, of a finished or running workdir.
 
     Returns:
-        Its settings; {'params': {'generator', 'foresight'}, 'ema'} as host arrays; its step.
+        Its settings; {'params': {'generator', 'foresight'}, 'ema'} as host arrays, whole generators
+        with their adapters merged; its step.
 
     Raises:
         ConfigError: no such run, or no checkpoint.
     """
     settings = read_settings(field, workdir)
     folder = pathlib.Path(workdir).expanduser() / "checkpoints"
-    return settings, *restore_weights(folder, step)
+    saved, step = restore_weights(folder, step)
+    trained, ema = saved["params"]["generator"], saved["ema"]
+    # On the host, which holds them already.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        trained, ema = (
+            jax.device_get(adapters.merge(tree, settings.lora))
+            for tree in (trained, overlay(trained, ema))
+        )
+    return settings, {"params": {**saved["params"], "generator": trained}, "ema": ema}, step
 
 
-def load_initial(settings: Settings, tokenizer_params: Any) -> dict[str, Any]:
-    """The weights of `init_from`, for a run to begin with.
+def class_names(path: str) -> tuple[str, ...]:
+    """The names of a workdir's classes; () where there are none, as for weights in a file."""
+    try:
+        file = pathlib.Path(path).expanduser() / "classes.json"
+        return tuple(map(str, json.loads(file.read_text())))
+    except (OSError, ValueError, TypeError):  # runs of earlier versions have none
+        return ()
+
+
+def load_initial(
+    settings: Settings, tokenizer_params: Any
+) -> tuple[GeneratorConfig, dict[str, Any]]:
+    """The weights of `init_from`, for a run to begin with; its classes and grid may be others.
 
     Returns:
-        {'params': {'generator', 'foresight'}, 'ema'} as host arrays; a file without more gives its
-        generator as both, and {} as foresight.
+        Its shapes, and {'params': {'generator', 'foresight'}, 'ema'} as host arrays; a file without
+        more gives its generator as both, and {} as foresight.
 
     Raises:
         ConfigError: nothing of the kind, other tokens, or a generator of another shape.
     """
     path = settings.init_from
-    config, saved = load_generator("init_from", path, settings, tokenizer_params)
-    names = "num_layers", "num_heads", "width", "has_null_class"
+    config, saved = _load("init_from", path, settings, tokenizer_params)
+    names = "model.vocab_size", "num_layers", "num_heads", "width"
     _check_same("init_from", path, settings.generator, config, names)
-    return saved
+    return config, saved
 
 
 def load_generator(
@@ -70,29 +93,34 @@ def load_generator(
     Args:
         field: the config field that names it, for messages.
         settings: of the run that will use it; tokens and classes must be the same.
-        tokenizer_params: of that run's patch codebook, or None.
+        tokenizer_params: of that run's tokenizer; None where it has none yet.
 
     Raises:
         ConfigError: nothing of the kind, or other tokens.
     """
-    folder = pathlib.Path(path).expanduser()
-    if not (folder / "config.json").exists():
-        if tokenizer_params is not None:
-            raise ConfigError(
-                f"{field} is {path!r}; with data.name {settings.data.name!r} it must be a workdir, "
-                "which knows its own patch codebook"
-            )
-        loaded = pretrained.load(field, path, "generator", grid=settings.generator.grid)
-        config, params = loaded.config, pretrained.float32(loaded.params)
-        saved = {"params": {"generator": params, "foresight": {}}, "ema": params}
-    else:
-        other, saved, _ = read_run(field, path)
-        config = other.generator
-        if tokenizer_params is not None:
-            _check_same_codebook(field, folder, tokenizer_params)
+    config, saved = _load(field, path, settings, tokenizer_params)
     names = "model.grid", "model.vocab_size", "model.num_classes"
     _check_same(field, path, settings.generator, config, names)
     return config, saved
+
+
+def _load(
+    field: str, path: str, settings: Settings, tokenizer_params: Any
+) -> tuple[GeneratorConfig, dict[str, Any]]:
+    folder = pathlib.Path(path).expanduser()
+    if (folder / "config.json").exists():
+        other, saved, _ = read_run(field, path)
+        if tokenizer_params is not None:
+            _check_same_tokenizer(field, folder, settings, tokenizer_params)
+        return other.generator, saved
+    if tokenizer_params is not None and settings.tokenizer.name == "patch":
+        raise ConfigError(
+            f"{field} is {path!r}; with tokenizer.name 'patch' it must be a workdir, which knows "
+            "its own patch codebook"
+        )
+    loaded = pretrained.load(field, path, "generator", grid=settings.generator.grid)
+    params = pretrained.float32(loaded.params)
+    return loaded.config, {"params": {"generator": params, "foresight": {}}, "ema": params}
 
 
 def _check_same(
@@ -100,18 +128,32 @@ def _check_same(
 ) -> None:
     for name in names:
         mine, theirs = (getattr(made, name.removeprefix("model.")) for made in (config, other))
-        if mine != theirs:
-            raise ConfigError(
-                f"{field} is {path!r}, whose {name} is {theirs}; it must be {mine}, as in this run"
-            )
+        require_same(field, path, name, mine, theirs)
 
 
-def _check_same_codebook(field: str, workdir: pathlib.Path, params: Any) -> None:
-    path = workdir / "tokenizer.npz"
-    theirs = patch_codebook.load_params(path) if path.exists() else {}
-    if not np.array_equal(theirs.get("codebook"), params["codebook"]):
+def require_same(field: str, path: str, name: str, mine: Any, theirs: Any) -> None:
+    if mine != theirs:
+        raise ConfigError(
+            f"{field} is {path!r}, whose {name} is {theirs}; it must be {mine}, as in this run"
+        )
+
+
+def _check_same_tokenizer(
+    field: str, workdir: pathlib.Path, settings: Settings, params: Any
+) -> None:
+    """Compares codebooks, or the checksum that a run with another tokenizer has noted, if it has."""
+    if settings.tokenizer.name == "patch":
+        path = workdir / "tokenizer.npz"
+        theirs = patch_codebook.load_params(path) if path.exists() else {}
+        same = np.array_equal(theirs.get("codebook"), params["codebook"])
+        advice = f"; copy {path} into this run's workdir before its start, or train both with the same data"
+    else:
+        path, advice = workdir / "parts.json", ""
+        noted = json.loads(path.read_text()) if path.exists() else {}
+        mine = pretrained.checksum(params)
+        same = noted.get("tokenizer", mine) == mine
+    if not same:
         raise ConfigError(
             f"{field} is {str(workdir)!r}, whose tokenizer is another one: its tokens mean something "
-            f"else; copy {path} into this run's workdir before its start, or train both with "
-            "the same data"
+            f"else{advice}"
         )

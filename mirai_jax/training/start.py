@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
 from mirai_jax import sharding
 from mirai_jax.config.schema import RunConfig
+from mirai_jax.optimizer import trained
 from mirai_jax.step import TrainState, init_state
-from mirai_jax.training import restore
+from mirai_jax.training import transfer
 from mirai_jax.training.checkpoint import Checkpoints, steps_in
 from mirai_jax.training.components import Components
 from mirai_jax.training.workdir import check_workdir
@@ -70,14 +70,19 @@ def restore_or_make(
 
 
 def begin(
-    made: Components, mesh: Mesh, checkpoints: Checkpoints, log: Log, warn: Log, initial: Any = None
+    made: Components,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    log: Log,
+    warn: Log,
+    initial: transfer.Initial | None = None,
 ) -> tuple[TrainState, TrainState, int]:
     """The state of a generator's run on its devices; all processes must call.
 
     The first of these that there is: the newest checkpoint that is whole; the weights of `init_from`
     with a fresh optimizer, at step 0; fresh weights.
 
-    `initial` is what `read_initial` gave, if it was called already.
+    `initial` is what `transfer.read` gave, if it was called already.
 
     Returns:
         The state, the sharding of each of its arrays, and how many steps it has done.
@@ -93,42 +98,16 @@ def begin(
     shapes = jax.eval_shape(make)
     placement = sharding.shardings(shapes, mesh)
     count = parameter_overview.count_parameters
+    learned = count(trained(shapes.params, made.recipe.frozen))
     log(
         f"parameters: {count(shapes.params['generator']):,} in the generator, "
         f"{count(shapes.params['foresight']):,} in foresight heads"
+        + f"; {learned:,} of them are trained"
+        * bool(made.recipe.frozen)
     )
     state, step = restore_or_make(make, placement, checkpoints, settings.num_steps, log, warn)
     if settings.init_from and not step:
-        initial = read_initial(made) if initial is None else initial
-        state = _with_weights(state, placement, initial, settings.init_from, log)
+        initial = transfer.read(made) if initial is None else initial
+        state, line = transfer.with_weights(made, state, placement, initial)
+        log(line)
     return state, placement, step
-
-
-def read_initial(made: Components) -> dict[str, Any]:
-    """What `init_from` holds; see `restore.load_initial`."""
-    codebook = made.tokenizer_params if made.settings.tokenizer.name == "patch" else None
-    return restore.load_initial(made.settings, codebook)
-
-
-def _with_weights(
-    state: TrainState, placement: TrainState, saved: dict[str, Any], path: str, log: Log
-) -> TrainState:
-    """The state with other parameters and EMA; heads that `saved` has no equal of stay fresh."""
-
-    def same_shapes(one: Any, other: Any) -> bool:
-        return jax.tree.map(np.shape, one) == jax.tree.map(np.shape, other)
-
-    heads, kept = state.params["foresight"], saved["params"]["foresight"]
-    taken = {
-        name: sharding.place(kept[name], placement.params["foresight"][name])
-        for name, fresh in heads.items()
-        if name in kept and same_shapes(kept[name], fresh)
-    }
-    generator = sharding.place(saved["params"]["generator"], placement.params["generator"])
-    fresh = [name for name in heads if name not in taken]
-    heads_are_new = f", with fresh foresight heads {', '.join(fresh)}" if fresh else ""
-    log(f"began with the weights of {path}{heads_are_new}")
-    return state.replace(
-        params={"generator": generator, "foresight": {**heads, **taken}},
-        ema=sharding.place(saved["ema"], placement.ema),
-    )

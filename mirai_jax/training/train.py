@@ -13,8 +13,9 @@ import numpy as np
 from mirai_jax import foresight, sharding
 from mirai_jax.config import schema
 from mirai_jax.config.fields import fill
-from mirai_jax.step import jit_train_step
-from mirai_jax.training import components, figures, loop, previews, start, workdir
+from mirai_jax.models import adapters
+from mirai_jax.step import ema_params, jit_train_step
+from mirai_jax.training import components, figures, loop, previews, start, transfer, workdir
 from mirai_jax.training.checkpoint import Checkpoints
 from mirai_jax.training.components import Components
 from mirai_jax.training.guards import HangGuard
@@ -65,8 +66,8 @@ def train(
     with contextlib.closing(HangGuard(settings.hang_limit)) as guard:
         guard.heartbeat("reading data and frozen networks")
         mesh = sharding.make_mesh(settings.mesh, devices)
-        made = components.build(settings, mesh, folder / "tokenizer.npz", log)
-        initial = start.read_initial(made) if settings.init_from and not begin else None
+        made = components.build(settings, mesh, transfer.codebook_path(settings, folder), log)
+        initial = transfer.read(made) if settings.init_from and not begin else None
         codebook = made.tokenizer_params if settings.tokenizer.name == "patch" else None
         with workdir.claim(folder, config, made.identity, codebook, fresh=not begin):
             if distributed.is_first():
@@ -128,6 +129,10 @@ class GeneratorTask(loop.Task):
         measures = [*losses, *heads, f"grad {values['grad_norm']:.2f}"]
         return progress_line(step, self.settings.num_steps, measures, values, left)
 
+    def _generator(self, state: Any) -> Any:
+        """The generator that draws samples: the average, with its adapters merged."""
+        return adapters.merge(ema_params(state), self._made.recipe.lora)
+
     def samples(self, step: int) -> bool:
         every = self._made.settings.sample_every
         return bool(every) and step % every == 0 and step < self.settings.num_steps
@@ -137,7 +142,8 @@ class GeneratorTask(loop.Task):
         if self._made.tokenizer is None:
             run.log(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
             return
-        codes = previews.grid_codes(self._made, self._mesh, run.state.ema, run.guard.heartbeat)
+        generator = self._generator(run.state)
+        codes = previews.grid_codes(self._made, self._mesh, generator, run.guard.heartbeat)
         if not run.first:
             return
         self._grid = previews.grid_picture(self._made, codes)
@@ -153,7 +159,8 @@ class GeneratorTask(loop.Task):
         run.stop_if_asked(config.num_steps)
         if not config.judged_samples or self._made.images is None:
             return
-        codes = previews.judged_codes(self._made, self._mesh, run.state.ema, run.guard.heartbeat)
+        generator = self._generator(run.state)
+        codes = previews.judged_codes(self._made, self._mesh, generator, run.guard.heartbeat)
         run.guard.heartbeat("the classifier of the samples")
         if not run.first:
             return
