@@ -15,6 +15,7 @@ from mirai_jax.models import batched
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.preprocessing import resize_bicubic
+from mirai_jax.models.vq import VQModel
 from mirai_jax.sampling import keys, sampler
 
 
@@ -29,8 +30,19 @@ class Source:
     about: dict[str, Any]  # where they came from and their checksums, for the protocol
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is kept of an image: its codes (L,) int32, -1 where codes are drawn; and two pictures,
+    uint8 (2, H, W, 3), the image and what is kept of it."""
+
+    codes_L: np.ndarray
+    pictures: np.ndarray
+
+
 class Painter:
     """Draws images over all local devices: (labels, indices) -> uint8 pixels.
+
+    Each of them keeps what is `given`.
 
     Every device runs the same two programs: one draws the codes of `batch_size` images, the other
     decodes a few of them. So neither the number of devices nor the other images change an image. The
@@ -45,6 +57,7 @@ class Painter:
         batch_size: int,
         resize: int = 0,
         devices: list[jax.Device] | None = None,
+        given: Given | None = None,
     ):
         self._devices = batched.LocalDevices(devices)
         mesh, self._batch = self._devices.mesh, batch_size * self._devices.count
@@ -52,12 +65,12 @@ class Painter:
         self._tokenizer_params = self._devices.copy(source.tokenizer_params)
         # Images decoded at once on each device. The number does not depend on the batch size:
         # another number would round differently.
-        side = source.config.grid[0] * source.tokenizer.downsample
-        chunk = min(16, batched.images_at_once(side, side))
+        grid = source.config.grid
+        chunk = min(16, batched.images_at_once(*(n * source.tokenizer.downsample for n in grid)))
         split = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("batch"), check_vma=False)
-        draw = functools.partial(_codes, source.config, options, seed, chunk)
+        draw = functools.partial(_codes, source.config, options, seed, chunk, given)
         self._draw = jax.jit(split(draw, in_specs=(P(), P("batch"), P("batch"))))
-        decode = functools.partial(_pixels, source.tokenizer, resize)
+        decode = functools.partial(_pixels, source.tokenizer, grid, resize)
         self._decode = jax.jit(split(decode, in_specs=(P(), P("batch"))))
 
     def stream(self, asked: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
@@ -108,21 +121,27 @@ def _codes(
     options: sampler.SampleOptions,
     seed: int,
     chunk: int,
+    given: Given | None,
     params: Any,
     labels_B: jax.Array,
     indices_B: jax.Array,
 ) -> list[jax.Array]:
     """One device's codes, in chunks of (chunk, L): the last is filled up."""
     keys_B = keys.image_keys(seed, keys.SAMPLES, indices_B)
-    codes_BxL = sampler.generate(config, params, labels_B, keys_B, options)
+    codes_BxL = given and jnp.broadcast_to(given.codes_L, (len(labels_B), config.length))
+    codes_BxL = sampler.generate(config, params, labels_B, keys_B, options, codes_BxL)
     count = len(codes_BxL)
     return [codes_BxL[np.arange(k, k + chunk) % count] for k in range(0, count, chunk)]
 
 
-def _pixels(module: Any, resize: int, params: Any, codes_BxL: jax.Array) -> jax.Array:
-    # The official sampling script resizes 384 to 256 so: torch's bicubic, before pixels are clipped.
-    method = "decode_unclipped" if hasattr(module, "decode_unclipped") else "decode"
-    images = module.apply({"params": params}, codes_BxL, method=method)
+def _pixels(
+    module: Any, grid: tuple[int, int], resize: int, params: Any, codes_BxL: jax.Array
+) -> jax.Array:
+    if isinstance(module, VQModel):
+        # The official sampling script resizes 384 to 256 so: torch's bicubic, before pixels are clipped.
+        images = module.apply({"params": params}, codes_BxL, grid, method="decode_unclipped")
+    else:
+        images = module.apply({"params": params}, codes_BxL, method="decode")
     if resize:
         images = resize_bicubic(images, (resize, resize))
     images = tokenizer_lib.to_uint8(images)

@@ -7,7 +7,6 @@ import hashlib
 import json
 
 import numpy as np
-from PIL import Image
 
 from mirai_jax.data import crops, pipeline, records, small_sets
 from mirai_jax.data.images import ImageSource, open_images
@@ -61,13 +60,7 @@ class RandomCrops:
             image, _ = crops.decode(self.source.find(key))
         except DataError as error:
             raise Unreadable(f"image {key!r}: {first_line(error)}") from error
-        height, width = self.size
-        scale = larger * max(height / image.height, width / image.width)
-        across, down = width / scale, height / scale  # of the crop, in the image's pixels
-        left, top = left * max(0, image.width - across), top * max(0, image.height - down)
-        # Rounding must not lead out of the image.
-        box = (left, top, min(left + across, image.width), min(top + down, image.height))
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+        return crops.cover(image, self.size, larger, top, left)
 
 
 class _Some:
