@@ -30,7 +30,7 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomCrops:
+class CropLoader:
     """Loads a random crop of an image by its key, RGB whatever the file is.
 
     Attributes:
@@ -96,7 +96,7 @@ def load(
         size: (height, width) in pixels.
         held_out: how many images are kept out of training and measured on. Of 'images' they are those
             whose names have the smallest hashes; of fashion_mnist some of its test images.
-        crop_range, flip: of 'images'; see RandomCrops.
+        crop_range, flip: of 'images'; see CropLoader.
         of_batches: see `pipeline.make_dataset`.
 
     Raises:
@@ -126,7 +126,7 @@ def load(
     names = [source.about(i)[1] if of_folder else str(i) for i in range(len(source))]
     hashes = [hashlib.sha256(each.encode()).digest() for each in names]
     order = np.array(sorted(range(len(names)), key=hashes.__getitem__))
-    loader = RandomCrops(source, size, crop_range, flip)
+    loader = CropLoader(source, size, crop_range, flip)
     middles, left = [], collections.deque(order)
     while left and len(middles) < held_out:
         with contextlib.suppress(Unreadable):
