@@ -15,7 +15,6 @@ from mirai_jax.models import batched
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.preprocessing import resize_bicubic
-from mirai_jax.models.vq import VQModel
 from mirai_jax.sampling import keys, sampler
 
 
@@ -65,12 +64,12 @@ class Painter:
         self._tokenizer_params = self._devices.copy(source.tokenizer_params)
         # Images decoded at once on each device. The number does not depend on the batch size:
         # another number would round differently.
-        grid = source.config.grid
-        chunk = min(16, batched.images_at_once(*(n * source.tokenizer.downsample for n in grid)))
+        sides = (tokens * source.tokenizer.downsample for tokens in source.config.grid)
+        chunk = min(16, batched.images_at_once(*sides))
         split = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("batch"), check_vma=False)
         draw = functools.partial(_codes, source.config, options, seed, chunk, given)
         self._draw = jax.jit(split(draw, in_specs=(P(), P("batch"), P("batch"))))
-        decode = functools.partial(_pixels, source.tokenizer, grid, resize)
+        decode = functools.partial(_pixels, source.tokenizer, resize)
         self._decode = jax.jit(split(decode, in_specs=(P(), P("batch"))))
 
     def stream(self, asked: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
@@ -134,14 +133,10 @@ def _codes(
     return [codes_BxL[np.arange(k, k + chunk) % count] for k in range(0, count, chunk)]
 
 
-def _pixels(
-    module: Any, grid: tuple[int, int], resize: int, params: Any, codes_BxL: jax.Array
-) -> jax.Array:
-    if isinstance(module, VQModel):
-        # The official sampling script resizes 384 to 256 so: torch's bicubic, before pixels are clipped.
-        images = module.apply({"params": params}, codes_BxL, grid, method="decode_unclipped")
-    else:
-        images = module.apply({"params": params}, codes_BxL, method="decode")
+def _pixels(module: Any, resize: int, params: Any, codes_BxL: jax.Array) -> jax.Array:
+    # The official sampling script resizes 384 to 256 so: torch's bicubic, before pixels are clipped.
+    method = "decode_unclipped" if hasattr(module, "decode_unclipped") else "decode"
+    images = module.apply({"params": params}, codes_BxL, method=method)
     if resize:
         images = resize_bicubic(images, (resize, resize))
     images = tokenizer_lib.to_uint8(images)
