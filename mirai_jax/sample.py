@@ -3,6 +3,8 @@
     python -m mirai_jax.sample --workdir=RUN --num_images=50000 --guidance=2.0
     python -m mirai_jax.sample --workdir=RUN --guidance=1.0,1.5,2.0,2.5       # a folder for each
     python -m mirai_jax.sample --checkpoint=c2i_B_256.pt --tokenizer=vq_ds16_c2i.pt --out=samples
+    python -m mirai_jax.sample --workdir=RUN --inpaint=IMAGE --mask=MASK      # redraw what is white in MASK
+    python -m mirai_jax.sample --workdir=RUN --continue_from=IMAGE --rows=4   # redraw below 4 rows of tokens
 
 A folder holds samples.npz (`arr_0`, uint8 N x H x W x 3, and `labels`: what the ADM evaluator reads),
 grid.png, and protocol.json: which weights, labels, seed and options. Image i depends on these and on
@@ -14,7 +16,9 @@ on the same kind of device. Several hosts share the work with `--process_index` 
 import pathlib
 
 from mirai_jax.sampling import job
+from mirai_jax.sampling.painter import Given, Source
 from mirai_jax.sampling.sampler import SampleOptions
+from mirai_jax.training import given_tokens
 from mirai_jax.training import sources_of_samples as sources
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError, first_line
@@ -33,7 +37,18 @@ _SIDE = _define.integer(
     "grid", 0, "Tokens a side of --checkpoint; 0: its file's, else 16.", lower_bound=0
 )
 _OUT = _define.string("out", None, "Folder of the samples; default: one inside the workdir.")
-_NUM = _define.integer("num_images", 50_000, "Images to draw.", lower_bound=1)
+_NUM = _define.integer(
+    "num_images",
+    None,
+    "Images to draw; default: 50,000, or 6 of an image that is redrawn.",
+    lower_bound=1,
+)
+_INPAINT = _define.string("inpaint", None, "Image of which a part is redrawn.")
+_MASK = _define.string("mask", None, "Image of its size; a token with a white pixel is redrawn.")
+_CONTINUE = _define.string(
+    "continue_from", None, "Image of which all but the first rows is redrawn."
+)
+_ROWS = _define.integer("rows", None, "How many rows of its tokens are kept.")
 _LABELS = _define.string("labels", "random", "random, balanced, or class ids: 0,207,360.")
 _GUIDANCE = _define.list("guidance", ["2.0"], "One scale, or several: a folder for each.")
 _INTERVAL = _define.integer("interval", -1, "Guide tokens up to this one only; -1: all.")
@@ -57,6 +72,23 @@ def _options(guidance: str) -> SampleOptions:
         raise ConfigError(f"--guidance={guidance}: {first_line(error)}") from error
 
 
+def _given(source: Source) -> Given | None:
+    """What is kept of an image, where one is to be redrawn; says what to expect of it."""
+    if _INPAINT.value:
+        given = given_tokens.inpaint(source, _INPAINT.value, _MASK.value)
+    elif _CONTINUE.value:
+        given = given_tokens.continue_from(source, _CONTINUE.value, _ROWS.value)
+    else:
+        return None
+    kept, length = (given.codes_L >= 0).sum(), source.config.length
+    print(
+        f"{kept} of {length} tokens are kept; a drawn one knows those before it, row by row, and none "
+        "after: expect a seam at its right and below it",
+        flush=True,
+    )
+    return given
+
+
 def run() -> None:
     """Draws what the flags ask for."""
     if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
@@ -65,6 +97,11 @@ def run() -> None:
     for flag in others:
         if flag.present:
             raise ConfigError(f"--{flag.name} has no meaning with --{mine}")
+    for one, other in ((_INPAINT, _MASK), (_CONTINUE, _ROWS)):
+        if (one.value is None) != (other.value is None):
+            raise ConfigError(f"--{one.name} and --{other.name} go together; one is missing")
+    if _INPAINT.value and _CONTINUE.value:
+        raise ConfigError("give either --inpaint or --continue_from")
     if not (_OUT.value or _WORKDIR.value):
         raise ConfigError("--out is missing; with --checkpoint it must be a folder")
     share = cli.share(_INDEX.value, _COUNT.value)
@@ -75,8 +112,10 @@ def run() -> None:
         source = sources.of_checkpoint(_CHECKPOINT.value, _TOKENIZER.value, _SIDE.value)
     if not source.config.has_null_class and any(o.guidance > 1 for o in options):
         raise ConfigError("--guidance is above 1; a generator without a null class takes 1 alone")
+    given = _given(source)
     for option in options:
         name = f"guidance_{option.guidance:g}"
+        name += "-inpainted" * bool(_INPAINT.value) + "-continued" * bool(_CONTINUE.value)
         if not _OUT.value:
             out = f"{_WORKDIR.value}/sampled/step_{source.about['step']:07d}-{name}"
         else:
@@ -86,11 +125,12 @@ def run() -> None:
             source,
             option,
             share,
-            num_images=_NUM.value,
+            num_images=_NUM.value or (6 if given else 50_000),
             labels=_LABELS.value,
             seed=_SEED.value,
             resize=_SIZE.value,
             batch_size=_BATCH.value,
+            given=given,
         )
 
 

@@ -9,36 +9,15 @@ On all devices of this machine. Exit status: 0 finished; 1 an error to mend; 75 
 all saved: the same command resumes.
 """
 
-import functools
-import pathlib
-
 from mirai_jax.config import unused
-from mirai_jax.config.flags import parse_config
-from mirai_jax.tokenizing import train
 from mirai_jax.tokenizing.settings import TokenizerRunConfig
+from mirai_jax.tokenizing.train import tokenize
+from mirai_jax.training import local
 from mirai_jax.utils import cli
-from mirai_jax.utils.errors import TrainingError
 
-_FLAGS, _define = cli.flags_of(__name__)
-_CONFIG = _define.string(
-    "config",
-    "",
-    "FILE[:scale], such as configs/tokenizer.py:folder; --config.field=value overrides.",
+_FLAGS, parse_flags, main = local.door(
+    __name__, "configs/tokenizer.py:folder", TokenizerRunConfig, unused.TOKENIZER, tokenize
 )
-_WORKDIR = _define.string(
-    "workdir", None, "Folder of the run, resumed if it exists; default: runs/<config>-<scale>."
-)
-
-parse_flags = functools.partial(cli.parse_known, _FLAGS)
-
-
-def main(argv: list[str]) -> None:
-    with cli.program(TrainingError, interrupted="interrupted; the same command resumes"):
-        config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
-        unused.report(config, argv[1:], TokenizerRunConfig, unused.TOKENIZER)
-        name = f"{config.get('name')}-{config.get('scale')}"  # `tokenize` checks both
-        train.tokenize(config, _WORKDIR.value or pathlib.Path("runs") / name)
-
 
 if __name__ == "__main__":
     cli.run(main, flags_parser=parse_flags)

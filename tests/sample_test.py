@@ -1,5 +1,6 @@
 """The program that samples: its files byte for byte, whatever the batch, the devices and the stops."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,7 +19,8 @@ from PIL import Image
 
 from configs import llamagen
 from mirai_jax import sample
-from mirai_jax.models import generator, vq
+from mirai_jax.data import small_sets
+from mirai_jax.models import batched, generator, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.preprocessing import resize_bicubic
 from mirai_jax.models.tokenizer import PatchCodebook
@@ -27,7 +29,7 @@ from mirai_jax.sampling import painter as painter_lib
 from mirai_jax.sampling.job import SamplingJob, make_labels
 from mirai_jax.sampling.painter import Painter, Source
 from mirai_jax.sampling.sampler import SampleOptions
-from mirai_jax.training import restore, sources_of_samples, train
+from mirai_jax.training import given_tokens, restore, sources_of_samples, train
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress
 from mirai_jax.weights import pretrained, torch_reader, torch_writer
@@ -181,6 +183,69 @@ def test_images_are_resized_before_they_are_clipped():
     got = np.asarray(jax.jit(painter_lib._pixels, static_argnums=(0, 1))(module, 5, params, codes))
     assert np.abs(got.astype(int) - expected).max() <= 1  # of halves one rounds up, one to even
     assert np.abs(got.astype(int) - clipped_first).max() > 1
+
+
+# An image redrawn ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures_of_a_digit(tmp_path_factory):
+    """A digit, twice as large as the run's and with margins at its sides, and a mask of it: its lower
+    left quarter, less a pixel."""
+    folder = tmp_path_factory.mktemp("pictures")
+    digit = small_sets.load_images("mnist").images[7, ..., 0].repeat(2, 0).repeat(2, 1)
+    image, mask = (np.pad(x, ((0, 0), (10, 10))) for x in (digit, np.zeros_like(digit)))
+    mask[33:, 11:41] = 255
+    for name, pixels in (("image", image), ("mask", mask), ("small", mask[1:])):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    (folder / "broken.png").write_bytes(b"none")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["inpaint", "continue_from"])
+def test_an_image_is_redrawn_in_part(workdir, pictures_of_a_digit, tmp_path, capsys, how):
+    image, mask = (pictures_of_a_digit / f"{name}.png" for name in ("image", "mask"))
+    drawn = np.zeros((4, 4), bool)
+    if how == "inpaint":
+        flags, drawn[2:, :2] = {"inpaint": image, "mask": mask}, True
+    else:
+        flags, drawn[1:] = {"continue_from": image, "rows": 1}, True
+    draw(workdir=workdir, out=tmp_path, guidance=2, **flags)
+    assert f"{16 - drawn.sum()} of 16 tokens are kept" in capsys.readouterr().out
+    images, _ = read(tmp_path)
+    assert images.shape == (6, 32, 32, 3)
+    run = sources_of_samples.of_workdir(str(workdir))
+    with Image.open(image) as file:
+        middle = np.asarray(file.crop((10, 0, 74, 64)).resize((32, 32), Image.Resampling.BICUBIC))
+    tokenizer = run.tokenizer, run.tokenizer_params
+    codes = batched.encode_images(*tokenizer, middle[None, ..., None])
+    same = (images == batched.decode_codes(*tokenizer, codes)).all(axis=-1)
+    same = same.reshape(6, 4, 8, 4, 8).all(axis=(2, 4))  # patches of 8x8
+    assert same[:, ~drawn].all() and not same[:, drawn].all()
+    with Image.open(tmp_path / "grid.png") as grid:  # the image, what is kept of it, six results
+        tiles = (
+            np.asarray(grid)[4:68:2, -8 * 68 :].reshape(32, 8, 68, 3)[:, :, :64:2].swapaxes(0, 1)
+        )
+    np.testing.assert_array_equal(tiles[0, ..., 0], middle)
+    grey = (tiles[1] == 128).all(axis=-1).reshape(4, 8, 4, 8).all(axis=(1, 3))
+    np.testing.assert_array_equal(grey, drawn)
+    np.testing.assert_array_equal(tiles[2:], images)
+
+
+def test_what_is_kept_of_a_wide_image(source, pictures_of_a_digit):
+    """84x64 pixels shown at 6x4: a mask's pixels mark the tokens they lie in, to the border."""
+    wide = dataclasses.replace(
+        source,
+        config=dataclasses.replace(GENERATOR, grid=(2, 3)),
+        tokenizer=PatchCodebook(vocab_size=24, image_size=(4, 6), patch=2, channels=3),
+    )
+    image, mask = (str(pictures_of_a_digit / f"{name}.png") for name in ("image", "mask"))
+    given = given_tokens.inpaint(wide, image, mask)
+    np.testing.assert_array_equal(given.codes_L.reshape(2, 3) < 0, [[0, 0, 0], [1, 1, 0]])
+    codes = batched.encode_images(wide.tokenizer, wide.tokenizer_params, given.pictures[:1])[0]
+    np.testing.assert_array_equal(given.codes_L, np.where(given.codes_L < 0, -1, codes))
+    rows = given_tokens.continue_from(wide, image, 1).codes_L
+    np.testing.assert_array_equal(rows, [*codes[:3], -1, -1, -1])
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -351,7 +416,8 @@ def test_a_folder_of_another_protocol_is_refused(workdir, tmp_path):
     assert "samples.npz" in error(*arguments)
 
 
-def test_wrong_arguments_are_one_line(workdir, converted, tmp_path):
+def test_wrong_arguments_are_one_line(workdir, converted, pictures_of_a_digit, tmp_path):
+    image, small, broken = (pictures_of_a_digit / f"{n}.png" for n in ("image", "small", "broken"))
     run, out = f"--workdir={workdir}", f"--out={tmp_path / 'out'}"
     checkpoint = f"--checkpoint={converted / 'generator'}"
     tokenizer = f"--tokenizer={converted / 'vq.pt'}"
@@ -362,6 +428,12 @@ def test_wrong_arguments_are_one_line(workdir, converted, tmp_path):
         ((run, out, "--grid=4"), "--grid"),
         ((run, out, "--guidance=2,0.5"), "--guidance=0.5"),
         ((checkpoint, tokenizer), "--out"),
+        ((run, out, f"--inpaint={image}"), "--mask"),
+        ((run, out, f"--mask={image}"), "--inpaint"),
+        ((run, out, f"--inpaint={image}", f"--mask={small}"), "64"),
+        ((run, out, f"--inpaint={broken}", f"--mask={small}"), "--inpaint"),
+        ((run, out, f"--continue_from={image}", "--rows=4"), "--rows"),
+        ((run, out, f"--continue_from={image}"), "--rows"),
         ((checkpoint, tokenizer, out, "--step=1"), "--step"),
         ((f"--checkpoint={converted / 'vq.pt'}", tokenizer, out), "--checkpoint"),
     ):

@@ -53,7 +53,7 @@ def full_logits(config, params, codes_BxL, labels_B):
     return Generator(config).apply({"params": params}, codes_BxL[:, :-1], labels_B)[0]
 
 
-def naive(config, params, labels_B, keys_B, options):
+def naive(config, params, labels_B, keys_B, options, given_BxL=None):
     """Token by token, every time over the whole sequence: no cache, a loop in Python."""
     count = len(labels_B)
     codes = np.zeros((count, config.length), np.int32)
@@ -69,6 +69,8 @@ def naive(config, params, labels_B, keys_B, options):
             key = jax.random.fold_in(keys_B[image], position)
             drawn = jax.random.categorical(key, logits[image])
             codes[image, position] = logits[image].argmax() if options.greedy else drawn
+            if given_BxL is not None and given_BxL[image, position] >= 0:
+                codes[image, position] = given_BxL[image, position]
     return codes
 
 
@@ -102,6 +104,19 @@ def test_a_cache_that_grows_holds_what_a_whole_one_does(params, shortest, monkey
     # Not through jit, which knows the program with one segment.
     grown = sampler.generate.__wrapped__(CONFIG, params, labels(4), keys(4), options)
     np.testing.assert_array_equal(grown, whole)
+
+
+def test_given_tokens_stand_in_place_of_drawn_ones(params):
+    options = SampleOptions(guidance=2.0)
+    generate = functools.partial(sampler.generate, CONFIG, params, labels(4), keys(4), options)
+    whole, rng = np.asarray(generate()), np.random.RandomState(5)
+    kept = rng.uniform(size=whole.shape) < 0.4
+    none, some = np.full_like(whole, -1), np.where(kept, rng.randint(0, 24, whole.shape), -1)
+    np.testing.assert_array_equal(generate(none), whole)
+    np.testing.assert_array_equal(generate(np.where(kept, whole, -1)), whole)
+    redrawn = generate(some)
+    np.testing.assert_array_equal(redrawn[kept], some[kept])
+    np.testing.assert_array_equal(redrawn, naive(CONFIG, params, labels(4), keys(4), options, some))
 
 
 def test_interval_guides_the_first_token_and_those_within_it(params):

@@ -21,6 +21,7 @@ from configs import mirai_e, tokenizer
 from mirai_jax.config import fields
 from mirai_jax.data import small_sets
 from mirai_jax.data.crops import CropSpec
+from mirai_jax.evaluation import network
 from mirai_jax.extraction import job
 from mirai_jax.models import vq
 from mirai_jax.models.efficientnet import EfficientNetLite0
@@ -39,10 +40,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 NETWORK = vq.VQConfig((1, 1), width=32, z_channels=8, vocab_size=16, channels=1)
 
 
-class QuickJudge:
+class QuickJudge(network.Network):
     """Stands in for EfficientNet-Lite0, which takes half a minute to compile."""
 
-    batch = 64
+    batch, is_inception = 64, False
 
     def __init__(self, *arguments):
         pass
@@ -407,11 +408,11 @@ def test_crops_cover_their_size_and_some_are_mirrored(tmp_path):
     (tmp_path / "one").mkdir()
     Image.fromarray(pixels).save(tmp_path / "one/image.png")
     source = images_lib.open_images(str(tmp_path))
-    whole = images_lib.RandomCrops(source, (16, 24), 1.0, True)
+    whole = images_lib.CropLoader(source, (16, 24), 1.0, True)
     seen = [whole("one/image.png", seed) for seed in range(20)]
     kinds = [[(x == y).all() for y in (pixels, pixels[:, ::-1])] for x in seen]
     assert all(map(any, kinds)) and {kind[0] for kind in kinds} == {True, False}
-    near = images_lib.RandomCrops(source, (8, 8), 1.5, False)
+    near = images_lib.CropLoader(source, (8, 8), 1.5, False)
     cut = [near("one/image.png", seed) for seed in range(9)]
     assert all(x.shape == (8, 8, 3) for x in cut) and len({x.tobytes() for x in cut}) > 5
     np.testing.assert_array_equal(near("one/image.png", 3), cut[3])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -56,11 +57,14 @@ class Network:
         out = self._apply(self._params, self._devices.split(filled))
         return tuple(np.asarray(part)[: len(images_BxHxWx3)] for part in out)
 
-    def features(self, stream: ImageStream) -> Features:
-        """Features of a whole stream; holds them in memory, but not the images."""
+    def features(self, stream: ImageStream, quiet: bool = False) -> Features:
+        """Features of a whole stream; holds them in memory, but not the images.
+
+        `quiet` shows no progress.
+        """
         spatial = metrics.Moments()
         pooled, probabilities, waiting = [], [], []
-        progress = Progress(stream.count, "images")
+        progress = Progress(stream.count, "images", stream=None if quiet else sys.stderr)
         try:
             for images in stream.chunks(self.batch):
                 outputs = self(images)

@@ -2,19 +2,21 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from mirai_jax.sampling import keys
-from mirai_jax.sampling.painter import Painter, Source
+from mirai_jax.sampling.painter import Given, Painter, Source
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils import files, pictures, trees
 from mirai_jax.utils.errors import ConfigError
@@ -22,7 +24,7 @@ from mirai_jax.utils.locks import FolderLock
 from mirai_jax.utils.progress import Progress
 
 _PART = 500  # images a file until all are there; fixed, so that stops leave no trace
-_GRID = 64  # images of grid.png at most
+_GRID = 8  # rows and columns of grid.png at most
 
 
 def make_labels(how: str, count: int, num_classes: int, seed: int) -> np.ndarray:
@@ -55,10 +57,15 @@ class SamplingJob:
 
     out: pathlib.Path
     labels: np.ndarray  # int32 (N,)
+    beside: Sequence[np.ndarray] = ()  # uint8 (H, W, 3), shown first in each row of grid.png
 
     @classmethod
     def begin(
-        cls, out: pathlib.Path, labels: np.ndarray, protocol: dict[str, Any]
+        cls,
+        out: pathlib.Path,
+        labels: np.ndarray,
+        protocol: dict[str, Any],
+        beside: Sequence[np.ndarray] = (),
     ) -> "SamplingJob":
         """Begins a folder, or continues one that was begun with the same protocol.
 
@@ -81,7 +88,7 @@ class SamplingJob:
         else:
             (out / "parts").mkdir(parents=True, exist_ok=True)
             files.write_text(file, json.dumps(protocol, indent=2) + "\n")
-        return cls(out, labels)
+        return cls(out, labels, beside)
 
     @property
     def num_parts(self) -> int:
@@ -127,19 +134,22 @@ class SamplingJob:
         shutil.rmtree(self.out / "parts", ignore_errors=True)
         return True
 
-    def _row(self, start: int, names: list[str] | None) -> str:
-        """The name of eight images from `start` on: their classes, where their names are known."""
-        shown = [names[y] for y in self.labels[start : start + 8]] if names else []
+    def _row(self, start: int, count: int, names: list[str] | None) -> str:
+        """The name of some images from `start` on: their classes, where their names are known."""
+        shown = [names[y] for y in self.labels[start : start + count]] if names else []
         shown = shown[:1] if len(set(shown)) == 1 else shown
         return f"image {start}: {', '.join(shown)}"[:48].removesuffix(": ")
 
     def _write(self) -> None:
         first = np.load(self.part(0))
         names = json.loads((self.out / "protocol.json").read_text()).get("class_names")
-        rows = [self._row(i, names) for i in range(0, min(len(first), _GRID) // 8 * 8, 8)]
-        if rows:
-            grid = pictures.sample_grid(first[: 8 * len(rows)], rows)
-            pictures.save_picture(self.out / "grid.png", grid)
+        columns = min(_GRID - len(self.beside), len(first))
+        size = first.shape[2], first.shape[1]
+        beside = [np.asarray(Image.fromarray(each).resize(size)) for each in self.beside]
+        starts = range(0, min(len(first), _GRID * columns) // columns * columns, columns)
+        shown = [image for i in starts for image in (*beside, *first[i : i + columns])]
+        grid = pictures.sample_grid(np.stack(shown), [self._row(i, columns, names) for i in starts])
+        pictures.save_picture(self.out / "grid.png", grid)
         whole = self.out / "parts" / "samples.npz"  # a stop's leftover is removed with the parts
         # ZipInfo without a date: the same bytes whenever they are written.
         with files.atomic_write(whole) as raw, zipfile.ZipFile(raw, "w") as archive:
@@ -165,6 +175,7 @@ def sample_folder(
     seed: int,
     resize: int,
     batch_size: int,
+    given: Given | None = None,
 ) -> None:
     """Draws one process's share of a folder, as far as it is missing; the last process joins the parts.
 
@@ -173,6 +184,7 @@ def sample_folder(
         labels: `how` of `make_labels`.
         resize: pixels a side of the images kept; 0 keeps them as decoded.
         batch_size: images drawn at once on each device; another size rounds differently in bfloat16.
+        given: what every image keeps of another.
 
     Raises:
         ConfigError: wrong labels, or a folder of another protocol.
@@ -183,7 +195,8 @@ def sample_folder(
     protocol |= {"jax": jax.__version__, "platform": jax.default_backend()}
     precision = jax.config.jax_default_matmul_precision
     protocol |= {"x64": jax.config.jax_enable_x64, "matmul_precision": precision}
-    job = SamplingJob.begin(out, labels_N, protocol)
+    protocol["given_sha256"] = given and hashlib.sha256(given.codes_L).hexdigest()
+    job = SamplingJob.begin(out, labels_N, protocol, given.pictures if given else ())
     if job.samples.exists():
         job.join()  # a stop may have left the parts
         print(f"{job.samples} is there already", flush=True)
@@ -197,9 +210,9 @@ def sample_folder(
     print(f"guidance {options.guidance:g}: {total:,} images to {out}", flush=True)
     progress = Progress(total, "images", before)
     with FolderLock(out, f"lock-{index}").held(), contextlib.closing(progress):
-        job.draw(Painter(source, options, seed, batch_size, resize), mine, progress)
+        painter = Painter(source, options, seed, batch_size, resize, given=given)
+        job.draw(painter, mine, progress)
     if job.join():
-        grid = out / "grid.png"  # of 8 images or more
-        print(f"written: {job.samples}" + f"; look at {grid}" * grid.exists(), flush=True)
+        print(f"written: {job.samples}; look at {out / 'grid.png'}", flush=True)
     else:
         print("this share is done, others are not; the last to end writes samples.npz")

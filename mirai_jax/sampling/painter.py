@@ -29,8 +29,19 @@ class Source:
     about: dict[str, Any]  # where they came from and their checksums, for the protocol
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is kept of an image: its codes (L,) int32, -1 where codes are drawn; and two pictures,
+    uint8 (2, H, W, 3), the image and what is kept of it."""
+
+    codes_L: np.ndarray
+    pictures: np.ndarray
+
+
 class Painter:
     """Draws images over all local devices: (labels, indices) -> uint8 pixels.
+
+    Each of them keeps what is `given`.
 
     Every device runs the same two programs: one draws the codes of `batch_size` images, the other
     decodes a few of them. So neither the number of devices nor the other images change an image. The
@@ -45,6 +56,7 @@ class Painter:
         batch_size: int,
         resize: int = 0,
         devices: list[jax.Device] | None = None,
+        given: Given | None = None,
     ):
         self._devices = batched.LocalDevices(devices)
         mesh, self._batch = self._devices.mesh, batch_size * self._devices.count
@@ -52,10 +64,10 @@ class Painter:
         self._tokenizer_params = self._devices.copy(source.tokenizer_params)
         # Images decoded at once on each device. The number does not depend on the batch size:
         # another number would round differently.
-        side = source.config.grid[0] * source.tokenizer.downsample
-        chunk = min(16, batched.images_at_once(side, side))
+        sides = (tokens * source.tokenizer.downsample for tokens in source.config.grid)
+        chunk = min(16, batched.images_at_once(*sides))
         split = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("batch"), check_vma=False)
-        draw = functools.partial(_codes, source.config, options, seed, chunk)
+        draw = functools.partial(_codes, source.config, options, seed, chunk, given)
         self._draw = jax.jit(split(draw, in_specs=(P(), P("batch"), P("batch"))))
         decode = functools.partial(_pixels, source.tokenizer, resize)
         self._decode = jax.jit(split(decode, in_specs=(P(), P("batch"))))
@@ -108,13 +120,15 @@ def _codes(
     options: sampler.SampleOptions,
     seed: int,
     chunk: int,
+    given: Given | None,
     params: Any,
     labels_B: jax.Array,
     indices_B: jax.Array,
 ) -> list[jax.Array]:
     """One device's codes, in chunks of (chunk, L): the last is filled up."""
     keys_B = keys.image_keys(seed, keys.SAMPLES, indices_B)
-    codes_BxL = sampler.generate(config, params, labels_B, keys_B, options)
+    codes_BxL = given and jnp.broadcast_to(given.codes_L, (len(labels_B), config.length))
+    codes_BxL = sampler.generate(config, params, labels_B, keys_B, options, codes_BxL)
     count = len(codes_BxL)
     return [codes_BxL[np.arange(k, k + chunk) % count] for k in range(0, count, chunk)]
 

@@ -77,6 +77,7 @@ def generate(
     labels_B: jax.Array,
     keys_B: jax.Array,
     options: SampleOptions = SampleOptions(),
+    given_BxL: jax.Array | None = None,
 ) -> jax.Array:
     """Draws whole images of tokens.
 
@@ -84,6 +85,8 @@ def generate(
         config, params: of the generator (the EMA's parameters, as a rule).
         labels_B: int, classes in [0, num_classes).
         keys_B: typed PRNG keys, one an image.
+        given_BxL: int32 codes that stand in place of drawn ones, -1 where one is drawn; None: all are.
+            A drawn code depends on the given ones before it alone.
 
     Returns:
         int32 (B, L) codes in raster order.
@@ -102,8 +105,9 @@ def generate(
         labels_B = jnp.concatenate([labels_B, jnp.full_like(labels_B, config.null_class)])
     prepared = decoding.prepare(config, params)
 
-    def step(carry, position):
+    def step(carry, at):
         codes, cache = carry
+        position, given = at
         twice = jnp.concatenate([codes, codes]) if guided else codes
         logits, cache = decoding.decode(config, prepared, twice, labels_B, cache, position)
         if guided:
@@ -119,6 +123,8 @@ def generate(
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, position)
             codes = jax.vmap(jax.random.categorical)(keys, logits)
         codes = codes.astype(jnp.int32)
+        if given is not None:
+            codes = jnp.where(given < 0, codes, given)
         return (codes, cache), codes
 
     codes, cache, drawn = jnp.zeros(count, jnp.int32), None, []
@@ -126,7 +132,9 @@ def generate(
         if cache is None:
             cache = decoding.empty_cache(config, labels_B.shape[0], stop)
         cache = decoding.grow(cache, stop)
-        (codes, cache), codes_SxB = jax.lax.scan(step, (codes, cache), jnp.arange(start, stop))
+        given = None if given_BxL is None else given_BxL[:, start:stop].T
+        at = jnp.arange(start, stop), given
+        (codes, cache), codes_SxB = jax.lax.scan(step, (codes, cache), at)
         drawn.append(codes_SxB)
     return jnp.concatenate(drawn).T
 

@@ -5,10 +5,9 @@ with the encoder alone in the converted folder `encoder` (see weights/pretrained
 """
 
 import collections
-import contextlib
+import functools
 import pathlib
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,53 +22,17 @@ from mirai_jax.teaching import figures
 from mirai_jax.teaching import settings as settings_lib
 from mirai_jax.teaching.settings import TeacherRunConfig, TeacherRunSettings
 from mirai_jax.teaching.step import Recipe, TeachState, init_state, make_measure, make_train_step
-from mirai_jax.training import loop
-from mirai_jax.training.checkpoint import Checkpoints
-from mirai_jax.training.guards import HangGuard
+from mirai_jax.training import local, loop
 from mirai_jax.training.metrics_writer import read_metrics
-from mirai_jax.training.start import restore_or_make, steps_done
 from mirai_jax.training.stopwatch import progress_line
-from mirai_jax.training.workdir import claim
-from mirai_jax.utils.trees import plain
 from mirai_jax.weights import frozen, pretrained
-
-Log = Callable[[str], None]
 
 _MASKS_SEED = 0  # of the held-out images: the same masks at every step, in every run
 
 
-def teach(
-    config: Mapping[str, Any],
-    workdir: str | pathlib.Path,
-    *,
-    devices: list[jax.Device] | None = None,
-    log: Log | None = None,
-) -> None:
-    """Trains, or continues, the encoder of `workdir` until it is finished.
-
-    Args:
-        config: a ConfigDict from configs/teacher.py, or the like.
-        workdir: created if need be; a run of another config in it is refused.
-        devices: what to run on, each a part of the batch (default: all of this machine's).
-        log: takes the lines for the screen (default: print).
-
-    Raises:
-        ConfigError, DataError, TrainingError, Preempted: one line each.
-    """
-    log = log or (lambda line: print(line, flush=True))
-    devices = jax.local_devices() if devices is None else devices
-    settings = settings_lib.read(config, len(devices))
-    workdir = pathlib.Path(workdir).expanduser()
-    config = plain(config)
-    title, last = f"{settings.name}-{settings.scale}", settings.num_steps
-    begin = steps_done(title, last, workdir, config, log, TeacherRunConfig)
-    if (
-        begin == last
-        and (workdir / "summary.png").exists()
-        and pretrained.is_converted(workdir / pretrained.ENCODER)
-    ):
-        log(f"this run is finished ({begin:,} steps); {_how_to_use(workdir)}")
-        return
+def _build(
+    settings: TeacherRunSettings, workdir: pathlib.Path, devices: list[jax.Device]
+) -> local.Built:
     train, held_out = (settings.data.load(split) for split in ("train", "held_out"))
     tokenizer, tokenizer_params, tokenizer_path = None, {}, workdir / "tokenizer.npz"
     if settings.objective != "labels":
@@ -86,13 +49,10 @@ def teach(
     identity = {"image_set": small_sets.checksum(train)}
     if tokenizer:
         identity["tokenizer"] = pretrained.checksum(tokenizer_params)
-    claimed = claim(workdir, config, identity, tokenizer_params or None, fresh=not begin)
-    with claimed, contextlib.closing(HangGuard(0)) as guard:
-        images = f"{len(train.labels):,} images, {len(held_out.labels):,} more are held out"
-        log(f"data: {settings.data.name}, {images}")
-        log(f"devices: {len(devices)} x {devices[0].device_kind}")
-        task = TeacherTask(settings, recipe, tokenizer_params, batches, held_out, workdir, devices)
-        loop.Run(task, workdir, guard, log).run()
+    images = f"{len(train.labels):,} images, {len(held_out.labels):,} more are held out"
+    task = TeacherTask(settings, recipe, tokenizer_params, batches, held_out, workdir, devices)
+    lines = [f"data: {settings.data.name}, {images}"]
+    return local.Built(task, identity, tokenizer_params or None, lines)
 
 
 def _how_to_use(workdir: pathlib.Path) -> str:
@@ -102,8 +62,8 @@ def _how_to_use(workdir: pathlib.Path) -> str:
     )
 
 
-class TeacherTask(loop.Task):
-    """An encoder, measured on the held-out images; each of `devices` takes a part of the batch."""
+class TeacherTask(local.LocalTask):
+    """An encoder, measured on the held-out images."""
 
     def __init__(
         self,
@@ -115,33 +75,18 @@ class TeacherTask(loop.Task):
         workdir: pathlib.Path,
         devices: list[jax.Device],
     ):
-        self.batches = batches
-        self.settings = fill(loop.LoopSettings, config)
-        self._config, self._recipe, self._held_out = config, recipe, held_out
-        self._summary, self._encoder = workdir / "summary.png", workdir / pretrained.ENCODER
-        self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
-        self._replicated = sharding.replicated(self._mesh)
-        split = sharding.batch_sharding(self._mesh)
+        super().__init__(config, batches, workdir, devices, pretrained.ENCODER)
+        self._recipe, self._held_out = recipe, held_out
         self._codebook = sharding.place(codebook, self._replicated)
-        self._train_step = make_train_step(recipe, self._replicated, split)
-        self._measure = make_measure(recipe, self._replicated, split)
+        self._train_step = make_train_step(recipe, self._replicated, self._split)
+        self._measure = make_measure(recipe, self._replicated, self._split)
 
-    def begin(self, checkpoints: Checkpoints, log: Log, warn: Log) -> tuple[TeachState, int]:
-        # Of a shorter run: they mark what is finished.
-        self._summary.unlink(missing_ok=True)
-        shutil.rmtree(self._encoder, ignore_errors=True)
+    def init(self, key: jax.Array) -> TeachState:
+        return init_state(self._recipe, key)
 
-        def make() -> TeachState:
-            return init_state(self._recipe, jax.random.key(self._config.seed))
-
-        shapes = jax.eval_shape(make)
+    def size(self, shapes: TeachState) -> str:
         count = parameter_overview.count_parameters(shapes.params["network"])
-        log(f"parameters: {count:,} in the encoder")
-        placement = jax.tree.map(lambda _: self._replicated, shapes)
-        return restore_or_make(make, placement, checkpoints, self._config.num_steps, log, warn)
-
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.put_batch(batch, self._mesh)
+        return f"{count:,} in the encoder"
 
     def step(self, state: TeachState, batch: Any, variant: Any) -> tuple[TeachState, dict]:
         with jax.set_mesh(self._mesh):
@@ -184,7 +129,7 @@ class TeacherTask(loop.Task):
         }
         network = jax.device_get(run.state.params["network"])
         encoder = pretrained.Weights("teacher", config.network, network, None, source)
-        pretrained.save(self._encoder, encoder)
+        pretrained.save(self._made, encoder)
         metrics = read_metrics(run.workdir)
         figures.teacher_figure(self._summary, f"{config.name}-{config.scale}", metrics)
         known = _percentages(metrics[-1] if metrics else {}, "held_out_")
@@ -197,3 +142,8 @@ def _percentages(values: Mapping[str, float], prefix: str) -> list[str]:
         for name, value in values.items()
         if name.startswith(prefix) and name.endswith("accuracy")
     ]
+
+
+teach = functools.partial(
+    local.run, settings_lib.read, TeacherRunConfig, pretrained.ENCODER, _how_to_use, _build
+)

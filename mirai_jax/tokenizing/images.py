@@ -7,7 +7,6 @@ import hashlib
 import json
 
 import numpy as np
-from PIL import Image
 
 from mirai_jax.data import crops, pipeline, records, small_sets
 from mirai_jax.data.images import ImageSource, open_images
@@ -31,7 +30,7 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomCrops:
+class CropLoader:
     """Loads a random crop of an image by its key, RGB whatever the file is.
 
     Attributes:
@@ -61,13 +60,7 @@ class RandomCrops:
             image, _ = crops.decode(self.source.find(key))
         except DataError as error:
             raise Unreadable(f"image {key!r}: {first_line(error)}") from error
-        height, width = self.size
-        scale = larger * max(height / image.height, width / image.width)
-        across, down = width / scale, height / scale  # of the crop, in the image's pixels
-        left, top = left * max(0, image.width - across), top * max(0, image.height - down)
-        # Rounding must not lead out of the image.
-        box = (left, top, min(left + across, image.width), min(top + down, image.height))
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+        return crops.cover(image, self.size, larger, top, left)
 
 
 class _Some:
@@ -103,7 +96,7 @@ def load(
         size: (height, width) in pixels.
         held_out: how many images are kept out of training and measured on. Of 'images' they are those
             whose names have the smallest hashes; of fashion_mnist some of its test images.
-        crop_range, flip: of 'images'; see RandomCrops.
+        crop_range, flip: of 'images'; see CropLoader.
         of_batches: see `pipeline.make_dataset`.
 
     Raises:
@@ -133,7 +126,7 @@ def load(
     names = [source.about(i)[1] if of_folder else str(i) for i in range(len(source))]
     hashes = [hashlib.sha256(each.encode()).digest() for each in names]
     order = np.array(sorted(range(len(names)), key=hashes.__getitem__))
-    loader = RandomCrops(source, size, crop_range, flip)
+    loader = CropLoader(source, size, crop_range, flip)
     middles, left = [], collections.deque(order)
     while left and len(middles) < held_out:
         with contextlib.suppress(Unreadable):

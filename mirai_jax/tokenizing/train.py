@@ -5,9 +5,8 @@ reconstructions. When the run is finished it has the EMA of the tokenizer in the
 `tokenizer` (see weights/pretrained.py).
 """
 
-import contextlib
+import functools
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,8 +15,8 @@ import numpy as np
 from clu import parameter_overview
 
 from mirai_jax import sharding
-from mirai_jax.config.fields import fill
 from mirai_jax.evaluation import metrics as metrics_lib
+from mirai_jax.evaluation.image_streams import of_array
 from mirai_jax.evaluation.network import Network
 from mirai_jax.tokenizing import figures
 from mirai_jax.tokenizing import images as images_lib
@@ -31,16 +30,12 @@ from mirai_jax.tokenizing.step import (
     make_train_step,
     perplexity,
 )
-from mirai_jax.training import loop
+from mirai_jax.training import local, loop
 from mirai_jax.training.checkpoint import Checkpoints
-from mirai_jax.training.guards import HangGuard
 from mirai_jax.training.metrics_writer import read_metrics
-from mirai_jax.training.start import restore_or_make, steps_done
 from mirai_jax.training.stopwatch import progress_line
-from mirai_jax.training.workdir import claim
 from mirai_jax.utils import pictures
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.utils.trees import plain
 from mirai_jax.weights import efficientnet, frozen, pretrained
 
 Log = Callable[[str], None]
@@ -50,39 +45,10 @@ _SHOWN = 10  # held-out images in a picture
 _FEATURES_AT_ONCE = 32  # images on a device, of the network that measures
 
 
-def tokenize(
-    config: Mapping[str, Any],
-    workdir: str | pathlib.Path,
-    *,
-    devices: list[jax.Device] | None = None,
-    log: Log | None = None,
-) -> None:
-    """Trains, or continues, the tokenizer of `workdir` until it is finished.
-
-    Args:
-        config: a ConfigDict from configs/tokenizer.py, or the like.
-        workdir: created if need be; a run of another config in it is refused.
-        devices: what to run on, each a part of the batch (default: all of this machine's).
-        log: takes the lines for the screen (default: print).
-
-    Raises:
-        ConfigError, DataError, TrainingError, Preempted: one line each.
-    """
-    log = log or (lambda line: print(line, flush=True))
-    devices = jax.local_devices() if devices is None else devices
-    settings = settings_lib.read(config, len(devices))
-    workdir, recipe = pathlib.Path(workdir).expanduser(), settings.recipe
-    config = plain(config)
-    title, last = f"{settings.name}-{settings.scale}", settings.num_steps
-    begin = steps_done(title, last, workdir, config, log, TokenizerRunConfig)
-    if (
-        begin == last
-        and (workdir / "summary.png").exists()
-        and pretrained.is_converted(workdir / pretrained.TOKENIZER)
-    ):
-        log(f"this run is finished ({begin:,} steps); {_how_to_use(workdir)}")
-        return
-    data = settings.data
+def _build(
+    settings: TokenizerRunSettings, workdir: pathlib.Path, devices: list[jax.Device]
+) -> local.Built:
+    data, recipe = settings.data, settings.recipe
     images = images_lib.load(
         data.name, data.path, data.images, recipe.image_size, data.held_out, data.crop_range, data.flip,
         batch_size=settings.batch_size, seed=settings.seed, num_workers=data.num_workers,
@@ -106,15 +72,12 @@ def tokenize(
     if recipe.perceptual_weight:
         perceptual = efficientnet.load_efficientnet_lite0()
     judge = Network(settings.inception, _FEATURES_AT_ONCE)
-    claimed = claim(workdir, config, identity, None, fresh=not begin)
-    with claimed, contextlib.closing(HangGuard(0)) as guard:
-        log(
-            f"data: {data.name}, {images.count:,} images, {len(images.held_out):,} more are held out"
-        )
-        log(f"tokens: {height}x{width} an image, {vocab_size:,} codes")
-        log(f"devices: {len(devices)} x {devices[0].device_kind}")
-        task = TokenizerTask(settings, images, initial, perceptual, judge, workdir, devices)
-        loop.Run(task, workdir, guard, log).run()
+    task = TokenizerTask(settings, images, initial, perceptual, judge, workdir, devices)
+    lines = [
+        f"data: {data.name}, {images.count:,} images, {len(images.held_out):,} more are held out",
+        f"tokens: {height}x{width} an image, {vocab_size:,} codes",
+    ]
+    return local.Built(task, identity, None, lines)
 
 
 def _how_to_use(workdir: pathlib.Path) -> str:
@@ -124,14 +87,13 @@ def _how_to_use(workdir: pathlib.Path) -> str:
     )
 
 
-class TokenizerTask(loop.Task):
+class TokenizerTask(local.LocalTask):
     """A tokenizer, measured on the held-out images by its EMA.
 
     Args:
         initial: parameters to begin with, or None for fresh ones.
         perceptual: parameters of EfficientNetLite0, or {} where no loss needs them.
         judge: whose features measure.
-        devices: each takes a part of the batch.
     """
 
     def __init__(
@@ -144,41 +106,30 @@ class TokenizerTask(loop.Task):
         workdir: pathlib.Path,
         devices: list[jax.Device],
     ):
-        self.batches = images.batches
-        self.settings = fill(loop.LoopSettings, config)
-        self._config, self._recipe, self._initial = config, config.recipe, initial
+        super().__init__(config, images.batches, workdir, devices, pretrained.TOKENIZER)
+        self._recipe, self._initial = config.recipe, initial
         self._held_out, self._pictures = images.held_out, workdir / "samples"
-        self._summary, self._folder = workdir / "summary.png", workdir / pretrained.TOKENIZER
-        self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
-        self._replicated = sharding.replicated(self._mesh)
-        split = sharding.batch_sharding(self._mesh)
         self._perceptual = sharding.place(perceptual, self._replicated)
-        self._train_step = make_train_step(self._recipe, self._replicated, split)
-        self._reconstruct = make_reconstruct(self._recipe, self._replicated, split)
+        self._train_step = make_train_step(self._recipe, self._replicated, self._split)
+        self._reconstruct = make_reconstruct(self._recipe, self._replicated, self._split)
         self._judge, self._distance = judge, FID if config.inception else EFFICIENTNET
         self._of_originals: metrics_lib.Moments | None = None
         self._picture: np.ndarray | None = None
 
-    def begin(self, checkpoints: Checkpoints, log: Log, warn: Log) -> tuple[TokenizerState, int]:
-        # Of a shorter run: they mark what is finished.
-        self._summary.unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        config = self._config
+    def init(self, key: jax.Array) -> TokenizerState:
+        return init_state(self._recipe, key)
 
-        def make() -> TokenizerState:
-            return init_state(self._recipe, jax.random.key(config.seed))
-
-        shapes = jax.eval_shape(make)
+    def size(self, shapes: TokenizerState) -> str:
         count = parameter_overview.count_parameters
-        more = (
-            f", {count(d['params']):,} in the discriminator" if (d := shapes.discriminator) else ""
-        )
-        log(f"parameters: {count(shapes.params):,} in the tokenizer{more}")
-        placement = jax.tree.map(lambda _: self._replicated, shapes)
-        state, step = restore_or_make(make, placement, checkpoints, config.num_steps, log, warn)
+        disc = shapes.discriminator
+        more = f", {count(disc['params']):,} in the discriminator" if disc else ""
+        return f"{count(shapes.params):,} in the tokenizer{more}"
+
+    def begin(self, checkpoints: Checkpoints, log: Log, warn: Log) -> tuple[TokenizerState, int]:
+        state, step = super().begin(checkpoints, log, warn)
+        params, config = self._initial, self._config
         if step:
             return state, step
-        params = self._initial
         if params is not None:
             log(f"began with the weights of {config.init_from}")
         elif config.start == "kmeans":
@@ -192,7 +143,7 @@ class TokenizerTask(loop.Task):
         return state, 0
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.put_batch({"image": batch["image"]}, self._mesh)
+        return super().put({"image": batch["image"]})
 
     def step(self, state: TokenizerState, batch: Any, variant: Any) -> tuple[TokenizerState, dict]:
         with jax.set_mesh(self._mesh):
@@ -238,12 +189,7 @@ class TokenizerTask(loop.Task):
 
     def _moments(self, images: np.ndarray) -> metrics_lib.Moments:
         """Of the pooled features that `evaluate` takes too."""
-        batch, made, parts = self._judge.batch, metrics_lib.Moments(), []
-        for start in range(0, len(images), batch):
-            some = images[start : start + batch]
-            parts.append(self._judge(np.broadcast_to(some, (*some.shape[:3], 3)))[0])
-        made.add(np.concatenate(parts))
-        return made
+        return self._judge.features(of_array("held-out images", images), quiet=True).moments
 
     def sample(self, run: loop.Run, step: int) -> None:
         pictures.save_picture(self._pictures / f"step_{step:07d}.png", self._picture)
@@ -269,7 +215,7 @@ class TokenizerTask(loop.Task):
         }
         params = jax.device_get(run.state.ema)
         made = pretrained.Weights("tokenizer", recipe.network, params, None, source)
-        pretrained.save(self._folder, made)
+        pretrained.save(self._made, made)
         if self._picture is None:  # stopped after the last step, whose measurements are logged
             self.measure(run.state)
         metrics = read_metrics(run.workdir)
@@ -287,3 +233,8 @@ def _measured(values: Mapping[str, float]) -> list[str]:
         EFFICIENTNET: "Fréchet {:.1f} (EfficientNet-Lite0)",
     }
     return [text.format(values[name]) for name, text in known.items() if name in values]
+
+
+tokenize = functools.partial(
+    local.run, settings_lib.read, TokenizerRunConfig, pretrained.TOKENIZER, _how_to_use, _build
+)
