@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax import sharding, step
-from mirai_jax.config.schema import Settings
+from mirai_jax.config.schema import SMALL_SETS, Settings
 from mirai_jax.models import vq
 from mirai_jax.models.vit_sizes import PUBLISHED
 from mirai_jax.training import components
@@ -149,12 +149,12 @@ def _online_tokenizer(settings: Settings) -> tuple[nn.Module, Any]:
 
 def _batch(settings: Settings, recipe: step.Recipe) -> dict[str, jax.ShapeDtypeStruct]:
     size, length = settings.batch_size, settings.generator.length
-    side, channels = settings.tokenizer.image_size, 1 if settings.data.in_memory else 3
+    sides, channels = settings.tokenizer.sides, 1 if settings.data.name in SMALL_SETS else 3
     batch = {"label": jax.ShapeDtypeStruct((size,), np.int32)}
     if not settings.data.online:
         batch["codes"] = jax.ShapeDtypeStruct((size, length), np.int32)
     if settings.step_sees_images:
-        batch["image"] = jax.ShapeDtypeStruct((size, side, side, channels), np.uint8)
+        batch["image"] = jax.ShapeDtypeStruct((size, *sides, channels), np.uint8)
     elif settings.needs_images:
         features = (size, length, recipe.teacher.feature_width)
         batch["features"] = jax.ShapeDtypeStruct(features, np.float32)

@@ -52,8 +52,8 @@ class Painter:
         self._tokenizer_params = self._devices.copy(source.tokenizer_params)
         # Images decoded at once on each device. The number does not depend on the batch size:
         # another number would round differently.
-        side = source.config.grid[0] * source.tokenizer.downsample
-        chunk = min(16, batched.images_at_once(side, side))
+        sides = (tokens * source.tokenizer.downsample for tokens in source.config.grid)
+        chunk = min(16, batched.images_at_once(*sides))
         split = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("batch"), check_vma=False)
         draw = functools.partial(_codes, source.config, options, seed, chunk)
         self._draw = jax.jit(split(draw, in_specs=(P(), P("batch"), P("batch"))))
