@@ -249,7 +249,7 @@ def _fashion_mnist_medium(config):
 
 def _folder(config):
     _demo(config)
-    config.num_steps = 3_000
+    config.num_steps = 2_000
     config.log_every = 50
     config.sample_every = 1_000
     config.checkpoint_every = 500
