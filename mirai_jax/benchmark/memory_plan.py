@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from mirai_jax import sharding, step
 from mirai_jax.config.schema import SMALL_SETS, Settings
 from mirai_jax.models import vq
+from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.models.vit_sizes import PUBLISHED
 from mirai_jax.training import components
 from mirai_jax.weights import frozen
@@ -140,10 +141,15 @@ def recipe_and_frozen(settings: Settings) -> tuple[step.Recipe, dict]:
 
 def _online_tokenizer(settings: Settings) -> tuple[nn.Module, Any]:
     """That of `tokenizer.path`; without one the published network and its shapes."""
-    if settings.tokenizer.path != _NOT_READ:
+    wanted, sides = settings.tokenizer, (256, 256)
+    if wanted.name == "patch":
+        sides = wanted.sides
+        module = PatchCodebook(settings.generator.vocab_size, sides, wanted.patch, 3)
+    elif wanted.path != _NOT_READ:
         return frozen.load_vq(settings)
-    module = vq.VQModel(vq.VQConfig(vq.MULTIPLIERS[settings.tokenizer.name]))
-    image = jax.ShapeDtypeStruct((1, 256, 256, 3), np.float32)
+    else:
+        module = vq.VQModel(vq.VQConfig(vq.MULTIPLIERS[wanted.name]))
+    image = jax.ShapeDtypeStruct((1, *sides, 3), np.float32)
     return module, jax.eval_shape(module.init, jax.random.key(0), image)["params"]
 
 

@@ -136,7 +136,7 @@ class TokenizerSettings:
     def sides(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        return size[0], size[-1]
+        return (size[0], size[-1]) if len(size) in (1, 2) else (0, 0)
 
     @property
     def downsample(self) -> int:
@@ -309,10 +309,9 @@ def _check_data(settings: Settings, check: Check) -> None:
     """Checks what data, tokenizer, grid and teacher ask of each other."""
     data, tokenizer = settings.data, settings.tokenizer
     name, size = tokenizer.name, tokenizer.image_size
-    good = isinstance(size, int) or len(size) in (1, 2)
-    good = good and all(0 < side <= 4096 for side in tokenizer.sides)
-    check("tokenizer.image_size", good, "1 to 4096 pixels, or two such numbers: (height, width)")
     height, width = tokenizer.sides
+    good = min(height, width) > 0 and max(height, width) <= 4096
+    check("tokenizer.image_size", good, "1 to 4096 pixels, or two such numbers: (height, width)")
     small = data.name in SMALL_SETS
     check("tokenizer.image_size", height == width or not small, f"a square with {data.name}")
     if side := tokenizer.downsample:
