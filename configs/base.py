@@ -148,7 +148,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     sample.top_k = 0  # keep the k likeliest tokens; 0: all
     sample.top_p = 1.0  # keep the likeliest tokens that make up p; 1: all
     sample.greedy = False  # always the likeliest token
-    sample.classes = 10  # rows of the grid, the first classes, as far as there are so many
+    sample.classes = 10  # rows of the grid: the first classes, at most all of them
     sample.per_class = 8  # images of each
 
     # At the end of a run on labelled images: a classifier trained on the real ones judges this many

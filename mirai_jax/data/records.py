@@ -184,9 +184,9 @@ def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
 class CodedImages:
     """Labels in memory, with whichever of codes, images and teacher features a run needs.
 
-    The other arrays have K crops of each image, one image after the other; or they are None. Item k is
-    {'label': int32, 'key': 'k', 'crops': K, and what there is of 'codes': (K, L), 'image': uint8 (K, H,
-    W, C) and 'features': float32 (K, L, Z)}.
+    The other arrays hold K crops of each image, one image after the other, or are None. An item has
+    'label': int32, 'key': its number as text, 'crops': K, and of what is given 'codes': (K, L), 'image':
+    uint8 (K, H, W, C) and 'features': float32 (K, L, Z).
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from typing import Any
 from mirai_jax.config import fields
 from mirai_jax.config.fields import require
 from mirai_jax.config.schema import RunConfig
-from mirai_jax.data import folder_sets
+from mirai_jax.data import folder_sets, manifest
 from mirai_jax.data.images import open_images
 from mirai_jax.utils.trees import plain
 from mirai_jax.weights import frozen
@@ -18,10 +18,10 @@ IN_MEMORY = 2 * 2**30  # bytes of crops that a run holds
 def resolve(config: Mapping[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """The config with numbers in place of what it leaves to its images.
 
-    `model.num_classes` 0 becomes the number of classes of `data.images`, `model.grid` (0, 0) the grid of
-    `tokenizer.image_size`. A folder that does not fit in memory, or of which random crops are asked for,
-    is read from disk: `data.name` becomes 'images' and `data.codes` 'online'. `log` takes a line for what
-    is not as the config says.
+    `model.num_classes` 0 becomes the number of classes of `data.images` (or of the stored codes), and
+    `model.grid` (0, 0) the grid of `tokenizer.image_size`. A folder that does not fit in memory, or of
+    which random crops are asked for, is read from disk: `data.name` becomes 'images' and `data.codes`
+    'online'. `log` takes a line for what is not as the config says.
 
     Raises:
         ConfigError, DataError: a wrong field, or no such images.
@@ -29,7 +29,12 @@ def resolve(config: Mapping[str, Any], log: Callable[[str], None]) -> dict[str, 
     given = fields.read(RunConfig, config)
     config, data = plain(config), given.data
     sides, pixels = given.tokenizer.sides, given.tokenizer.downsample
-    if data.name == "folder" or (data.images and not given.model.num_classes):
+    if (data.name, data.codes) == ("images", "stored"):
+        found = manifest.read(data.path) if data.path and not given.model.num_classes else None
+        if found is not None:
+            config["model"]["num_classes"] = len(found.class_names)
+    elif data.name == "folder" or (data.images and not given.model.num_classes):
+        require(data.images, "data.images", data.images, "a folder with a folder of images a class")
         source = open_images(data.images)
         share = folder_sets.whole(source, data.min_images, data.balanced)
         if missing := sorted(set(source.class_names) - set(share.class_names)):
