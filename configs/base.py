@@ -7,6 +7,8 @@ what differs. The scale is the part after the colon: `--config=configs/mirai_e.p
     fashion_mnist   60,000 Fashion-MNIST images, 8x8 tokens; minutes: the scale of results/
     fashion_mnist_medium
                     the same, 16x16 tokens, 21 M parameters: for a GPU
+    folder          your images, --config.data.images=FOLDER with a folder a class; classes and
+                    tokens follow from them (docs/your_images.md)
     imagenet_b, imagenet_l, imagenet_xl, imagenet_xxl, imagenet_3b
                     ImageNet 256, 16x16 tokens of VQ-16: the paper's recipe for each size
     imagenet_b_384 ... imagenet_3b_384
@@ -61,8 +63,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     model.num_heads = 0  # attention heads; 0: what the size says
     model.width = 0  # channels; 0: what the size says
     model.vocab_size = 16384  # tokens in the codebook
-    model.num_classes = 1000  # labels; the null class comes on top
-    model.grid = (16, 16)  # (height, width) of an image in tokens
+    model.num_classes = 1000  # labels; the null class comes on top. 0: those of data.images
+    model.grid = (16, 16)  # (height, width) of an image in tokens. (0, 0): those of
+    #                        tokenizer.image_size
     model.token_dropout = 0.1  # probability, on the embedded tokens
     model.residual_dropout = 0.1  # probability, on attention's output
     model.ffn_dropout = 0.1  # probability, on the FFN's output
@@ -91,17 +94,24 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     lora.alpha = 16.0  # their product counts alpha / rank times
 
     config.data = data = ml_collections.ConfigDict()
-    data.name = "images"  # mnist, fashion_mnist (in memory), or images (the fields below)
+    data.name = "images"  # mnist, fashion_mnist (in memory), folder (data.images, in memory if it
+    #                       fits), or images (on disk; the fields below)
     data.path = ""  # folder of shards of codes (python -m mirai_jax.extract), or of IDX files;
     #                 'tfds' lets tfds fetch fashion_mnist
     data.images = ""  # where the images themselves are, for a teacher that takes them and for
     #                   codes made online: a folder with a folder a class, tfds:NAME[:SPLIT], or
     #                   grain:MODULE:SOURCE (see mirai_jax/data/images.py)
     data.codes = "stored"  # stored, or online: the tokenizer runs in the step, on the crop itself
-    data.crops = "stored"  # one of ten fixed crops; or, online, random: the short side becomes
-    #                        image_size, then any crop along the long one, mirrored by chance
+    data.crops = "stored"  # one of ten fixed crops; centre: of two, the middle and its mirror
+    #                        image; random: the short side becomes image_size, then any crop along
+    #                        the long one, mirrored by chance. Not stored: of a folder, or online
     data.crop_range = 1.1  # online: stored crops are taken from the centre image_size * this
+    data.flip = True  # whether mirrored crops take part
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
+    data.held_out_share = 0.0  # of a folder or online: share of the images kept out of training,
+    #                            by a hash of their names, so that more images move no other
+    data.min_images = 1  # of a folder or online: classes with fewer images are left out
+    data.balanced = False  # whether all classes are drawn equally often
     data.num_workers = 8  # processes that read and decode; 0: threads of this process
 
     config.tokenizer = tokenizer = ml_collections.ConfigDict()
@@ -111,7 +121,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
         ""  # weights of all but patch: LlamaGen's .pt, a converted folder, or a workdir
     )
     #                      of mirai_jax.tokenize; only sample grids and online codes need them
-    tokenizer.image_size = 256  # pixels a side of the images it sees
+    tokenizer.image_size = 256  # pixels a side of the images it sees, or (height, width)
     tokenizer.patch = 4  # pixels a side of a patch (patch only)
 
     # The frozen bidirectional encoder that terms of source 'bidirectional' look at.
@@ -148,7 +158,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     sample.top_k = 0  # keep the k likeliest tokens; 0: all
     sample.top_p = 1.0  # keep the likeliest tokens that make up p; 1: all
     sample.greedy = False  # always the likeliest token
-    sample.classes = 10  # rows of the grid, the first classes
+    sample.classes = 10  # rows of the grid: the first classes, at most all of them
     sample.per_class = 8  # images of each
 
     # At the end of a run on labelled images: a classifier trained on the real ones judges this many
@@ -247,6 +257,21 @@ def _fashion_mnist_medium(config):
     config.teacher.image_size = 256  # 16x16 features
 
 
+def _folder(config):
+    _demo(config)
+    config.num_steps = 2_000
+    config.log_every = 50
+    config.sample_every = 1_000
+    config.checkpoint_every = 500
+    config.model.update(width=128, vocab_size=512, num_classes=0, grid=(0, 0))
+    config.optimizer.warmup_steps = 100
+    config.data.update(name="folder", crops="centre", held_out=0, held_out_share=0.05)
+    with (
+        config.tokenizer.ignore_type()
+    ):  # a tuple takes numbers for both sides, or one for a square
+        config.tokenizer.image_size = (32, 32)
+
+
 def _imagenet(size, pixels=256):
     def override(config):
         config.model.size = size
@@ -272,6 +297,7 @@ def _imagenet(size, pixels=256):
 _TERMS = {
     "demo": (1.0, 192),
     "fashion_mnist": (0.3, 256),
+    "folder": (1.0, 256),
     "fashion_mnist_medium": (15.0, 768),
 }
 
@@ -279,6 +305,7 @@ SCALES = {
     "demo": _demo,
     "fashion_mnist": _fashion_mnist,
     "fashion_mnist_medium": _fashion_mnist_medium,
+    "folder": _folder,
     **{f"imagenet_{size.lower()}": _imagenet(size) for size in ("B", "L", "XL", "XXL", "3B")},
     **{
         f"imagenet_{size.lower()}_384": _imagenet(size, 384)

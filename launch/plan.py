@@ -15,7 +15,7 @@ from ml_collections.config_flags import config_path
 from launch.overrides import Entry, columns, flag_text, names
 from mirai_jax.config import compare, fields, schema
 from mirai_jax.config.flags import parse_config
-from mirai_jax.training import workdir
+from mirai_jax.training import follow, workdir
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.utils.trees import plain
 
@@ -127,6 +127,7 @@ def _config_flags(entry: Entry, common: Mapping[str, str], scale: str) -> list[s
 def _check(entry: Entry, arguments: list[str], folder: pathlib.Path) -> Mapping[str, Any]:
     """Returns the whole config of a run, once it is checked."""
     config = parse_config(arguments)
+    settled = follow.resolve(config, lambda line: None)
     for field, value in entry.items():
         if field not in ("name", "config"):
             parsed = config_path.get_value(field, config)
@@ -135,10 +136,9 @@ def _check(entry: Entry, arguments: list[str], folder: pathlib.Path) -> Mapping[
     given = fields.read(schema.RunConfig, config)
     # Only the program itself knows whether it has more devices than the mesh needs.
     devices = math.prod(size for size in vars(given.mesh).values() if size > 0)
-    schema.read(config, num_devices=devices)
+    schema.read(settled, num_devices=devices)
     if (given.data.name, given.data.codes, given.data.path) == ("images", "stored", ""):
         raise ConfigError("data.path is ''; it must be a folder of codes: --set=data.path=FOLDER")
-    settled = plain(config)
     workdir.check_workdir(folder, settled)
     return settled
 

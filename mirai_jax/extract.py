@@ -14,6 +14,7 @@ ends with the same bytes. With several hosts, give each `--process_index` of `--
 
 import functools
 import os
+import re
 
 from absl import flags
 
@@ -29,7 +30,7 @@ _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Weights of the VQ tokenizer: LlamaGen's .pt or a converted folder."
 )
 _OUT = flags.DEFINE_string("out", None, "Folder of the shards.")
-_SIZE = flags.DEFINE_integer("image_size", 256, "Pixels a side of a crop.")
+_SIZE = flags.DEFINE_string("image_size", "256", "Pixels a side of a crop, or HEIGHTxWIDTH.")
 _RANGE = flags.DEFINE_float("crop_range", 1.1, "Crops come from the centre image_size * this.")
 _TEN = flags.DEFINE_bool("ten_crop", True, "Ten crops; else the centre and its mirror image.")
 _EXIF = flags.DEFINE_enum(
@@ -54,11 +55,16 @@ def main(argv: list[str]) -> None:
             if not flag.value:
                 raise ConfigError(f"--{flag.name} is missing; --help explains it")
         index, count = cli.share(_INDEX.value, _COUNT.value)
+        if not re.fullmatch(r"\d{1,4}(x\d{1,4})?", _SIZE.value):
+            raise ConfigError(
+                f"--image_size is {_SIZE.value!r}; it must be pixels: 256, or 128x256"
+            )
+        sides = [int(side) for side in _SIZE.value.split("x")]
         prepared = job.prepare(
             _IMAGES.value,
             _TOKENIZER.value,
             _OUT.value,
-            CropSpec(_SIZE.value, _RANGE.value, _TEN.value, _EXIF.value),
+            CropSpec((sides[0], sides[-1]), _RANGE.value, _TEN.value, _EXIF.value),
             images_per_shard=_PER_SHARD.value,
             batch_size=_BATCH.value,
             precision=_PRECISION.value,

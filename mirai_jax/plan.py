@@ -13,6 +13,7 @@ from mirai_jax import sharding
 from mirai_jax.benchmark import chips, memory_plan
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
+from mirai_jax.training import follow
 from mirai_jax.utils import cli
 from mirai_jax.utils.errors import LESS_MEMORY, TrainingError, first_line
 
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", _DEVICES.value)
             devices = jax.devices()
+        config = follow.resolve(config, print)
         settings = schema.read(memory_plan.without_files(config), len(devices))
         mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
         print(

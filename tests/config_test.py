@@ -60,6 +60,13 @@ def test_every_config_reads_at_every_scale(name, scale):
             config.tokenizer.path = "vq_ds16_c2i.pt"
         assert "data.images is ''" in refusal(config)
         config.data.images = "imagenet/train"
+    if scale == "folder":
+        assert "model.num_classes is 0" in refusal(config)  # main finds it in the folder
+        config.model.num_classes = 10
+        assert "model.grid is (0, 0)" in refusal(config)
+        config.model.grid = (8, 8)
+        assert "data.images is ''" in refusal(config)
+        config.data.images = "pictures"
     result = read(config)
     assert (result.name, result.scale) == (name, scale)
     large = "xxl" in scale or "3b" in scale  # one device could not hold their state
@@ -211,7 +218,7 @@ WRONG = [  # the last field of each is the one that the message names
     # The bounds.
     {"num_steps": 0}, {"ema_decay": 1.0}, {"seed": 2**31}, {"model.token_dropout": -0.1},
     {"model.num_layers": 0}, {"sample.temperature": 0.0}, {"sample.top_p": 1.5},
-    {"sample.classes": 11}, {"teacher.stage": 8}, {TERM + "start_epoch": -1.0},
+    {"sample.classes": 101}, {"teacher.stage": 8}, {TERM + "start_epoch": -1.0},
     {TERM + "weights": (-2.0,)}, {TERM + "weights": ()}, {TERM + "name": "an ema"},
     # Other fields.
     {"model.size": "B", "model.num_layers": 4}, {"model.width": 100}, {"model.grid": (8, 9)},
@@ -228,6 +235,8 @@ WRONG = [  # the last field of each is the one that the message names
     {TERM + "source": "checkpoint", TERM + "checkpoint": ""},
     {"model.class_dropout": 0.0, "sample.guidance": 2.0},
     {"tokenizer.image_size": 516, "model.grid": (129, 129)},  # more tokens than 2**14
+    *({"tokenizer.image_size": size} for size in ((), (0, 32), (32, 32, 32), (32.0, 32), "32", True, (32, 64))),
+    {"model.num_classes": 0}, {"data.held_out_share": 1.0}, {"data.min_images": 0},
     {"mesh.tensor": 8, "accumulate": 32, TERM + "targets": "shuffled"},  # a single image
 ]  # fmt: skip
 
@@ -252,6 +261,8 @@ def test_a_wrong_field_is_refused_with_its_name(wrong):
         ({"tokenizer.name": "vq8"}, "model.grid"),
         ({"data.crop_range": 0.9}, "data.crop_range"),
         ({"data.crops": "random"}, "data.crops"),
+        ({"data.balanced": True}, "data.balanced"),
+        ({"data.name": "folder", "data.crops": "random"}, "data.crops"),
     ],
     ids=str,
 )

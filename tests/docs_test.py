@@ -86,6 +86,10 @@ def check_config(program: str, overrides: list[str]) -> None:
         config.data.images = config.teacher.path = config.tokenizer.path = config.data.path = (
             "unused"
         )
+    if config.scale == "folder":  # what follows from the images
+        config.data.images = "unused"
+        grid = tuple(pixels // config.tokenizer.patch for pixels in config.tokenizer.image_size)
+        config.model.update(num_classes=8, grid=(grid[0], grid[-1]))
     devices = math.prod(size for size in config.mesh.values() if size > 0)
     settings = schema.read(config, devices)
     assert settings.data.in_memory or settings.data.online or settings.data.path, (

@@ -141,7 +141,10 @@ OFFSETS = {
 }
 
 
-@pytest.mark.parametrize("grid", [(3, 5), (4, 2)], ids=str)
+GRIDS = [(3, 5), (4, 2), pytest.param((6, 10), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("source", foresight.SOURCES)
 def test_internal_losses_equal_brute_force(source, grid):
     for anchor, borders in itertools.product(foresight.ANCHORS, foresight.BORDERS):
@@ -153,7 +156,7 @@ def test_internal_losses_equal_brute_force(source, grid):
             check_losses(term, grid)
 
 
-@pytest.mark.parametrize("grid", [(3, 5), (4, 2)], ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_output_losses_equal_brute_force(grid):
     for anchor, borders in itertools.product(foresight.ANCHORS, foresight.BORDERS):
         for layout, offsets in OFFSETS.items():

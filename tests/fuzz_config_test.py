@@ -129,17 +129,17 @@ def check_step(made):
         accumulate=made.accumulate,
         skip_nonfinite=made.nonfinite == "skip",
     )
-    trace_step(recipe, made.batch_size, made.tokenizer.image_size)
+    trace_step(recipe, made.batch_size, made.tokenizer.sides)
 
 
 @functools.cache
-def trace_step(recipe, batch_size, side):
+def trace_step(recipe, batch_size, sides):
     codes = jax.ShapeDtypeStruct((batch_size, recipe.generator.length), np.int32)
     batch = {"label": jax.ShapeDtypeStruct((batch_size,), np.int32), "codes": codes}
     state = jax.eval_shape(lambda: step.init_state(recipe, jax.random.key(0)))
     frozen = {name: state.ema for name, _ in recipe.pretrained_configs}
     if recipe.teacher is not None:
-        batch["image"] = jax.ShapeDtypeStruct((batch_size, side, side, 3), np.uint8)
+        batch["image"] = jax.ShapeDtypeStruct((batch_size, *sides, 3), np.uint8)
         params = jax.eval_shape(recipe.teacher.init, jax.random.key(0), batch["image"])["params"]
         frozen["bidirectional"] = params
     train = lambda *arrays: step.train_step(recipe, *arrays, (True,) * len(recipe.terms))

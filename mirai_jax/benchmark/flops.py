@@ -137,15 +137,17 @@ def _vit(teacher: VitTeacher) -> int:
 
 
 def _efficientnet(teacher: EfficientNetTeacher) -> int:
-    side, channels = -(-teacher.image_size // 2), STEM_CHANNELS
-    total = 2 * side**2 * 3**2 * 3 * channels
+    height, width = (-(-side // 2) for side in teacher.sides)
+    channels = STEM_CHANNELS
+    total = 2 * height * width * 3**2 * 3 * channels
     for expansion, out, repeats, stride, kernel in EFFICIENTNET_LITE0_STAGES[: teacher.stage]:
         for i in range(repeats):
             inner = expansion * channels
             if expansion > 1:
-                total += 2 * side**2 * channels * inner
-            side = -(-side // stride) if i == 0 else side
-            total += 2 * side**2 * inner * (kernel**2 + out)  # depthwise, then pointwise
+                total += 2 * height * width * channels * inner
+            if i == 0:
+                height, width = -(-height // stride), -(-width // stride)
+            total += 2 * height * width * inner * (kernel**2 + out)  # depthwise, then pointwise
             channels = out
     return total
 

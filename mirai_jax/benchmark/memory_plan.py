@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax import sharding, step
-from mirai_jax.config.schema import Settings
+from mirai_jax.config.schema import SMALL_SETS, Settings
 from mirai_jax.models import vq
+from mirai_jax.models.tokenizer import PatchCodebook
 from mirai_jax.models.vit_sizes import PUBLISHED
 from mirai_jax.training import components
 from mirai_jax.weights import frozen
@@ -142,21 +143,26 @@ def recipe_and_frozen(settings: Settings) -> tuple[step.Recipe, dict]:
 
 def _online_tokenizer(settings: Settings) -> tuple[nn.Module, Any]:
     """That of `tokenizer.path`; without one the published network and its shapes."""
-    if settings.tokenizer.path != _NOT_READ:
+    wanted, sides = settings.tokenizer, (256, 256)
+    if wanted.name == "patch":
+        sides = wanted.sides
+        module = PatchCodebook(settings.generator.vocab_size, sides, wanted.patch, 3)
+    elif wanted.path != _NOT_READ:
         return frozen.load_vq(settings)
-    module = vq.VQModel(vq.VQConfig(vq.MULTIPLIERS[settings.tokenizer.name]))
-    image = jax.ShapeDtypeStruct((1, 256, 256, 3), np.float32)
+    else:
+        module = vq.VQModel(vq.VQConfig(vq.MULTIPLIERS[wanted.name]))
+    image = jax.ShapeDtypeStruct((1, *sides, 3), np.float32)
     return module, jax.eval_shape(module.init, jax.random.key(0), image)["params"]
 
 
 def _batch(settings: Settings, recipe: step.Recipe) -> dict[str, jax.ShapeDtypeStruct]:
     size, length = settings.batch_size, settings.generator.length
-    side, channels = settings.tokenizer.image_size, 1 if settings.data.in_memory else 3
+    sides, channels = settings.tokenizer.sides, 1 if settings.data.name in SMALL_SETS else 3
     batch = {"label": jax.ShapeDtypeStruct((size,), np.int32)}
     if not settings.data.online:
         batch["codes"] = jax.ShapeDtypeStruct((size, length), np.int32)
     if settings.step_sees_images:
-        batch["image"] = jax.ShapeDtypeStruct((size, side, side, channels), np.uint8)
+        batch["image"] = jax.ShapeDtypeStruct((size, *sides, channels), np.uint8)
     elif settings.needs_images:
         features = (size, length, recipe.teacher.feature_width)
         batch["features"] = jax.ShapeDtypeStruct(features, np.float32)

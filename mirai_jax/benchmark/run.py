@@ -18,6 +18,7 @@ import jax
 from mirai_jax.benchmark import measure, memory_plan, reference, work
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
+from mirai_jax.training import follow
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress
 
@@ -145,6 +146,7 @@ def read_settings(config: str, compare: bool, overrides: list[str]) -> dict[str,
     found: dict[str, schema.Settings] = {}
     for file in dict.fromkeys([*files, str(pathlib.Path(path))]):
         fields = parse_config([f"--config={file}:{scale or 'demo'}", *overrides])
+        fields = follow.resolve(fields, lambda line: None)
         settings = schema.read(memory_plan.without_files(fields), len(jax.devices()))
         if settings.name in found:
             raise ConfigError(f"{file}: name is {settings.name!r}, as another variant's")

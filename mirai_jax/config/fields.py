@@ -13,6 +13,7 @@ a field that the config lacks takes its default, a field that the dataclass lack
 import dataclasses
 import math
 import re
+import types
 import typing
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -182,6 +183,11 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 def _convert(value: Any, kind: Any) -> Any:
     """Raises ValueError if the value is not of this kind."""
     entries = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):  # a number or a tuple
+        kind = next(
+            (k for k in entries if isinstance(value, (tuple, list)) == (k is not int)), kind
+        )
+        return _convert(value, kind)
     if kind is tuple or entries:
         size = len(entries) if entries and entries[-1] is not ... else None
         if not isinstance(value, (tuple, list)) or size not in (None, len(value)):

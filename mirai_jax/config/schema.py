@@ -43,7 +43,7 @@ class ModelFields:
     num_heads: int = field(0, at_least=0, at_most=LARGEST)
     width: int = field(0, at_least=0, at_most=LARGEST)
     vocab_size: int = field(16384, at_least=2, at_most=2**16)  # shards hold 16 bits a code
-    num_classes: int = field(1000, at_least=1, at_most=10**6)
+    num_classes: int = field(1000, at_least=0, at_most=10**6)
     grid: tuple[int, int] = field((16, 16))
     token_dropout: float = probability(0.1)
     residual_dropout: float = probability(0.1)
@@ -109,18 +109,22 @@ class LoraFields:
 class DataSettings:
     """`data.*`."""
 
-    name: str = field("images", choices=(*SMALL_SETS, "images"))
+    name: str = field("images", choices=(*SMALL_SETS, "folder", "images"))
     path: str = field("", resumable=True)  # files may move: parts.json has the checksums of data
     images: str = field("", resumable=True)
     codes: str = field("stored", choices=("stored", "online"))
-    crops: str = field("stored", choices=("stored", "random"))
+    crops: str = field("stored", choices=("stored", "centre", "random"))
     crop_range: float = field(1.1, at_least=1, at_most=4)
+    flip: bool = field(True)
     held_out: int = field(0, at_least=0)
+    held_out_share: float = probability(0.0)
+    min_images: int = field(1, at_least=1)
+    balanced: bool = field(False)
     num_workers: int = field(8, at_least=0, at_most=1024, resumable=True)
 
     @property
     def in_memory(self) -> bool:
-        return self.name in SMALL_SETS
+        return self.name != "images"
 
     @property
     def online(self) -> bool:
@@ -133,8 +137,21 @@ class TokenizerSettings:
 
     name: str = field("vq16", choices=("patch", *MULTIPLIERS, "vq"))
     path: str = field("", resumable=True)
-    image_size: int = field(256, at_least=1, at_most=4096)
+    image_size: int | tuple[int, ...] = field(256)
     patch: int = field(4, at_least=1)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        return (size[0], size[-1]) if len(size) in (1, 2) else (0, 0)
+
+    @property
+    def downsample(self) -> int:
+        """Pixels a side of a token; 0 where the file of `path` alone knows them."""
+        if self.name == "patch":
+            return self.patch
+        return VQConfig(MULTIPLIERS[self.name]).downsample if self.name in MULTIPLIERS else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +274,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
         lora=fill(adapters.LoraConfig, given.lora),
         mesh=mesh,
         sample=sample,
-        sample_classes=given.sample.classes,
+        sample_classes=min(given.sample.classes, generator.num_classes),
         sample_per_class=given.sample.per_class,
     )
     ways, parts = mesh[0] * mesh[1], given.accumulate
@@ -281,8 +298,6 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     check("keep_every", given.keep_every % every == 0, f"a multiple of checkpoint_every={every}")
     good = sample.guidance == 1 or generator.has_null_class
     check("sample.guidance", good, "1 where model.class_dropout is 0 (there is no null class)")
-    classes = generator.num_classes
-    check("sample.classes", given.sample.classes <= classes, f"at most model.num_classes={classes}")
     check_teacher(settings.teacher, settings.needs_images, check)
     _check_data(settings, check)
     return settings
@@ -294,6 +309,7 @@ def _generator(model: ModelFields, check: Check) -> GeneratorConfig:
     for name in ("num_layers", "num_heads", "width"):
         check(f"model.{name}", bool(getattr(model, name)) != bool(shape), allowed)
     num_layers, num_heads, width = shape or (model.num_layers, model.num_heads, model.width)
+    check("model.num_classes", model.num_classes > 0, "1 or more (0: as many as a folder has)")
     rows, columns = model.grid
     good = min(rows, columns) > 0 and 1 < rows * columns <= LARGEST
     check("model.grid", good, f"2 to {LARGEST} tokens")
@@ -316,21 +332,39 @@ def _check_data(settings: Settings, check: Check) -> None:
     """Checks what data, tokenizer, grid and teacher ask of each other."""
     data, tokenizer = settings.data, settings.tokenizer
     name, size = tokenizer.name, tokenizer.image_size
-    if name != "vq":  # whose file alone knows the pixels of a token
-        side = tokenizer.patch if name == "patch" else VQConfig(MULTIPLIERS[name]).downsample
-        good = settings.generator.grid == (size / side, size / side)
-        tokens = f"({size}/{side}, {size}/{side})"
+    height, width = tokenizer.sides
+    good = min(height, width) > 0 and max(height, width) <= 4096
+    check("tokenizer.image_size", good, "1 to 4096 pixels, or two such numbers: (height, width)")
+    small = data.name in SMALL_SETS
+    check("tokenizer.image_size", height == width or not small, f"a square with {data.name}")
+    if side := tokenizer.downsample:
+        good = settings.generator.grid == (height / side, width / side)
+        tokens = f"({height}/{side}, {width}/{side})"
         check("model.grid", good, f"{tokens}, the tokens of tokenizer.image_size={size}")
-    names = ("patch", "vq") if data.in_memory else (*MULTIPLIERS, "vq")
-    allowed = f"{' or '.join(names)} with data.name {data.name!r}"
+    names = (
+        *(["patch"] if data.in_memory or data.online else []),
+        *([] if small else MULTIPLIERS),
+        "vq",
+    )
+    allowed = f"{' or '.join(names)} with data.name {data.name!r} and data.codes {data.codes!r}"
     check("tokenizer.name", name in names, allowed)
     good = data.crops == "stored" or data.in_memory or data.online
     check("data.crops", good, f"stored with data.codes {data.codes!r}")
+    good = data.crops != "random" or data.name != "folder"
+    check("data.crops", good, "stored or centre with data.name 'folder'")
+    check(
+        "data.balanced",
+        not data.balanced or data.in_memory or data.online,
+        "False with stored codes",
+    )
     needed = name != "patch" and (data.in_memory or data.online)
     check("tokenizer.path", tokenizer.path or not needed, f"the weights of {name}, which encode")
     if not data.in_memory:
         allowed = f"False with data.name {data.name!r}: features of all crops do not fit in memory"
         check("teacher.cached", not settings.teacher.cached, allowed)
+    if not small:
         why = "data.codes 'online'" if data.online else "a term of source 'bidirectional'"
+        why = f"data.name {data.name!r}" if data.in_memory else why
         allowed = f"a folder with a folder a class, or tfds:NAME[:SPLIT]: {why} needs images"
-        check("data.images", data.images or not settings.step_sees_images, allowed)
+        good = data.images or not (data.in_memory or settings.step_sees_images)
+        check("data.images", good, allowed)

@@ -9,14 +9,19 @@ from mirai_jax.config import fields
 from mirai_jax.config.encoders import is_vit
 from mirai_jax.config.schema import RunConfig
 
+_LARGE = ("data.name 'folder' or 'images'", lambda c: c.data.name in ("folder", "images"))
+_LISTED = (
+    "data.name 'folder', or 'images' with data.codes 'online'",
+    lambda c: c.data.name == "folder" or (c.data.name, c.data.codes) == ("images", "online"),
+)
 # A field: what must hold of the config (`c`), or of the term (`t`), for it to take effect.
 RUN = {
     "data.held_out": ("data.name 'mnist'", lambda c: c.data.name == "mnist"),
-    "data.images": ("data.name 'images'", lambda c: c.data.name == "images"),
-    "data.crops": ("data.name 'images'", lambda c: c.data.name == "images"),
+    **dict.fromkeys(("data.images", "data.crops", "data.flip"), _LARGE),
+    **dict.fromkeys(("data.held_out_share", "data.min_images"), _LISTED),
     "data.crop_range": (
-        "data.codes 'online' and data.crops 'stored'",
-        lambda c: (c.data.codes, c.data.crops) == ("online", "stored"),
+        "data.crops 'stored' of a folder or with data.codes 'online'",
+        lambda c: _LISTED[1](c) and c.data.crops == "stored",
     ),
     "optimizer.decayed": ("optimizer.weight_decay above 0", lambda c: c.optimizer.weight_decay > 0),
     "init_rows": ("init_from", lambda c: c.init_from),

@@ -31,19 +31,33 @@ _UPRIGHT = {  # what undoes each orientation except 1, which is upright
 }
 
 
+Size = int | tuple[int, int]  # of an image in pixels: the side of a square, or (height, width)
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _shortest(size: Size) -> Size:
+    """A square as its side: how crops that were stored before other sizes existed are named."""
+    height, width = sides(size)
+    return height if height == width else (height, width)
+
+
 @dataclasses.dataclass(frozen=True)
 class CropSpec:
     """Which crops are cut from an image.
 
     Attributes:
-        image_size: S, the side of a crop in pixels, 1 to 4096.
-        crop_range: the ten crops are cut from a centre crop of side int(S * crop_range); 1 to 10.
-        ten: ten crops; if False, the centre crop of side S and its mirror image.
+        image_size: S, the size of a crop; sides of 1 to 4096 pixels.
+        crop_range: the ten crops are cut from a centre crop of sides int(S * crop_range); 1 to 10.
+        ten: ten crops; if False, the centre crop of size S and its mirror image.
         exif: 'ignore' leaves an image as it is stored, as PyTorch's usual loaders do; 'apply' turns
             it by its EXIF orientation. (Pillow always turns TIFF files.)
     """
 
-    image_size: int = 256
+    image_size: Size = 256
     crop_range: float = 1.1
     ten: bool = True
     exif: str = "ignore"
@@ -51,13 +65,14 @@ class CropSpec:
     def __post_init__(self):
         size, crop_range = self.image_size, self.crop_range
         for field, valid in (
-            ("image_size", type(size) is int and 1 <= size <= 4096),
+            ("image_size", all(type(s) is int and 1 <= s <= 4096 for s in _listed(size))),
             ("crop_range", type(crop_range) in (int, float) and 1 <= crop_range <= 10),
             ("ten", type(self.ten) is bool),
             ("exif", self.exif in ("ignore", "apply")),
         ):
             if not valid:
                 raise DataError(f"crop spec: {field} is {getattr(self, field)!r}, out of its range")
+        object.__setattr__(self, "image_size", _shortest(size))
 
     @property
     def count(self) -> int:
@@ -65,9 +80,15 @@ class CropSpec:
         return 10 if self.ten else 2
 
     @property
-    def resized(self) -> int:
-        """R, the side of the centre crop that all crops are cut from."""
-        return int(self.image_size * self.crop_range) if self.ten else self.image_size
+    def centre(self) -> int:
+        """The number of the crop of the middle, not mirrored."""
+        return self.count // 2 - 1
+
+    @property
+    def resized(self) -> Size:
+        """R, the size of the centre crop that all crops are cut from."""
+        scale = self.crop_range if self.ten else 1
+        return _shortest(tuple(int(side * scale) for side in sides(self.image_size)))
 
     @classmethod
     def from_dict(cls, fields: Any) -> "CropSpec":
@@ -75,7 +96,12 @@ class CropSpec:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(fields, dict) or fields.keys() != set(names):
             raise DataError(f"a crop spec has the fields {', '.join(names)}, not {fields!r:.200}")
-        return cls(**fields)
+        size = fields["image_size"]
+        return cls(**{**fields, "image_size": tuple(size) if isinstance(size, list) else size})
+
+
+def _listed(size: Any) -> tuple:
+    return size if isinstance(size, tuple) and len(size) == 2 else (size,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +112,19 @@ class RandomCrops:
     share of the way along the long side.
     """
 
-    image_size: int = 256
+    image_size: Size = 256
     count: ClassVar[int] = 2**32
     exif: ClassVar[str] = "ignore"
+
+    def __post_init__(self):
+        object.__setattr__(self, "image_size", _shortest(self.image_size))
+
+
+def upright(number: int, count: int) -> int:
+    """The crop, one of `count` of an image, that crop `number` is or that it mirrors."""
+    if count == RandomCrops.count:
+        return number - number % 2
+    return number % max(1, count // 2)
 
 
 # From bytes to pixels ----------------------------------------------------------------------------
@@ -195,26 +231,29 @@ def _orientation(image: Image.Image) -> int | None:
 # From pixels to crops ----------------------------------------------------------------------------
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
+def center_crop(image: Image.Image, size: Size) -> np.ndarray:
     """ADM's centre crop, pixel for pixel: the shorter side becomes `size`, the longer one is cut.
+
+    Of a size that is not square, the image is made to cover it, and what juts out is cut.
 
     With Pillow up to 12, as the official codes were made, ADM's own code gives the same pixels;
     with Pillow 13 it does not for some shapes (its `resize` takes the two axes in another order).
 
     Returns:
-        uint8 (size, size, 3) of an image of mode RGB.
+        uint8 (height, width, 3) of an image of mode RGB.
 
     Raises:
         DataError: an image so long and narrow that, resized, it exceeds Pillow's MAX_IMAGE_PIXELS.
     """
-    while min(image.size) >= 2 * size:
+    rows, columns = sides(size)
+    while image.height >= 2 * rows and image.width >= 2 * columns:
         image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(rows / image.height, columns / image.width)
     width, height = round(image.width * scale), round(image.height * scale)
     _check_pixel_count(width, height)
     pixels = np.asarray(_resize(image, width, height, Image.Resampling.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    return pixels[top : top + size, left : left + size].copy()
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return pixels[top : top + rows, left : left + columns].copy()
 
 
 def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
@@ -226,22 +265,23 @@ def crop(resized_RxRx3: np.ndarray, index: int, spec: CropSpec) -> np.ndarray:
     """One crop of an image that `center_crop` resized to spec.resized.
 
     Args:
-        resized_RxRx3: uint8.
+        resized_RxRx3: uint8; or several such images, (..., R, R, C).
         index: of ten crops, in the order of torchvision's TenCrop: top left, top right, bottom
             left, bottom right and centre of the image, then the same five of its mirror image.
             Of two, the image and its mirror image.
 
     Returns:
-        uint8 (S, S, 3).
+        uint8 (..., S, S, C).
     """
     if not 0 <= index < spec.count:
         raise DataError(f"crop {index} does not exist: allowed are 0 to {spec.count - 1}")
     mirrored, place = divmod(index, spec.count // 2)
-    image = resized_RxRx3[:, ::-1] if mirrored else resized_RxRx3
-    far = spec.resized - spec.image_size
-    middle = round(far / 2)  # halves to even, as torchvision
-    top, left = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))[place]
-    return image[top : top + spec.image_size, left : left + spec.image_size].copy()
+    image = resized_RxRx3[..., ::-1, :] if mirrored else resized_RxRx3
+    (rows, columns), of = sides(spec.image_size), sides(spec.resized)
+    low, right = of[0] - rows, of[1] - columns
+    middle = round(low / 2), round(right / 2)  # halves to even, as torchvision
+    top, left = ((0, 0), (0, right), (low, 0), (low, right), middle)[place]
+    return image[..., top : top + rows, left : left + columns, :].copy()
 
 
 def all_crops(resized_RxRx3: np.ndarray, spec: CropSpec) -> np.ndarray:
@@ -249,25 +289,31 @@ def all_crops(resized_RxRx3: np.ndarray, spec: CropSpec) -> np.ndarray:
     return np.stack([crop(resized_RxRx3, index, spec) for index in range(spec.count)])
 
 
-def random_crop(image: Image.Image, number: int, size: int) -> np.ndarray:
+def random_crop(image: Image.Image, number: int, size: Size) -> np.ndarray:
     """A crop of an image whose shorter side becomes `size`, as torchvision's Resize does it (bicubic).
+
+    Of a size that is not square, the image is made to cover it.
 
     Args:
         number: see `RandomCrops`.
 
     Returns:
-        uint8 (size, size, 3) of an image of mode RGB.
+        uint8 (height, width, 3) of an image of mode RGB.
 
     Raises:
         DataError: an image so long and narrow that, resized, it exceeds Pillow's MAX_IMAGE_PIXELS.
     """
-    width, height = (size * side // min(image.size) for side in image.size)
+    rows, columns = sides(size)
+    tall = image.height * columns > image.width * rows
+    if tall:
+        width, height = columns, columns * image.height // image.width
+    else:
+        width, height = rows * image.width // image.height, rows
     _check_pixel_count(width, height)
     pixels = np.asarray(_resize(image, width, height, Image.Resampling.BICUBIC))
-    places = max(width, height) - size + 1
+    places = 1 + (height - rows if tall else width - columns)
     first = (number >> 1) * places // (RandomCrops.count >> 1)
-    rows = slice(first, first + size)
-    found = pixels[rows] if height > width else pixels[:, rows]
+    found = pixels[first : first + rows] if tall else pixels[:, first : first + columns]
     return (found[:, ::-1] if number & 1 else found).copy()
 
 
@@ -298,7 +344,7 @@ def cover(
 
 
 def load_crop(raw: bytes | np.ndarray, index: int, spec: CropSpec | RandomCrops) -> np.ndarray:
-    """Decodes an image and cuts crop `index`: uint8 (S, S, 3)."""
+    """Decodes an image and cuts crop `index`: uint8 (height, width, 3)."""
     image, _ = decode(raw, spec.exif)
     if isinstance(spec, RandomCrops):
         return random_crop(image, index, spec.image_size)

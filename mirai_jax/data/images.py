@@ -14,6 +14,7 @@ import operator
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,25 @@ class ImageSource(abc.ABC):
         """A checksum of the keys and labels in their order; '' where their number says enough."""
         return ""
 
+    def labels(self) -> np.ndarray | None:
+        """int32 (N,), where no image need be read for them."""
+        return None
+
+    def hashes(self) -> np.ndarray:
+        """uint64 (N,): a hash of each image's key, or of its number where it has no other name.
+
+        Other images do not move an image's hash: those below a bound make a split that stays.
+        """
+        return _hashes(map(str, range(len(self))))
+
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
+
+
+def _hashes(names: Iterable[str]) -> np.ndarray:
+    heads = [hashlib.sha256(name.encode()).digest()[:8] for name in names]
+    return np.frombuffer(b"".join(heads), ">u8").astype(np.uint64)
 
 
 def open_images(spec: str) -> ImageSource:
@@ -132,6 +149,12 @@ class _Folder(ImageSource):
         keys, labels, _ = self._listing
         lines = (f"{label} {key}\n" for key, label in zip(keys, labels, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def labels(self) -> np.ndarray:
+        return self._listing[1]
+
+    def hashes(self) -> np.ndarray:
+        return _hashes(self._listing[0])
 
     def describe(self) -> dict[str, Any]:
         name = os.path.basename(self._root)

@@ -11,12 +11,14 @@ number of hosts. Nothing here touches an accelerator or knows a model.
 
 import dataclasses
 import errno
+import functools
 from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from mirai_jax.data import crops
+from mirai_jax.data.folder_sets import Share
 from mirai_jax.data.images import ImageSource
 from mirai_jax.data.records import CodedImages, CodeRecords
 from mirai_jax.utils.errors import DataError, Unreadable, first_line
@@ -56,18 +58,30 @@ class CropLoader:
 
 
 class OnlineImages:
-    """Labels and keys of an image source, without codes: {'crops': C, 'label', 'key'}."""
+    """Labels and keys of an image source, without codes: {'crops': C, 'label', 'key'}.
+
+    `share` has those of its images that are read, all by default.
+    """
 
     def __init__(
-        self, images: ImageSource, spec: crops.CropSpec | crops.RandomCrops, num_classes: int
+        self,
+        images: ImageSource,
+        spec: crops.CropSpec | crops.RandomCrops,
+        num_classes: int,
+        share: Share | None = None,
     ):
         self._images, self._spec, self._num_classes = images, spec, num_classes
+        self._share = share
+        self.labels = None if share is None else share.labels
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._images if self._share is None else self._share)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int | str]:
-        label, key = self._images.about(index)
+        number = index if self._share is None else int(self._share.indices[index])
+        label, key = self._images.about(number)
+        if self.labels is not None:
+            label = int(self.labels[index])
         if not 0 <= label < self._num_classes:
             raise DataError(
                 f"image {key!r} has label {label}: model.num_classes allows 0 to "
@@ -84,11 +98,14 @@ def make_dataset(
     seed: int,
     rows: Sequence[int] | None = None,
     num_workers: int = 0,
+    flip: bool = True,
+    balanced: bool = False,
 ) -> "Batches":
     """The endless, shuffled stream of training batches.
 
     Every epoch has another order and another draw of crops; batches run across epoch borders, so no
-    record is ever dropped. An iterator's get_state() and set_state() resume exactly, also with
+    record is ever dropped. Balanced, every class has the same share of each epoch, and its images are
+    drawn with replacement. An iterator's get_state() and set_state() resume exactly, also with
     another number of processes and workers.
 
     Args:
@@ -100,6 +117,8 @@ def make_dataset(
         rows: those of every batch that this process reads, in this order (default: all).
         num_workers: worker processes; 0 reads in this process. With more than 0, absl flags must
             be parsed and the program needs an `if __name__ == '__main__'` guard.
+        flip: whether mirrored crops are drawn.
+        balanced: whether all classes are drawn equally often; the source must have `labels`.
 
     Returns:
         Batches {'label': int32 (B,)} and, where the source or `load_crop` has them, 'codes': int32
@@ -108,12 +127,15 @@ def make_dataset(
     if not 0 < batch_size <= len(source):
         raise DataError(f"batch_size {batch_size} does not fit a data set of {len(source)} records")
     records = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.source(range(len(source)) if balanced else source)
         .seed(seed)
         .shuffle()  # before repeat: each epoch is another permutation
         .repeat()
-        .random_map(_draw_crop)  # before the split: a crop does not depend on who reads it
     )
+    if balanced:
+        records = records.random_map(_Balanced(source))
+    # Before the split: a crop does not depend on who reads it.
+    records = records.random_map(functools.partial(_draw_crop, flip))
     rows = range(batch_size) if rows is None else rows
     batches = (
         _Rows(records, batch_size, tuple(int(row) for row in rows), load_crop)
@@ -268,12 +290,27 @@ class BatchIterator(grain.DatasetIterator):
             self._running = None
 
 
-def _draw_crop(record: dict, rng: np.random.Generator) -> dict:
+class _Balanced:
+    """A record of the class that a number stands for: all classes have equally many numbers."""
+
+    def __init__(self, source: CodedImages | OnlineImages):
+        self._source = source
+        classes = np.unique(source.labels)
+        self._members = [np.flatnonzero(source.labels == label) for label in classes]
+
+    def __call__(self, number: int, rng: np.random.Generator) -> dict:
+        members = self._members[number % len(self._members)]
+        return self._source[int(members[rng.integers(len(members))])]
+
+
+def _draw_crop(flip: bool, record: dict, rng: np.random.Generator) -> dict:
     """One draw for every kind of source: stored and online codes train on the same crops."""
-    if "codes" not in record:
-        return {**record, "crop": rng.integers(record["crops"])}
-    crop = rng.integers(len(record["codes"]))
-    return {**record, "codes": record["codes"][crop], "crop": crop}
+    count = len(record["codes"]) if "codes" in record else record["crops"]
+    crop = rng.integers(count)
+    if not flip:
+        crop = crops.upright(crop, count)
+    of_crops = {k: record[k][crop] for k in ("codes", "image", "features") if k in record}
+    return {**record, **of_crops, "crop": crop}
 
 
 def _widen(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

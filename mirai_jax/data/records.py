@@ -184,25 +184,27 @@ def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
 class CodedImages:
     """Labels in memory, with whichever of codes, images and teacher features a run needs.
 
-    Item k is {'label': int32, 'key': 'k', 'codes': (1, L) or 'crops': 1, and, unless they are None,
-    'image': uint8 (H, W, C) and 'features': float32 (L, Z)}.
+    The other arrays hold K crops of each image, one image after the other, or are None. An item has
+    'label': int32, 'key': its number as text, 'crops': K, and of what is given 'codes': (K, L), 'image':
+    uint8 (K, H, W, C) and 'features': float32 (K, L, Z).
     """
 
     def __init__(
         self,
-        codes_NxL: np.ndarray | None,
+        codes_NKxL: np.ndarray | None,
         labels_N: np.ndarray,
-        images_NxHxWxC: np.ndarray | None = None,
-        features_NxLxZ: np.ndarray | None = None,
+        images_NKxHxWxC: np.ndarray | None = None,
+        features_NKxLxZ: np.ndarray | None = None,
     ):
-        self._labels = np.asarray(labels_N, np.int32)
-        self._parts = {"image": images_NxHxWxC, "features": features_NxLxZ}
-        if codes_NxL is not None:
-            self._parts["codes"] = np.asarray(codes_NxL)[:, None]
+        self.labels = np.asarray(labels_N, np.int32)
+        parts = {"codes": codes_NKxL, "image": images_NKxHxWxC, "features": features_NKxLxZ}
+        self._parts = {k: np.asarray(part) for k, part in parts.items() if part is not None}
+        self._crops = len(next(iter(self._parts.values()), labels_N)) // max(1, len(labels_N))
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
-        item = {"crops": 1, "label": self._labels[index], "key": str(index)}
-        return item | {k: part[index] for k, part in self._parts.items() if part is not None}
+        item = {"crops": self._crops, "label": self.labels[index], "key": str(index)}
+        rows = slice(index * self._crops, (index + 1) * self._crops)
+        return item | {k: part[rows] for k, part in self._parts.items()}

@@ -30,12 +30,16 @@ class LabelledImages:
     images: np.ndarray  # uint8 (N, H, W, C)
     labels: np.ndarray  # int32 (N,), each in 0 .. len(class_names) - 1
     class_names: tuple[str, ...]
+    crops: np.ndarray | None = None  # uint8 (N * K, H, W, C): what a run trains on, if not `images`
+    unread: tuple[str, ...] = ()  # of files that are left out: their names and why
 
 
 def checksum(images: LabelledImages) -> str:
     """SHA-256 over pixels and labels: files of other images may have the same names and sizes."""
     digest = hashlib.sha256(f"{images.images.shape} {images.class_names}\n".encode())
     digest.update(np.ascontiguousarray(images.images))
+    if images.crops is not None:
+        digest.update(np.ascontiguousarray(images.crops))
     digest.update(np.ascontiguousarray(images.labels, "<i4"))
     return digest.hexdigest()
 

@@ -122,8 +122,8 @@ def _steps(settings: Settings, there: list[int], which: str, follow: bool) -> li
 
 def _assess(todo: _Missing, count: int, protocol: AnyProtocol, assessors: dict[tuple, Any]) -> None:
     def images_of(settings: Settings) -> tuple:
-        data = settings.data
-        return data.name, data.path, data.held_out, settings.tokenizer.image_size
+        data, tokenizer = settings.data, settings.tokenizer
+        return dataclasses.replace(data, num_workers=0), tokenizer.sides, tokenizer.name == "patch"
 
     make = FutureAssessor if isinstance(protocol, FutureProtocol) else Assessor
     for _, settings, _ in todo:

@@ -8,7 +8,7 @@ from concurrent import futures
 import jax
 import numpy as np
 
-from mirai_jax.data.crops import load_all_crops
+from mirai_jax.data.crops import load_all_crops, sides
 from mirai_jax.extraction.job import ExtractionJob
 from mirai_jax.models import batched
 from mirai_jax.utils.errors import DataError, Unreadable, first_line
@@ -44,7 +44,7 @@ def encoded_batches(
 
     for k, batch in _batches(job, shards):
         # All batches have one shape: missing images are black, and their codes are dropped.
-        pixels = np.zeros((filled, spec.image_size, spec.image_size, 3), np.uint8)
+        pixels = np.zeros((filled, *sides(spec.image_size), 3), np.uint8)
         for i, image in enumerate(batch):
             if image.crops is not None:
                 pixels[i * spec.count : (i + 1) * spec.count] = image.crops

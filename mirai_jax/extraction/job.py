@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from mirai_jax.data import folders, manifest
-from mirai_jax.data.crops import CropSpec
+from mirai_jax.data.crops import CropSpec, sides
 from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.manifest import Manifest
 from mirai_jax.models import vq
@@ -72,9 +72,10 @@ def prepare(
     module = vq.VQModel(loaded.config, precision=precision)
     params = pretrained.float32(loaded.params)
     try:
-        grid = module.grid((crops.image_size, crops.image_size))
+        grid = module.grid(sides(crops.image_size))
     except ValueError as error:
         raise ConfigError(f"--image_size is {crops.image_size}: {error}") from error
+    module = module.clone(decoded=grid)
     if module.vocab_size > 2**16 or loaded.config.channels != 3:
         raise ConfigError(
             f"--tokenizer has {module.vocab_size} codes of {loaded.config.channels} channels; it "

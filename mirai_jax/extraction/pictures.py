@@ -21,9 +21,8 @@ def draw_reconstructions(job: ExtractionJob, shards: list[int], count: int) -> p
         chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
         found = [records.unpack_record(source[n]) for n in chosen]
     spec = job.manifest.crops
-    centre = spec.count // 2 - 1  # the last of the upright half
-    originals = np.stack([load_crop(job.images.find(r["key"]), centre, spec) for r in found])
-    codes = np.stack([r["codes"][centre] for r in found])
+    originals = np.stack([load_crop(job.images.find(r["key"]), spec.centre, spec) for r in found])
+    codes = np.stack([r["codes"][spec.centre] for r in found])
     decoded = batched.decode_codes(job.module, job.params, codes.astype(np.int32))
     path = job.out / "reconstructions.png"
     both = np.concatenate([originals, decoded])

@@ -48,7 +48,9 @@ class EfficientNetTeacher(nn.Module):
 
     Attributes:
         grid: (height, width) of the token grid.
-        image_size: pixels a side of the input of the network; images are resized linearly.
+        image_size: pixels of the longer side of the input of the network; images are resized
+            linearly. Where the grid is not square, the other side follows it, and both are multiples of
+            32, which every stage divides.
         stage: 1 to 7, the stage that gives the features.
         dtype: of the convolutions.
         zscore: see `spatial_zscore`.
@@ -64,10 +66,19 @@ class EfficientNetTeacher(nn.Module):
     def feature_width(self) -> int:
         return STAGE_CHANNELS[self.stage - 1]
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) of the input of the network."""
+        if self.grid[0] == self.grid[1]:
+            return self.image_size, self.image_size
+        unit = self.image_size / max(self.grid) / 32
+        height, width = (32 * max(1, round(tokens * unit)) for tokens in self.grid)
+        return height, width
+
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
         batch, _, _, channels = images_BxHxWxC.shape
-        shape = (batch, self.image_size, self.image_size, channels)
+        shape = (batch, *self.sides, channels)
         images = jax.image.resize(images_BxHxWxC.astype(jnp.float32) / 255, shape, "linear")
         images = _rgb(images)
         network = EfficientNetLite0(dtype=self.dtype, name="network")

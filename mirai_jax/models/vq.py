@@ -95,11 +95,13 @@ class VQModel(Gridded, nn.Module):
         dtype: of the convolutions; the lookup is always float32.
         precision: of the encoder's float32 products ('float32', 'tensorfloat32' or 'bfloat16');
             less than 'float32', as TPUs and GPUs have by default, changes some codes.
+        decoded: (height, width) in tokens of what `decode` makes; None: square.
     """
 
     config: VQConfig
     dtype: str = "float32"
     precision: str = "float32"
+    decoded: tuple[int, int] | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -152,7 +154,7 @@ class VQModel(Gridded, nn.Module):
 
         Args:
             codes_BxL: the grid row by row.
-            grid: (height, width) in tokens; by default square.
+            grid: (height, width) in tokens; by default `decoded`.
         """
         return jnp.clip(self.decode_unclipped(codes_BxL, grid), -1, 1)
 
@@ -162,7 +164,7 @@ class VQModel(Gridded, nn.Module):
         """`decode` without clipping: values a little outside [-1, 1] are usual."""
         batch, length = codes_BxL.shape
         side = math.isqrt(length)
-        height, width = grid or (side, side)
+        height, width = grid or self.decoded or (side, side)
         if height * width != length:
             raise ValueError(f"{length} codes an image do not fill a {height}x{width} grid")
         rows = self.quantize.rows(codes_BxL).reshape(batch, height, width, -1)

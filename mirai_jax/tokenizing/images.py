@@ -121,11 +121,7 @@ def load(
         raise DataError(
             f"data.held_out is {held_out}; it must be less than {len(source)}, the images of {spec!r}"
         )
-    # Numbered images by their numbers: their names are only in the records.
-    of_folder = about["kind"] == "folder"
-    names = [source.about(i)[1] if of_folder else str(i) for i in range(len(source))]
-    hashes = [hashlib.sha256(each.encode()).digest() for each in names]
-    order = np.array(sorted(range(len(names)), key=hashes.__getitem__))
+    order = np.argsort(source.hashes(), kind="stable")
     loader = CropLoader(source, size, crop_range, flip)
     middles, left = [], collections.deque(order)
     while left and len(middles) < held_out:
@@ -133,7 +129,7 @@ def load(
             middles.append(loader.centre(source.about(int(left.popleft()))[1]))
     train = np.sort(np.array(left, int))
     batches = pipeline.make_dataset(_Some(source, train), load_crop=loader, **of_batches)
-    about = {**about, "name": ""} if of_folder else about  # a folder may move
+    about = {**about, "name": ""} if about["kind"] == "folder" else about  # a folder may move
     listing = f"{json.dumps(about, sort_keys=True)} {source.listing()}"
     identity = {"image_keys": hashlib.sha256(listing.encode()).hexdigest()}
     return Images(batches, np.stack(middles), len(train), identity)

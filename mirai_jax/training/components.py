@@ -1,5 +1,6 @@
 """What a run is made of, except for its state: data, frozen networks, and the recipe of the step."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,11 +16,11 @@ from jax.sharding import Mesh
 
 from mirai_jax import sharding
 from mirai_jax.config.fields import fill
-from mirai_jax.config.schema import Settings
+from mirai_jax.config.schema import SMALL_SETS, Settings
 from mirai_jax.config.terms import two_thirds
-from mirai_jax.data import folders, pipeline, records, small_sets
-from mirai_jax.data.crops import CropSpec, RandomCrops
-from mirai_jax.data.images import open_images
+from mirai_jax.data import folder_sets, folders, pipeline, records, small_sets
+from mirai_jax.data.crops import CropSpec, RandomCrops, load_crop, sides
+from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models import batched
 from mirai_jax.optimizer import trained
@@ -30,6 +31,8 @@ from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
 
 Log = Callable[[str], None]
+
+_FITTED_ON = 4_000  # images on disk that a codebook of patches is fitted to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +64,17 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
     images = tokenizer = tokenizer_params = None
     if settings.data.in_memory:
         images = labelled_images(settings, "train")
+        for problem in images.unread[:3]:
+            log(f"left out, for it cannot be read ({len(images.unread)} in all): {problem}")
     if settings.tokenizer.name == "patch":
+        of = _some_images(settings) if images is None else images.images
         tokenizer, tokenizer_params = frozen.make_codebook(
-            settings.generator.vocab_size, settings.tokenizer.patch, images.images, tokenizer_path
+            settings.generator.vocab_size, settings.tokenizer.patch, of, tokenizer_path
         )
         # Fitted on each host: another processor may round another way.
         tokenizer_params = distributed.from_first(tokenizer_params)
+        if settings.data.name not in SMALL_SETS:
+            log(_better_tokenizer(settings))
     elif settings.tokenizer.path:
         tokenizer, tokenizer_params = frozen.load_vq(settings)
         log(f"tokenizer: {settings.tokenizer.name} of {settings.tokenizer.path}")
@@ -99,6 +107,8 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         seed=settings.seed,
         rows=sharding.local_rows(mesh, settings.batch_size),
         num_workers=settings.data.num_workers,
+        flip=settings.data.flip or settings.data.in_memory,  # in memory are those to draw from
+        balanced=settings.data.balanced,
     )
     log(
         f"data: {settings.data.name}, {len(source):,} images, {settings.generator.length} tokens "
@@ -175,13 +185,61 @@ def _data_identity(source: Any, load_crop: pipeline.CropLoader | None) -> str:
 
 
 def labelled_images(settings: Settings, split: str) -> LabelledImages:
-    """The small image set of the config; `split` is 'train' or 'held_out'."""
-    return small_sets.load_images(
-        settings.data.name,
-        settings.data.path,
+    """The image set of the config that is in memory; `split` is 'train' or 'held_out'."""
+    data, sides = settings.data, settings.tokenizer.sides
+    if data.name in SMALL_SETS:
+        return small_sets.load_images(data.name, data.path, split, sides[0], data.held_out)
+    grey = (
+        settings.tokenizer.name == "patch"
+    )  # others take colours, like those of mirai_jax.tokenize
+    return folder_sets.load(
+        data.images,
+        crop_spec(settings),
         split,
-        settings.tokenizer.image_size,
-        settings.data.held_out,
+        data.held_out_share,
+        data.min_images,
+        data.flip,
+        grey,
+    )
+
+
+def crop_spec(settings: Settings) -> CropSpec | RandomCrops:
+    """The crops that a run cuts from images without stored codes."""
+    data, sides = settings.data, settings.tokenizer.sides
+    if data.crops == "random":
+        return RandomCrops(sides)
+    return CropSpec(sides, data.crop_range, ten=data.crops == "stored")
+
+
+def _share(settings: Settings, images: ImageSource) -> folder_sets.Share:
+    """The images on disk that a run without stored codes trains on."""
+    data = settings.data
+    share = folder_sets.whole(images, data.min_images, data.balanced)
+    return folder_sets.split(images, share, data.held_out_share, "train")
+
+
+def _some_images(settings: Settings) -> np.ndarray:
+    """Centre crops of some training images on disk, evenly spread: enough to fit a codebook."""
+    images = open_images(settings.data.images)
+    share, spec = _share(settings, images), CropSpec(settings.tokenizer.sides, ten=False)
+    some = share.indices[np.linspace(0, len(share) - 1, min(len(share), _FITTED_ON)).astype(int)]
+    found = []
+    for index in map(int, some):
+        with contextlib.suppress(DataError):
+            found.append(load_crop(images.example(index)[0], spec.centre, spec))
+    if not found:
+        raise DataError(f"data.images is {settings.data.images!r}; it must hold images")
+    return np.stack(found)
+
+
+def _better_tokenizer(settings: Settings) -> str:
+    of = f"--config.data.images={settings.data.images}"
+    if settings.tokenizer.sides != (32, 32):
+        of += f' "--config.tokenizer.image_size={settings.tokenizer.sides}"'
+    return (
+        "tokenizer: a codebook of patches, fitted to the images; a trained one is better: python -m "
+        f"mirai_jax.tokenize --config=configs/tokenizer.py:folder {of}; then add "
+        "--config.tokenizer.name=vq --config.tokenizer.path=runs/tokenizer-folder"
     )
 
 
@@ -194,13 +252,14 @@ def _in_memory(
     frozen_params: Any,
 ) -> records.CodedImages:
     codes = features = None
+    pixels = images.images if images.crops is None else images.crops
     if not settings.data.online:
-        codes = batched.encode_images(tokenizer, tokenizer_params, images.images)
+        codes = batched.encode_images(tokenizer, tokenizer_params, pixels)
     if settings.needs_images and settings.teacher.cached:
         # No longer needed in the step, so not on the devices either.
         params = frozen_params.pop("bidirectional")
-        features = batched.teacher_features(teacher, params, images.images)
-    pixels = images.images if settings.step_sees_images else None
+        features = batched.teacher_features(teacher, params, pixels)
+    pixels = pixels if settings.step_sees_images else None
     return records.CodedImages(codes, images.labels, pixels, features)
 
 
@@ -210,12 +269,9 @@ def _on_disk(
     """The source of a large image set, what loads its crops if the step sees them, its classes."""
     images = open_images(settings.data.images) if settings.step_sees_images else None
     if settings.data.online:
-        size = settings.tokenizer.image_size
-        spec = CropSpec(size, settings.data.crop_range)
-        if settings.data.crops == "random":
-            spec = RandomCrops(size)
-        source = pipeline.OnlineImages(images, spec, settings.generator.num_classes)
-        return source, pipeline.CropLoader(images, spec), images.class_names
+        spec, share = crop_spec(settings), _share(settings, images)
+        source = pipeline.OnlineImages(images, spec, settings.generator.num_classes, share)
+        return source, pipeline.CropLoader(images, spec), share.class_names
     source = records.CodeRecords(
         settings.data.path,
         grid=settings.generator.grid,
@@ -246,11 +302,10 @@ def _on_disk(
 
 def _check_manifest(settings: Settings, manifest: Any, tokenizer_params: Any) -> None:
     """That the shards were made for this run's images and by its tokenizer."""
-    wanted = settings.tokenizer.image_size
-    if manifest.crops.image_size != wanted:
+    wanted, stored = settings.tokenizer.image_size, manifest.crops.image_size
+    if sides(stored) != settings.tokenizer.sides:
         raise ConfigError(
-            f"tokenizer.image_size is {wanted}; it must be {manifest.crops.image_size}, the crops "
-            f"of {settings.data.path}"
+            f"tokenizer.image_size is {wanted}; it must be {stored}, the crops of {settings.data.path}"
         )
     if tokenizer_params is not None:
         theirs = manifest.tokenizer.get("checksum")

@@ -22,7 +22,7 @@ def inpaint(source: Source, image_path: str, mask_path: str) -> Given:
     if mask.size != image.size:
         found, wanted = ("x".join(map(str, each.size)) for each in (mask, image))
         raise ConfigError(f"--mask is {mask_path!r}, {found} pixels; it must be {wanted}")
-    white = crops.cover(mask, _pixels(source)).max(axis=-1, keepdims=True) > 127
+    white = crops.center_crop(mask, _pixels(source)).max(axis=-1, keepdims=True) > 127
     drawn_L = unfold(white[None], source.tokenizer.downsample)[0].any(axis=-1)
     return _given(source, image, drawn_L)
 
@@ -55,7 +55,7 @@ def _pixels(source: Source) -> tuple[int, int]:
 def _given(source: Source, image: Image.Image, drawn_L: np.ndarray) -> Given:
     module = source.tokenizer
     channels = getattr(module, "config", module).channels
-    pixels = crops.cover(image, _pixels(source))
+    pixels = crops.center_crop(image, _pixels(source))
     shown = np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if channels == 1 else pixels
     codes_L = batched.encode_images(module, source.tokenizer_params, shown[None])[0]
     drawn = drawn_L.reshape(source.config.grid).repeat(module.downsample, 0)

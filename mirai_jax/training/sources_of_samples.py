@@ -64,7 +64,8 @@ def of_checkpoint(path: str, tokenizer_path: str | None, grid: int = 0) -> Sourc
     loaded = pretrained.load("--checkpoint", path, "generator", grid=sides)
     if sides not in (None, loaded.config.grid):
         raise ConfigError(f"--grid is {grid}; {path} knows its own, {loaded.config.grid}")
-    tokenizer, tokenizer_params = frozen.load_vq_file("--tokenizer", tokenizer_path)
+    shape = loaded.config.grid
+    tokenizer, tokenizer_params = frozen.load_vq_file("--tokenizer", tokenizer_path, shape)
     if tokenizer.vocab_size != loaded.config.vocab_size:
         raise ConfigError(
             f"--tokenizer is {tokenizer_path!r}, which has {tokenizer.vocab_size} codes; the "

@@ -18,11 +18,11 @@ from mirai_jax.step import ema_params, jit_train_step
 from mirai_jax.training import components, figures, loop, previews, start, transfer, workdir
 from mirai_jax.training.checkpoint import Checkpoints
 from mirai_jax.training.components import Components
+from mirai_jax.training.follow import resolve
 from mirai_jax.training.guards import HangGuard
 from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.training.stopwatch import progress_line
 from mirai_jax.utils import distributed, files, pictures
-from mirai_jax.utils.trees import plain
 
 Log = Callable[[str], None]
 
@@ -51,9 +51,9 @@ def train(
     elif log is None:
         log = functools.partial(print, flush=True)
     devices = jax.devices() if devices is None else devices
+    config = resolve(config, log)
     settings = schema.read(config, len(devices))
     folder = pathlib.Path(folder).expanduser()
-    config = plain(config)
     title = f"{settings.name}-{settings.scale}"
     begin = start.steps_done(title, settings.num_steps, folder, config, log)
     summary = folder / "summary.png"

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from mirai_jax.config.fields import fill
-from mirai_jax.config.schema import Settings
+from mirai_jax.config.schema import SMALL_SETS, Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
 from mirai_jax.models.vit_sizes import PUBLISHED
 from mirai_jax.utils.errors import ConfigError, first_line
@@ -56,18 +56,21 @@ def load_codebook(settings: Settings, workdir: str) -> tuple[tokenizer.PatchCode
     if np.ndim(params.get("codebook")) != 2:
         raise ConfigError(f"{path} holds no codebook")
     vocab_size, numbers = params["codebook"].shape
-    side, patch = settings.tokenizer.image_size, settings.tokenizer.patch
-    return tokenizer.PatchCodebook(vocab_size, (side, side), patch, numbers // patch**2), params
+    sides, patch = settings.tokenizer.sides, settings.tokenizer.patch
+    return tokenizer.PatchCodebook(vocab_size, sides, patch, numbers // patch**2), params
 
 
-def load_vq_file(field: str, path: str) -> tuple[vq.VQModel, Any]:
-    """A convolutional tokenizer, float32.
+def load_vq_file(
+    field: str, path: str, grid: tuple[int, int] | None = None
+) -> tuple[vq.VQModel, Any]:
+    """A convolutional tokenizer, float32; `grid` in tokens if its images are not square.
 
     Raises:
         ConfigError: no such file, or another network.
     """
     loaded = pretrained.load(field, path, "tokenizer")
-    return vq.VQModel(loaded.config), pretrained.float32(loaded.params)
+    decoded = grid if grid and grid[0] != grid[1] else None
+    return vq.VQModel(loaded.config, decoded=decoded), pretrained.float32(loaded.params)
 
 
 def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
@@ -76,20 +79,19 @@ def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
     Raises:
         ConfigError: no such file, another network, or another vocabulary.
     """
-    name, path, size = (getattr(settings.tokenizer, f) for f in ("name", "path", "image_size"))
-    module, params = load_vq_file("tokenizer.path", path)
-    config, channels = module.config, 1 if settings.data.in_memory else 3
+    name, path, grid = settings.tokenizer.name, settings.tokenizer.path, settings.generator.grid
+    module, params = load_vq_file("tokenizer.path", path, grid)
+    config, channels = module.config, 1 if settings.data.name in SMALL_SETS else 3
     if vq.MULTIPLIERS.get(name, config.multipliers) != config.multipliers:
         raise ConfigError(f"tokenizer.path is {path!r}, no {name} but {config}")
     if config.channels != channels:
         raise ConfigError(
             f"tokenizer.path is {path!r}, of {config.channels} channels; the images have {channels}"
         )
-    sides = tuple(config.downsample * tokens for tokens in settings.generator.grid)
-    if sides != (size, size):
+    if tuple(config.downsample * tokens for tokens in grid) != settings.tokenizer.sides:
         raise ConfigError(
-            f"model.grid is {settings.generator.grid}; it must be of tokens of {config.downsample} "
-            f"pixels (those of {path}) on tokenizer.image_size={size}"
+            f"model.grid is {grid}; it must be of tokens of {config.downsample} pixels (those of "
+            f"{path}) on tokenizer.image_size={settings.tokenizer.image_size}"
         )
     if config.vocab_size != settings.generator.vocab_size:
         raise ConfigError(
@@ -162,8 +164,7 @@ def teacher_shapes(settings: Settings) -> tuple[nn.Module, Any]:
     if settings.teacher.name not in PUBLISHED:
         return make_teacher(settings)
     module = _vit_teacher(settings, PUBLISHED[settings.teacher.name])
-    side = settings.tokenizer.image_size
-    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+    image = jax.ShapeDtypeStruct((1, *settings.tokenizer.sides, 3), np.uint8)
     return module, jax.eval_shape(module.init, jax.random.key(0), image)["params"]
 
 
