@@ -15,6 +15,8 @@ from flax import traverse_util
 
 from configs import llamagen, mirai_e
 from mirai_jax import foresight, optimizer, sharding, step
+from mirai_jax.benchmark import memory_plan
+from mirai_jax.config import schema
 from mirai_jax.data import records, small_sets
 from mirai_jax.evaluation import runs
 from mirai_jax.models import adapters, batched
@@ -120,6 +122,26 @@ def test_adapters_over_a_mesh(trained):
         state, _ = train_step(state, {}, sharding.put_batch(BATCH, mesh), i)
     for one, other in ((state.params, trained[1].params), (state.ema, trained[1].ema)):
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), one, other)
+
+
+@pytest.mark.slow
+def test_memory_of_adapters_is_planned():
+    def planned(rank):
+        config = llamagen.get_config("imagenet_b")
+        config.batch_size, config.lora.rank = 1, rank
+        config.model.update(size="", num_layers=8, num_heads=8, width=512, remat="full", unroll=1)
+        settings = schema.read(memory_plan.without_files(config), 1)
+        return memory_plan.plan(settings, jax.devices()[:1])
+
+    whole, low = planned(0), planned(4)
+    width, hidden = 512, 1536
+    pairs = 8 * 4 * (width + 3 * width + 2 * width + 3 * (width + hidden))
+    assert low.parameters == whole.parameters + 4 * pairs
+    assert low.ema == 4 * (pairs + 1001 * width)
+    assert low.optimizer == pytest.approx(2 * low.ema, rel=0.01)
+    # Of the gradient, that of a block is left.
+    blocks = 4 * 8 * (4 * width**2 + 3 * width * hidden)
+    assert low.temporary < whole.temporary - 0.5 * blocks
 
 
 # Weights of other classes and grids --------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of the generator's blocks: W + alpha / rank * A B.
 
 A `Linear` whose parameters hold `lora_a` and `lora_b` beside `kernel` adds their product to the kernel,
-a block at a time: no whole second copy of the weights is ever stored, nor a gradient as large as them.
-`merge` gives the same weights without adapters, for everything outside of the train step.
+block by block: the train step stores no gradient as large as the weights and, with `model.remat`, no
+second copy of them. `merge` gives the same weights without adapters, for all that is not training.
 
 Of the generator only the adapters and the class table are trained (BASE lists the rest): a new class
 needs its row, and the other tensors are the pretrained ones.
