@@ -296,14 +296,13 @@ def test_wide_samples_evaluation_and_assessment(finished, pictures, tmp_path):
     held_out = f"--reference=data:{folder}:held_out"
     helpers.output("mirai_jax.evaluate", f"--samples={out}", held_out, "--batch_size=4")
     assert "frechet" in (out / "results.json").read_text()
-    helpers.output("mirai_jax.assess", f"--workdir={folder}", "--samples=8")
+    helpers.output("mirai_jax.assess", f"--workdir={folder}", "--samples=8", "--pixels=32")
     entry = json.loads((folder / "assessment.jsonl").read_text())
     assert np.isfinite(entry["cross_entropy"]) and entry["step"] == 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "dinov2"])
-@pytest.mark.parametrize("where", ["folder", "images"])
+@pytest.mark.parametrize("name, where", [("efficientnet_lite0", "folder"), ("dinov2", "images")])
 def test_mirai_i_on_wide_pictures(pictures, tmp_path, name, where, monkeypatch):
     """In memory and from disk; the same on four devices."""
     if where == "images":
