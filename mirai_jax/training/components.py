@@ -73,7 +73,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         )
         # Fitted on each host: another processor may round another way.
         tokenizer_params = distributed.from_first(tokenizer_params)
-        if settings.data.name not in SMALL_SETS:
+        if settings.data.name not in SMALL_SETS and not settings.init_from:
             log(_better_tokenizer(settings))
     elif settings.tokenizer.path:
         tokenizer, tokenizer_params = frozen.load_vq(settings)
