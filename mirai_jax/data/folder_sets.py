@@ -78,8 +78,8 @@ def split(source: ImageSource, share: Share, held_out_share: float, which: str) 
         if not counts.all():
             name = share.class_names[int(np.argmin(counts))]
             raise DataError(
-                f"data.held_out_share is {held_out_share}; it must be less: it holds out all images "
-                f"of class {name!r} (data.min_images leaves out small classes)"
+                f"class {name!r} has no image to train on: data.held_out_share={held_out_share} holds "
+                "them out, or they cannot be read; data.min_images leaves out small classes"
             )
     return found
 
