@@ -49,10 +49,12 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     tokenizer.code_width = 8  # length of a row of the codebook
     tokenizer.dtype = "bfloat16"  # of the convolutions: float32 or bfloat16; parameters are float32
     tokenizer.start = "random"  # of the codebook: random, or kmeans over the first images' latents
-    tokenizer.restart_after = (
-        0  # steps after which a latent of the batch replaces a code that was not
-    )
-    #                              used in them, again and again; 0: never, as officially
+    tokenizer.restart_after = 0  # steps after which a latent of the batch replaces a code that was
+    #                              not used in them, again and again; 0: never, as officially
+    tokenizer.free_steps = 0  # first steps, in which latents are decoded as they are; restarts then
+    #                           make the codebook of them
+    tokenizer.init = "official"  # of the weights: as officially; identity: each block begins as the
+    #                              identity and layers keep their input's size, which learns faster
 
     config.loss = loss = ml_collections.ConfigDict()
     loss.reconstruction = "l2"  # l2 or l1, of pixels in [-1, 1]
@@ -121,10 +123,13 @@ def _fashion_mnist(config):
 
 def _folder(config):
     _demo(config)
-    config.num_steps = 3_000
-    config.measure_every = 500
-    config.tokenizer.update(image_size=(32, 32), vocab_size=512)
-    config.loss.perceptual_weight = 0.02  # at 0.1 it outweighs the pixels
+    config.num_steps = 8_000
+    config.batch_size = 8  # more updates, which matter more at first than their noise
+    config.measure_every = 2_000
+    config.checkpoint_every = 500
+    config.tokenizer.update(
+        image_size=(32, 32), vocab_size=512, free_steps=500, init="identity"
+    )  # fmt: skip
     config.data.update(name="images", held_out=200, crop_range=1.1, num_workers=2)
 
 

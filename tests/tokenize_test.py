@@ -146,6 +146,7 @@ def test_every_scale_reads(scale):
         ("tokenizer.image_size", (28, 56)),  # MNIST
         ("tokenizer.multipliers", (1, 0)),
         ("tokenizer.width", 48),
+        ("tokenizer.free_steps", 6),
         ("discriminator.start", 7),
         ("discriminator.num_layers", 4),
         ("loss.perceptual_stages", (0,)),
@@ -237,22 +238,39 @@ def test_the_decoder_alone_learns_and_the_codes_stay():
         assert all(jax.tree.leaves(same)) == (name not in ("decoder", "post_quant_conv")), name
 
 
-@pytest.mark.parametrize("restart_after", [pytest.param(0, marks=pytest.mark.slow), 3])
-def test_a_codebook_that_is_dead_stays_dead_unless_codes_are_restarted(restart_after):
-    made = recipe(restart_after=restart_after, optimizer=OptimizerConfig(learning_rate=2e-4))
+@pytest.mark.parametrize("restart_after, free_steps", [pytest.param(0, 0, marks=pytest.mark.slow), (3, 7)])
+def test_a_codebook_that_is_dead_stays_dead_unless_codes_are_restarted(restart_after, free_steps):
+    made = recipe(
+        restart_after=restart_after,
+        free_steps=free_steps,
+        optimizer=OptimizerConfig(learning_rate=2e-4),
+    )
     state, images = begin(made), random_images(8)
     params = state.params  # whose latents are all near one direction, of which one row is
     params["quant_conv"]["bias"] += 5.0
     rows = jnp.full((16, 8), -1.0) + 0.01 * params["quantize"]["embedding"]
     params["quantize"]["embedding"] = rows.at[0].set(1.0)
     train_step = jax.jit(functools.partial(step_lib.train_step, made))
-    for _ in range(12):
+    for step in range(1, 13):
         state, metrics = train_step(state, {}, {"image": images})
+        free = step <= free_steps
+        assert (metrics["codebook_loss"] == 0) == (metrics["codebook_use"] == 0) == free
     assert np.isfinite(metrics["loss"])
     if restart_after:
         assert metrics["codebook_use"] > 0.5
     else:
         assert metrics["codebook_use"] == 1 / 16 and metrics["perplexity"] == pytest.approx(1)
+
+
+def test_blocks_that_begin_as_the_identity_do_nothing_at_first():
+    made, images = recipe(init="identity"), random_images()
+    latents = jax.jit(lambda p: made.module.apply({"params": p}, images, method="latents"))
+    params = begin(made).params
+    inside = ("conv1", "norm1", "norm2", "q", "k", "v", "norm")
+    change = lambda path, x: x + 1 if path[-2].key in inside else x
+    changed = jax.tree_util.tree_map_with_path(change, params)
+    np.testing.assert_array_equal(latents(changed), latents(params))
+    assert np.std(latents(params)) > 0.1
 
 
 # Runs ---------------------------------------------------------------------------------------------

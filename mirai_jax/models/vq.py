@@ -136,11 +136,16 @@ class VQModel(Gridded, nn.Module):
             latents = self.quant_conv(self.encoder(images_BxHxWxC.astype(self.dtype)))
         return latents.astype(jnp.float32)
 
-    def autoencode(self, images_BxHxWxC: jax.Array) -> Autoencoded:
-        """What training looks at. Gradients of the images pass the lookup straight to the latents."""
+    def autoencode(self, images_BxHxWxC: jax.Array, free: jax.Array | bool = False) -> Autoencoded:
+        """What training looks at. Gradients of the images pass the lookup straight to the latents.
+
+        `free` (a scalar) puts the latents themselves in place of the rows.
+        """
         latents = self.latents(images_BxHxWxC)
         codes = self.quantize.nearest(jax.lax.stop_gradient(latents))
         latents, rows = unit(latents), self.quantize.rows(codes)
+        if free is not False:
+            rows = jnp.where(free, jax.lax.stop_gradient(latents), rows)
         passed = latents + jax.lax.stop_gradient(rows - latents)
         return Autoencoded(self._decode_rows(passed), latents, rows, codes)
 

@@ -11,7 +11,7 @@ from mirai_jax.config.schema import DTYPES, LARGEST, SMALL_SETS, OptimizerFields
 from mirai_jax.models.discriminator import smallest_side
 from mirai_jax.models.vq import GROUPS, VQConfig
 from mirai_jax.tokenizing import losses
-from mirai_jax.tokenizing.step import TRAINED, Recipe
+from mirai_jax.tokenizing.step import INITS, TRAINED, Recipe
 
 STARTS = ("kmeans", "random")
 
@@ -29,6 +29,8 @@ class NetworkFields:
     dtype: str = field("float32", choices=DTYPES)
     start: str = field("random", choices=STARTS)
     restart_after: int = field(0, at_least=0)
+    free_steps: int = field(0, at_least=0)
+    init: str = field("official", choices=INITS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,11 @@ def read(config: Mapping[str, Any], num_devices: int) -> TokenizerRunSettings:
     check("tokenizer.image_size", good, allowed)
     good = size[0] == size[1] or not small
     check("tokenizer.image_size", good, f"a square with data.name {given.data.name!r}")
+    good = tokenizer.free_steps < given.num_steps and (
+        not tokenizer.free_steps or tokenizer.restart_after
+    )
+    allowed = f"below num_steps={given.num_steps}, or 0 without tokenizer.restart_after"
+    check("tokenizer.free_steps", good, allowed)
     stages = given.loss.perceptual_stages
     good = stages and all(1 <= stage <= 7 for stage in stages)
     check("loss.perceptual_stages", good, "stages of EfficientNet-Lite0, 1 to 7")
@@ -157,6 +164,8 @@ def read(config: Mapping[str, Any], num_devices: int) -> TokenizerRunSettings:
         discriminator_layers=disc.num_layers,
         adaptive=disc.adaptive,
         restart_after=tokenizer.restart_after if whole else 0,
+        free_steps=tokenizer.free_steps if whole else 0,
+        init=tokenizer.init,
         usage_window=given.log_every,
     )
     return fill(

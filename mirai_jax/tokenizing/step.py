@@ -27,6 +27,7 @@ from mirai_jax.optimizer import OptimizerConfig, make_optimizer
 from mirai_jax.tokenizing import losses
 
 TRAINED = ("all", "decoder")
+INITS = ("official", "identity")
 _DECODER = ("decoder", "post_quant_conv")
 _NEVER = -(2**30)
 
@@ -42,7 +43,7 @@ class Recipe:
         dtype: of the convolutions.
         ema_decay: of the average of the tokenizer's weights.
         trained: 'all', or 'decoder': codes stay those of the tokenizer that training began with.
-        reconstruction, ..., restart_after: see configs/tokenizer.py.
+        reconstruction, ..., init: see configs/tokenizer.py.
         usage_window: steps over which the metric `codebook_use` looks back.
     """
 
@@ -65,6 +66,8 @@ class Recipe:
     discriminator_layers: int = 3
     adaptive: bool = False
     restart_after: int = 0
+    free_steps: int = 0
+    init: str = "official"
     usage_window: int = 1
 
     @property
@@ -98,7 +101,7 @@ def init_state(recipe: Recipe, key: jax.Array, params: Any = None) -> TokenizerS
     init_key, disc_key, run_key = jax.random.split(key, 3)
     images = jnp.zeros((1, *recipe.image_size, recipe.network.channels))
     if params is None:
-        params = _fresh(recipe.module.init(init_key, images)["params"], init_key)
+        params = _fresh(recipe, recipe.module.init(init_key, images)["params"], init_key)
     optimizer, disc, disc_opt_state = make_optimizer(recipe.optimizer), {}, {}
     if recipe.has_discriminator:
         disc = recipe.discriminator.init(disc_key, images)
@@ -115,19 +118,24 @@ def init_state(recipe: Recipe, key: jax.Array, params: Any = None) -> TokenizerS
     )
 
 
-def _fresh(params: Any, key: jax.Array) -> Any:
-    """Kernels and biases as PyTorch makes them, uniform within 1 / sqrt(inputs of a kernel); rows of the
-    codebook of unit norm."""
+def _fresh(recipe: Recipe, params: Any, key: jax.Array) -> Any:
+    """Rows of the codebook of unit norm, and kernels and biases as `recipe.init` says.
+
+    'official': as PyTorch makes them, uniform within 1 / sqrt(inputs of a kernel). 'identity': as Flax
+    makes `params`, with zeros in the last convolution of each block.
+    """
     flat = traverse_util.flatten_dict(params)
     for i, (path, old) in enumerate(sorted(flat.items())):
         kernel = flat.get((*path[:-1], "kernel"))
         if path[-1] == "embedding":
             flat[path] = unit(jax.random.uniform(jax.random.fold_in(key, i), old.shape, minval=-1))
-        elif kernel is not None:
+        elif kernel is not None and recipe.init == "official":
             most = 1 / math.sqrt(math.prod(kernel.shape[:-1]))
             flat[path] = jax.random.uniform(
                 jax.random.fold_in(key, i), old.shape, minval=-most, maxval=most
             )
+        elif path[-2] in ("conv2", "proj_out"):
+            flat[path] = jnp.zeros_like(old)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -154,7 +162,7 @@ def _discriminate(recipe: Recipe, variables: Any, images: jax.Array) -> tuple[ja
 
 
 def _adaptive_weight(
-    recipe: Recipe, params: Any, images: jax.Array, of_images: Any, adversarial: Any
+    recipe: Recipe, params: Any, images: jax.Array, free: Any, of_images: Any, adversarial: Any
 ) -> jax.Array:
     """The ratio of the two losses' gradients at the decoder's last kernel (VQGAN, arXiv 2012.09841).
 
@@ -165,7 +173,7 @@ def _adaptive_weight(
 
     def both(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         changed = traverse_util.unflatten_dict({**flat, last: kernel})
-        made = recipe.module.apply({"params": changed}, images, method="autoencode").images
+        made = recipe.module.apply({"params": changed}, images, free, method="autoencode").images
         return of_images(made), adversarial(made)
 
     _, pull = jax.vjp(both, flat[last])
@@ -181,9 +189,13 @@ def _tokenizer_loss(
     perceptual: Any,
     images: jax.Array,
     weight: jax.Array,
+    free: jax.Array | bool = False,
 ) -> tuple[jax.Array, tuple[Autoencoded, Parts, Any]]:
-    """The loss of a batch, what it was computed from, and the discriminator's variables after it."""
-    found = recipe.module.apply({"params": params}, images, method="autoencode")
+    """The loss of a batch, what it was computed from, and the discriminator's variables after it.
+
+    `free`: latents are decoded as they are.
+    """
+    found = recipe.module.apply({"params": params}, images, free, method="autoencode")
     total, parts = _image_loss(recipe, perceptual, images, found.images)
     parts["codebook_loss"], commit = losses.codebook(found)
     parts["commit_loss"] = recipe.commit_weight * commit
@@ -203,7 +215,7 @@ def _tokenizer_loss(
         if recipe.adaptive:
             weight *= jax.lax.stop_gradient(
                 _adaptive_weight(
-                    recipe, params, images,
+                    recipe, params, images, free,
                     lambda made: _image_loss(recipe, perceptual, images, made)[0],
                     lambda made: adversarial(made)[0],
                 )
@@ -283,9 +295,10 @@ def train_step(
     if images.dtype == jnp.uint8:
         images = to_unit(images)
     weight = jnp.where(step >= recipe.discriminator_start, recipe.discriminator_weight, 0.0)
+    free = step <= recipe.free_steps if recipe.free_steps else False
     optimizer, disc = make_optimizer(recipe.optimizer), state.discriminator
     (loss, (found, parts, after)), gradient = jax.value_and_grad(_tokenizer_loss, has_aux=True)(
-        state.params, recipe, disc, perceptual, images, weight
+        state.params, recipe, disc, perceptual, images, weight, free
     )
     if recipe.trained == "decoder":
         gradient = _in_decoder(gradient)
@@ -309,7 +322,9 @@ def train_step(
         disc = {**after, "params": optax.apply_updates(disc["params"], updates)}
         state = state.replace(discriminator=disc, discriminator_opt_state=disc_opt_state)
 
-    last_used_V = state.last_used_V.at[found.codes.reshape(-1)].set(step)
+    # While latents are free no code counts as used: all of them are restarted, and follow the latents.
+    used = jnp.where(free, _NEVER, step)
+    last_used_V = state.last_used_V.at[found.codes.reshape(-1)].set(used)
     if recipe.restart_after:
         trees = params, ema
         params, ema = _restarted(recipe, trees, last_used_V, found.latents, step, state.key)
