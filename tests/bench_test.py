@@ -46,6 +46,7 @@ for line in sys.stdin:
 REFERENCE = shlex.join([sys.executable, "-c", REFERENCE])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_measures_all(quick_run):
     results = quick_run(f"{LLAMAGEN}:demo", SMALL, repeats=2)

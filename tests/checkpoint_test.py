@@ -223,7 +223,10 @@ def two(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "removed"])
+SLOW_HOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("empty", "removed")]
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", *SLOW_HOW])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, two, how):
     """Every file of it in turn; where a file does not matter, all of the state is still right."""
     used = []

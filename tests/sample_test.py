@@ -19,7 +19,7 @@ from PIL import Image
 
 from configs import llamagen
 from mirai_jax import sample
-from mirai_jax.data import small_sets
+from mirai_jax.data import crops, small_sets
 from mirai_jax.models import batched, generator, vq
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.preprocessing import resize_bicubic
@@ -216,7 +216,7 @@ def test_an_image_is_redrawn_in_part(workdir, pictures_of_a_digit, tmp_path, cap
     assert images.shape == (6, 32, 32, 3)
     run = sources_of_samples.of_workdir(str(workdir))
     with Image.open(image) as file:
-        middle = np.asarray(file.crop((10, 0, 74, 64)).resize((32, 32), Image.Resampling.BICUBIC))
+        middle = crops.center_crop(file.crop((10, 0, 74, 64)).convert("RGB"), 32)[..., 0]
     tokenizer = run.tokenizer, run.tokenizer_params
     codes = batched.encode_images(*tokenizer, middle[None, ..., None])
     same = (images == batched.decode_codes(*tokenizer, codes)).all(axis=-1)

@@ -244,10 +244,8 @@ def test_held_out_images_are_never_trained_on(tmp_path, monkeypatch):
     assert not trained_on & {image.tobytes() for image in held_out.images}
 
 
-@pytest.mark.parametrize(
-    "objective",
-    ["labels", *(pytest.param(name, marks=pytest.mark.slow) for name in ("masked", "both"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["labels", "masked", "both"])
 def test_it_learns(tmp_path, objective):
     made = tiny(
         objective=objective, num_steps=120, batch_size=32, log_every=20, evaluate_every=120,
