@@ -60,7 +60,8 @@ def exploration(results: Results, explored: Exploration) -> str:
     def more(alike: Results, setting: str) -> list[str]:
         changed = _changed(alike, setting, explored.reference) if setting in settings else ""
         finals = [(m, alike.finals(setting, m.key)) for m in explored.measures]
-        return [changed, *(cells.mean(m, values) if values else "" for m, values in finals)]
+        shown = (cells.mean(m, v) if v or setting in settings else "" for m, v in finals)
+        return [changed, *shown]
 
     titles = ["what differs", *(m.title for m in explored.measures)]
     return text + _compared(results, explored.reference, settings, seeds, titles, more)
@@ -114,6 +115,8 @@ def _fields(base: Run, run: Run) -> list[str]:
     found = []
     for field, (_, new) in compare.differences(base.config, run.config).items():
         if field == "num_steps":  # they are compared at the same step
+            continue
+        if new is None and field.startswith("foresight["):  # of a term that is gone
             continue
         text = "nothing" if new is None else str(new)
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
