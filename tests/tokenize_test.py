@@ -429,11 +429,11 @@ def test_crops_cover_their_size_and_some_are_mirrored(tmp_path):
     (tmp_path / "one").mkdir()
     Image.fromarray(pixels).save(tmp_path / "one/image.png")
     source = images_lib.open_images(str(tmp_path))
-    whole = images_lib.CropLoader(source, (16, 24), 1.0, True)
+    whole = images_lib.AnyCrops(source, (16, 24), 1.0, True)
     seen = [whole("one/image.png", seed) for seed in range(20)]
     kinds = [[(x == y).all() for y in (pixels, pixels[:, ::-1])] for x in seen]
     assert all(map(any, kinds)) and {kind[0] for kind in kinds} == {True, False}
-    near = images_lib.CropLoader(source, (8, 8), 1.5, False)
+    near = images_lib.AnyCrops(source, (8, 8), 1.5, False)
     cut = [near("one/image.png", seed) for seed in range(9)]
     assert all(x.shape == (8, 8, 3) for x in cut) and len({x.tobytes() for x in cut}) > 5
     np.testing.assert_array_equal(near("one/image.png", 3), cut[3])

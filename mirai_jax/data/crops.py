@@ -317,32 +317,6 @@ def random_crop(image: Image.Image, number: int, size: Size) -> np.ndarray:
     return (found[:, ::-1] if number & 1 else found).copy()
 
 
-def cover(
-    image: Image.Image,
-    size: tuple[int, int],
-    larger: float = 1.0,
-    top: float = 0.5,
-    left: float = 0.5,
-) -> np.ndarray:
-    """A crop of an image that covers it, of any shape: by default its middle, as large as can be.
-
-    Args:
-        size: (height, width) in pixels.
-        larger: factor by which the image is made larger than it need be.
-        top, left: where the crop lies in what is over, from 0 to 1.
-
-    Returns:
-        uint8 (*size, 3) of an image of mode RGB.
-    """
-    height, width = size
-    scale = larger * max(height / image.height, width / image.width)
-    across, down = width / scale, height / scale  # of the crop, in the image's pixels
-    left, top = left * max(0, image.width - across), top * max(0, image.height - down)
-    # Rounding must not lead out of the image.
-    box = (left, top, min(left + across, image.width), min(top + down, image.height))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
-
-
 def load_crop(raw: bytes | np.ndarray, index: int, spec: CropSpec | RandomCrops) -> np.ndarray:
     """Decodes an image and cuts crop `index`: uint8 (height, width, 3)."""
     image, _ = decode(raw, spec.exif)

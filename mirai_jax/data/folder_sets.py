@@ -98,8 +98,8 @@ def load(
     Raises:
         DataError: one line.
     """
-    resized, kept, problems = _read(spec, crop_spec, min_images, grey)
-    part = split(open_images(spec), kept, held_out_share, which)
+    source, resized, kept, problems = _read(spec, crop_spec, min_images, grey)
+    part = split(source, kept, held_out_share, which)
     resized = resized[np.searchsorted(kept.indices, part.indices)]
     numbers = range(crop_spec.count if flip else crop_spec.count // 2)
     images = made = crops.crop(resized, crop_spec.centre, crop_spec)
@@ -114,8 +114,8 @@ def load(
 @functools.lru_cache(maxsize=1)
 def _read(
     spec: str, crop_spec: CropSpec, min_images: int, grey: bool
-) -> tuple[np.ndarray, Share, tuple[str, ...]]:
-    """All images as uint8 (N, R, R, C), those that can be read, and what is wrong with the others."""
+) -> tuple[ImageSource, np.ndarray, Share, tuple[str, ...]]:
+    """The source, its images as uint8 (N, R, R, C), those that can be read, and the others' errors."""
     source = open_images(spec)
     share = whole(source, min_images)
 
@@ -139,4 +139,4 @@ def _read(
     images = np.stack([image for image in found if image is not None])
     if grey and (images == images[..., :1]).all():
         images = images[..., :1]
-    return images, share, problems
+    return source, images, share, problems

@@ -7,6 +7,7 @@ import hashlib
 import json
 
 import numpy as np
+from PIL import Image
 
 from mirai_jax.data import crops, pipeline, records, small_sets
 from mirai_jax.data.images import ImageSource, open_images
@@ -30,7 +31,7 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
-class CropLoader:
+class AnyCrops:
     """Loads a random crop of an image by its key, RGB whatever the file is.
 
     Attributes:
@@ -60,7 +61,13 @@ class CropLoader:
             image, _ = crops.decode(self.source.find(key))
         except DataError as error:
             raise Unreadable(f"image {key!r}: {first_line(error)}") from error
-        return crops.cover(image, self.size, larger, top, left)
+        height, width = self.size
+        scale = larger * max(height / image.height, width / image.width)
+        across, down = width / scale, height / scale  # of the crop, in the image's pixels
+        left, top = left * max(0, image.width - across), top * max(0, image.height - down)
+        # Rounding must not lead out of the image.
+        box = (left, top, min(left + across, image.width), min(top + down, image.height))
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 class _Some:
@@ -96,7 +103,7 @@ def load(
         size: (height, width) in pixels.
         held_out: how many images are kept out of training and measured on. Of 'images' they are those
             whose names have the smallest hashes; of fashion_mnist some of its test images.
-        crop_range, flip: of 'images'; see CropLoader.
+        crop_range, flip: of 'images'; see AnyCrops.
         of_batches: see `pipeline.make_dataset`.
 
     Raises:
@@ -122,7 +129,7 @@ def load(
             f"data.held_out is {held_out}; it must be less than {len(source)}, the images of {spec!r}"
         )
     order = np.argsort(source.hashes(), kind="stable")
-    loader = CropLoader(source, size, crop_range, flip)
+    loader = AnyCrops(source, size, crop_range, flip)
     middles, left = [], collections.deque(order)
     while left and len(middles) < held_out:
         with contextlib.suppress(Unreadable):
