@@ -3,6 +3,8 @@
     python -m mirai_jax.bench --config=configs/mirai_e.py:imagenet_b                # one variant
     python -m mirai_jax.bench --config=configs/mirai_e.py:imagenet_b --compare     # LlamaGen, E, I
     python -m mirai_jax.bench --config=... --compare --json=bench.json --figure=bench.png
+    python -m mirai_jax.bench --config=configs/mirai_i.py:imagenet_b --compare \\
+        --vary=teacher.name=dinov2_vitb14,mae_vitb16                # LlamaGen, I with each of these
     python -m mirai_jax.bench --config=... --compare \\
         --peer="python tests/official_peer.py --llamagen=FOLDER --mirai=FOLDER"    # PyTorch beside it
 
@@ -29,6 +31,9 @@ _FLAGS, _define = cli.flags_of(__name__)
 _CONFIG = _define.string("config", "", "FILE[:scale] of configs/; --config.field=value overrides.")
 _COMPARE = _define.bool(
     "compare", False, "Measure LlamaGen, Mirai-E and Mirai-I too, and print ratios."
+)
+_VARY = _define.string(
+    "vary", "", "FIELD=A,B: the config with each value; --compare then adds LlamaGen alone."
 )
 _MEASURE = _define.multi_enum(
     "measure",
@@ -63,6 +68,7 @@ def main(argv: list[str]) -> None:
             _CONFIG.value,
             argv[1:],
             compare=_COMPARE.value,
+            vary=_VARY.value,
             measures=_MEASURE.value,
             repeats=_REPEATS.value,
             sample_batch=_SAMPLE_BATCH.value,

@@ -111,6 +111,16 @@ def test_compared_variants(tmp_path, monkeypatch):
     assert "twin.py: name is 'mirai_e'" in refusal(compared, tmp_path / "twin.py")
 
 
+def test_a_field_that_varies(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = run_lib.read_settings(
+        "configs/mirai_e.py:demo", True, SMALL, "foresight[0].projector=mlp,transformer"
+    )
+    assert list(found) == ["llamagen", "mlp", "transformer"]
+    assert not found["llamagen"].terms
+    assert [found[name].terms[0].projector for name in list(found)[1:]] == ["mlp", "transformer"]
+
+
 def test_wrong_options(monkeypatch):
     monkeypatch.chdir(ROOT)
     for options, overrides, field in (

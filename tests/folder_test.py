@@ -369,3 +369,9 @@ def test_a_trained_tokenizer_at_a_wide_grid(pictures, tmp_path, where):
     )  # fmt: skip
     with np.load(tmp_path / "s" / "samples.npz") as samples:
         assert samples["arr_0"].shape == (2, *WIDE, 3)
+    if where == "folder":
+        helpers.output(
+            "mirai_jax.assess", f"--workdir={tmp_path / 'run'}", "--future=20", "--held_out=4"
+        )  # fmt: skip
+        line = json.loads((tmp_path / "run" / "future.jsonl").read_text())
+        assert line["ema"]["0"]["tokens"]["r2"]["r0c0"] > 0.5  # the token itself, of the codebook

@@ -51,10 +51,10 @@ def _table(results: Results) -> list[str]:
         return []
     columns = {name: _cells(results, name) for name in variants}
     titles = list(next(iter(columns.values())))
-    wide = max(map(len, titles))
-    message = [" " * wide + "".join(f"{name:>18}" for name in columns)]
+    wide, column = max(map(len, titles)), max(18, *(len(name) + 2 for name in columns))
+    message = [" " * wide + "".join(f"{name:>{column}}" for name in columns)]
     for title in titles:
-        cells = "".join(f"{cells[title]:>18}" for cells in columns.values())
+        cells = "".join(f"{cells[title]:>{column}}" for cells in columns.values())
         message.append(f"{title:<{wide}}{cells}")
     if peak:
         message.append(f"({peak / 1e12:,.3g} TFLOP/s {results['roofs']['peak_by']})")

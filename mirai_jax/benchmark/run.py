@@ -31,6 +31,7 @@ def run(
     overrides: list[str],
     *,
     compare: bool = False,
+    vary: str = "",
     measures: Collection[str] = MEASURES,
     repeats: int = 5,
     sample_batch: int = 0,
@@ -52,7 +53,7 @@ def run(
     chosen, devices = set(measures), jax.devices()
     if "parts" in chosen and "step" not in chosen:
         raise ConfigError("--measure=parts goes with --measure=step, whose state they use")
-    variants = read_settings(config, compare, overrides)
+    variants = read_settings(config, compare, overrides, vary)
     first = next(iter(variants.values()))
     if "parts" in chosen and (first.accumulate > 1 or first.data.online):
         raise ConfigError("--measure=parts goes without accumulate and online codes")
@@ -133,8 +134,13 @@ def _put(results: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
     results[last] = value
 
 
-def read_settings(config: str, compare: bool, overrides: list[str]) -> dict[str, schema.Settings]:
+def read_settings(
+    config: str, compare: bool, overrides: list[str], vary: str = ""
+) -> dict[str, schema.Settings]:
     """The settings of the variants to measure, by name.
+
+    Args:
+        vary: 'field=A,B': the config with each value, named by it; `compare` adds LlamaGen alone.
 
     Raises:
         ConfigError: one line.
@@ -142,15 +148,23 @@ def read_settings(config: str, compare: bool, overrides: list[str]) -> dict[str,
     if not config:
         raise ConfigError("--config is missing; it must be a file such as configs/mirai_e.py")
     path, _, scale = config.partition(":")
-    files = [str(pathlib.Path(path).with_name(f"{name}.py")) for name in COMPARED if compare]
+    compared = COMPARED[: 1 if vary else None] if compare else ()
+    files = [str(pathlib.Path(path).with_name(f"{name}.py")) for name in compared]
+    field, _, values = vary.partition("=")
+    changes = [(value, f"--config.{field}={value}") for value in values.split(",") if value]
+    runs = [(file, "", overrides) for file in files]
+    runs += [(str(pathlib.Path(path)), name, [*overrides, flag]) for name, flag in changes]
+    if not changes and str(pathlib.Path(path)) not in files:
+        runs.append((str(pathlib.Path(path)), "", overrides))
     found: dict[str, schema.Settings] = {}
-    for file in dict.fromkeys([*files, str(pathlib.Path(path))]):
-        fields = parse_config([f"--config={file}:{scale or 'demo'}", *overrides])
+    for file, name, flags in runs:
+        fields = parse_config([f"--config={file}:{scale or 'demo'}", *flags])
         fields = follow.resolve(fields, lambda line: None)
         settings = schema.read(memory_plan.without_files(fields), len(jax.devices()))
-        if settings.name in found:
-            raise ConfigError(f"{file}: name is {settings.name!r}, as another variant's")
-        found[settings.name] = settings
+        name = name or settings.name
+        if name in found:
+            raise ConfigError(f"{file}: name is {name!r}, as another variant's")
+        found[name] = settings
     return found
 
 

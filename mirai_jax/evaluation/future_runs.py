@@ -17,7 +17,7 @@ import numpy as np
 from mirai_jax.config.schema import Settings, TeacherSettings
 from mirai_jax.evaluation import future
 from mirai_jax.evaluation.runs import real_images, spread_evenly
-from mirai_jax.models import batched
+from mirai_jax.models import batched, vq
 from mirai_jax.training import restore
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import frozen
@@ -68,12 +68,15 @@ class FutureAssessor:
         self, settings: Settings, workdir: str, saved: Mapping[str, Any], probed: bool
     ) -> dict[str, Any]:
         """The measures of a run's checkpoint (see above), whether it is the last one or not."""
-        tokenizer, params = frozen.load_codebook(settings, workdir)
+        tokenizer, params = frozen.load_tokenizer(settings, workdir)
+        rows = params.get("codebook")
+        if rows is None:  # of a convolutional tokenizer
+            rows = np.asarray(vq.unit(params["quantize"]["embedding"]))
         codes = [batched.encode_images(tokenizer, params, images) for images in self._images]
         name, features = self._features_of(settings)
         parts = []
         for i, codes_NxL in enumerate(codes):
-            values = {"tokens": params["codebook"][codes_NxL]}
+            values = {"tokens": rows[codes_NxL]}
             parts.append((codes_NxL, values | ({"features": features[i]} if features else {})))
         generators = {"ema": saved["ema"], "trained": saved["params"]["generator"]}
         found = {

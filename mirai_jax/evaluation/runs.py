@@ -188,11 +188,7 @@ class Assessor:
 
     def _tokens_of(self, settings: Settings, workdir: str) -> Tokenized:
         """Codes and reconstructions of the real images, by the run's tokenizer."""
-        fitted = settings.tokenizer.name == "patch"
-        load = (
-            functools.partial(frozen.load_codebook, workdir=workdir) if fitted else frozen.load_vq
-        )
-        tokenizer, params = load(settings)
+        tokenizer, params = frozen.load_tokenizer(settings, workdir)
         checksum = pretrained.checksum(params)
         if checksum not in self._tokenized:
             encode = functools.partial(batched.encode_images, tokenizer, params)

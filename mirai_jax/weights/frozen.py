@@ -101,6 +101,17 @@ def load_vq(settings: Settings) -> tuple[vq.VQModel, Any]:
     return module, params
 
 
+def load_tokenizer(settings: Settings, workdir: str) -> tuple[nn.Module, Any]:
+    """A run's tokenizer: the codebook that it fitted, or that of `tokenizer.path`.
+
+    Raises:
+        ConfigError: as the two above.
+    """
+    if settings.tokenizer.name == "patch":
+        return load_codebook(settings, workdir)
+    return load_vq(settings)
+
+
 def make_teacher(settings: Settings) -> tuple[nn.Module, Any]:
     """The bidirectional teacher of the config and its parameters.
 
