@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import QUICK, ROOT, TINY, exit_message, output, refusal
+from helpers import ROOT, TINY, exit_message, output, refusal
 
 from mirai_jax import bench
 from mirai_jax.benchmark import measure, memory_plan, reference, report
@@ -67,7 +67,7 @@ def test_the_program(tmp_path):
     numbers, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     printed = output(
         "mirai_jax.bench", "--config=configs/mirai_e.py:demo", "--repeats=2", f"--json={numbers}",
-        f"--figure={picture}", *SMALL, **QUICK,
+        f"--figure={picture}", *SMALL,
     )  # fmt: skip
     results = json.loads(numbers.read_text())
     found = results["variants"]["mirai_e"]

@@ -1,7 +1,6 @@
 """Two real processes on loopback train as one does; either may die, and both resume together."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -13,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from helpers import environment
 
 from mirai_jax.training.checkpoint import restore_weights, steps_in
 from mirai_jax.utils import distributed
@@ -37,7 +37,6 @@ DEMO = [
     "--config.foresight[0].projector_width=16",
 ]
 HEARTBEAT = 10  # seconds
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of the time
 
 
 def free_port():
@@ -55,7 +54,7 @@ def start(workdir, *more, program=MAIN):
     process = subprocess.Popen(
         [sys.executable, *program, *DEMO, f"--workdir={workdir}", *more],
         cwd=ROOT,
-        env={**os.environ, **QUICK, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=environment(),
         stdout=log,
         stderr=subprocess.STDOUT,
     )

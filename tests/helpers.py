@@ -14,7 +14,11 @@ from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import torch_names, torch_writer
 
 ROOT = pathlib.Path(__file__).parents[1]
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for programs whose compiling is most of the time
+# Of programs, whose compiling is most of their time; see conftest.
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+}
 
 # The smallest generator on real digits; `tiny` is the same for a config in this process.
 TINY_MODEL = {"num_layers": 2, "num_heads": 2, "width": 32, "vocab_size": 16, "unroll": 1}
@@ -46,7 +50,7 @@ def exit_message(main, *arguments):
 
 def environment(**more):
     """The environment of a program on one CPU device."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **more}
+    return {**os.environ, **QUICK, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **more}
 
 
 def program(module, *arguments, cwd=ROOT, timeout=600, **environ):

@@ -1,7 +1,6 @@
 """The demo run, killed twenty times at random moments, ends as if nothing had happened."""
 
 import json
-import os
 import pathlib
 import random
 import resource
@@ -13,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from helpers import environment
 
 from mirai_jax.training.checkpoint import restore_weights, steps_in
 
@@ -33,7 +33,7 @@ def start(workdir, *more):
     return subprocess.Popen(
         [sys.executable, "-m", "mirai_jax.main", *DEMO, f"--workdir={workdir}", *more],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,13 +1,13 @@
 """The program as people start it: flags, one-line errors, SIGKILL and the same command again."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
+from helpers import environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = [
@@ -28,10 +28,6 @@ SMALL = [
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "mirai_jax.main", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 def main(*arguments: str) -> subprocess.CompletedProcess:

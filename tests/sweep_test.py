@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import QUICK, ROOT, environment, program, refusal
+from helpers import ROOT, environment, program, refusal
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -509,7 +509,7 @@ def test_six_runs_interrupted_end_with_the_same_table(tmp_path):
     sweep, whole, broken = sweep_file(tmp_path, body), tmp_path / "whole", tmp_path / "broken"
     process = subprocess.Popen(
         [sys.executable, "-m", *command(broken)],
-        env=environment(**QUICK), stdout=subprocess.PIPE, text=True,
+        env=environment(), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     until(lambda: any(plan.last_step(p) > 2 for p in broken.glob("*/metrics.jsonl")), 120)
     process.terminate()
@@ -517,7 +517,7 @@ def test_six_runs_interrupted_end_with_the_same_table(tmp_path):
     assert process.returncode == 75 and "the same command resumes" in printed
     assert not (broken / "table.md").exists()
     for out in (whole, broken):
-        done = program(*command(out), **QUICK)
+        done = program(*command(out))
         assert done.returncode == 0, done.stderr + done.stdout
     assert any("resumed at step" in log.read_text() for log in broken.glob("*.log"))
     for name in ("table.md", "table.csv"):
