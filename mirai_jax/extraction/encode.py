@@ -1,8 +1,12 @@
-"""Images -> codes over the devices of this process: threads decode, the devices encode."""
+"""Images -> codes over the devices of this process: threads decode, the devices encode.
+
+Codes made elsewhere are read by the same threads.
+"""
 
 import dataclasses
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 
 import jax
@@ -11,12 +15,13 @@ import numpy as np
 from mirai_jax.data.crops import load_all_crops, sides
 from mirai_jax.extraction.job import ExtractionJob
 from mirai_jax.models import batched
-from mirai_jax.utils.errors import DataError, Unreadable, first_line
+from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
 
 
 @dataclasses.dataclass
 class LoadedImage:
-    """One image: its crops with the notes of `crops.decode`, or the problem that left none."""
+    """One image: its crops (of `job.codes`: their codes) with the notes of `crops.decode`, or the problem
+    that left none."""
 
     key: str
     label: int
@@ -28,12 +33,16 @@ class LoadedImage:
 
 def encoded_batches(
     job: ExtractionJob, shards: list[int]
-) -> Iterator[tuple[int, list[LoadedImage], np.ndarray]]:
+) -> Iterator[tuple[int, list[LoadedImage], Sequence[np.ndarray]]]:
     """(shard, images, codes (B, C, L) uint16), in order; the next batch is always queued.
 
     Batches never cross a shard, so a shard's bytes depend on nothing outside it. An image that cannot
     be read or decoded has a `problem`; a whole batch that cannot be read raises DataError.
     """
+    if job.codes is not None:
+        for k, batch in _batches(job, shards):
+            yield k, batch, [image.crops for image in batch]
+        return
     devices, spec, size = batched.LocalDevices(), job.manifest.crops, job.manifest.batch_size
     params, rows = devices.copy(job.params), size * spec.count
     filled = -(-rows // devices.count) * devices.count
@@ -86,12 +95,30 @@ def _loaded(job: ExtractionJob, indices: Iterator[int]) -> Iterator[LoadedImage]
 
 
 def _load(job: ExtractionJob, index: int) -> LoadedImage:
+    if job.codes is not None:
+        return _given(job, index)
     try:
         raw, label, key = job.images.example(index)
     except Unreadable as error:
-        return LoadedImage(f"image {index}", 0, None, (), first_line(error), unread=True)
+        lost = not isinstance(error, Damaged)
+        return LoadedImage(f"image {index}", 0, None, (), first_line(error), unread=lost)
     try:
         crops, notes = load_all_crops(raw, job.manifest.crops)
         return LoadedImage(key, label, crops, notes, "")
     except DataError as error:
         return LoadedImage(key, label, None, (), first_line(error))
+
+
+def _given(job: ExtractionJob, index: int) -> LoadedImage:
+    shape = job.codes.crops, math.prod(job.manifest.grid)
+    try:
+        codes, label, key = job.codes.read(index)
+        good = codes.shape == shape and 0 <= codes.min() <= codes.max() < job.manifest.vocab_size
+        if not good or not 0 <= label < 2**31:
+            raise DataError(
+                f"record {key!r} has codes {codes.shape} and label {label}, out of range"
+            )
+        return LoadedImage(key, label, codes.astype(np.uint16), (), "")
+    except DataError as error:
+        lost = isinstance(error, Unreadable)
+        return LoadedImage(f"record {index}", 0, None, (), first_line(error), unread=lost)
