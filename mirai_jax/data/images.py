@@ -30,8 +30,8 @@ FORMS = (
     "hf:OWNER/NAME[@REVISION][:SPLIT], tfds:NAME[:SPLIT], grain:package.module:attribute, mnist and "
     "fashion_mnist[:FOLDER]"
 )
-# A version is part of the name: imagenet2012:5.1.0, or 5.*.*
 _PACKED = re.compile(r"(?P<kind>parquet|wds):(?P<pattern>.+)", re.DOTALL)
+# A version is part of the name: imagenet2012:5.1.0, or 5.*.*
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+(:(\d+|\*)(\.(\d+|\*)){2})?)(:(?P<split>.+))?")
 _GRAIN = re.compile(r"grain:(?P<module>[\w.]+):(?P<attribute>\w+)")
 _BUILT_IN = re.compile(r"mnist|fashion_mnist(:.+)?", re.DOTALL)

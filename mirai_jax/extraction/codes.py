@@ -1,6 +1,7 @@
 """Codes that other projects have made, by number: LlamaGen's folders of .npy and RAR's lines of JSON."""
 
 import abc
+import contextlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import numpy as np
 
 from mirai_jax.data.image_source import ImageSource
 from mirai_jax.utils import files
-from mirai_jax.utils.errors import DataError, Unreadable, first_line
+from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
 
 # Tokenizers by name, for codes without their tokenizer's weights: codes, and pixels a side of a token.
 NAMED = {"vq16": (16384, 16), "vq8": (16384, 8), "maskgit": (1024, 16)}
@@ -31,7 +32,7 @@ class GivenCodes(abc.ABC):
 
     @abc.abstractmethod
     def read(self, index: int) -> tuple[np.ndarray, int, str]:
-        """Codes, integers (C, L), label and key. Raises DataError; Unreadable for lost storage."""
+        """Codes, integers (C, L), label and key. Raises Unreadable (Damaged if its files are there)."""
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": "", "split": "", "number": len(self)}
@@ -81,8 +82,9 @@ class LlamaGenCodes(GivenCodes):
             self._numbers = self._numbers[self._numbers < len(images)]
         if not len(self):
             raise DataError(f"--codes is {path!r}; {self._codes} must hold files such as 0.npy")
-        for index in np.unique(np.linspace(0, len(self) - 1, 16).astype(int)):
-            self._about(int(index), self._label(int(index)))
+        for index in map(int, np.unique(np.linspace(0, len(self) - 1, 16).astype(int))):
+            with contextlib.suppress(Unreadable):
+                self._about(index, self._label(index))
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -95,7 +97,7 @@ class LlamaGenCodes(GivenCodes):
     def _label(self, index: int) -> int:
         label = self._load(self._labels, index)
         if label.size != 1:
-            raise DataError(f"{self._numbers[index]}.npy of {self._labels} is no label")
+            raise Damaged(f"{self._numbers[index]}.npy of {self._labels} is no label")
         return int(label.item())
 
     def _about(self, index: int, label: int) -> str:
@@ -119,9 +121,9 @@ class LlamaGenCodes(GivenCodes):
         try:
             array = np.load(io.BytesIO(raw), allow_pickle=False)
         except Exception as error:  # NumPy raises half a dozen kinds on damaged bytes
-            raise DataError(f"{path} is no whole .npy file ({first_line(error)})") from error
+            raise Damaged(f"{path} is no whole .npy file ({first_line(error)})") from error
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-            raise DataError(f"{path} has {array.dtype} in it; it must be integers")
+            raise Damaged(f"{path} has {array.dtype} in it; it must be integers")
         return array
 
 
@@ -166,7 +168,7 @@ class RarCodes(GivenCodes):
             labels = {line["class_id"] for line in found}
             codes = np.array([line["tokens"] for line in found])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{lines} has no class_id and tokens ({first_line(error)})") from error
+            raise Damaged(f"{lines} has no class_id and tokens ({first_line(error)})") from error
         if len(labels) != 1 or type(label := labels.pop()) is not int or codes.dtype.kind != "i":
-            raise DataError(f"{lines}: {self.crops} lines must be tokens of one class_id")
+            raise Damaged(f"{lines}: {self.crops} lines must be tokens of one class_id")
         return codes, label, str(index)

@@ -120,5 +120,5 @@ def _given(job: ExtractionJob, index: int) -> LoadedImage:
             )
         return LoadedImage(key, label, codes.astype(np.uint16), (), "")
     except DataError as error:
-        lost = isinstance(error, Unreadable)
+        lost = isinstance(error, Unreadable) and not isinstance(error, Damaged)
         return LoadedImage(f"record {index}", 0, None, (), first_line(error), unread=lost)

@@ -13,7 +13,7 @@ from mirai_jax.data.manifest import Manifest
 from mirai_jax.extraction import codes as given_codes
 from mirai_jax.extraction.codes import GivenCodes
 from mirai_jax.models import vq
-from mirai_jax.utils.errors import ConfigError, DataError
+from mirai_jax.utils.errors import ConfigError, Damaged, DataError
 from mirai_jax.weights import pretrained
 
 PARTS = "parts"  # folder with a JSON file for each finished shard, until all shards are finished
@@ -140,14 +140,19 @@ def _load_tokenizer(
 
 
 def _check_codes(path: str, given: GivenCodes, grid: tuple[int, int], vocab_size: int) -> None:
-    """Raises DataError unless the first record is of these crops, this grid and these codes."""
-    codes = given.read(0)[0]
-    if codes.shape != (given.crops, math.prod(grid)) or codes.max() >= vocab_size:
-        raise DataError(
-            f"--codes is {path!r}, whose first record has codes {codes.shape} up to {codes.max()}; they "
-            f"must be {(given.crops, math.prod(grid))}, as --ten_crop, --image_size and --tokenizer "
-            f"say, and less than {vocab_size}"
-        )
+    """Raises DataError unless the first record that is whole has these crops, this grid and these codes."""
+    wanted = given.crops, math.prod(grid)
+    for index in range(len(given)):
+        try:
+            codes = given.read(index)[0]
+        except Damaged:
+            continue
+        if codes.shape != wanted or codes.max() >= vocab_size:
+            raise DataError(
+                f"--codes is {path!r}, with codes {codes.shape} up to {codes.max(initial=0)}; they must be "
+                f"{wanted}, as --ten_crop, --image_size and --tokenizer say, and less than {vocab_size}"
+            )
+        return
 
 
 def _found_or_written(folder: pathlib.Path, planned: Manifest) -> Manifest:
