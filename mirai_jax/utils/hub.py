@@ -11,7 +11,7 @@ from typing import Any
 from mirai_jax.utils.errors import ConfigError, first_line
 
 _FILE = re.compile(r"hf:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^/:]+))?/(?P<file>.+)")
-_DATA = re.compile(r"hf:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<split>[^:/]+))?")
+_DATA = re.compile(r"hf:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<split>[^:]+))?")
 
 
 def local_file(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
@@ -31,7 +31,8 @@ def data_files(spec: str, find: Callable[[str], list[str]]) -> list[str]:
     """Fetches a split of a data set and returns what `find` finds of it in its folder.
 
     Args:
-        spec: hf:OWNER/NAME[@REVISION][:SPLIT]; split 'train' if there are files named so, else all.
+        spec: hf:OWNER/NAME[@REVISION][:SPLIT]; split 'train' if there are files named so, else all. Of
+            several subsets one is chosen by SUBSET/SPLIT.
 
     Raises:
         ConfigError: as `local_file`.
