@@ -1,7 +1,7 @@
 """Images packed in files: what parquet files and tars have in common, and where their indices are kept.
 
-The key of an image is FILE:ROW, the file's name and the number of the image in it. Files are read with
-plain `open`; an index belongs to one version of its file, by size and time of change.
+The key of an image is FILE:ROW, the file's name and the number of the image in it. An index belongs to
+one version of its file, by size and time of change.
 """
 
 import abc
@@ -15,7 +15,8 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 from mirai_jax.data.image_source import ImageSource, hashes_of
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
+from mirai_jax.utils.progress import Progress
 
 _KEY = re.compile(r"(?P<name>.*):(?P<row>[0-9]{1,18})", re.DOTALL)
 _MOST_CLASSES = 2**20  # of classes without names: a larger label is a damaged one
@@ -45,29 +47,29 @@ class PackedImages(ImageSource):
         self, spec: str, paths: Sequence[str], rows: Sequence[int], class_names: Sequence[str] = ()
     ):
         top = os.path.commonpath([os.path.dirname(path) for path in paths])
-        self._spec, self._paths = spec, list(paths)
         self._names = [os.path.relpath(path, top) for path in paths]
-        self._ends, self._given_names = list(itertools.accumulate(rows)), tuple(class_names)
+        self._spec, self._paths, self._given_names = spec, list(paths), tuple(class_names)
+        self._starts = [0, *itertools.accumulate(rows)]
+        if not len(self):
+            raise DataError(f"images {spec!r} has no image")
 
     @abc.abstractmethod
-    def _stored_labels(self, number: int) -> np.ndarray:
-        """Labels of the rows of file `number`: int64, or text; -1 or '' where there is none."""
+    def _stored_labels(self) -> np.ndarray:
+        """Labels of all images: int64, or text; -1 or '' where there is none."""
 
     @abc.abstractmethod
     def _read(self, number: int, row: int) -> bytes:
         """An image of file `number`. Raises Unreadable."""
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
     def about(self, index: int) -> tuple[int, str]:
         number, row = self._place(index)
-        key = self._key(number, row)
-        if (label := int(self._labels_of(number)[row])) < 0:
-            found = self._stored_labels(number)[row]
-            last = len(self.class_names) - 1
-            raise Damaged(f"{self._spec!r}: {key!r} has label {found!r}, not 0 to {last}")
-        return label, key
+        if (label := int(self._classes[1][index])) < 0:
+            wanted = f"it has no label, 0 to {len(self.class_names) - 1}"
+            raise self._unreadable(number, row, wanted, Damaged)
+        return label, self._key(number, row)
 
     def example(self, index: int) -> tuple[bytes, int, str]:
         label, key = self.about(index)
@@ -76,82 +78,74 @@ class PackedImages(ImageSource):
     def find(self, key: str) -> bytes:
         found = _KEY.fullmatch(key) if isinstance(key, str) else None
         number = self._numbers.get(found["name"]) if found else None
-        if number is None or int(found["row"]) >= self._rows(number):
+        row = int(found["row"]) if found else 0
+        if number is None or row >= self._starts[number + 1] - self._starts[number]:
             raise DataError(f"images {self._spec!r}: none of {len(self)} has the key {key!r}")
-        return self._read(number, int(found["row"]))
+        return self._read(number, row)
 
     def labels(self) -> np.ndarray | None:
-        found = np.concatenate([self._labels_of(number) for number in range(len(self._paths))])
-        return None if (found < 0).any() else found
+        labels = self._classes[1]
+        return None if (labels < 0).any() else labels
 
     def hashes(self) -> np.ndarray:
-        places = map(self._place, range(len(self)))
-        return hashes_of(self._key(number, row) for number, row in places)
+        return hashes_of(self._key(*self._place(index)) for index in range(len(self)))
 
     def describe(self) -> dict[str, Any]:
-        listed = [f"{name} {self._rows(k)}\n" for k, name in enumerate(self._names)]
-        digest = hashlib.sha256("".join(listed).encode()).hexdigest()
+        listed = "".join(
+            f"{name} {n}\n" for name, n in zip(self._names, self._starts, strict=False)
+        )
+        digest = hashlib.sha256(listed.encode()).hexdigest()
         return {"kind": self.kind, "name": "", "split": "", "number": len(self), "files": digest}
 
-    @functools.cached_property
+    @property
     def class_names(self) -> tuple[str, ...]:
-        if self._given_names:
-            return self._given_names
-        found = [np.unique(self._stored_labels(k)) for k in range(len(self._paths))]
-        found = np.unique(np.concatenate(found))
-        if found.dtype.kind == "U":
-            return tuple(map(str, found[found != ""]))
-        found = found[found < _MOST_CLASSES]
-        return tuple(map(str, range(found.max(initial=-1) + 1)))
-
-    def _labels_of(self, number: int) -> np.ndarray:
-        """int32 labels of the rows of a file, -1 where there is none that can be."""
-        if number not in self._labels:
-            found = self._stored_labels(number)
-            if found.dtype.kind == "U":
-                numbers = {name: k for k, name in enumerate(self.class_names)}
-                found = np.array([numbers.get(name, -1) for name in found])
-            inside = (found >= 0) & (found < len(self.class_names))
-            self._labels[number] = np.where(inside, found, -1).astype(np.int32)
-        return self._labels[number]
+        return self._given_names or self._classes[0]
 
     @functools.cached_property
-    def _labels(self) -> dict[int, np.ndarray]:
-        return {}
+    def _classes(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """Class names, and the int32 label of every image, -1 where there is none that can be."""
+        names, labels = self._given_names, self._stored_labels()
+        if labels.dtype.kind == "U":
+            names = names or tuple(map(str, np.unique(labels[labels != ""])))
+            numbers = {name: k for k, name in enumerate(names)}
+            labels = np.array([numbers.get(name, -1) for name in labels])
+        elif not names:
+            names = tuple(map(str, range(labels[labels < _MOST_CLASSES].max(initial=-1) + 1)))
+        good = (labels >= 0) & (labels < len(names))
+        return names, np.where(good, labels, -1).astype(np.int32)
 
     @functools.cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: k for k, name in enumerate(self._names)}
 
-    def _rows(self, number: int) -> int:
-        return self._ends[number] - (self._ends[number - 1] if number else 0)
-
     def _place(self, index: int) -> tuple[int, int]:
         """The file of an image, and its row."""
         self._check(index)
-        number = bisect.bisect_right(self._ends, index)
-        return number, index - (self._ends[number - 1] if number else 0)
+        number = bisect.bisect_right(self._starts, index) - 1
+        return number, index - self._starts[number]
 
     def _key(self, number: int, row: int) -> str:
         return f"{self._names[number]}:{row}"
 
+    def _unreadable(
+        self, number: int, row: int, why: str, kind: type[Unreadable] = Unreadable
+    ) -> Unreadable:
+        return kind(f"{self._spec!r}: {self._key(number, row)!r} cannot be read ({why})")
+
     def _bytes(self, path: str, start: int, size: int, number: int, row: int) -> bytes:
         """Some bytes of a file, those of an image. Raises Unreadable."""
-
-        def read() -> bytes:
-            with open(path, "rb", buffering=0) as file:
-                return os.pread(file.fileno(), size, start)
-
-        key = self._key(number, row)
         try:
-            raw = files.patiently(read)
+            raw = files.patiently(lambda: read_range(path, start, size))
         except OSError as error:
-            raise Unreadable(
-                f"{self._spec!r}: {key!r} cannot be read ({first_line(error)})"
-            ) from error
+            raise self._unreadable(number, row, first_line(error)) from error
         if len(raw) != size:
-            raise Damaged(f"{self._spec!r}: {key!r} has {len(raw)} of {size} bytes: its file ends")
+            raise self._unreadable(number, row, f"it has {len(raw)} of {size} bytes", Damaged)
         return raw
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, start)
 
 
 def find_files(spec: str, pattern: str, suffix: str) -> list[str]:
@@ -167,6 +161,8 @@ def find_files(spec: str, pattern: str, suffix: str) -> list[str]:
 
 # Indices -----------------------------------------------------------------------------------------
 
+Index = Mapping[str, np.ndarray]
+
 
 def cache_folder() -> pathlib.Path:
     """The folder of the indices, below MIRAI_CACHE."""
@@ -181,27 +177,54 @@ def index_file(path: str, suffix: str = ".npz") -> pathlib.Path:
     return cache_folder() / f"{digest}-{about.st_size:x}-{about.st_mtime_ns:x}{suffix}"
 
 
-def read_index(path: str) -> dict[str, np.ndarray] | None:
-    """The index of a file, as it was when the index was made; None if there is none."""
+def indices(
+    paths: Sequence[str],
+    make: Callable[[str], Index],
+    check: Callable[[Sequence[str]], None] = lambda missing: None,
+) -> list[Index]:
+    """The index of every file; those that are not kept are made, by one process of a host at a time.
+
+    `check` takes the files whose indices are missing before any is made.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    with futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(_kept, paths))
+        if all(found):
+            return found
+        with _locked_cache():
+            missing = [path for path in paths if not _kept(path)]
+            check(missing)
+            progress = Progress(len(missing), "files indexed")
+
+            def keep(path: str) -> None:
+                _keep(path, make(path))
+                progress.advance(1)
+
+            with contextlib.closing(progress):
+                list(pool.map(keep, missing))
+        return list(pool.map(_kept, paths))
+
+
+def _kept(path: str) -> Index | None:
     with contextlib.suppress(FileNotFoundError), np.load(index_file(path)) as found:
         return dict(found)
     return None
 
 
-def write_index(path: str, **arrays: np.ndarray) -> None:
+def _keep(path: str, index: Index) -> None:
     """Writes the index of a file and removes those of its older versions."""
     made = index_file(path)
     with files.atomic_write(made) as file:
-        np.savez(file, **arrays)
-    digest = made.name.partition("-")[0]
-    for other in made.parent.glob(f"{digest}-*"):
+        np.savez(file, **index)
+    for other in made.parent.glob(f"{made.name.partition('-')[0]}-*"):
         if other.name.partition(".")[0] != made.stem:
             other.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def making_indices() -> Iterator[None]:
-    """One process of a host at a time. Raises DataError where the cache cannot be written."""
+def _locked_cache() -> Iterator[None]:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import functools
 import json
 import mmap
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -21,10 +22,13 @@ import numpy as np
 from mirai_jax.data import packed
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
-from mirai_jax.utils.progress import Progress
 
 _IN_FILE, _COPIED = 0, 1  # where an image is found; -1: by its group of rows alone
 _BATCH = 64  # images decoded together while an index is made
+
+# Types of columns, as pyarrow writes them.
+_IMAGE = r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary\b.*>"
+_LABEL = r"u?int\d+|(large_)?string"
 
 _reading = threading.Lock()
 
@@ -40,40 +44,22 @@ class ParquetImages(packed.PackedImages):
     def __init__(self, spec: str, paths: Sequence[str]):
         with futures.ThreadPoolExecutor(16) as pool:
             groups, names = zip(*pool.map(_open, paths), strict=True)
-        super().__init__(spec, paths, [ends[-1] if len(ends) else 0 for ends in groups], names[0])
-        self._groups: tuple[np.ndarray, ...] = groups  # where each group of rows ends
+        super().__init__(spec, paths, [int(starts[-1]) for starts in groups], names[0])
+        self._groups: tuple[np.ndarray, ...] = groups  # where each group of rows starts
         # See `prepare`: the copies of each file, and int64 (rows, 3): place, start and size.
         self._index: list[tuple[str, np.ndarray]] = []
-        if not len(self):
-            raise DataError(f"images {spec!r} has no row")
 
     def prepare(self) -> "ParquetImages":
-        with futures.ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(packed.read_index, self._paths))
-            if any(index is None for index in found):
-                with packed.making_indices():
-                    found = self._make_indices(pool)
+        found = packed.indices(self._paths, _index, functools.partial(_check_room, self._spec))
         self._index = [
             (str(packed.index_file(path, ".bin")), index["ranges"])
             for path, index in zip(self._paths, found, strict=True)
         ]
         return self
 
-    def _make_indices(self, pool: futures.Executor) -> list[dict[str, np.ndarray]]:
-        missing = [path for path in self._paths if packed.read_index(path) is None]
-        _check_room(self._spec, sum(pool.map(_compressed, missing)))
-        progress = Progress(len(missing), "parquet files indexed")
-
-        def make(path: str) -> None:
-            packed.write_index(path, ranges=_index(path))
-            progress.advance(1)
-
-        with contextlib.closing(progress):
-            list(pool.map(make, missing))
-        return [packed.read_index(path) for path in self._paths]
-
-    def _stored_labels(self, number: int) -> np.ndarray:
-        return _labels(self._paths[number])
+    def _stored_labels(self) -> np.ndarray:
+        with futures.ThreadPoolExecutor(8) as pool:
+            return np.concatenate(list(pool.map(_labels, self._paths)))
 
     def _read(self, number: int, row: int) -> bytes:
         path, place = self._paths[number], -1
@@ -82,25 +68,22 @@ class ParquetImages(packed.PackedImages):
             place, start, size = map(int, ranges[row])
         if place >= 0:
             return self._bytes(path if place == _IN_FILE else copies, start, size, number, row)
-        group = int(np.searchsorted(self._groups[number], row, side="right"))
-        first = int(self._groups[number][group - 1]) if group else 0
+        group = int(np.searchsorted(self._groups[number], row, side="right")) - 1
         try:
             with _reading:  # threads that read in order want the same group
                 values = files.patiently(lambda: _group(path, group))
         except Exception as error:  # of pyarrow, on damaged bytes, or of the storage
             kind = Damaged if os.path.isfile(path) else Unreadable
-            raise kind(
-                f"{self._spec!r}: {self._key(number, row)!r} cannot be read, in row group {group} "
-                f"({first_line(error)})"
-            ) from error
-        value = values[row - first].as_py()
+            why = f"row group {group}: {first_line(error)}"
+            raise self._unreadable(number, row, why, kind) from error
+        value = values[row - int(self._groups[number][group])].as_py()
         if value is None:
-            raise Damaged(f"{self._spec!r}: {self._key(number, row)!r} has no image bytes")
+            raise self._unreadable(number, row, "it has no bytes", Damaged)
         return value
 
 
 def _open(path: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Where the groups of rows of a file end, and its class names, from its footer alone.
+    """Where the groups of rows of a file start, and its end; and its class names, from its footer alone.
 
     Raises:
         DataError: no whole parquet file, or no such columns.
@@ -114,32 +97,18 @@ def _open(path: str) -> tuple[np.ndarray, tuple[str, ...]]:
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is no whole parquet file ({first_line(error)})") from error
     for name, good, wanted in (
-        ("image", _is_image, "struct<bytes: binary, path: string> or binary"),
-        ("label", _is_label, "integers or text"),
+        ("image", _IMAGE, "{bytes, path} or bytes"),
+        ("label", _LABEL, "integers or text"),
     ):
         if name not in schema.names:
             raise DataError(f"{path} has no column {name}; it has {', '.join(schema.names)}")
-        if not good(schema.field(name).type):
-            raise DataError(f"{path} has {schema.field(name).type} as {name}; it must be {wanted}")
+        if not re.fullmatch(good, kind := str(schema.field(name).type)):
+            raise DataError(f"{path} has a column {name} of {kind}; it must be of {wanted}")
     rows = [about.row_group(k).num_rows for k in range(about.num_row_groups)]
     names: Any = ()
     with contextlib.suppress(KeyError, TypeError, ValueError):
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    return np.cumsum(rows, dtype=np.int64), tuple(map(str, names))
-
-
-def _is_image(kind: Any) -> bool:
-    from pyarrow import types
-
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _is_label(kind: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+    return np.cumsum([0, *rows]), tuple(map(str, names))
 
 
 @functools.lru_cache(maxsize=2)
@@ -194,26 +163,23 @@ def _chunks(about: Any) -> Iterator[tuple[int, int, bool, int]]:
         yield start, start + chunk.total_compressed_size, compressed, chunk.total_uncompressed_size
 
 
-def _compressed(path: str) -> int:
-    """How many bytes of a file must be copied."""
+def _check_room(spec: str, paths: Sequence[str]) -> None:
+    """Raises DataError if the copies of compressed images would exceed MIRAI_CACHE_GIB."""
     import pyarrow.parquet as pq
 
-    return sum(size for *_, compressed, size in _chunks(pq.read_metadata(path)) if compressed)
-
-
-def _check_room(spec: str, needed: int) -> None:
-    """Raises DataError if the copies of compressed images would exceed MIRAI_CACHE_GIB."""
-    given = os.environ.get("MIRAI_CACHE_GIB") or "64"
-    copies = sum(path.stat().st_size for path in packed.cache_folder().glob("*.bin"))
-    if needed + copies > float(given) * 2**30:
+    given, folder = os.environ.get("MIRAI_CACHE_GIB") or "64", packed.cache_folder()
+    chunks = (chunk for path in paths for chunk in _chunks(pq.read_metadata(path)))
+    needed = sum(size for *_, compressed, size in chunks if compressed)
+    needed += sum(path.stat().st_size for path in folder.glob("*.bin"))
+    if needed > float(given) * 2**30:
         raise DataError(
-            f"MIRAI_CACHE_GIB is {given}; it must be {(needed + copies) / 2**30:.1f} or more: the "
-            f"images of {spec!r} are compressed and are copied to {packed.cache_folder()}"
+            f"MIRAI_CACHE_GIB is {given}; it must be {needed / 2**30:.1f} or more: the images of "
+            f"{spec!r} are compressed and are copied to {folder}"
         )
 
 
-def _index(path: str) -> np.ndarray:
-    """int64 (rows, 3): the place, start and size of every image; writes the copies that it needs."""
+def _index(path: str) -> packed.Index:
+    """{'ranges': int64 (rows, 3), place, start and size of every image}; writes the copies it needs."""
     import pyarrow.parquet as pq
 
     ranges, copies = [], packed.index_file(path, ".bin")
@@ -228,10 +194,9 @@ def _index(path: str) -> np.ndarray:
                 if value is None:
                     ranges.append((-1, 0, 0))
                     continue
-                # Found bytes are the right ones, whatever the encoding of the chunk.
-                found = -1 if compressed else seen.find(value, at, end)
-                if found < 0 and not compressed:
-                    found = seen.find(value, start, end)  # of a dictionary
+                found = -1  # bytes that are found are the right ones, whatever the chunk's encoding
+                if not compressed and (found := seen.find(value, at, end)) < 0:
+                    found = seen.find(value, start, end)  # again, from its dictionary
                 if found < 0:
                     ranges.append((_COPIED, side.tell(), len(value)))
                     side.write(value)
@@ -240,7 +205,7 @@ def _index(path: str) -> np.ndarray:
                     at = found + len(value)
     if not copies.stat().st_size:
         copies.unlink()
-    return np.array(ranges, np.int64).reshape(-1, 3)
+    return {"ranges": np.array(ranges, np.int64).reshape(-1, 3)}
 
 
 def _values(file: Any, group: int) -> Iterator[bytes | None]:

@@ -6,14 +6,12 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent import futures
 from typing import BinaryIO
 
 import numpy as np
 
 from mirai_jax.data import packed
 from mirai_jax.utils.errors import DataError, first_line
-from mirai_jax.utils.progress import Progress
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _LARGEST_LABEL = 2**20  # bytes of a .cls or .json file
@@ -29,51 +27,25 @@ class TarImages(packed.PackedImages):
     kind = "wds"
 
     def __init__(self, spec: str, paths: Sequence[str]):
-        indices = _indices(paths)
-        super().__init__(spec, paths, [len(index["labels"]) for index in indices])
+        indices = packed.indices(paths, _index)
         self._ranges = [index["ranges"] for index in indices]
-        texts = [index["labels"] for index in indices]
-        if all(re.fullmatch(r"-?\d{1,18}|", text) for text in np.unique(np.concatenate(texts))):
-            texts = [np.where(text == "", "-1", text).astype(np.int64) for text in texts]
-        self._texts = texts
-        self.skipped = tuple(
-            f"{name}:{left}"
-            for name, index in zip(self._names, indices, strict=True)
-            for left in index["skipped"]
-        )
-        if not len(self):
-            raise DataError(f"images {spec!r}: no sample has a .{' or .'.join(SUFFIXES)}")
+        self._texts = np.concatenate([index["labels"] for index in indices])
+        super().__init__(spec, paths, list(map(len, self._ranges)))
+        found = zip(self._names, indices, strict=True)
+        self.skipped = tuple(f"{name}:{left}" for name, index in found for left in index["skipped"])
 
-    def _stored_labels(self, number: int) -> np.ndarray:
-        return self._texts[number]
+    def _stored_labels(self) -> np.ndarray:
+        if all(re.fullmatch(r"-?\d{1,18}|", text) for text in np.unique(self._texts)):
+            return np.where(self._texts == "", "-1", self._texts).astype(np.int64)
+        return self._texts
 
     def _read(self, number: int, row: int) -> bytes:
         start, size = map(int, self._ranges[number][row])
         return self._bytes(self._paths[number], start, size, number, row)
 
 
-def _indices(paths: Sequence[str]) -> list[dict[str, np.ndarray]]:
-    """{'ranges': int64 (N, 2) of start and size, 'labels': text (N,), 'skipped': text} of every tar."""
-    with futures.ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(packed.read_index, paths))
-        if all(index is not None for index in found):
-            return found
-        with packed.making_indices():
-            progress = Progress(len(paths), "tars indexed")
-
-            def make(path: str) -> dict[str, np.ndarray]:
-                index = packed.read_index(path)
-                if index is None:
-                    index = _index(path)
-                    packed.write_index(path, **index)
-                progress.advance(1)
-                return index
-
-            with contextlib.closing(progress):
-                return list(pool.map(make, paths))
-
-
-def _index(path: str) -> dict[str, np.ndarray]:
+def _index(path: str) -> packed.Index:
+    """{'ranges': int64 (N, 2) of start and size, 'labels': text (N,), 'skipped': text} of a tar."""
     ranges, labels, skipped = [], [], []
     for name, image, label in _samples(path):
         if image is None:

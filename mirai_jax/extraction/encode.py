@@ -4,7 +4,6 @@ Codes made elsewhere are read by the same threads.
 """
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from mirai_jax.data.crops import load_all_crops, sides
+from mirai_jax.extraction.codes import read_codes
 from mirai_jax.extraction.job import ExtractionJob
 from mirai_jax.models import batched
 from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
@@ -100,8 +100,7 @@ def _load(job: ExtractionJob, index: int) -> LoadedImage:
     try:
         raw, label, key = job.images.example(index)
     except Unreadable as error:
-        lost = not isinstance(error, Damaged)
-        return LoadedImage(f"image {index}", 0, None, (), first_line(error), unread=lost)
+        return LoadedImage(f"image {index}", 0, None, (), first_line(error), unread=_lost(error))
     try:
         crops, notes = load_all_crops(raw, job.manifest.crops)
         return LoadedImage(key, label, crops, notes, "")
@@ -110,15 +109,14 @@ def _load(job: ExtractionJob, index: int) -> LoadedImage:
 
 
 def _given(job: ExtractionJob, index: int) -> LoadedImage:
-    shape = job.codes.crops, math.prod(job.manifest.grid)
+    made = job.manifest
     try:
-        codes, label, key = job.codes.read(index)
-        good = codes.shape == shape and 0 <= codes.min() <= codes.max() < job.manifest.vocab_size
-        if not good or not 0 <= label < 2**31:
-            raise DataError(
-                f"record {key!r} has codes {codes.shape} and label {label}, out of range"
-            )
-        return LoadedImage(key, label, codes.astype(np.uint16), (), "")
+        codes, label, key = read_codes(job.codes, index, made.grid, made.vocab_size)
+        return LoadedImage(key, label, codes, (), "")
     except DataError as error:
-        lost = isinstance(error, Unreadable) and not isinstance(error, Damaged)
-        return LoadedImage(f"record {index}", 0, None, (), first_line(error), unread=lost)
+        return LoadedImage(f"record {index}", 0, None, (), first_line(error), unread=_lost(error))
+
+
+def _lost(error: DataError) -> bool:
+    """Whether the storage is, perhaps."""
+    return isinstance(error, Unreadable) and not isinstance(error, Damaged)

@@ -2,18 +2,19 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from typing import Any
+
+import numpy as np
 
 from mirai_jax.data import folders, manifest
 from mirai_jax.data.crops import CropSpec, sides
 from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.manifest import Manifest
 from mirai_jax.extraction import codes as given_codes
-from mirai_jax.extraction.codes import GivenCodes
+from mirai_jax.extraction.codes import GivenCodes, read_codes
 from mirai_jax.models import vq
-from mirai_jax.utils.errors import ConfigError, Damaged, DataError
+from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import pretrained
 
 PARTS = "parts"  # folder with a JSON file for each finished shard, until all shards are finished
@@ -33,7 +34,7 @@ class ExtractionJob:
 
     @property
     def count(self) -> int:
-        return len(self.images if self.codes is None else self.codes)
+        return len(self.images) if self.codes is None else self.codes.count
 
     @property
     def num_shards(self) -> int:
@@ -96,7 +97,7 @@ def prepare(
         _check_codes(codes, given, grid, vocab_size)
     keys, class_names = ("", ()) if source is None else (source.listing(), source.class_names)
     planned = Manifest(
-        images=(source or given).describe() | ({"keys": keys} if keys else {}),
+        images=(given if source is None else source).describe() | ({"keys": keys} if keys else {}),
         crops=crops,
         tokenizer=about,
         grid=grid,
@@ -140,19 +141,17 @@ def _load_tokenizer(
 
 
 def _check_codes(path: str, given: GivenCodes, grid: tuple[int, int], vocab_size: int) -> None:
-    """Raises DataError unless the first record that is whole has these crops, this grid and these codes."""
-    wanted = given.crops, math.prod(grid)
-    for index in range(len(given)):
+    """Raises DataError if most of some records have other crops, codes or images, or cannot be read."""
+    if not given.count:
+        raise DataError(f"--codes is {path!r}, which holds no record")
+    some, wrong = np.unique(np.linspace(0, given.count - 1, 16).astype(int)), []
+    for index in map(int, some):
         try:
-            codes = given.read(index)[0]
-        except Damaged:
-            continue
-        if codes.shape != wanted or codes.max() >= vocab_size:
-            raise DataError(
-                f"--codes is {path!r}, with codes {codes.shape} up to {codes.max(initial=0)}; they must be "
-                f"{wanted}, as --ten_crop, --image_size and --tokenizer say, and less than {vocab_size}"
-            )
-        return
+            read_codes(given, index, grid, vocab_size)
+        except DataError as error:
+            wrong.append(error)
+    if 2 * len(wrong) > len(some):
+        raise DataError(f"--codes is {path!r}: {first_line(wrong[0])}") from wrong[0]
 
 
 def _found_or_written(folder: pathlib.Path, planned: Manifest) -> Manifest:
