@@ -26,8 +26,8 @@ NAMED = {"vq16": (16384, 16), "vq8": (16384, 8), "maskgit": (1024, 16)}
 class GivenCodes:
     """Records of codes made elsewhere.
 
-    `read` gives codes, integers (crops, L), label and key of a record by its number; it raises
-    Unreadable (Damaged if the file is there), and DataError if the record is of another image.
+    `read` takes a number and gives the record's codes, integers (crops, L), its label and its key. It
+    raises Unreadable, Damaged where the storage works, and DataError where image and label differ.
     """
 
     kind: str
@@ -78,7 +78,7 @@ def read_codes(
 
 
 def _open_llamagen(path: str, images: ImageSource | None, ten: bool) -> GivenCodes:
-    """NAME_codes/N.npy of shape (1, C, L) and NAME_labels/N.npy are of image N in the order of its folder.
+    """NAME_codes/N.npy, of shape (1, C, L), and NAME_labels/N.npy belong to the N-th image of a folder.
 
     What goes beyond `images` is left out: several processes repeat the first images at the end.
     """
