@@ -99,8 +99,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.path = ""  # folder of shards of codes (python -m mirai_jax.extract), or of IDX files;
     #                 'tfds' lets tfds fetch fashion_mnist
     data.images = ""  # where the images themselves are, for a teacher that takes them and for
-    #                   codes made online: a folder with a folder a class, tfds:NAME[:SPLIT], or
-    #                   grain:MODULE:SOURCE (see mirai_jax/data/images.py)
+    #                   codes made online: a folder with a folder a class, parquet:GLOB, wds:GLOB,
+    #                   hf:OWNER/NAME[@REVISION][:SPLIT], tfds:NAME[:SPLIT], or grain:MODULE:SOURCE
+    #                   (docs/your_images.md)
     data.codes = "stored"  # stored, or online: the tokenizer runs in the step, on the crop itself
     data.crops = "stored"  # one of ten fixed crops; centre: of two, the middle and its mirror
     #                        image; random: the short side becomes image_size, then any crop along

@@ -10,6 +10,12 @@ reconstructions.png (images above what their stored codes decode to: look at it)
 Shard k holds the k-th `images_per_shard` images of the source, in its order. A shard appears under
 its name when it is whole and has been read back. After any stop, the same command resumes, and it
 ends with the same bytes. With several hosts, give each `--process_index` of `--process_count`.
+
+Codes that others have made are packed the same way. With the images that they were made of, in the
+order of their folder, the records get the keys by which a teacher finds them:
+
+    python -m mirai_jax.extract --codes=imagenet_code_c2i_flip_ten_crop --images=imagenet/train \\
+        --tokenizer=vq_ds16_c2i.pt --out=codes/imagenet
 """
 
 import functools
@@ -24,10 +30,16 @@ from mirai_jax.utils import cli
 from mirai_jax.utils.errors import ConfigError
 
 _IMAGES = flags.DEFINE_string(
-    "images", None, "Folder with a folder a class, tfds:NAME[:SPLIT], grain:MODULE:SOURCE, ..."
+    "images", None, "Folder with a folder a class, parquet:GLOB, wds:GLOB, hf:OWNER/NAME, ..."
+)
+_CODES = flags.DEFINE_string(
+    "codes", "", "Codes to pack instead: LlamaGen's folder of .npy, or RAR's .jsonl."
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Weights of the VQ tokenizer: LlamaGen's .pt or a converted folder."
+    "tokenizer",
+    None,
+    "Weights of the VQ tokenizer: LlamaGen's .pt or a converted folder; or, with --codes, vq16, vq8 or "
+    "maskgit.",
 )
 _OUT = flags.DEFINE_string("out", None, "Folder of the shards.")
 _SIZE = flags.DEFINE_string("image_size", "256", "Pixels a side of a crop, or HEIGHTxWIDTH.")
@@ -52,7 +64,7 @@ _COUNT = flags.DEFINE_integer("process_count", None, "How many hosts share the w
 def main(argv: list[str]) -> None:
     with cli.program(OSError, argv=argv, interrupted="interrupted; the same command resumes"):
         for flag in (_IMAGES, _TOKENIZER, _OUT):
-            if not flag.value:
+            if not flag.value and not (flag is _IMAGES and _CODES.value):
                 raise ConfigError(f"--{flag.name} is missing; --help explains it")
         index, count = cli.share(_INDEX.value, _COUNT.value)
         if not re.fullmatch(r"\d{1,4}(x\d{1,4})?", _SIZE.value):
@@ -61,10 +73,11 @@ def main(argv: list[str]) -> None:
             )
         sides = [int(side) for side in _SIZE.value.split("x")]
         prepared = job.prepare(
-            _IMAGES.value,
+            _IMAGES.value or "",
             _TOKENIZER.value,
             _OUT.value,
             CropSpec((sides[0], sides[-1]), _RANGE.value, _TEN.value, _EXIF.value),
+            codes=_CODES.value,
             images_per_shard=_PER_SHARD.value,
             batch_size=_BATCH.value,
             precision=_PRECISION.value,

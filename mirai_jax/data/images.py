@@ -1,4 +1,5 @@
-"""Where images come from: folders, tensorflow_datasets, Python objects and the small built-in sets.
+"""Where images come from: folders, parquet files, tars, the Hugging Face Hub, tensorflow_datasets,
+Python objects and the small built-in sets.
 
 Extraction reads a source by number; each image has a key that is stored with its codes. Training
 finds an image by that key, without listing or loading anything else. Every source pickles: worker
@@ -6,6 +7,7 @@ processes open it again.
 """
 
 import abc
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -14,78 +16,26 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from mirai_jax.data import folders, small_sets
-from mirai_jax.utils import files, paths
+from mirai_jax.data import folders, packed, parquet, small_sets, tars
+from mirai_jax.data.image_source import ImageSource, hashes_of
+from mirai_jax.utils import files, hub, paths
 from mirai_jax.utils.errors import DataError, Unreadable, first_line
 
 FORMS = (
-    "FOLDER (with a folder of images for each class), tfds:NAME[:SPLIT], "
-    "grain:package.module:attribute, mnist and fashion_mnist[:FOLDER]"
+    "FOLDER (with a folder of images for each class), parquet:GLOB, wds:GLOB, "
+    "hf:OWNER/NAME[@REVISION][:SPLIT], tfds:NAME[:SPLIT], grain:package.module:attribute, mnist and "
+    "fashion_mnist[:FOLDER]"
 )
+_PACKED = re.compile(r"(?P<kind>parquet|wds):(?P<pattern>.+)", re.DOTALL)
 # A version is part of the name: imagenet2012:5.1.0, or 5.*.*
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+(:(\d+|\*)(\.(\d+|\*)){2})?)(:(?P<split>.+))?")
 _GRAIN = re.compile(r"grain:(?P<module>[\w.]+):(?P<attribute>\w+)")
 _BUILT_IN = re.compile(r"mnist|fashion_mnist(:.+)?", re.DOTALL)
 _NUMBERED = re.compile(r"([0-9]{1,18})(:.*)?", re.DOTALL)
-
-
-class ImageSource(abc.ABC):
-    """Labelled images, by number and by key.
-
-    An image is its encoded bytes, or pixels: uint8 (H, W), (H, W, 1) or (H, W, 3).
-    """
-
-    class_names: tuple[str, ...]  # () if the source does not name them
-    skipped: tuple[str, ...] = ()  # keys of files that are left out, since they are no images
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """How many images there are."""
-
-    @abc.abstractmethod
-    def about(self, index: int) -> tuple[int, str]:
-        """Label (0 or more) and key of image `index`; the key stays the same."""
-
-    @abc.abstractmethod
-    def example(self, index: int) -> tuple[bytes | np.ndarray, int, str]:
-        """Image, label and key of image `index`, fetched once."""
-
-    @abc.abstractmethod
-    def find(self, key: str) -> bytes | np.ndarray:
-        """The image with this key; the others are not listed. Raises DataError without one."""
-
-    @abc.abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Kind, name, split and number, ready for JSON, without any path."""
-
-    def listing(self) -> str:
-        """A checksum of the keys and labels in their order; '' where their number says enough."""
-        return ""
-
-    def labels(self) -> np.ndarray | None:
-        """int32 (N,), where no image need be read for them."""
-        return None
-
-    def hashes(self) -> np.ndarray:
-        """uint64 (N,): a hash of each image's key, or of its number where it has no other name.
-
-        Other images do not move an image's hash: those below a bound make a split that stays.
-        """
-        return _hashes(map(str, range(len(self))))
-
-    def _check(self, index: int) -> None:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-
-
-def _hashes(names: Iterable[str]) -> np.ndarray:
-    heads = [hashlib.sha256(name.encode()).digest()[:8] for name in names]
-    return np.frombuffer(b"".join(heads), ">u8").astype(np.uint64)
 
 
 def open_images(spec: str) -> ImageSource:
@@ -94,6 +44,9 @@ def open_images(spec: str) -> ImageSource:
     Args:
         spec: one of
             FOLDER: a folder with a folder of images for each class, as torchvision's ImageFolder;
+            parquet:GLOB, wds:GLOB: parquet files as the Hugging Face Hub has them, and WebDataset's
+                tars; see `parquet.ParquetImages` and `tars.TarImages`. GLOB may be their folder;
+            hf:OWNER/NAME[@REVISION][:SPLIT]: such files of a data set of the Hub;
             tfds:NAME[:SPLIT]: a data set that tensorflow_datasets has prepared as ArrayRecord,
                 split 'train' unless given; nothing is ever downloaded;
             grain:package.module:attribute: random access (len and []) to items {'image': encoded
@@ -101,6 +54,12 @@ def open_images(spec: str) -> ImageSource:
                 returns it; it may have class_names;
             mnist, fashion_mnist[:FOLDER]: the training images of `small_sets.load_images`.
     """
+    if found := _PACKED.fullmatch(spec):
+        suffix, made = _KINDS[found["kind"]]
+        return made(spec, packed.find_files(spec, found["pattern"], suffix))
+    if spec.startswith("hf:"):
+        paths = hub.data_files(spec, _packed_files)
+        return _KINDS["parquet" if paths[0].endswith(".parquet") else "wds"][1](spec, paths)
     if found := _TFDS.fullmatch(spec):
         return _Tfds(spec, found["name"], found["split"] or "train")
     if found := _GRAIN.fullmatch(spec):
@@ -112,6 +71,17 @@ def open_images(spec: str) -> ImageSource:
     if spec and os.path.isdir(folder):
         return _Folder(spec, folder)
     raise DataError(f"images {spec!r} is none of these: {FORMS}")
+
+
+_KINDS = {"parquet": (".parquet", parquet.ParquetImages), "wds": (".tar", tars.TarImages)}
+
+
+def _packed_files(folder: str) -> list[str]:
+    """The parquet files in a folder, or else its tars."""
+    for suffix, _ in _KINDS.values():
+        with contextlib.suppress(DataError):
+            return packed.find_files(folder, folder, suffix)
+    return []
 
 
 # A folder ----------------------------------------------------------------------------------------
@@ -154,7 +124,7 @@ class _Folder(ImageSource):
         return self._listing[1]
 
     def hashes(self) -> np.ndarray:
-        return _hashes(self._listing[0])
+        return hashes_of(self._listing[0])
 
     def describe(self) -> dict[str, Any]:
         name = os.path.basename(self._root)

@@ -1,22 +1,27 @@
-"""Images -> codes over the devices of this process: threads decode, the devices encode."""
+"""Images -> codes over the devices of this process: threads decode, the devices encode.
+
+Codes made elsewhere are read by the same threads.
+"""
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 
 import jax
 import numpy as np
 
 from mirai_jax.data.crops import load_all_crops, sides
+from mirai_jax.extraction.codes import read_codes
 from mirai_jax.extraction.job import ExtractionJob
 from mirai_jax.models import batched
-from mirai_jax.utils.errors import DataError, Unreadable, first_line
+from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
 
 
 @dataclasses.dataclass
 class LoadedImage:
-    """One image: its crops with the notes of `crops.decode`, or the problem that left none."""
+    """One image: its crops (of `job.codes`: their codes) with the notes of `crops.decode`, or the problem
+    that left none."""
 
     key: str
     label: int
@@ -28,12 +33,16 @@ class LoadedImage:
 
 def encoded_batches(
     job: ExtractionJob, shards: list[int]
-) -> Iterator[tuple[int, list[LoadedImage], np.ndarray]]:
+) -> Iterator[tuple[int, list[LoadedImage], Sequence[np.ndarray]]]:
     """(shard, images, codes (B, C, L) uint16), in order; the next batch is always queued.
 
     Batches never cross a shard, so a shard's bytes depend on nothing outside it. An image that cannot
     be read or decoded has a `problem`; a whole batch that cannot be read raises DataError.
     """
+    if job.codes is not None:
+        for k, batch in _batches(job, shards):
+            yield k, batch, [image.crops for image in batch]
+        return
     devices, spec, size = batched.LocalDevices(), job.manifest.crops, job.manifest.batch_size
     params, rows = devices.copy(job.params), size * spec.count
     filled = -(-rows // devices.count) * devices.count
@@ -86,12 +95,28 @@ def _loaded(job: ExtractionJob, indices: Iterator[int]) -> Iterator[LoadedImage]
 
 
 def _load(job: ExtractionJob, index: int) -> LoadedImage:
+    if job.codes is not None:
+        return _given(job, index)
     try:
         raw, label, key = job.images.example(index)
     except Unreadable as error:
-        return LoadedImage(f"image {index}", 0, None, (), first_line(error), unread=True)
+        return LoadedImage(f"image {index}", 0, None, (), first_line(error), unread=_lost(error))
     try:
         crops, notes = load_all_crops(raw, job.manifest.crops)
         return LoadedImage(key, label, crops, notes, "")
     except DataError as error:
         return LoadedImage(key, label, None, (), first_line(error))
+
+
+def _given(job: ExtractionJob, index: int) -> LoadedImage:
+    made = job.manifest
+    try:
+        codes, label, key = read_codes(job.codes, index, made.grid, made.vocab_size)
+        return LoadedImage(key, label, codes, (), "")
+    except DataError as error:
+        return LoadedImage(f"record {index}", 0, None, (), first_line(error), unread=_lost(error))
+
+
+def _lost(error: DataError) -> bool:
+    """Whether the storage is, perhaps."""
+    return isinstance(error, Unreadable) and not isinstance(error, Damaged)

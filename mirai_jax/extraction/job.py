@@ -5,12 +5,16 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from mirai_jax.data import folders, manifest
 from mirai_jax.data.crops import CropSpec, sides
 from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.manifest import Manifest
+from mirai_jax.extraction import codes as given_codes
+from mirai_jax.extraction.codes import GivenCodes, read_codes
 from mirai_jax.models import vq
-from mirai_jax.utils.errors import ConfigError, DataError
+from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import pretrained
 
 PARTS = "parts"  # folder with a JSON file for each finished shard, until all shards are finished
@@ -20,16 +24,21 @@ PARTS = "parts"  # folder with a JSON file for each finished shard, until all sh
 class ExtractionJob:
     """An extraction, the same for all hosts that share it."""
 
-    images: ImageSource
-    module: vq.VQModel  # the tokenizer
+    images: ImageSource | None  # None: of `codes`, they are not known
+    codes: GivenCodes | None  # made elsewhere; None: they are made here
+    module: vq.VQModel | None  # the tokenizer; None: of `codes`, it has a name alone
     params: Any  # its parameters, float32
     manifest: Manifest  # complete once all shards are finished
     out: pathlib.Path  # folder of the shards
     num_workers: int  # decoding threads
 
     @property
+    def count(self) -> int:
+        return len(self.images) if self.codes is None else self.codes.count
+
+    @property
     def num_shards(self) -> int:
-        return -(-len(self.images) // self.manifest.images_per_shard)
+        return -(-self.count // self.manifest.images_per_shard)
 
     def shard_name(self, k: int) -> str:
         return f"codes-{k:05d}-of-{self.num_shards:05d}.array_record"
@@ -37,7 +46,7 @@ class ExtractionJob:
     def indices(self, k: int) -> range:
         """The numbers of the images of shard k."""
         size = self.manifest.images_per_shard
-        return range(k * size, min((k + 1) * size, len(self.images)))
+        return range(k * size, min((k + 1) * size, self.count))
 
     def part_file(self, k: int) -> pathlib.Path:
         return self.out / PARTS / f"{k:05d}.json"
@@ -58,6 +67,7 @@ def prepare(
     out: str,
     crops: CropSpec,
     *,
+    codes: str = "",
     images_per_shard: int = 4096,
     batch_size: int = 4,
     precision: str = "float32",
@@ -65,42 +75,39 @@ def prepare(
 ) -> ExtractionJob:
     """Opens the source and the tokenizer; writes the manifest of `out`, or checks the one there.
 
+    Args:
+        codes: where codes made elsewhere are; then `tokenizer_path` may be one of `codes.NAMED`, and
+            `images` may be ''. See `codes.open_codes`.
+
     Raises:
         ConfigError, DataError: a wrong field or input; nothing was written.
     """
-    loaded = pretrained.load("--tokenizer", tokenizer_path, "tokenizer")
-    module = vq.VQModel(loaded.config, precision=precision)
-    params = pretrained.float32(loaded.params)
-    try:
-        grid = module.grid(sides(crops.image_size))
-    except ValueError as error:
-        raise ConfigError(f"--image_size is {crops.image_size}: {error}") from error
-    module = module.clone(decoded=grid)
-    if module.vocab_size > 2**16 or loaded.config.channels != 3:
-        raise ConfigError(
-            f"--tokenizer has {module.vocab_size} codes of {loaded.config.channels} channels; it "
-            "must have at most 65536, of 3"
-        )
-    source = open_images(images)
-    if not len(source):
+    module = params = None
+    if codes and tokenizer_path in given_codes.NAMED:
+        about, (vocab_size, pixels) = {"file": tokenizer_path}, given_codes.NAMED[tokenizer_path]
+        grid = tuple(side // pixels for side in sides(crops.image_size))
+    else:
+        module, params, about = _load_tokenizer(tokenizer_path, crops, precision)
+        grid, vocab_size = module.decoded, module.vocab_size
+    source = open_images(images) if images else None
+    if source is not None and not len(source):
         raise DataError(f"--images is {images!r}, which holds no image")
-    keys = source.listing()
+    given = given_codes.open_codes(codes, source, crops.ten) if codes else None
+    if given is not None:
+        _check_codes(codes, given, grid, vocab_size)
+    keys, class_names = ("", ()) if source is None else (source.listing(), source.class_names)
     planned = Manifest(
-        images=source.describe() | ({"keys": keys} if keys else {}),
+        images=(given if source is None else source).describe() | ({"keys": keys} if keys else {}),
         crops=crops,
-        tokenizer={
-            "checksum": pretrained.checksum(params),
-            "file": loaded.source["file"],
-            **dataclasses.asdict(loaded.config),
-        },
+        tokenizer=about,
         grid=grid,
-        vocab_size=module.vocab_size,
-        class_names=tuple(source.class_names),
+        vocab_size=vocab_size,
+        class_names=tuple(class_names),
         images_per_shard=images_per_shard,
         batch_size=batch_size,
         precision=precision,
     )
-    if line := folders.surprise(source.class_names):
+    if line := folders.surprise(class_names):
         print(line, flush=True)
     folder = pathlib.Path(out).expanduser()
     if keys and folder.resolve().is_relative_to(pathlib.Path(images).expanduser().resolve()):
@@ -110,7 +117,41 @@ def prepare(
     found = _found_or_written(folder, planned)
     if not found.complete:
         (folder / PARTS).mkdir(exist_ok=True)
-    return ExtractionJob(source, module, params, found, folder, num_workers)
+    return ExtractionJob(source, given, module, params, found, folder, num_workers)
+
+
+def _load_tokenizer(
+    path: str, crops: CropSpec, precision: str
+) -> tuple[vq.VQModel, Any, dict[str, Any]]:
+    """The tokenizer for crops of a size, its parameters, and what the manifest says of it."""
+    loaded = pretrained.load("--tokenizer", path, "tokenizer")
+    module = vq.VQModel(loaded.config, precision=precision)
+    params = pretrained.float32(loaded.params)
+    try:
+        module = module.clone(decoded=module.grid(sides(crops.image_size)))
+    except ValueError as error:
+        raise ConfigError(f"--image_size is {crops.image_size}: {error}") from error
+    if module.vocab_size > 2**16 or loaded.config.channels != 3:
+        raise ConfigError(
+            f"--tokenizer has {module.vocab_size} codes of {loaded.config.channels} channels; it "
+            "must have at most 65536, of 3"
+        )
+    about = {"checksum": pretrained.checksum(params), "file": loaded.source["file"]}
+    return module, params, about | dataclasses.asdict(loaded.config)
+
+
+def _check_codes(path: str, given: GivenCodes, grid: tuple[int, int], vocab_size: int) -> None:
+    """Raises DataError if most of some records have other crops, codes or images, or cannot be read."""
+    if not given.count:
+        raise DataError(f"--codes is {path!r}, which holds no record")
+    some, wrong = np.unique(np.linspace(0, given.count - 1, 16).astype(int)), []
+    for index in map(int, some):
+        try:
+            read_codes(given, index, grid, vocab_size)
+        except DataError as error:
+            wrong.append(error)
+    if 2 * len(wrong) > len(some):
+        raise DataError(f"--codes is {path!r}: {first_line(wrong[0])}") from wrong[0]
 
 
 def _found_or_written(folder: pathlib.Path, planned: Manifest) -> Manifest:

@@ -27,7 +27,8 @@ def run(
 
     Args:
         process_index, process_count: this host takes every process_count-th shard.
-        reconstructions: how many images reconstructions.png shows; 0: it is not drawn.
+        reconstructions: how many images reconstructions.png shows; 0: it is not drawn. It needs the
+            images and the tokenizer's weights.
 
     Returns:
         The final manifest, or None while other hosts have shards to write.
@@ -39,6 +40,7 @@ def run(
     if job.manifest.complete:
         _check_whole(job)
         return job.manifest
+    reconstructions *= job.images is not None and job.module is not None
     mine = list(range(process_index, job.num_shards, process_count))
     total = sum(len(job.indices(k)) for k in mine)
     before = sum(len(job.indices(k)) for k in mine if job.part(k) is not None)
@@ -98,7 +100,11 @@ def finish(job: ExtractionJob) -> Manifest | None:
     for part in parts:
         for note, keys in part["notes"].items():
             notes.setdefault(note, []).extend(keys)
-    report = {"failed": failed, "skipped": list(job.images.skipped), "notes": notes}
+    report = {
+        "failed": failed,
+        "skipped": list((job.images if job.codes is None else job.codes).skipped),
+        "notes": notes,
+    }
     files.write_text(job.out / _REPORT, _json(report))
     final = dataclasses.replace(
         job.manifest,

@@ -122,7 +122,7 @@ def load(
             0, len(rest.images), min(held_out, len(rest.images)), endpoint=False
         ).astype(int)
         return Images(batches, rest.images[chosen], len(train.images), identity)
-    source = open_images(spec)
+    source = open_images(spec).prepare()
     about = source.describe()
     if held_out >= len(source):
         raise DataError(

@@ -146,7 +146,11 @@ def read(config: Mapping[str, Any], num_devices: int) -> TokenizerRunSettings:
         check("discriminator.num_layers", good, allowed)
     good = given.train == "all" or given.init_from
     check("train", good, "all without init_from: codes and decoder are both fresh")
-    check("data.images", given.data.images or small, "a folder of images, or tfds:NAME[:SPLIT]")
+    check(
+        "data.images",
+        given.data.images or small,
+        "a source of images (docs/your_images.md lists them)",
+    )
     whole = given.train == "all"
     recipe = fill(
         Recipe,

@@ -267,7 +267,8 @@ def _on_disk(
     settings: Settings, tokenizer: nn.Module | None, tokenizer_params: Any, log: Log
 ) -> tuple[Any, pipeline.CropLoader | None, tuple[str, ...]]:
     """The source of a large image set, what loads its crops if the step sees them, its classes."""
-    images = open_images(settings.data.images) if settings.step_sees_images else None
+    seen = settings.step_sees_images
+    images = open_images(settings.data.images).prepare() if seen else None
     if settings.data.online:
         spec, share = crop_spec(settings), _share(settings, images)
         source = pipeline.OnlineImages(images, spec, settings.generator.num_classes, share)
@@ -307,14 +308,15 @@ def _check_manifest(settings: Settings, manifest: Any, tokenizer_params: Any) ->
         raise ConfigError(
             f"tokenizer.image_size is {wanted}; it must be {stored}, the crops of {settings.data.path}"
         )
-    if tokenizer_params is not None:
-        theirs = manifest.tokenizer.get("checksum")
-        if pretrained.checksum(tokenizer_params) != theirs:
-            raise ConfigError(
-                f"tokenizer.path is {settings.tokenizer.path!r}, not the tokenizer that made the "
-                f"codes of {settings.data.path} ({manifest.tokenizer.get('file')}, checksum "
-                f"{str(theirs)[:12]})"
-            )
+    theirs = manifest.tokenizer.get("checksum")
+    if tokenizer_params is None or theirs is None:  # codes made elsewhere may have a name alone
+        return
+    if pretrained.checksum(tokenizer_params) != theirs:
+        raise ConfigError(
+            f"tokenizer.path is {settings.tokenizer.path!r}, not the tokenizer that made the "
+            f"codes of {settings.data.path} ({manifest.tokenizer.get('file')}, checksum "
+            f"{str(theirs)[:12]})"
+        )
 
 
 def _check_crops(

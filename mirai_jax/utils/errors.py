@@ -17,6 +17,10 @@ class Unreadable(DataError):
     """A record or an image that cannot be read or decoded: others can stand in for it."""
 
 
+class Damaged(Unreadable):
+    """An image whose storage is there, but whose bytes are not."""
+
+
 class TrainingError(RuntimeError):
     """A run cannot continue: one line with the step and what to do."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mirai_jax.models import generator, vit_sizes, vq
+from mirai_jax.utils import hub
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import safetensors, torch_names, torch_reader, usual_names
 
@@ -59,6 +60,7 @@ def read_state(
     """Reads the state dict of a .pt, .pth or .safetensors file; nothing in it is executed.
 
     Args:
+        path: or hf:OWNER/NAME[@REVISION]/FILE.
         entry: the key of a training checkpoint to take; '' takes the file itself if it is a state
             dict, else the first of WRAPPERS that is there.
 
@@ -69,7 +71,7 @@ def read_state(
     Raises:
         ConfigError: no such file, damaged, or something else.
     """
-    arguments = None
+    arguments, path = None, hub.local_file(path)
     try:
         if pathlib.Path(path).suffix == ".safetensors":
             tree, metadata = safetensors.read(path)
