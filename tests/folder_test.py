@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import helpers
 import jax
@@ -299,6 +300,18 @@ def test_wide_samples_evaluation_and_assessment(finished, pictures, tmp_path):
     helpers.output("mirai_jax.assess", f"--workdir={folder}", "--samples=8", "--pixels=32")
     entry = json.loads((folder / "assessment.jsonl").read_text())
     assert np.isfinite(entry["cross_entropy"]) and entry["step"] == 4
+
+
+@pytest.mark.slow
+def test_a_folder_of_one_class(pictures, tmp_path):
+    folder = tmp_path / "one"
+    shutil.copytree(next(path for path in sorted(pictures.iterdir())), folder / "only")
+    config = config_of(folder, judged_samples=4, data__min_images=1, sample__per_class=2)
+    assert np.isfinite(run(config, tmp_path / "run")).all()
+    assert json.loads((tmp_path / "run" / "agreement.json").read_text())["samples"] == 1
+    helpers.output(
+        "mirai_jax.assess", f"--workdir={tmp_path / 'run'}", "--samples=8", "--pixels=32"
+    )
 
 
 @pytest.mark.slow
