@@ -241,12 +241,13 @@ class Settings(_TopFields):
         return (self.needs_images and not self.teacher.cached) or self.data.online
 
 
-def read(config: Mapping[str, Any], num_devices: int) -> Settings:
+def read(config: Mapping[str, Any], num_devices: int, slices: int = 1) -> Settings:
     """Checks every field of a config and returns it typed.
 
     Args:
         config: a ConfigDict, or the dictionary of a workdir's config.json.
         num_devices: over all processes.
+        slices: `sharding.num_slices` of them.
 
     Raises:
         ConfigError: the first wrong field, in one line.
@@ -256,7 +257,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     generator = _generator(given.model, check)
     terms = read_terms(given, generator, check)
     try:
-        mesh = sharding.mesh_shape(**vars(given.mesh), num_devices=num_devices)
+        mesh = sharding.mesh_shape(**vars(given.mesh), num_devices=num_devices, slices=slices)
         sample = fill(SampleOptions, given.sample)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -52,7 +52,7 @@ def train(
         log = functools.partial(print, flush=True)
     devices = jax.devices() if devices is None else devices
     config = resolve(config, log)
-    settings = schema.read(config, len(devices))
+    settings = schema.read(config, len(devices), sharding.num_slices(devices))
     folder = pathlib.Path(folder).expanduser()
     title = f"{settings.name}-{settings.scale}"
     begin = start.steps_done(title, settings.num_steps, folder, config, log)
