@@ -54,6 +54,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.hang_limit = 1800  # seconds without a finished step after which a run reports where it
     #                           hangs and ends (another host may be gone); 0: never
 
+    config.profile_steps = ()  # (10, 15): a profile of these steps goes to the workdir's profile/
+
     # Where foresight comes from: a tuple of terms, see `term`. () is LlamaGen.
     config.foresight = ()
 
@@ -160,6 +162,10 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     sample.greedy = False  # always the likeliest token
     sample.classes = 10  # rows of the grid: the first classes, at most all of them
     sample.per_class = 8  # images of each
+
+    # The run at Weights & Biases (extra `wandb`). Its own variables, such as WANDB_ENTITY, hold.
+    config.wandb = wandb = ml_collections.ConfigDict()
+    wandb.project = ""  # '': not there
 
     # At the end of a run on labelled images: a classifier trained on the real ones judges this many
     # samples. 0: none.

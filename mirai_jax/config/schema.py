@@ -164,6 +164,13 @@ class MeshFields:
 
 
 @dataclasses.dataclass(frozen=True)
+class WandbFields:
+    """`wandb.*`."""
+
+    project: str = field("", resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleFields:
     """`sample.*`; SampleOptions knows its bounds."""
 
@@ -199,6 +206,8 @@ class _TopFields:
     nonfinite: str = field("stop", choices=("stop", "skip"), resumable=True)
     hang_limit: int = field(1800, at_least=0, at_most=10**7, resumable=True)
     judged_samples: int = field(0, at_least=0, at_most=10**6, resumable=True)
+    profile_steps: tuple[int, ...] = field((), resumable=True)
+    wandb: WandbFields
     data: DataSettings
     tokenizer: TokenizerSettings
     teacher: TeacherSettings
@@ -297,6 +306,9 @@ def read(config: Mapping[str, Any], num_devices: int, slices: int = 1) -> Settin
     check("init_rows", good, "((new, old), ...), each the name or the number of a class")
     every = given.checkpoint_every
     check("keep_every", given.keep_every % every == 0, f"a multiple of checkpoint_every={every}")
+    profiled = given.profile_steps
+    good = not profiled or (len(profiled) == 2 and 0 < profiled[0] <= profiled[1])
+    check("profile_steps", good, "the first and the last step, as in (10, 15), or ()")
     good = sample.guidance == 1 or generator.has_null_class
     check("sample.guidance", good, "1 where model.class_dropout is 0 (there is no null class)")
     check_teacher(settings.teacher, settings.needs_images, check)
