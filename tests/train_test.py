@@ -151,7 +151,7 @@ def test_a_broken_wandb_changes_nothing(tmp_path, finished, monkeypatch, begins)
     stub = types.ModuleType("wandb")
     stub.__getattr__ = everything.__getitem__
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     config = tiny(profile_steps=(4, 5))
     config.wandb.project = "mirai"
     lines = run(config, tmp_path / "run")
