@@ -71,13 +71,10 @@ def mesh_shape(
     elif known != num_devices:
         raise ValueError(f"{described}: the product must be {num_devices}, the number of devices")
     if shape[0] % slices:
-        inside, axes = (
-            num_devices // slices,
-            "mesh.fsdp" if shape[2] == 1 else "mesh.fsdp * mesh.tensor",
-        )
+        axes = "mesh.fsdp" if shape[2] == 1 else "mesh.fsdp * mesh.tensor"
         raise ValueError(
-            f"{axes} is {shape[1] * shape[2]}; a slice has {inside} devices, and mesh.data must be a "
-            f"multiple of {slices}, the number of slices"
+            f"{axes} is {shape[1] * shape[2]}; a slice has {num_devices // slices} devices, and "
+            f"mesh.data must be a multiple of {slices}, the number of slices"
         )
     return tuple(shape)
 

@@ -38,7 +38,7 @@ def chips():
     return of_slice[::2] + of_slice[1::2]
 
 
-def test_slices_split_data_alone_and_rows_stay(monkeypatch):
+def test_slices_split_data_alone_and_rows_stay():
     batch = {"label": np.arange(16, dtype=np.int32)}
     for shape in ((8, 1, 1), (4, 2, 1), (2, 2, 2), (2, 1, 4)):
         mesh = sharding.make_mesh(shape, chips())
@@ -72,7 +72,7 @@ def test_axes_that_would_cross_slices_are_refused():
 
 
 def test_hosts_with_gpus_are_not_slices():
-    """Each says slice_index of its own, which jax.make_mesh refuses; any axis may cross them."""
+    """Each has another slice_index, which jax.make_mesh refuses; any axis may cross them."""
     hosts = [dataclasses.replace(c, platform="gpu", device_kind="H100") for c in chips()]
     mesh = sharding.make_mesh((1, 8, 1), hosts)
     assert [device.id for device in mesh.devices.flat] == list(range(SIZE))

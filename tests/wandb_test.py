@@ -1,16 +1,18 @@
-"""A run at Weights & Biases, offline: what its own files hold after a kill and a resume."""
+"""A run at Weights & Biases: what it is sent, and what its files hold offline after a kill and a resume."""
 
 import json
 import struct
 import subprocess
 import sys
 import time
+import types
 
+import numpy as np
 import pytest
 from helpers import QUICK, ROOT, TINY, environment
 
-wandb = pytest.importorskip("wandb")
-pytestmark = pytest.mark.slow
+from mirai_jax.training.metrics_writer import MetricsWriter
+from mirai_jax.training.tracking import TrackedWriter
 
 CONFIG = ["--config=configs/llamagen.py:demo", "--config.judged_samples=0", *TINY]
 CONFIG += ["--config.num_steps=400", "--config.checkpoint_every=100", "--config.log_every=1"]
@@ -36,6 +38,7 @@ def records(path):
 
 
 def start(workdir, **environ):
+    pytest.importorskip("wandb")
     return subprocess.Popen(
         [sys.executable, "-m", "mirai_jax.main", f"--workdir={workdir}", *CONFIG],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -43,6 +46,39 @@ def start(workdir, **environ):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("offline", [True, False])
+def test_steps_only_go_forward(tmp_path, monkeypatch, offline):
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    sent, ids = [], set()
+
+    def init(*, mode, **options):
+        assert options["config"] == {"seed": 0}
+        ids.add(options["id"])
+        log = lambda values, step: sent.append((step, *values))
+        run = {"offline": offline, "dir": "there", "log": log, "finish": lambda: None}
+        return types.SimpleNamespace(**run, starting_step=sent[-1][0] + 1 if sent else 0)
+
+    names = {"Settings": dict, "login": lambda **options: True, "init": init, "Image": np.asarray}
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(**names))
+
+    def write(first, last, begin=TrackedWriter, more=("project", print)):
+        writer = begin(tmp_path, first - 1, *more)
+        for step in range(first, last + 1):
+            writer.step(step, {"loss": 1.0})
+        return writer
+
+    write(1, 2, MetricsWriter, ()).close()  # without a project
+    killed = write(3, 6)
+    killed.image(6, "samples", np.zeros((2, 2, 3), np.uint8))
+    assert sent == [*((step, "loss") for step in range(1, 7)), (6, "samples")]
+    write(4, 8).close()  # W&B may not have written the row of step 6, which nothing came after
+    again = [] if not offline else [(6, "loss")]
+    assert sent[7:] == [*again, (7, "loss"), (8, "loss")]
+    write(8, 9).close()
+    assert sent[-2:] == [(8, "loss"), (9, "loss")] and len(ids) == 1
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_one_curve(tmp_path):
     workdir = tmp_path / "run"
     process, seen = start(workdir, WANDB_MODE="offline"), []
@@ -82,6 +118,7 @@ def test_killed_and_resumed_it_is_one_curve(tmp_path):
     assert len(list((workdir / "wandb").glob("*/files/media/images/samples_*.png"))) >= 4
 
 
+@pytest.mark.slow
 def test_without_a_network_it_is_offline_within_a_minute(tmp_path):
     more = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     begun = time.monotonic()

@@ -25,9 +25,7 @@ class Profile:
     def before(self, step: int, state: Any) -> None:
         if self._steps[:1] == (step,):
             jax.block_until_ready(state)
-            self._traced = tempfile.TemporaryDirectory(
-                prefix="profile-"
-            )  # a bucket takes whole files
+            self._traced = tempfile.TemporaryDirectory()  # the profiler cannot write to a bucket
             jax.profiler.start_trace(self._traced.name)
 
     def after(self, step: int, metrics: Any) -> None:
@@ -40,7 +38,7 @@ class Profile:
             return
         jax.profiler.stop_trace()
         first, last = self._steps
-        # One folder for all processes: by itself each would name its own after its clock.
+        # One folder for all processes: the profiler would name it after the clock of each.
         folder = self._folder / "plugins" / "profile" / f"steps_{first}_{last}"
         folder.mkdir(parents=True, exist_ok=True)
         with self._traced as traced:

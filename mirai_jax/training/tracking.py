@@ -1,8 +1,9 @@
 """A run at Weights & Biases too, where config.wandb.project names a project (extra `wandb`).
 
 wandb.json in the workdir keeps the run's id, so that all starts of a run are one curve, and the last step
-that W&B has. A start from an older checkpoint repeats steps, with the same numbers. Those are left out:
-online W&B refuses steps below its last, and offline it would write them twice.
+that W&B has; online it answers that. Steps only go forward: what a start from an older checkpoint repeats
+is left out, for its numbers are the same, W&B refuses it online, and would hold it twice offline. What
+earlier starts did not send comes from metrics.jsonl.
 
 Whatever fails here costs one line, and W&B for the rest of this start; the run continues.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mirai_jax.training.metrics_writer import MetricsWriter
+from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import first_line
 
@@ -31,10 +32,14 @@ class TrackedWriter(MetricsWriter):
     def __init__(self, workdir: pathlib.Path, step: int, project: str, warn: Callable[[str], None]):
         super().__init__(workdir, step)
         self._file, self._warn = workdir / "wandb.json", warn
-        self._run, self._wandb = None, None
+        self._run, self._wandb, self._keeps = None, None, False
         self._had = self._last = 0  # the last steps that W&B had before, and that it was sent
         with self._guarded():
             self._begin(workdir, project)
+            for entry in read_metrics(workdir):
+                if (past := entry.pop("step")) > self._had:
+                    self._run.log(entry, step=past)
+                    self._last = past
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -50,10 +55,9 @@ class TrackedWriter(MetricsWriter):
         os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
         try:
             import wandb
-        except ImportError as error:
-            raise ImportError(
-                "wandb.project needs the extra: pip install mirai-jax[wandb]"
-            ) from error
+        except ImportError:
+            why = "wandb.project needs the extra: pip install mirai-jax[wandb]"
+            raise ImportError(why) from None
         found = json.loads(self._file.read_text()) if self._file.exists() else {}
         self._id = found.get("id") or secrets.token_hex(4)
         self._had = self._last = found.get("step", 0)
@@ -81,15 +85,16 @@ class TrackedWriter(MetricsWriter):
         if run.offline:
             self._warn(f"W&B is offline: `wandb sync {os.path.dirname(run.dir)}` sends this start")
         else:
-            self._had = run.starting_step - 1
-        self._run, self._wandb = run, wandb
+            self._had = self._last = run.starting_step - 1
+        self._run, self._wandb, self._keeps = run, wandb, here and run.offline
 
     def _keep(self, step: int) -> None:
         files.write_text(self._file, json.dumps({"id": self._id, "step": step}) + "\n")
 
     def _send(self, step: int, values: Mapping[str, Any]) -> None:
-        if step > self._last:  # only now is the row before complete
-            self._keep(self._last)
+        if step > self._last:
+            if self._keeps:
+                self._keep(self._last)  # only now is this row complete
             self._last = step
         self._run.log(values, step=step)
 
