@@ -16,10 +16,10 @@
 #   --dry_run           prints the commands, in order, and runs none
 #
 # It needs gcloud, logged in, and for several hosts the key in the agent: ssh-add
-# ~/.ssh/google_compute_engine. The hosts get the last commit; runs/launch/NAME/ keeps the output. The
-# TPU VM's service account must be allowed to write to the bucket.
-# The program runs detached from the connection. The same command again stops it, which saves, and
-# resumes it. Ctrl-C (or SIGTERM) stops all hosts, which save. The TPU VM stays until you delete it.
+# ~/.ssh/google_compute_engine. The hosts get the last commit; runs/launch/NAME/ keeps the output.
+# The TPU VM's service account must be allowed to write to the bucket. The program runs detached
+# from the connection. The same command again stops it, which saves, and resumes it. Ctrl-C (or
+# SIGTERM) stops all hosts, which save. The TPU VM stays until you delete it.
 #
 # Exit status: 0 finished, 75 stopped and saved, 130 stopped while no program ran, 2 wrong flags, else
 # the program's; 1 also where the launcher gave up.
@@ -137,7 +137,8 @@ name="" zone="" project="" workdir="" setup=":" type=v5litepod-16 version="" sli
 create=false spot="" dry_run=false
 while [ $# -gt 0 ]; do
   case $1 in
-    --name=* | --zone=* | --project=* | --workdir=* | --setup=* | --type=* | --version=* | --slices=* | --max_restarts=*)
+    --name=* | --zone=* | --project=* | --workdir=* | --setup=* | --type=* | --version=* | --slices=* | \
+      --max_restarts=*)
       flag=${1%%=*}
       printf -v "${flag#--}" %s "${1#*=}"
       ;;
