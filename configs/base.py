@@ -53,6 +53,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     #                            and stop after 20 in a row
     config.hang_limit = 1800  # seconds without a finished step after which a run reports where it
     #                           hangs and ends (another host may be gone); 0: never
+    config.profile_steps = ()  # (first, last) step of a profile in the workdir's profile/; (): none
 
     # Where foresight comes from: a tuple of terms, see `term`. () is LlamaGen.
     config.foresight = ()
@@ -161,6 +162,10 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     sample.greedy = False  # always the likeliest token
     sample.classes = 10  # rows of the grid: the first classes, at most all of them
     sample.per_class = 8  # images of each
+
+    # Weights & Biases (extra `wandb`); its variables, such as WANDB_ENTITY, hold too.
+    config.wandb = wandb = ml_collections.ConfigDict()
+    wandb.project = ""  # where the run is followed; '': nowhere
 
     # At the end of a run on labelled images: a classifier trained on the real ones judges this many
     # samples. 0: none.

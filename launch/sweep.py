@@ -11,6 +11,7 @@ run, and at the end (with --report: at any time) table.md, table.csv, timing.csv
 Exit status: 0 all runs are finished, 1 some failed or are wrong, 75 stopped: the same command resumes.
 """
 
+import os
 import pathlib
 import shlex
 import sys
@@ -119,6 +120,7 @@ def main(argv: list[str]) -> None:
                 print(f"# {run.name} is finished" if run.finished() else shlex.join(run.command))
             return
         failed = {}
+        os.environ.setdefault("WANDB_RUN_GROUP", title)  # of runs that are at W&B too
         if not _REPORT.value:
             with FolderLock(out).held():
                 failed = _launch(runs, out)

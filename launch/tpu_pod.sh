@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, and resumes after preemptions, lost hosts and broken connections:
+# Trains on Cloud TPU slices, and resumes after preemptions, lost hosts and broken connections:
 #
-#   launch/tpu_pod.sh --name=NAME --zone=ZONE --workdir=FOLDER [FLAGS] -- \
-#       --config=configs/mirai_e.py:imagenet_b --config.data.path=FOLDER [--config.FIELD=VALUE ...]
+#   launch/tpu_pod.sh --name=NAME --zone=ZONE --workdir=gs://BUCKET/runs/NAME [FLAGS] -- \
+#       --config=configs/mirai_e.py:imagenet_b --config.data.path=gs://BUCKET/codes [--config.FIELD=VALUE ...]
 #
-#   --name=NAME --zone=ZONE [--project=PROJECT]    the TPU VM
-#   --workdir=FOLDER    the run's folder, absolute, on storage that all hosts see
-#   --setup=COMMAND     a shell command for every host before each start, such as a mount of a bucket:
-#       mountpoint -q FOLDER || gcsfuse --implicit-dirs --rename-dir-limit=100000 \
-#         --metadata-cache-ttl-secs=0 BUCKET FOLDER
+#   --name=NAME --zone=ZONE [--project=PROJECT]    the TPU VM, or the queued resource of several slices
+#   --slices=N          how many slices, which split mesh.data between them; default: 1
+#   --workdir=FOLDER    the run's folder: in a bucket, or absolute, on storage that all hosts see
+#   --setup=COMMAND     a shell command for every host before each start, such as a mount, or
+#       venv/bin/wandb login KEY
 #   --create [--spot] [--type=TYPE] [--version=VERSION]    creates the TPU VM where there is none, and
-#       again after a preemption; TYPE is v5litepod-16 by default, VERSION what Cloud TPU names for it
+#       again after a preemption; TYPE, of a slice, is v5litepod-16 by default, VERSION what Cloud TPU
+#       names for it
 #   --max_restarts=N    gives up after N restarts in a row without a new step; default: 100
 #   --dry_run           prints the commands, in order, and runs none
 #
 # It needs gcloud, logged in, and for several hosts the key in the agent: ssh-add
 # ~/.ssh/google_compute_engine. The hosts get the last commit; runs/launch/NAME/ keeps the output.
-# The program runs detached from the connection. The same command again stops it, which saves, and
-# resumes it. Ctrl-C (or SIGTERM) stops all hosts, which save. The TPU VM stays until you delete it.
+# The TPU VM's service account must be allowed to write to the bucket. The program runs detached
+# from the connection. The same command again stops it, which saves, and resumes it. Ctrl-C (or
+# SIGTERM) stops all hosts, which save. The TPU VM stays until you delete it.
 #
 # Exit status: 0 finished, 75 stopped and saved, 130 stopped while no program ran, 2 wrong flags, else
 # the program's; 1 also where the launcher gave up.
@@ -51,7 +53,7 @@ worker_setup() { # LAUNCH ATTEMPT COMMAND
   # The images' Python can be too old (3.10); uv fetches one.
   command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   [ -x venv/bin/python ] || uv venv --quiet --python '>=3.11' venv
-  uv pip install --quiet --python venv/bin/python --editable './code[tpu]'
+  uv pip install --quiet --python venv/bin/python --editable './code[tpu,gcs,wandb]'
   bash -c "$3"
 }
 
@@ -86,23 +88,23 @@ esac
 
 log() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$1"; }
 run() { if $dry_run; then printf '%q ' "$@" && echo; else "$@"; fi; }
-create() { run "${tpu[@]}" create "$name" "${where[@]}" --accelerator-type="$type" --version="$version" $spot; }
-delete() { run "${tpu[@]}" delete "$name" "${where[@]}"; }
+create() { run "${tpu[@]}" create "$name" "${where[@]}" --accelerator-type="$type" "${new[@]}" $spot; }
+delete() { run "${tpu[@]}" delete "$name" "${where[@]}" $force; }
 
 on_workers() { # FUNCTION ARGUMENT...
-  run "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all --ssh-flag='-o ServerAliveInterval=30' \
+  run "${tpu[@]}" ssh "$name" "${where[@]}" "${all[@]}" --ssh-flag='-o ServerAliveInterval=30' \
     --command="bash mirai-jax.sh$(printf ' %q' "$@")" </dev/null
 }
 
 state() { # nothing where gcloud does not give it
-  "${tpu[@]}" describe "$name" "${where[@]}" '--format=value(state)' 2>"$scratch/errors" && return
+  "${tpu[@]}" describe "$name" "${where[@]}" "$format" 2>"$scratch/errors" && return
   if grep -q NOT_FOUND "$scratch/errors"; then echo MISSING; else cat "$scratch/errors" >&2; fi
 }
 
 prepare() {
   run git -C "$root" archive --format=tar.gz --output="$scratch/mirai-jax.tar.gz" HEAD &&
     run cp "${BASH_SOURCE[0]}" "$scratch/mirai-jax.sh" &&
-    run "${tpu[@]}" scp "$scratch/mirai-jax.tar.gz" "$scratch/mirai-jax.sh" "$name:" "${where[@]}" --worker=all &&
+    run "${tpu[@]}" scp "$scratch/mirai-jax.tar.gz" "$scratch/mirai-jax.sh" "$name:" "${where[@]}" "${all[@]}" &&
     on_workers worker_setup "$launch" "$attempt" "$setup"
 }
 
@@ -131,11 +133,12 @@ again() { # WHY: waits, longer each time
   wait $!
 }
 
-name="" zone="" project="" workdir="" setup=":" type=v5litepod-16 version="" max_restarts=100
+name="" zone="" project="" workdir="" setup=":" type=v5litepod-16 version="" slices=1 max_restarts=100
 create=false spot="" dry_run=false
 while [ $# -gt 0 ]; do
   case $1 in
-    --name=* | --zone=* | --project=* | --workdir=* | --setup=* | --type=* | --version=* | --max_restarts=*)
+    --name=* | --zone=* | --project=* | --workdir=* | --setup=* | --type=* | --version=* | --slices=* | \
+      --max_restarts=*)
       flag=${1%%=*}
       printf -v "${flag#--}" %s "${1#*=}"
       ;;
@@ -150,7 +153,9 @@ while [ $# -gt 0 ]; do
 done
 [ $# -eq 0 ] || shift
 [[ -n $name && -n $zone && " $*" == *" --config="* ]] || fail 2 "--name, --zone and, after --, --config must be given"
-[[ $workdir == /* ]] || fail 2 "--workdir is '$workdir'; it must be an absolute folder that all hosts see"
+[[ $workdir == /* || $workdir == *://* ]] ||
+  fail 2 "--workdir is '$workdir'; it must be in a bucket, or an absolute folder that all hosts see"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail 2 "--slices is '$slices'; it must be 1 or more"
 case $type in
   v5litepod-*) default=v2-alpha-tpuv5-lite ;;
   v5p-*) default=v2-alpha-tpuv5 ;;
@@ -160,7 +165,11 @@ esac
 version=${version:-$default}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-tpu=(gcloud compute tpus tpu-vm)
+tpu=(gcloud compute tpus tpu-vm) new=(--version="$version") all=(--worker=all) format='--format=value(state)' force=""
+if [ "$slices" -gt 1 ]; then # JAX learns of the other slices from the VMs' metadata
+  tpu=(gcloud compute tpus queued-resources) all+=(--node=all) format='--format=value(state.state)' force=--force
+  new=(--runtime-version="$version" --node-count="$slices" --node-prefix="$name")
+fi
 where=(--zone="$zone" --quiet)
 [ -z "$project" ] || where+=(--project="$project")
 # JAX joins the hosts of a slice only on request.
@@ -170,7 +179,7 @@ attempt=1 restarts=0 reached=0 running=false stopping=false follower=""
 
 if $dry_run; then
   scratch=/tmp
-  run "${tpu[@]}" describe "$name" "${where[@]}" '--format=value(state)'
+  run "${tpu[@]}" describe "$name" "${where[@]}" "$format"
   ! $create || create
   prepare
   on_workers worker_run "$launch.$attempt" "${command[@]}"
@@ -188,8 +197,8 @@ while :; do
   ! $stopping || exit 130
   now=$(state)
   case $now in
-    READY) ;;
-    MISSING | PREEMPTED | TERMINATED)
+    READY | ACTIVE) ;;
+    MISSING | PREEMPTED | TERMINATED | SUSPENDED | FAILED)
       $create || fail 1 "the TPU VM $name in $zone is $now; --create makes it (again)"
       log "$name is $now: creating $type in $zone"
       running=false

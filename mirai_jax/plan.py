@@ -15,17 +15,20 @@ from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.training import follow
 from mirai_jax.utils import cli
-from mirai_jax.utils.errors import LESS_MEMORY, TrainingError, first_line
+from mirai_jax.utils.errors import LESS_MEMORY, ConfigError, TrainingError, first_line
 
 _FLAGS, _define = cli.flags_of(__name__)
 _CONFIG = _define.string("config", "", "FILE[:scale] of configs/; --config.field=value overrides.")
-_DEVICES = _define.integer("devices", 1, "Number of devices.", 1)
+_DEVICES = _define.integer(
+    "devices", None, "Number of devices; default: all of the TPU slices, else 1.", 1
+)
 _CHIP = _define.string(
     "chip",
     "",
     "Compile for this chip: h100, h200, a100 (with jax[cuda12]) or a TPU slice such as v5e:2x4 (with "
     "jax[tpu]); '': for simulated devices of this CPU.",
 )
+_SLICES = _define.integer("slices", 1, "How many of the TPU slices of --chip.", 1)
 
 parse_flags = functools.partial(cli.parse_known, _FLAGS)
 
@@ -33,19 +36,25 @@ parse_flags = functools.partial(cli.parse_known, _FLAGS)
 def main(argv: list[str]) -> None:
     with cli.program(TrainingError):
         config = parse_config([f"--config={_CONFIG.value}", *argv[1:]])
+        if _SLICES.value > 1 and ":" not in _CHIP.value:
+            raise ConfigError(
+                f"--slices is {_SLICES.value}; it must be 1 unless --chip is a TPU slice"
+            )
         if _CHIP.value:
-            devices = chips.devices(_CHIP.value, _DEVICES.value)
+            devices = chips.devices(_CHIP.value, _DEVICES.value, _SLICES.value)
         else:
             jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+            jax.config.update("jax_num_cpu_devices", _DEVICES.value or 1)
             devices = jax.devices()
         config = follow.resolve(config, print)
-        settings = schema.read(memory_plan.without_files(config), len(devices))
+        slices = sharding.num_slices(devices)
+        settings = schema.read(memory_plan.without_files(config), len(devices), slices)
         mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
         print(
-            f"memory of each of {len(devices)} x {devices[0].device_kind}, mesh {mesh}, batch "
-            f"{settings.batch_size} in {settings.accumulate} part(s), model.remat "
-            f"{settings.generator.remat}; compiling"
+            f"memory of each of {len(devices)} x {devices[0].device_kind}"
+            + f" in {slices} slices" * (slices > 1)
+            + f", mesh {mesh}, batch {settings.batch_size} in {settings.accumulate} part(s), "
+            f"model.remat {settings.generator.remat}; compiling"
         )
         try:
             plan = memory_plan.plan(settings, devices)

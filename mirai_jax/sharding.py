@@ -2,6 +2,9 @@
 
 Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads and
 FFN columns. Optimizer state and EMA follow the parameter whose path they contain.
+
+Several TPU slices are joined by a slow network: they split `data` alone, so that nothing but
+gradients and metrics crosses it.
 """
 
 import functools
@@ -12,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,11 +48,18 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
+def num_slices(devices: list[jax.Device]) -> int:
+    """How many TPU slices these are. Hosts with GPUs count as one: any axis may cross them."""
+    return len({d.platform == "tpu" and getattr(d, "slice_index", 0) for d in devices})
+
+
+def mesh_shape(
+    data: int, fsdp: int, tensor: int, num_devices: int, slices: int = 1
+) -> tuple[int, int, int]:
     """Resolves one -1 (the remaining devices) and checks the product.
 
     Raises:
-        ValueError: names the mesh and the number of devices.
+        ValueError: names the mesh and the number of devices, of all slices or of one.
     """
     shape = [data, fsdp, tensor]
     described = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True))
@@ -59,12 +70,27 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
         shape[shape.index(-1)] = num_devices // known
     elif known != num_devices:
         raise ValueError(f"{described}: the product must be {num_devices}, the number of devices")
+    if shape[0] % slices:
+        axes = "mesh.fsdp" if shape[2] == 1 else "mesh.fsdp * mesh.tensor"
+        raise ValueError(
+            f"{axes} is {shape[1] * shape[2]}; a slice has {num_devices // slices} devices, and "
+            f"mesh.data must be a multiple of {slices}, the number of slices"
+        )
     return tuple(shape)
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with axes (data, fsdp, tensor) over `devices` (default: all)."""
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    devices = jax.devices() if devices is None else devices
+    # Not jax.make_mesh: it refuses several slices, and several hosts with GPUs.
+    if (slices := num_slices(devices)) > 1:
+        inside = (shape[0] // slices, *shape[1:])
+        found = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        found = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(found, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh, path: str) -> P:

@@ -8,7 +8,7 @@ import sys
 
 import jax
 import pytest
-from helpers import ROOT, environment, refusal
+from helpers import ROOT, environment, error_line, output, refusal
 
 from mirai_jax.benchmark import chips, memory_plan
 from mirai_jax.config import schema
@@ -131,3 +131,12 @@ def test_the_step_compiles_for_a_tpu_slice():
     assert 0 < plan("v5e:2x2", 4).temporary < 1000 * 2**20
     with pytest.raises(AssertionError, match="v5e:2x2.*4 devices"):
         plan("v5e:2x2", 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TPU, reason="the compiler for TPUs is not installed")
+def test_the_step_compiles_for_two_slices():
+    given = ["--config=configs/mirai_e.py:imagenet_b", "--chip=v5e:2x2", "--slices=2", *SMALL]
+    assert "8 x TPU v5 lite in 2 slices" in output("mirai_jax.plan", *given)
+    message = error_line("mirai_jax.plan", *given, "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+    assert "mesh.fsdp is 8; a slice has 4 devices" in message

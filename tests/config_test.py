@@ -222,6 +222,7 @@ WRONG = [  # the last field of each is the one that the message names
     {TERM + "weights": (-2.0,)}, {TERM + "weights": ()}, {TERM + "name": "an ema"},
     # Other fields.
     {"model.size": "B", "model.num_layers": 4}, {"model.width": 100}, {"model.grid": (8, 9)},
+    {"profile_steps": (5,)}, {"profile_steps": (5, 4)},
     {"batch_size": 12}, {"keep_every": 7}, {TERM + "student_layer": 99}, {TERM + "teacher_layer": 99},
     {"optimizer.schedule": "cosine", "num_steps": 50, "optimizer.warmup_steps": 50},
     # An offset twice: both heads would have one name. No pair: their mean would be NaN.
@@ -338,6 +339,7 @@ def test_another_run_is_refused_with_every_field_that_differs():
 RESUMABLE = {
     "log_every": 7, "sample_every": 0, "checkpoint_every": 9, "keep_checkpoints": 5, "keep_every": 9,
     "judged_samples": 3, "accumulate": 2, "nonfinite": "skip", "hang_limit": 9, "num_steps": 10_000,
+    "profile_steps": [1, 2], "wandb.project": "mirai",
     "data.num_workers": 2, "data.path": "moved", "data.images": "moved", "tokenizer.path": "moved",
     "teacher.path": "moved", "model.unroll": 1, "model.remat": "full", "model.attention": "xla",
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "sample.guidance": 1.0, "sample.interval": 1,

@@ -30,17 +30,25 @@ arguments = [a for a in sys.argv[5:] if not a.startswith("--")]
 command = next((a.removeprefix("--command=") for a in sys.argv if a.startswith("--command=")), "")
 with (world / "calls").open("a") as file:
     file.write((command.split()[2] if command else verb) + "\\n")
-assert sys.argv[1:4] == ["compute", "tpus", "tpu-vm"] and "--zone=us-west4-a" in sys.argv
+slices = sys.argv[3] == "queued-resources"
+assert sys.argv[1:3] == ["compute", "tpus"] and (slices or sys.argv[3] == "tpu-vm")
+assert "--zone=us-west4-a" in sys.argv
+assert ("--node=all" in sys.argv) == (slices and verb in ("scp", "ssh"))
 if verb == "describe":
+    assert ("--format=value(state.state)" in sys.argv) == slices
     print((pod / "state").read_text() if pod.exists() else sys.exit("NOT_FOUND: no pod"))
 elif verb == "create":
-    assert "--accelerator-type=v6e-16" in sys.argv and "--version=v2-alpha-tpuv6e" in sys.argv
+    version = ["--version=v2-alpha-tpuv6e"]
+    if slices:
+        version = ["--runtime-version=v2-alpha-tpuv6e", "--node-count=2", "--node-prefix=pod"]
+    assert {"--accelerator-type=v6e-16", *version} <= set(sys.argv)
     if (world / "calls").read_text().count("create") == 1:
         sys.exit("ERROR: There is no more capacity")
     for i in range(2):
         (pod / str(i)).mkdir(parents=True)
-    (pod / "state").write_text("READY")
+    (pod / "state").write_text("ACTIVE" if slices else "READY")
 elif verb == "delete":
+    assert ("--force" in sys.argv) == slices
     shutil.rmtree(pod)
 elif verb == "scp":
     assert arguments[-1] == "pod:" and "--worker=all" in sys.argv
@@ -181,6 +189,15 @@ def test_a_preempted_slice_is_created_again(world):
     status, printed = world.launch(*SLICE, "--create", "--type=v6e-16", "--", CONFIG)
     assert status == 0, printed
     assert world.calls == [*PREPARED, "delete", "create", "create", *PREPARED]
+
+
+def test_several_slices_are_a_queued_resource(world):
+    (world.folder / "pod" / "state").write_text("SUSPENDED")
+    arguments = [*SLICE[:2], "--workdir=gs://bucket/run", "--slices=2", "--create", "--type=v6e-16"]
+    status, printed = world.launch(*arguments, "--", CONFIG, ends=[[0, 0]])
+    assert status == 0 and "is SUSPENDED: creating" in printed, printed
+    assert world.calls == ["delete", "create", "create", *PREPARED]
+    assert "--workdir=gs://bucket/run" in world.lines("starts0")[0]
 
 
 def test_a_broken_connection_is_followed_again(world):

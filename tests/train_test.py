@@ -1,5 +1,6 @@
 """The loop: resume bit for bit, what a run leaves behind, and what it refuses."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -7,6 +8,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import types
 
 import helpers
 import jax
@@ -130,6 +133,32 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(finished):
     again = run(tiny(judged_samples=30), folder)
     assert any("this run is finished (8 steps)" in line for line in again)
     assert metrics_writer.read_metrics(folder) == entries
+
+
+def broken(*arguments, **options):
+    raise RuntimeError("no such luck")
+
+
+@pytest.mark.parametrize("begins", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_broken_wandb_changes_nothing(tmp_path, finished, monkeypatch, begins):
+    """A module that raises at every call, at once or when the run has begun; and a profile beside it."""
+    everything = collections.defaultdict(lambda: broken)
+    run_of = types.SimpleNamespace(offline=False, starting_step=0, log=broken, finish=broken)
+    if begins:
+        everything.update(
+            {name: lambda **options: run_of for name in ("Settings", "login", "init")}
+        )
+    stub = types.ModuleType("wandb")
+    stub.__getattr__ = everything.__getitem__
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = tiny(profile_steps=(4, 5))
+    config.wandb.project = "mirai"
+    lines = run(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished(mirai_e)[0])
+    assert [line for line in lines if line.startswith("W&B is off") and "luck" in line]
+    (trace,) = (tmp_path / "run" / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
+    assert trace.stat().st_size > 1000 and any("profile of steps 4 to 5" in line for line in lines)
 
 
 def test_batches_are_read_one_step_ahead_and_a_bad_one_harms_no_step_before(tmp_path, monkeypatch):

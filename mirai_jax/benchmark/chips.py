@@ -82,18 +82,20 @@ def verdict(gpu: str, needed: int) -> str:
     return f"{message}: it does not fit{enough}"
 
 
-def devices(name: str, count: int) -> list[jax.Device]:
+def devices(name: str, count: int | None = None, slices: int = 1) -> list[jax.Device]:
     """`count` devices to compile for. Call it before JAX looks for its own devices.
 
     Args:
         name: of GPUS, all of one host; or a TPU slice by its XLA name, 'v5e:2x4'.
-        count: number of devices; of a slice, all that it has.
+        count: number of devices; None: one GPU, or all of the slices.
+        slices: how many such TPU slices.
 
     Raises:
-        ConfigError: an unknown chip, another number of devices in the slice, or a compiler that is
+        ConfigError: an unknown chip, another number of devices in the slices, or a compiler that is
             not installed.
     """
     if name in GPUS:
+        count = count or 1
         # Compiling needs neither a driver nor GPUs to try kernels on.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
@@ -102,6 +104,7 @@ def devices(name: str, count: int) -> list[jax.Device]:
     elif re.fullmatch(r"v\d\w*:\d+(x\d+)+", name):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks its host's metadata server
         given, extra = {"platform": "tpu", "topology_name": name}, "tpu"
+        given |= {"num_slices": slices} if slices > 1 else {}
     else:
         known = ", ".join(GPUS)
         raise ConfigError(f"the chip is {name!r}; it must be {known} or a TPU slice like v5e:2x4")
@@ -113,6 +116,6 @@ def devices(name: str, count: int) -> list[jax.Device]:
             f"the chip is {name!r}, unknown to its compiler, or the compiler is not installed "
             f"(pip install '.[{extra}]'): {first_line(error)[:200]}"
         ) from error
-    if len(found) != count:
+    if count not in (None, len(found)):
         raise ConfigError(f"the chip {name!r} has {len(found)} devices, not {count}")
     return found

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from mirai_jax import sharding
 from mirai_jax.benchmark import measure, memory_plan, reference, work
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
@@ -160,7 +161,9 @@ def read_settings(
     for file, name, flags in runs:
         fields = parse_config([f"--config={file}:{scale or 'demo'}", *flags])
         fields = follow.resolve(fields, lambda line: None)
-        settings = schema.read(memory_plan.without_files(fields), len(jax.devices()))
+        devices = jax.devices()
+        slices = sharding.num_slices(devices)
+        settings = schema.read(memory_plan.without_files(fields), len(devices), slices)
         name = name or settings.name
         if name in found:
             raise ConfigError(f"{file}: name is {name!r}, as another variant's")

@@ -164,6 +164,13 @@ class MeshFields:
 
 
 @dataclasses.dataclass(frozen=True)
+class WandbFields:
+    """`wandb.*`."""
+
+    project: str = field("", resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleFields:
     """`sample.*`; SampleOptions knows its bounds."""
 
@@ -199,6 +206,8 @@ class _TopFields:
     nonfinite: str = field("stop", choices=("stop", "skip"), resumable=True)
     hang_limit: int = field(1800, at_least=0, at_most=10**7, resumable=True)
     judged_samples: int = field(0, at_least=0, at_most=10**6, resumable=True)
+    profile_steps: tuple[int, ...] = field((), resumable=True)
+    wandb: WandbFields
     data: DataSettings
     tokenizer: TokenizerSettings
     teacher: TeacherSettings
@@ -241,12 +250,13 @@ class Settings(_TopFields):
         return (self.needs_images and not self.teacher.cached) or self.data.online
 
 
-def read(config: Mapping[str, Any], num_devices: int) -> Settings:
+def read(config: Mapping[str, Any], num_devices: int, slices: int = 1) -> Settings:
     """Checks every field of a config and returns it typed.
 
     Args:
         config: a ConfigDict, or the dictionary of a workdir's config.json.
         num_devices: over all processes.
+        slices: `sharding.num_slices` of them.
 
     Raises:
         ConfigError: the first wrong field, in one line.
@@ -256,7 +266,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     generator = _generator(given.model, check)
     terms = read_terms(given, generator, check)
     try:
-        mesh = sharding.mesh_shape(**vars(given.mesh), num_devices=num_devices)
+        mesh = sharding.mesh_shape(**vars(given.mesh), num_devices=num_devices, slices=slices)
         sample = fill(SampleOptions, given.sample)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -296,6 +306,9 @@ def read(config: Mapping[str, Any], num_devices: int) -> Settings:
     check("init_rows", good, "((new, old), ...), each the name or the number of a class")
     every = given.checkpoint_every
     check("keep_every", given.keep_every % every == 0, f"a multiple of checkpoint_every={every}")
+    profiled = given.profile_steps
+    good = not profiled or (len(profiled) == 2 and 0 < profiled[0] <= profiled[1])
+    check("profile_steps", good, "the first and the last step, as in (10, 15), or ()")
     good = sample.guidance == 1 or generator.has_null_class
     check("sample.guidance", good, "1 where model.class_dropout is 0 (there is no null class)")
     check_teacher(settings.teacher, settings.needs_images, check)

@@ -9,10 +9,17 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 # The kinds of dimensions of an activation, and the mesh axes that split them.
-_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",), "features": ("tensor",), None: ()}
+_AXES = {
+    "batch": ("data", "fsdp"),
+    "heads": ("tensor",),
+    "features": ("tensor",),
+    "width": ("fsdp",),
+    None: (),
+}
 
 
 def shard_activation(x: jax.Array, *dimensions: str | None) -> jax.Array:
@@ -26,6 +33,14 @@ def shard_activation(x: jax.Array, *dimensions: str | None) -> jax.Array:
         return x
     spec, _ = _spec(mesh, x.shape, dimensions)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def look_up(table_VxD: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of an embedding table.
+
+    The rows are brought together first: left split over `tensor`, they would move between slices.
+    """
+    return jnp.take(shard_activation(table_VxD, None, "width"), indices, axis=0)
 
 
 def per_device(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mirai_jax.models.activation_sharding import shard_activation
+from mirai_jax.models.activation_sharding import look_up, shard_activation
 from mirai_jax.models.attention import attend
 from mirai_jax.models.linear import Linear
 
@@ -326,7 +326,8 @@ class Generator(nn.Module):
             key, rate = self.make_rng("dropout"), self.config.class_dropout
             drop = jax.random.bernoulli(key, rate, labels_B.shape)
             labels_B = jnp.where(drop, self.config.null_class, labels_B)
-        parts = [self.cls_embedding(labels_B)[:, None], self.tok_embeddings(codes_BxT)]
+        tables = self.cls_embedding.embedding, self.tok_embeddings.embedding
+        parts = [look_up(tables[0], labels_B)[:, None], look_up(tables[1], codes_BxT)]
         x = jnp.concatenate(parts, axis=1)
         x = shard_activation(x, "batch", None, None)
         return self.token_dropout(x, deterministic=not train)

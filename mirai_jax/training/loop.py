@@ -22,6 +22,7 @@ from mirai_jax.training.checkpoint import Checkpoints, last_whole
 from mirai_jax.training.guards import HangGuard, Preemption
 from mirai_jax.training.metrics_writer import MetricsWriter
 from mirai_jax.training.prefetch import Prefetcher
+from mirai_jax.training.profile import Profile
 from mirai_jax.training.stopwatch import Stopwatch
 from mirai_jax.training.workdir import note_event
 from mirai_jax.utils import distributed, files
@@ -44,6 +45,7 @@ class LoopSettings:
     keep_checkpoints: int
     keep_every: int = 0
     skip_nonfinite: bool = False
+    profile_steps: tuple[int, ...] = ()
 
 
 class Task:
@@ -60,6 +62,10 @@ class Task:
     def begin(self, checkpoints: Checkpoints, log: Log, warn: Log) -> tuple[Any, int]:
         """The state, restored or fresh, and how many steps it has done."""
         raise NotImplementedError
+
+    def writer(self, run: "Run", step: int) -> MetricsWriter:
+        """What takes the metrics of the steps after `step`, on process 0."""
+        return MetricsWriter(run.workdir, step)
 
     def put(self, batch: Any) -> Any:
         """Begins to bring a batch of this process to its devices; returns it there."""
@@ -119,6 +125,7 @@ class Run:
         self.state: Any = None
         self.writer: MetricsWriter | None = None
         self._watch = Stopwatch()
+        self._profile = Profile(self.settings.profile_steps, workdir, log)
         self._prefetcher = Prefetcher(
             task.batches, task.put, self._watch, guard.heartbeat, self._worker_died,
             replaced=self._images_replaced,
@@ -147,8 +154,9 @@ class Run:
             try:
                 begin = self._begin()
                 if self.first:
-                    self.writer = stack.enter_context(closing(MetricsWriter(self.workdir, begin)))
-                self._train(begin)
+                    self.writer = stack.enter_context(closing(self.task.writer(self, begin)))
+                with closing(self._profile):
+                    self._train(begin)
                 self._finish()
             except (jax.errors.JaxRuntimeError, Lost) as error:
                 explained = self._explain(error)
@@ -186,7 +194,9 @@ class Run:
 
             batch = self._prefetcher.next(i)
             self.guard.heartbeat(f"step {i + 1}, waiting for the devices")
+            self._profile.before(i + 1, self.state)
             self.state, metrics = self.task.step(self.state, batch, variant)
+            self._profile.after(i + 1, metrics)
             if i + 1 < self.settings.num_steps:
                 self._prefetcher.prefetch(i + 1, metrics)
 

@@ -20,8 +20,9 @@ from mirai_jax.training.checkpoint import Checkpoints
 from mirai_jax.training.components import Components
 from mirai_jax.training.follow import resolve
 from mirai_jax.training.guards import HangGuard
-from mirai_jax.training.metrics_writer import read_metrics
+from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
 from mirai_jax.training.stopwatch import progress_line
+from mirai_jax.training.tracking import TrackedWriter
 from mirai_jax.utils import distributed, files, pictures
 
 Log = Callable[[str], None]
@@ -52,7 +53,7 @@ def train(
         log = functools.partial(print, flush=True)
     devices = jax.devices() if devices is None else devices
     config = resolve(config, log)
-    settings = schema.read(config, len(devices))
+    settings = schema.read(config, len(devices), sharding.num_slices(devices))
     folder = pathlib.Path(folder).expanduser()
     title = f"{settings.name}-{settings.scale}"
     begin = start.steps_done(title, settings.num_steps, folder, config, log)
@@ -101,6 +102,12 @@ class GeneratorTask(loop.Task):
         rows = sharding.batch_sharding(self._mesh)
         self._train_step = jit_train_step(self._made.recipe, placement, rows)
         return state, step
+
+    def writer(self, run: loop.Run, step: int) -> MetricsWriter:
+        if project := self._made.settings.wandb.project:
+            run.guard.heartbeat("Weights & Biases")
+            return TrackedWriter(run.workdir, step, project, run.warn)
+        return super().writer(run, step)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return sharding.put_batch(batch, self._mesh, self.settings.batch_size)

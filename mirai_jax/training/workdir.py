@@ -9,6 +9,8 @@ tokenizer.npz    the tokenizer, where the run fitted one
 parts.json       checksums of data and frozen networks, which a continued run must have too
 checkpoints/     train states with the data iterator
 samples/         a grid of samples every so often
+wandb.json       the run's id at Weights & Biases, where it is there
+profile/         a profile of some steps, where the config asks for one
 summary.png      loss curves and the last grid, when the run is finished
 """
 
