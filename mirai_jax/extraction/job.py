@@ -10,6 +10,7 @@ from mirai_jax.data.crops import CropSpec, sides
 from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.manifest import Manifest
 from mirai_jax.models import vq
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import pretrained
 
@@ -102,8 +103,8 @@ def prepare(
     )
     if line := folders.surprise(source.class_names):
         print(line, flush=True)
-    folder = pathlib.Path(out).expanduser()
-    if keys and folder.resolve().is_relative_to(pathlib.Path(images).expanduser().resolve()):
+    folder = paths.at(out)
+    if keys and paths.is_inside(folder, paths.at(images)):
         raise ConfigError(
             f"--out is {out!r}, inside --images: it would be read as one of its classes"
         )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from mirai_jax.utils import distributed, ending, host_memory, paths
+from mirai_jax.utils import distributed, ending, host_memory
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, first_line
 
 
@@ -20,16 +20,13 @@ def run(main: Callable[[list[str]], None], **options: Any) -> None:
     """Starts a program with `app.run`, after `host_memory.keep_freed` and `ending.protect`."""
     ending.protect()
     host_memory.keep_freed()
-    with program():
-        argv = [sys.argv[0], *map(_paths, sys.argv[1:])]
+    argv = [sys.argv[0], *map(_paths, sys.argv[1:])]
     ending.after(functools.partial(app.run, main, argv=argv, **options))
 
 
 def _paths(argument: str) -> str:
-    """An argument with ~ expanded (not that of a config, which a workdir keeps); refuses URLs."""
+    """An argument with ~ expanded (not that of a config, which a workdir keeps)."""
     name, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
-    for path in value.split(","):
-        paths.check_local(name or "an argument", path)
     if name.startswith("--config."):
         return argument
     return name + equals + ",".join(map(os.path.expanduser, value.split(",")))
