@@ -380,4 +380,5 @@ def _reason(error: Exception) -> str:
     found = re.search(r"([\w ]+) \[os_error_code", str(error))
     if found:
         return found[1].strip()
-    return first_line(error).split(". See full TensorStore")[0][:200]
+    line = first_line(error).split(". See full TensorStore")[0].split(" [tensorstore_spec")[0]
+    return (line.rpartition(": ")[2] if "gs://" in line else line)[:200]
