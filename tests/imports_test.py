@@ -36,7 +36,7 @@ PACKAGES = {  # the only packages beyond Python's own that files of these rooms 
     "configs": "ml_collections",
 }
 NEVER = "torch torchvision tensorflow tf_keras keras clu.metric_writers clu.periodic_actions"
-INSIDE_FUNCTIONS = "matplotlib sklearn tensorflow_datasets submitit"  # slow to import, or optional
+INSIDE_FUNCTIONS = "matplotlib sklearn tensorflow_datasets submitit fsspec gcsfs s3fs"  # slow to import, or optional
 LONGEST_FILE, FILES_ON_TOP = 400, 16
 
 PROJECT = ("mirai_jax", "configs", "launch")

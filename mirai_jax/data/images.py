@@ -108,9 +108,9 @@ def open_images(spec: str) -> ImageSource:
     if _BUILT_IN.fullmatch(spec):
         name, _, path = spec.partition(":")
         return _BuiltIn(spec, name, path)
-    folder = os.path.abspath(os.path.expanduser(spec))
-    if spec and os.path.isdir(folder):
-        return _Folder(spec, folder)
+    folder = paths.at(spec)
+    if spec and folder.is_dir():
+        return _Folder(spec, os.path.abspath(paths.local(folder)))
     raise DataError(f"images {spec!r} is none of these: {FORMS}")
 
 

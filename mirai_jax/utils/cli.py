@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 from mirai_jax.utils import distributed, ending, host_memory
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, first_line
+from mirai_jax.utils.remote import Unreachable
 
 
 def run(main: Callable[[list[str]], None], **options: Any) -> None:
@@ -38,7 +39,8 @@ def program(
 ) -> Iterator[None]:
     """Turns expected errors into one line, "error: ...", and the error's exit `status`.
 
-    Expected are ConfigError, DataError, errors of the devices (such as too little memory) and `more`.
+    Expected are ConfigError, DataError, storage that does not answer, errors of the devices (such as too
+    little memory) and `more`.
     `interrupted` is the message after Ctrl-C. `argv` is what the parser of flags left, of a program that
     takes flags alone.
     """
@@ -48,7 +50,7 @@ def program(
         if argv[1:]:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
         yield
-    except (ConfigError, DataError, *more) as error:
+    except (ConfigError, DataError, Unreachable, *more) as error:
         _fail(first_line(error), getattr(error, "status", 1))
     except jax.errors.JaxRuntimeError as error:
         found = distributed.explain(error)

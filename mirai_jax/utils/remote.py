@@ -1,7 +1,7 @@
 """Paths of buckets and of other storage behind a URL, with the methods of pathlib that are used here.
 
 fsspec reads and writes them. An object appears when it is whole, so nothing is renamed into its place.
-Every request is tried again for PATIENCE seconds, and then raises an OSError, as a lost disk does.
+Every request is tried again for PATIENCE seconds, and then raises an OSError, as of a lost disk.
 Listings are never kept, for other processes write too.
 """
 
@@ -46,8 +46,22 @@ def _system(scheme: str) -> Any:
         return fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(scheme)
-        how = f"needs the extra: pip install mirai-jax[{extra}]" if extra else first_line(error)
-        raise ConfigError(f"{scheme}:// {how}") from error
+        if extra:
+            raise ConfigError(
+                f"{scheme}:// needs the extra: pip install 'mirai-jax[{extra}]'"
+            ) from error
+        raise ConfigError(f"{scheme}:// cannot be read ({first_line(error)})") from error
+
+
+class Unreachable(OSError):
+    """Storage that did not answer, or refused; one line."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be reached: {self.strerror}"
+
+
+class _Refused(Unreachable, PermissionError):
+    """Not to be tried again."""
 
 
 class Remote:
@@ -55,7 +69,7 @@ class Remote:
 
     Raises:
         ConfigError: at the first request, where the scheme's package is not installed.
-        OSError: from any request; FileNotFoundError and PermissionError at once, others in the end.
+        FileNotFoundError, Unreachable: from any request.
     """
 
     def __init__(self, url: str):
@@ -237,5 +251,5 @@ def _os_error(error: Exception, url: str) -> OSError:
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, "no such object or bucket", url)
     if refused or isinstance(error, PermissionError):
-        return PermissionError(errno.EACCES, text, url)
-    return OSError(errno.EIO, text, url)
+        return _Refused(errno.EACCES, text, url)
+    return Unreachable(errno.EIO, text, url)
