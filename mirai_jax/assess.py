@@ -18,6 +18,8 @@ measures instead what the states know of tokens to come (mirai_jax/evaluation/fu
 the only run's folder).
 """
 
+import os
+
 from mirai_jax.evaluation import assessments, figures, future_runs
 from mirai_jax.evaluation.future_runs import FutureProtocol
 from mirai_jax.evaluation.runs import Protocol
@@ -63,8 +65,7 @@ def main(argv: list[str]) -> None:
 def _show(workdirs: list[str], protocol: FutureProtocol) -> None:
     """Prints the tables, and writes the figure, of the last steps."""
     folder = paths.common(workdirs)
-    start = len(f"{folder}/")
-    name = lambda workdir: str(paths.at(workdir).absolute())[start:] or folder.name
+    name = lambda w: folder.name if len(workdirs) == 1 else os.path.relpath(w, str(folder))
     found = {name(w): line for w, line in assessments.latest(workdirs, protocol).items()}
     for name, measures in found.items():
         print(future_runs.table(name, measures))

@@ -158,15 +158,15 @@ class CodeRecords:
 
 def _find_shards(path: str) -> list[str]:
     """The shards of a folder or glob pattern, sorted by name."""
-    where = paths.at(path)
+    expanded, where = os.path.expanduser(path), paths.at(path)
     if files.is_remote(where):
         folder, pattern = (where.parent, where.name) if "*" in where.name else (where, "*")
         found = [str(file) for file in folder.glob(pattern) if file.name.endswith(SHARD_SUFFIXES)]
-    elif where.is_dir():
-        names = [name for name in os.listdir(where) if name.endswith(SHARD_SUFFIXES)]
-        found = [os.path.join(where, name) for name in names]
+    elif os.path.isdir(expanded):
+        names = [name for name in os.listdir(expanded) if name.endswith(SHARD_SUFFIXES)]
+        found = [os.path.join(expanded, name) for name in names]
     else:
-        found = [file for file in glob.glob(str(where)) if os.path.isfile(file)]
+        found = [file for file in glob.glob(expanded) if os.path.isfile(file)]
     if not found:
         raise DataError(
             f"data.path {path!r} holds no *.array_record file of codes: make them with "
@@ -176,10 +176,11 @@ def _find_shards(path: str) -> list[str]:
 
 
 def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
+    # A copy also of gs://, which ArrayRecord reads: there a missing object is an empty shard, and every
+    # record drawn is a request.
+    local = os.fspath(paths.local(file))
     try:
-        # A copy also of gs://, which ArrayRecord reads: there a missing object is an empty shard, and
-        # every record drawn is a request.
-        return grain.sources.ArrayRecordDataSource(str(paths.local(file)))
+        return grain.sources.ArrayRecordDataSource(local)
     except Exception as error:
         raise DataError(
             f"data.path {file!r} is not a whole ArrayRecord file ({first_line(error)})"

@@ -81,8 +81,9 @@ def statistics(path: str) -> dict[str, np.ndarray]:
     """
     if not paths.at(path).is_file():
         return {}
+    local = paths.local(path)
     try:
-        with np.load(paths.local(path), allow_pickle=False) as file:
+        with np.load(local, allow_pickle=False) as file:
             stored = {n: np.asarray(file[n], np.float64) for n in _SHAPES if n in file.files}
     except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
         raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
@@ -116,8 +117,10 @@ def _in_colour(pixels: np.ndarray) -> np.ndarray:
 
 
 def _of_npz(path: str) -> ImageStream:
+    local = paths.local(path)
+
     def opened() -> tuple[Any, Any, tuple[int, ...], bool, np.dtype]:
-        archive = zipfile.ZipFile(paths.local(path))
+        archive = zipfile.ZipFile(local)
         file = archive.open("arr_0.npy")
         form = np.lib.format
         first = form.read_magic(file) == (1, 0)

@@ -135,7 +135,8 @@ class SamplingJob:
         return True
 
     def _load(self, k: int) -> np.ndarray:
-        return np.load(io.BytesIO(self.part(k).read_bytes()))
+        path = self.part(k)
+        return np.load(io.BytesIO(path.read_bytes()) if files.is_remote(path) else path)
 
     def _row(self, start: int, count: int, names: list[str] | None) -> str:
         """The name of some images from `start` on: their classes, where their names are known."""

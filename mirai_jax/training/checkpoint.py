@@ -13,7 +13,9 @@ import pathlib
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -28,7 +30,7 @@ from mirai_jax.training.checkpoint_folder import (
     remove_unfinished,
     steps_in,
     upload,
-)  # fmt: skip
+)
 from mirai_jax.training.fingerprints import by_path, fingerprints
 from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, Lost, TrainingError, first_line
@@ -119,10 +121,28 @@ class Checkpoints:
             TrainingError: it cannot be written.
             Lost: another process is gone.
         """
-        self._writing(self.latest_step(), self._writer.wait_until_finished)
+        self._writing(self.latest_step(), self._finish)
         for path in pathlib.Path(self._spool.name).iterdir() if self._spool else ():
             shutil.rmtree(path)  # it is in the bucket
         self._remove_old()
+
+    def _finish(self) -> None:
+        """Waits for Orbax, but not for a lost bucket, with which TensorStore has endless patience."""
+        if not files.is_remote(self._folder):
+            return self._writer.wait_until_finished()
+        finished = futures.Future()
+
+        def finish() -> None:
+            try:
+                finished.set_result(self._writer.wait_until_finished())
+            except Exception as error:
+                finished.set_exception(error)
+
+        threading.Thread(target=finish, daemon=True, name="checkpoint").start()
+        while not futures.wait([finished], 1).done:
+            if self._folder.is_away:
+                raise OSError(f"{self._folder} cannot be reached")
+        return finished.result()
 
     def _check_written(self) -> None:
         """Reads the index of the new checkpoint back, on process 0, before it gets its name."""
@@ -287,16 +307,17 @@ def restore_weights(folder: AnyPath, step: int | None = None) -> tuple[Any, int]
     if step not in steps:
         listed = ", ".join(map(str, steps))
         raise ConfigError(f"{folder} holds no checkpoint of step {step}; its steps are {listed}")
+    path = folder / f"step_{step}"
     try:
-        path = for_orbax(folder / f"step_{step}")
+        stored = for_orbax(path)
         reader = ocp.PyTreeCheckpointHandler()
-        tree = reader.metadata(path / "state").tree
+        tree = reader.metadata(stored / "state").tree
         # As NumPy arrays, which need no device at all.
         wanted = {name: jax.tree.map(lambda _: 0, tree[name]) for name in ("params", "ema")}
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
-        restored = reader.restore(path / "state", args=args)
-        _check_marks(_read_marks(path), fingerprints(restored), step)
+        restored = reader.restore(stored / "state", args=args)
+        _check_marks(_read_marks(stored), fingerprints(restored), step)
     except Exception as error:
         outcome, why = _outcome(error)
         if outcome == _NOT_NOW:

@@ -32,7 +32,10 @@ def steps_in(folder: AnyPath) -> list[int]:
 
 def last_whole(folder: AnyPath) -> str:
     """The checkpoint from which a run can resume, for messages."""
-    steps = steps_in(folder)
+    try:
+        steps = steps_in(folder)
+    except OSError:  # of a bucket that is away
+        return "unknown"
     return f"step {steps[-1]}" if steps else "no step yet"
 
 

@@ -138,5 +138,4 @@ def note_event(workdir: pathlib.Path, event: str, **fields: Any) -> None:
     """Adds a line to events.jsonl; each further process has its own file, events-N.jsonl."""
     name = f"events-{jax.process_index()}.jsonl" if jax.process_index() else "events.jsonl"
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
-    with contextlib.closing(files.Appended(workdir / name)) as file:
-        file.write((json.dumps(line) + "\n").encode())
+    files.append(workdir / name, json.dumps(line) + "\n")

@@ -85,6 +85,15 @@ def write_text(path: AnyPath, text: str) -> None:
         file.write(text.encode())
 
 
+def append(path: AnyPath, line: str) -> None:
+    """Adds a line to a file; an object is read and written anew."""
+    if is_remote(path):
+        write_text(path, (path.read_text() if path.exists() else "") + line)
+    else:
+        with open(path, "a") as file:
+            file.write(line)
+
+
 def upload(folder: pathlib.Path, target: AnyPath, *, last: str) -> None:
     """Brings a folder to a bucket; the file `last`, which shows that it is whole, comes last."""
     inside = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]

@@ -130,11 +130,12 @@ class FolderLock:
         self._log(
             f"{self._owner()}, had {self._path.parent}: looking for {_LIVE:.0f} s if it lives"
         )
-        before, end = self._touched(), time.monotonic() + _LIVE
-        while time.monotonic() < end:
-            time.sleep(0.5)
-            if self._touched() != before:
-                return True
+        with contextlib.suppress(FileNotFoundError):  # an object whose owner has just ended
+            before, end = self._touched(), time.monotonic() + _LIVE
+            while time.monotonic() < end:
+                time.sleep(0.5)
+                if self._touched() != before:
+                    return True
         return False
 
     def _touched(self) -> int | str:

@@ -33,7 +33,7 @@ def local(path: str | os.PathLike[str] | Remote) -> pathlib.Path:
 def several(text: str) -> list[str]:
     """The paths of a list such as 'A,B' or 'runs/*'. What exists under the whole name is one path."""
     found = []
-    for part in [text] if at(text).exists() else filter(None, text.split(",")):
+    for part in [text] if text and at(text).exists() else filter(None, text.split(",")):
         path = at(part)
         if isinstance(path, Remote):
             matching = map(str, path.parent.glob(path.name)) if "*" in path.name else ()
