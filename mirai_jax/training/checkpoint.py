@@ -13,9 +13,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -29,6 +27,7 @@ from mirai_jax.training.checkpoint_folder import (
     remove,
     remove_unfinished,
     steps_in,
+    unless_away,
     upload,
 )
 from mirai_jax.training.fingerprints import by_path, fingerprints
@@ -121,28 +120,11 @@ class Checkpoints:
             TrainingError: it cannot be written.
             Lost: another process is gone.
         """
-        self._writing(self.latest_step(), self._finish)
+        finish = lambda: unless_away(self._folder, self._writer.wait_until_finished)
+        self._writing(self.latest_step(), finish)
         for path in pathlib.Path(self._spool.name).iterdir() if self._spool else ():
             shutil.rmtree(path)  # it is in the bucket
         self._remove_old()
-
-    def _finish(self) -> None:
-        """Waits for Orbax, but not for a lost bucket, with which TensorStore has endless patience."""
-        if not files.is_remote(self._folder):
-            return self._writer.wait_until_finished()
-        finished = futures.Future()
-
-        def finish() -> None:
-            try:
-                finished.set_result(self._writer.wait_until_finished())
-            except Exception as error:
-                finished.set_exception(error)
-
-        threading.Thread(target=finish, daemon=True, name="checkpoint").start()
-        while not futures.wait([finished], 1).done:
-            if self._folder.is_away:
-                raise OSError(f"{self._folder} cannot be reached")
-        return finished.result()
 
     def _check_written(self) -> None:
         """Reads the index of the new checkpoint back, on process 0, before it gets its name."""

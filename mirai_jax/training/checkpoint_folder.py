@@ -9,6 +9,9 @@ import contextlib
 import pathlib
 import re
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 from etils import epath
@@ -59,6 +62,29 @@ def upload(written: pathlib.Path, target: AnyPath) -> None:
     """Brings a checkpoint to a bucket."""
     (written / _COMMITTED).touch()
     files.upload(written, target, last=_COMMITTED)
+
+
+def unless_away(folder: AnyPath, wait: Callable[[], None]) -> None:
+    """`wait()`, but not for a lost bucket: TensorStore's patience with one has no end.
+
+    Raises:
+        OSError: the bucket was given up meanwhile, by the heartbeat of the lock for one.
+    """
+    if not files.is_remote(folder):
+        return wait()
+    finished = futures.Future()
+
+    def finish() -> None:
+        try:
+            finished.set_result(wait())
+        except Exception as error:
+            finished.set_exception(error)
+
+    threading.Thread(target=finish, daemon=True, name="checkpoint").start()
+    while not futures.wait([finished], 1).done:
+        if folder.is_away:
+            raise OSError(f"{folder} cannot be reached")
+    return finished.result()
 
 
 def remove(path: AnyPath) -> None:
