@@ -153,7 +153,7 @@ def protocol_of(spec: str) -> dict[str, Any]:
         folder = folder.parent
     try:
         return json.loads((folder / "protocol.json").read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
 
 

@@ -63,7 +63,8 @@ def class_names(path: str) -> tuple[str, ...]:
     try:
         file = paths.at(path) / "classes.json"
         return tuple(map(str, json.loads(file.read_text())))
-    except (OSError, ValueError, TypeError):  # runs of earlier versions have none
+    # Runs of earlier versions have none.
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return ()
 
 

@@ -43,7 +43,7 @@ def of_workdir(
         wanted = dataclasses.replace(settings.tokenizer, path=path)
         tokenizer = frozen.load_vq(dataclasses.replace(settings, tokenizer=wanted))
     about = {"workdir": os.path.basename(os.path.abspath(workdir)), "step": step, "state": state}
-    with contextlib.suppress(OSError, ValueError):  # runs of earlier versions have none
+    with contextlib.suppress(FileNotFoundError, ValueError):  # runs of earlier versions have none
         file = paths.at(workdir) / "classes.json"
         about["class_names"] = json.loads(file.read_text())
     return _source(settings.generator, params, *tokenizer, about)

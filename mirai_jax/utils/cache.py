@@ -22,7 +22,7 @@ from concurrent import futures
 from typing import IO
 
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.utils.remote import Remote
+from mirai_jax.utils.remote import Remote, Unreachable
 
 _IN_USE = "in_use"  # locked (shared) by each process that reads from its folder
 
@@ -136,7 +136,7 @@ def _download(path: Remote, found: dict[str, tuple[int, str]], copy: pathlib.Pat
         with futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(get, found))
         if not _whole(made, found):
-            raise OSError(errno.EIO, "changed while it was read", str(path))
+            raise Unreachable(errno.EIO, "it changed while it was read", str(path))
         shutil.rmtree(copy.parent, ignore_errors=True)
         copy.parent.mkdir()
         made.rename(copy)

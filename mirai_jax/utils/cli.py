@@ -7,6 +7,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
+from logging import getLogger
 from typing import Any, NoReturn
 
 import jax
@@ -83,9 +84,12 @@ def _quieten() -> None:
     """
     logging.set_verbosity(logging.WARNING)  # it logs every file that it writes
     unretrieved = "exception was never retrieved"  # asyncio's, of arrays after the first
-    logging.get_absl_handler().addFilter(
-        lambda record: "/orbax/" not in record.pathname and unretrieved not in record.getMessage()
+    wanted = lambda record: (
+        "/orbax/" not in record.pathname and unretrieved not in record.getMessage()
     )
+    # The loggers too: a package that logs to Python's root gives it another handler.
+    for where in (logging.get_absl_handler(), *map(getLogger, ("absl", "asyncio"))):
+        where.addFilter(wanted)
     show, show_unraisable = sys.excepthook, sys.unraisablehook
 
     def too_late(error: BaseException | None) -> bool:  # TensorStore's threads, in either way

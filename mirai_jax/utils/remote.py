@@ -1,7 +1,8 @@
 """Paths of buckets and of other storage behind a URL, with the methods of pathlib that are used here.
 
 fsspec reads and writes them. An object appears when it is whole, so nothing is renamed into its place.
-Every request is tried again for PATIENCE seconds, and then raises an OSError, as of a lost disk.
+Every request is tried again for PATIENCE seconds, and then raises an OSError, as of a lost disk; for as
+long again, all others of that bucket raise it at once.
 Listings are never kept, for other processes write too.
 """
 
@@ -11,6 +12,7 @@ import fnmatch
 import functools
 import json
 import logging
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -25,7 +27,7 @@ _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _WITHOUT_FOLDERS = (*_EXTRAS, "az", "abfs")
 _VERSIONS = ("generation", "etag", "ETag", "mtime", "LastModified", "created")
 
-_away: set[str] = set()  # buckets whose last request was given up
+_away: dict[str, tuple[float, OSError]] = {}  # buckets whose last request was given up: when, why
 
 
 @functools.cache
@@ -126,16 +128,18 @@ class Remote:
             except Exception as error:  # each package has its kinds
                 raise _os_error(error, str(self)) from error
 
+        since, why = _away.get(self._bucket, (0.0, None))
+        if why and time.monotonic() < since + PATIENCE:
+            raise why  # at once: a run that ends has much to close
         try:
-            # What was given up is not waited for again: a lost bucket ends a run once.
-            result = files.patiently(attempt, 0 if self.is_away else PATIENCE)
+            result = files.patiently(attempt, 0 if why else PATIENCE)
         except files.LASTING:
-            _away.discard(self._bucket)
+            _away.pop(self._bucket, None)
             raise
-        except OSError:
-            _away.add(self._bucket)
+        except OSError as error:
+            _away[self._bucket] = time.monotonic(), error
             raise
-        _away.discard(self._bucket)
+        _away.pop(self._bucket, None)
         return result
 
     def _info(self) -> dict[str, Any]:
@@ -245,7 +249,7 @@ def _version(entry: dict[str, Any]) -> str:
 
 
 def _os_error(error: Exception, url: str) -> OSError:
-    text = first_line(error)[:200] or type(error).__name__
+    text = "no answer" if isinstance(error, TimeoutError) else first_line(error)[:200]
     refused = str(getattr(error, "code", "")) in ("401", "403") or "Forbidden" in text
     refused |= type(error).__name__ == "NoCredentialsError"  # botocore's
     if isinstance(error, FileNotFoundError):
