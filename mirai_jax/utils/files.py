@@ -1,7 +1,6 @@
 """Files that are either complete or absent, even if the process is killed or the disk is full."""
 
 import contextlib
-import itertools
 import os
 import pathlib
 import secrets
@@ -26,8 +25,8 @@ def patiently(read: Callable[[], T], seconds: float | None = None) -> T:
 
     No try begins later than after `seconds`; the default is as many tries as there are waits.
     """
-    end = None if seconds is None else time.monotonic() + seconds
-    for tries in itertools.count():
+    end, tries = None if seconds is None else time.monotonic() + seconds, 0
+    while True:
         try:
             return read()
         except OSError as error:
@@ -36,7 +35,7 @@ def patiently(read: Callable[[], T], seconds: float | None = None) -> T:
             if tries >= len(_WAITS) if end is None else time.monotonic() > end:
                 raise
         time.sleep(_WAITS[min(tries, len(_WAITS) - 1)])
-    raise AssertionError
+        tries += 1
 
 
 def is_remote(path: Any) -> bool:

@@ -104,9 +104,6 @@ class Remote:
     def parent(self) -> "Remote":
         return Remote(f"{self._scheme}://{self._rest.rpartition('/')[0] or self._rest}")
 
-    def with_name(self, name: str) -> "Remote":
-        return self.parent / name
-
     def absolute(self) -> "Remote":
         return self
 
