@@ -115,7 +115,7 @@ def test_what_an_index_does_not_hold_is_no_checkpoint(tmp_path, monkeypatch):
 def test_urls_that_nothing_reads_are_refused_by_every_program(tmp_path):
     for module, *arguments in (
         ("main", f"--config={ROOT}/configs/llamagen.py", "--workdir=nope://b/x"),
-        ("evaluate", "--samples=a.npz,nope://b/s.npz", "--reference=nope://b/a.npz"),
+        ("evaluate", "--samples=nope://b/s.npz,a.npz", "--reference=a.npz"),
         ("convert", "nope://b/a.pt", "nope://b/out"),
     ):
         assert "nope://" in error_line(f"mirai_jax.{module}", *arguments, cwd=tmp_path)
