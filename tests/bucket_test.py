@@ -210,7 +210,7 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start_gs(tmp_path):
+def start_gs():
     pytest.importorskip("gcsfs")
     pytest.importorskip("gcp_storage_emulator")
     port = free_port()
@@ -221,7 +221,7 @@ def start_gs(tmp_path):
     return bucket
 
 
-def start_s3(tmp_path):
+def start_s3():
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     port = free_port()
@@ -236,16 +236,13 @@ def start_s3(tmp_path):
 
 @pytest.fixture(params=["gs", "s3"])
 def bucket(request, tmp_path, monkeypatch):
-    made = {"gs": start_gs, "s3": start_s3}[request.param](tmp_path)
+    made = {"gs": start_gs, "s3": start_s3}[request.param]()
     made.environ |= {"MIRAI_CACHE": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for name, value in made.environ.items():
         monkeypatch.setenv(name, value)
     remote._system.cache_clear()
     yield made
     made.process.kill()
-
-
-only_gs = pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 
 
 @pytest.fixture(scope="module")
