@@ -148,6 +148,11 @@ def test_checkpoints_in_a_bucket(memory):
     again = Checkpoints(folder)
     assert again.latest_step() == 2 and not (folder / "step_3").exists()
     assert (restore_weights(folder)[0]["ema"]["w"] == 2).all()
+    metadata = folder / "step_2" / "_CHECKPOINT_METADATA"
+    (folder / "step_2" / "commit_success.txt").unlink()
+    assert steps_in(folder) == []
+    metadata.write_bytes(b'{"commit_timestamp_nsecs": 1}')  # copied from a disk
+    assert steps_in(folder) == [2]
     raw[len(raw) // 2] ^= 255
     (folder / "step_2" / array).write_bytes(bytes(raw))
     like, one, warned = state(0.0), jax.sharding.SingleDeviceSharding(jax.devices()[0]), []

@@ -6,6 +6,7 @@ elsewhere is written to a folder here and then uploaded, and is read from the ca
 """
 
 import contextlib
+import json
 import pathlib
 import re
 import shutil
@@ -43,7 +44,13 @@ def last_whole(folder: AnyPath) -> str:
 
 
 def _is_whole(path: AnyPath) -> bool:
-    return not files.is_remote(path) or (path / _COMMITTED).exists()
+    if not files.is_remote(path) or (path / _COMMITTED).exists():
+        return True
+    # A copy of what a file system had: there, Orbax notes the time instead.
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+        return bool(metadata["commit_timestamp_nsecs"])
+    return False
 
 
 def is_native(folder: AnyPath) -> bool:
@@ -101,6 +108,6 @@ def remove_unfinished(folder: AnyPath) -> None:
     """Removes what a run left that was killed while it saved."""
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path)
+            path.rmtree() if files.is_remote(path) else shutil.rmtree(path)
         elif _STEP.fullmatch(path.name) and not _is_whole(path):
             path.rmtree()
