@@ -19,7 +19,6 @@ the only run's folder).
 """
 
 import os
-import pathlib
 
 from mirai_jax.evaluation import assessments, figures, future_runs
 from mirai_jax.evaluation.future_runs import FutureProtocol
@@ -65,8 +64,8 @@ def main(argv: list[str]) -> None:
 
 def _show(workdirs: list[str], protocol: FutureProtocol) -> None:
     """Prints the tables, and writes the figure, of the last steps."""
-    folder = pathlib.Path(os.path.commonpath(map(os.path.abspath, workdirs)))
-    name = lambda workdir: folder.name if len(workdirs) == 1 else os.path.relpath(workdir, folder)
+    folder = paths.common(workdirs)
+    name = lambda w: folder.name if len(workdirs) == 1 else os.path.relpath(w, str(folder))
     found = {name(w): line for w, line in assessments.latest(workdirs, protocol).items()}
     for name, measures in found.items():
         print(future_runs.table(name, measures))

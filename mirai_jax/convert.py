@@ -17,7 +17,7 @@ import time
 from absl import flags
 
 from mirai_jax.training import restore
-from mirai_jax.utils import cli
+from mirai_jax.utils import cli, paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import conversion, pretrained, state_dict
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         if len(argv) != 3:
             raise ConfigError("give SOURCE and TARGET; --help says more")
         source, target = map(os.path.expanduser, argv[1:])
-        folder, converted = os.path.isdir(source), pretrained.is_converted(source)
+        folder, converted = paths.at(source).is_dir(), pretrained.is_converted(source)
         unused = (_ENTRY, _GRID, _HEADS) if folder else ()
         unused += (_STATE, _PROJECTORS) if converted or not folder else ()
         for flag in unused:

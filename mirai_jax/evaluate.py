@@ -16,10 +16,8 @@ Writes results.json, with how the samples were drawn beside each number, anew af
 samples; for samples at several guidance scales also sweep.png.
 """
 
-import os
-
 from mirai_jax.evaluation.samples import evaluate
-from mirai_jax.utils import cli, paths
+from mirai_jax.utils import cli, files, paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import inception as inception_weights
 
@@ -40,7 +38,8 @@ def main(argv: list[str]) -> None:
             raise ConfigError("--samples and --reference are needed: see --help")
         if _SAVE.value and not _INCEPTION.value:
             raise ConfigError("--save_statistics needs --inception: no other statistics are read")
-        if not os.path.isdir(os.path.dirname(_SAVE.value) or "."):
+        folder = paths.at(_SAVE.value).parent
+        if not files.is_remote(folder) and not folder.is_dir():
             raise ConfigError(f"--save_statistics is {_SAVE.value!r}, in a folder that is missing")
         given = (_REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE)
         evaluate(paths.several(_SAMPLES.value), *(flag.value for flag in given))

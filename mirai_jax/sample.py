@@ -13,14 +13,12 @@ Images are kept in parts of 500: after any stop the same command resumes, and en
 on the same kind of device. Several hosts share the work with `--process_index` of `--process_count`.
 """
 
-import pathlib
-
 from mirai_jax.sampling import job
 from mirai_jax.sampling.painter import Given, Source
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.training import given_tokens
 from mirai_jax.training import sources_of_samples as sources
-from mirai_jax.utils import cli
+from mirai_jax.utils import cli, paths
 from mirai_jax.utils.errors import ConfigError, first_line
 
 _FLAGS, _define = cli.flags_of(__name__)
@@ -121,7 +119,7 @@ def run() -> None:
         else:
             out = f"{_OUT.value}/{name}" if len(options) > 1 else _OUT.value
         job.sample_folder(
-            pathlib.Path(out).expanduser(),
+            paths.at(out),
             source,
             option,
             share,

@@ -37,7 +37,7 @@ PACKAGES = {  # the only packages beyond Python's own that files of these rooms 
 }
 NEVER = "torch torchvision tensorflow tf_keras keras clu.metric_writers clu.periodic_actions"
 # Slow to import, or optional.
-INSIDE_FUNCTIONS = "matplotlib sklearn tensorflow_datasets submitit pyarrow huggingface_hub wandb"
+INSIDE_FUNCTIONS = "matplotlib sklearn tensorflow_datasets submitit pyarrow huggingface_hub wandb fsspec gcsfs s3fs"
 LONGEST_FILE, FILES_ON_TOP = 400, 16
 
 PROJECT = ("mirai_jax", "configs", "launch")

@@ -19,7 +19,6 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.trees import plain, shown
 
@@ -171,8 +170,6 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
     An int passes for a float and a list for a tuple. Numbers must fit in int32 and float32.
     """
-    if kind is str and isinstance(value, str):
-        paths.check_local(name, value)
     try:
         return _convert(value, kind)
     except ValueError:

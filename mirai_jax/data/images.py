@@ -58,8 +58,8 @@ def open_images(spec: str) -> ImageSource:
         suffix, made = _KINDS[found["kind"]]
         return made(spec, packed.find_files(spec, found["pattern"], suffix))
     if spec.startswith("hf:"):
-        paths = hub.data_files(spec, _packed_files)
-        return _KINDS["parquet" if paths[0].endswith(".parquet") else "wds"][1](spec, paths)
+        listed = hub.data_files(spec, _packed_files)
+        return _KINDS["parquet" if listed[0].endswith(".parquet") else "wds"][1](spec, listed)
     if found := _TFDS.fullmatch(spec):
         return _Tfds(spec, found["name"], found["split"] or "train")
     if found := _GRAIN.fullmatch(spec):
@@ -67,9 +67,9 @@ def open_images(spec: str) -> ImageSource:
     if _BUILT_IN.fullmatch(spec):
         name, _, path = spec.partition(":")
         return _BuiltIn(spec, name, path)
-    folder = os.path.abspath(os.path.expanduser(spec))
-    if spec and os.path.isdir(folder):
-        return _Folder(spec, folder)
+    folder = paths.at(spec)
+    if spec and folder.is_dir():
+        return _Folder(spec, os.path.abspath(paths.local(folder)))
     raise DataError(f"images {spec!r} is none of these: {FORMS}")
 
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, get_origin
 
 from mirai_jax.data.crops import CropSpec
-from mirai_jax.utils import files, trees
+from mirai_jax.utils import files, paths, trees
 from mirai_jax.utils.errors import DataError, first_line
+from mirai_jax.utils.files import AnyPath
 
 FILE = "manifest.json"
 
@@ -106,9 +105,9 @@ def from_dict(tree: Any) -> Manifest:
     return made
 
 
-def read(folder: str | os.PathLike[str]) -> Manifest | None:
+def read(folder: AnyPath) -> Manifest | None:
     """The manifest of a folder; None if it has none. Raises DataError if it is damaged."""
-    file = pathlib.Path(os.path.expanduser(folder)) / FILE  # pathlib's raises on an unknown ~user
+    file = paths.at(folder) / FILE
     try:
         return from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
@@ -117,7 +116,7 @@ def read(folder: str | os.PathLike[str]) -> Manifest | None:
         raise DataError(f"{file} cannot be read ({first_line(error)})") from error
 
 
-def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+def write(folder: AnyPath, manifest: Manifest) -> None:
     """Writes the manifest, whole or not at all."""
     text = json.dumps(manifest.to_dict(), indent=1) + "\n"
-    files.write_text(pathlib.Path(folder) / FILE, text)
+    files.write_text(paths.at(folder) / FILE, text)

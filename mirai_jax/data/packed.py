@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mirai_jax.data.image_source import ImageSource, hashes_of
-from mirai_jax.utils import files
+from mirai_jax.utils import cache, files, paths
 from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
 from mirai_jax.utils.progress import Progress
 
@@ -149,7 +149,15 @@ def read_range(path: str, start: int, size: int) -> bytes:
 
 
 def find_files(spec: str, pattern: str, suffix: str) -> list[str]:
-    """The files of a glob pattern, or those in a folder, at any depth, that end with `suffix`; sorted."""
+    """The files of a glob pattern, or those in a folder, at any depth, that end with `suffix`; sorted.
+
+    A folder in a bucket is copied whole into the cache.
+    """
+    if files.is_remote(given := paths.at(pattern)):
+        folder = paths.local(given if given.is_dir() else given.parent)
+        pattern = str(folder)
+        if not given.is_dir():
+            pattern = os.path.join(glob.escape(pattern), given.name)
     pattern = os.path.abspath(os.path.expanduser(pattern))
     if os.path.isdir(pattern):
         pattern = os.path.join(glob.escape(pattern), "**", f"*{suffix}")
@@ -166,8 +174,7 @@ Index = Mapping[str, np.ndarray]
 
 def cache_folder() -> pathlib.Path:
     """The folder of the indices, below MIRAI_CACHE."""
-    root = os.environ.get("MIRAI_CACHE") or "~/.cache/mirai_jax"
-    return pathlib.Path(root).expanduser() / "sources"
+    return cache.root() / "sources"
 
 
 def index_file(path: str, suffix: str = ".npz") -> pathlib.Path:

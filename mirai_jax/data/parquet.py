@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mirai_jax.data import packed
-from mirai_jax.utils import files
+from mirai_jax.utils import cache, files
 from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
 
 _IN_FILE, _COPIED = 0, 1  # where an image is found; -1: by its group of rows alone
@@ -167,13 +167,13 @@ def _check_room(spec: str, paths: Sequence[str]) -> None:
     """Raises DataError if the copies of compressed images would exceed MIRAI_CACHE_GIB."""
     import pyarrow.parquet as pq
 
-    given, folder = os.environ.get("MIRAI_CACHE_GIB") or "64", packed.cache_folder()
+    limit, folder = cache.limit(), packed.cache_folder()
     chunks = (chunk for path in paths for chunk in _chunks(pq.read_metadata(path)))
     needed = sum(size for *_, compressed, size in chunks if compressed)
     needed += sum(path.stat().st_size for path in folder.glob("*.bin"))
-    if needed > float(given) * 2**30:
+    if needed > limit:
         raise DataError(
-            f"MIRAI_CACHE_GIB is {given}; it must be {needed / 2**30:.1f} or more: the images of "
+            f"MIRAI_CACHE_GIB is {limit / 2**30:g}; it must be {needed / 2**30:.1f} or more: the images of "
             f"{spec!r} are compressed and are copied to {folder}"
         )
 

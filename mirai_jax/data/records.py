@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from mirai_jax.data import manifest
-from mirai_jax.utils import files
+from mirai_jax.utils import files, paths
 from mirai_jax.utils.errors import DataError, first_line
 
 SHARD_SUFFIXES = (".array_record", ".arrayrecord")
@@ -158,8 +158,11 @@ class CodeRecords:
 
 def _find_shards(path: str) -> list[str]:
     """The shards of a folder or glob pattern, sorted by name."""
-    expanded = os.path.expanduser(path)
-    if os.path.isdir(expanded):
+    expanded, where = os.path.expanduser(path), paths.at(path)
+    if files.is_remote(where):
+        folder, pattern = (where.parent, where.name) if "*" in where.name else (where, "*")
+        found = [str(file) for file in folder.glob(pattern) if file.name.endswith(SHARD_SUFFIXES)]
+    elif os.path.isdir(expanded):
         names = [name for name in os.listdir(expanded) if name.endswith(SHARD_SUFFIXES)]
         found = [os.path.join(expanded, name) for name in names]
     else:
@@ -173,8 +176,11 @@ def _find_shards(path: str) -> list[str]:
 
 
 def _open_shard(file: str) -> grain.sources.ArrayRecordDataSource:
+    # A copy also of gs://, which ArrayRecord reads: there a missing object is an empty shard, and every
+    # record drawn is a request.
+    local = os.fspath(paths.local(file))
     try:
-        return grain.sources.ArrayRecordDataSource(file)
+        return grain.sources.ArrayRecordDataSource(local)
     except Exception as error:
         raise DataError(
             f"data.path {file!r} is not a whole ArrayRecord file ({first_line(error)})"

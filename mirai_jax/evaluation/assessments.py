@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -17,7 +16,7 @@ from mirai_jax.evaluation.future_runs import FutureAssessor, FutureProtocol
 from mirai_jax.evaluation.runs import Assessor, Protocol
 from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import steps_in
-from mirai_jax.utils import files
+from mirai_jax.utils import files, paths
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.utils.locks import FolderLock
 from mirai_jax.utils.progress import duration
@@ -34,7 +33,7 @@ def read(workdir: str, file: str = FILE) -> list[dict[str, Any]]:
     Raises:
         DataError: a line is damaged, except a last one that a stop cut off.
     """
-    path = pathlib.Path(workdir) / file
+    path = paths.at(workdir) / file
     text = path.read_text(errors="replace") if path.exists() else ""
     entries = []
     for number, line in enumerate(text.split("\n")[:-1], 1):  # after the last \n: what was cut off
@@ -94,7 +93,7 @@ def _todo(
     """The missing steps of each run, and whether all runs are finished."""
     todo, finished = [], True
     for workdir in workdirs:
-        folder = pathlib.Path(workdir)
+        folder = paths.at(workdir)
         if follow and not (folder / "config.json").exists():
             finished = False
             continue
@@ -137,16 +136,16 @@ def _assess(todo: _Missing, count: int, protocol: AnyProtocol, assessors: dict[t
             assessor = assessors[images_of(settings)]
             measures = assessor.measure(settings, workdir, saved, step == settings.num_steps)
             entry = {"step": step, "protocol": dataclasses.asdict(protocol), **measures}
-            with contextlib.closing(FolderLock(pathlib.Path(workdir), "assess")) as lock:
+            with contextlib.closing(FolderLock(paths.at(workdir), "assess")) as lock:
                 while lock.acquire():  # another assessment adds a line
                     time.sleep(0.1)
                 lines = *read(workdir, protocol.FILE), entry
                 text = "".join(json.dumps(line) + "\n" for line in lines)
-                files.write_text(pathlib.Path(workdir) / protocol.FILE, text)
+                files.write_text(paths.at(workdir) / protocol.FILE, text)
             done += 1
             left = (time.monotonic() - begun) / done * (count - done)
             print(
-                f"{done}/{count}  {pathlib.Path(workdir).name}  step {step}  "
+                f"{done}/{count}  {paths.at(workdir).name}  step {step}  "
                 f"{assessor.summary(measures)}  {duration(left)} left",
                 flush=True,
             )

@@ -15,6 +15,7 @@ from PIL import Image
 from mirai_jax.data import crops, folders
 from mirai_jax.training import restore
 from mirai_jax.training.components import labelled_images
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import DataError, first_line
 
 # Of Inception's features: mean and covariance, pooled and spatial (for sFID).
@@ -60,14 +61,14 @@ def open_stream(spec: str) -> ImageStream:
     """
     if spec.startswith("data:"):
         return _of_run(spec)
-    if os.path.isdir(spec):
-        samples = os.path.join(spec, "samples.npz")
-        if os.path.isfile(samples):
-            return _of_npz(samples)
-        if os.path.isfile(os.path.join(spec, "protocol.json")):
+    path = paths.at(spec)
+    if path.is_dir():
+        if (path / "samples.npz").is_file():
+            return _of_npz(os.path.join(spec, "samples.npz"))
+        if (path / "protocol.json").is_file():
             raise DataError(f"{spec} holds samples that are not finished: draw the rest first")
         return _of_folder(spec)
-    if not os.path.isfile(spec):
+    if not path.is_file():
         raise DataError(f"{spec} is neither a file nor a folder")
     return _of_npz(spec)
 
@@ -78,10 +79,11 @@ def statistics(path: str) -> dict[str, np.ndarray]:
     Raises:
         DataError: damage, half of a pair, other shapes, numbers that are not finite.
     """
-    if not os.path.isfile(path):
+    if not paths.at(path).is_file():
         return {}
+    local = paths.local(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(local, allow_pickle=False) as file:
             stored = {n: np.asarray(file[n], np.float64) for n in _SHAPES if n in file.files}
     except Exception as error:  # zipfile and NumPy raise half a dozen kinds on damaged files
         raise DataError(f"{path} is not a whole .npz file ({first_line(error)})") from error
@@ -96,10 +98,10 @@ def statistics(path: str) -> dict[str, np.ndarray]:
 
 def has_images(path: str) -> bool:
     """False for a .npz without images, such as one of statistics; True for anything else."""
-    if not os.path.isfile(path):
+    if not paths.at(path).is_file():
         return True
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(paths.local(path)) as archive:
             return "arr_0.npy" in archive.namelist()
     except (OSError, zipfile.BadZipFile):
         return True  # opening it will raise
@@ -115,8 +117,10 @@ def _in_colour(pixels: np.ndarray) -> np.ndarray:
 
 
 def _of_npz(path: str) -> ImageStream:
+    local = paths.local(path)
+
     def opened() -> tuple[Any, Any, tuple[int, ...], bool, np.dtype]:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(local)
         file = archive.open("arr_0.npy")
         form = np.lib.format
         first = form.read_magic(file) == (1, 0)
@@ -162,7 +166,8 @@ def _of_run(spec: str) -> ImageStream:
     return of_array(spec, images)
 
 
-def _of_folder(path: str) -> ImageStream:
+def _of_folder(spec: str) -> ImageStream:
+    path = str(paths.local(spec))
     files = [
         pathlib.Path(path, folder, name)
         for folder, names in folders.walk(path, path)
@@ -180,10 +185,10 @@ def _of_folder(path: str) -> ImageStream:
             failed[str(file.relative_to(path))] = first_line(error)
     if not sizes:
         why = next(iter(failed.values()), " ".join(folders.SUFFIXES))
-        raise DataError(f"{path} holds no image that can be read ({why})")
+        raise DataError(f"{spec} holds no image that can be read ({why})")
     if len(sizes) > 1:
         listed = ", ".join(f"{file.name} is {w}x{h}" for (w, h), file in sizes.items())
-        raise DataError(f"{path} holds images of several sizes: {listed:.200}; they must be of one")
+        raise DataError(f"{spec} holds images of several sizes: {listed:.200}; they must be of one")
     ((width, height),) = sizes
 
     def decoded(some: list[pathlib.Path]) -> Iterator[np.ndarray]:
@@ -198,4 +203,4 @@ def _of_folder(path: str) -> ImageStream:
             if images := list(decoded(files[start : start + count])):
                 yield np.stack(images)
 
-    return ImageStream(path, len(files) + len(failed), (height, width), chunks, failed)
+    return ImageStream(spec, len(files) + len(failed), (height, width), chunks, failed)

@@ -3,8 +3,7 @@
 import functools
 import json
 import os
-import pathlib
-import tempfile
+import secrets
 import types
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from mirai_jax.evaluation import figures, image_streams, metrics
 from mirai_jax.evaluation.network import Features, Network
-from mirai_jax.utils import files
+from mirai_jax.utils import files, paths
 from mirai_jax.utils.errors import DataError
 from mirai_jax.weights import pretrained
 
@@ -65,10 +64,11 @@ def evaluate(
                 f"{stream.name} holds images of {stream.size[0]}x{stream.size[1]}, "
                 f"{images.name} of {images.size[0]}x{images.size[1]}; they must be of one size"
             )
-    out = pathlib.Path(out or _folder_of(samples)).expanduser()
+    out = paths.at(out or _folder_of(samples))
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass  # the folder can be written to
+    probe = out / f"{secrets.token_hex(4)}.tmp"
+    probe.touch()  # the folder can be written to
+    probe.unlink()
     network = Network(inception, batch_size)
     print(f"reference: {reference}", flush=True)
     real = network.features(images) if images else Features(None)
@@ -83,7 +83,7 @@ def evaluate(
         arrays = {"mu": real.moments.mean, "sigma": real.moments.covariance}
         if real.spatial is not None:
             arrays |= {"mu_s": real.spatial.mean, "sigma_s": real.spatial.covariance}
-        with files.atomic_write(statistics) as file:
+        with files.atomic_write(paths.at(statistics)) as file:
             np.savez(file, **arrays)
     rows = []
     results = {"features": "inception-v3 2015-12-05" if inception else "efficientnet-lite0"}
@@ -148,23 +148,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def protocol_of(spec: str) -> dict[str, Any]:
     """The protocol.json of a folder of samples or of its samples.npz; {} for any other images."""
-    folder = pathlib.Path(spec)
+    folder = paths.at(spec)
     if folder.name == "samples.npz":
         folder = folder.parent
     try:
         return json.loads((folder / "protocol.json").read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
 
 
 def _checksum(spec: str) -> str:
-    path = os.path.join(spec, "samples.npz") if os.path.isdir(spec) else spec
-    return pretrained.sha256_of_file(path) if os.path.isfile(path) else ""
+    path = paths.at(spec)
+    path = path / "samples.npz" if path.is_dir() else path
+    return pretrained.sha256_of_file(path) if path.is_file() else ""
 
 
-def _folder_of(samples: list[str]) -> pathlib.Path:
-    first = pathlib.Path(samples[0])
-    if samples[0].startswith("data:"):
-        first = pathlib.Path(samples[0].removeprefix("data:").rpartition(":")[0])
+def _folder_of(samples: list[str]) -> files.AnyPath:
+    name = samples[0]
+    first = paths.at(name.removeprefix("data:").rpartition(":")[0] if name[:5] == "data:" else name)
     folder = first if first.is_dir() else first.parent
     return folder if len(samples) == 1 else folder.parent

@@ -14,6 +14,7 @@ from mirai_jax.data.manifest import Manifest
 from mirai_jax.extraction import codes as given_codes
 from mirai_jax.extraction.codes import GivenCodes, read_codes
 from mirai_jax.models import vq
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import pretrained
 
@@ -109,8 +110,8 @@ def prepare(
     )
     if line := folders.surprise(class_names):
         print(line, flush=True)
-    folder = pathlib.Path(out).expanduser()
-    if keys and folder.resolve().is_relative_to(pathlib.Path(images).expanduser().resolve()):
+    folder = paths.at(out)
+    if keys and paths.is_inside(folder, paths.at(images)):
         raise ConfigError(
             f"--out is {out!r}, inside --images: it would be read as one of its classes"
         )

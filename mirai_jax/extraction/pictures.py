@@ -9,13 +9,13 @@ from mirai_jax.data import records
 from mirai_jax.data.crops import load_crop
 from mirai_jax.extraction.job import ExtractionJob
 from mirai_jax.models import batched
-from mirai_jax.utils import pictures
+from mirai_jax.utils import paths, pictures
 
 
 def draw_reconstructions(job: ExtractionJob, shards: list[int], count: int) -> pathlib.Path | None:
     """Draws up to `count` images, evenly spread over the shards; None if the shards hold none."""
-    paths = [job.out / job.shard_name(k) for k in shards]
-    with grain.sources.ArrayRecordDataSource(paths) as source:
+    written = [str(paths.local(job.out / job.shard_name(k))) for k in shards]
+    with grain.sources.ArrayRecordDataSource(written) as source:
         if not len(source):
             return None
         chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))

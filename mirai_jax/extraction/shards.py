@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 from typing import Any
 
 from mirai_jax.data import folders, manifest, records
@@ -114,7 +113,7 @@ def finish(job: ExtractionJob) -> Manifest | None:
         shards=tuple(Shard(p["name"], p["records"], p["sha256"]) for p in parts),
     )
     manifest.write(job.out, final)
-    shutil.rmtree(job.out / PARTS, ignore_errors=True)  # another host may be removing it, too
+    files.remove_tree(job.out / PARTS)  # another host may be removing it, too
     for left in job.out.glob("*.tmp"):  # of writers that were killed
         left.unlink(missing_ok=True)
     return final

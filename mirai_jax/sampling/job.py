@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -131,8 +131,12 @@ class SamplingJob:
                 raise
         if not self.samples.exists():
             return False
-        shutil.rmtree(self.out / "parts", ignore_errors=True)
+        files.remove_tree(self.out / "parts")
         return True
+
+    def _load(self, k: int) -> np.ndarray:
+        path = self.part(k)
+        return np.load(io.BytesIO(path.read_bytes()) if files.is_remote(path) else path)
 
     def _row(self, start: int, count: int, names: list[str] | None) -> str:
         """The name of some images from `start` on: their classes, where their names are known."""
@@ -141,7 +145,7 @@ class SamplingJob:
         return f"image {start}: {', '.join(shown)}"[:48].removesuffix(": ")
 
     def _write(self) -> None:
-        first = np.load(self.part(0))
+        first = self._load(0)
         names = json.loads((self.out / "protocol.json").read_text()).get("class_names")
         columns = min(_GRID - len(self.beside), len(first))
         size = first.shape[2], first.shape[1]
@@ -150,7 +154,9 @@ class SamplingJob:
         shown = [image for i in starts for image in (*beside, *first[i : i + columns])]
         grid = pictures.sample_grid(np.stack(shown), [self._row(i, columns, names) for i in starts])
         pictures.save_picture(self.out / "grid.png", grid)
-        whole = self.out / "parts" / "samples.npz"  # a stop's leftover is removed with the parts
+        # A stop's leftover is removed with the parts. A bucket gets the file at once, whole.
+        remote = files.is_remote(self.out)
+        whole = self.samples if remote else self.out / "parts" / "samples.npz"
         # ZipInfo without a date: the same bytes whenever they are written.
         with files.atomic_write(whole) as raw, zipfile.ZipFile(raw, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
@@ -158,10 +164,11 @@ class SamplingJob:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for k in range(self.num_parts):
-                    file.write(np.load(self.part(k)).tobytes())
+                    file.write(self._load(k).tobytes())
             with archive.open(zipfile.ZipInfo("labels.npy"), "w") as file:
                 np.lib.format.write_array(file, self.labels)
-        os.replace(whole, self.samples)
+        if not remote:
+            os.replace(whole, self.samples)
 
 
 def sample_folder(

@@ -8,11 +8,11 @@ Nothing in them depends on the devices: saved on 8 or on 2 hosts, restored on 1 
 appears under its name when it is whole; the fingerprints show whether it still is.
 """
 
-import contextlib
 import errno
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,26 +20,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mirai_jax.training.checkpoint_folder import (
+    for_orbax,
+    is_native,
+    last_whole,
+    remove,
+    remove_unfinished,
+    steps_in,
+    unless_away,
+    upload,
+)
 from mirai_jax.training.fingerprints import by_path, fingerprints
-from mirai_jax.utils import distributed, files, paths
+from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, Lost, TrainingError, first_line
-
-_STEP = re.compile(r"step_(\d+)")
-_UNFINISHED = re.compile(r"step_\d+\.orbax-checkpoint-tmp.*")
-
-
-def steps_in(folder: pathlib.Path) -> list[int]:
-    """The steps of a folder's whole checkpoints, ascending; none where there is no folder."""
-    if not folder.is_dir():
-        return []
-    found = (_STEP.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
-
-
-def last_whole(folder: pathlib.Path) -> str:
-    """The checkpoint from which a run can resume, for messages."""
-    steps = steps_in(folder)
-    return f"step {steps[-1]}" if steps else "no step yet"
+from mirai_jax.utils.files import AnyPath
 
 
 def _fields(state: Any) -> dict[str, Any]:
@@ -74,14 +68,20 @@ class Checkpoints:
         keep_every: those at multiples of it are kept for ever (0: none).
     """
 
-    def __init__(self, folder: pathlib.Path, *, every: int = 1, keep: int = 2, keep_every: int = 0):
+    def __init__(self, folder: AnyPath, *, every: int = 1, keep: int = 2, keep_every: int = 0):
         self._folder, self._every = folder.absolute(), every
         self._keep, self._keep_every = keep, keep_every
+        self._spool: tempfile.TemporaryDirectory | None = None
+        if not is_native(folder):
+            if jax.process_count() > 1:
+                raise ConfigError(
+                    f"workdir is {folder.parent}; of several processes it must be in gs:// or on a "
+                    "shared file system"
+                )
+            self._spool = tempfile.TemporaryDirectory(prefix="mirai-checkpoints-")
         if distributed.is_first():
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():
-                if _UNFINISHED.fullmatch(path.name):  # of a run that was killed while it saved
-                    shutil.rmtree(path)
+            remove_unfinished(folder)
         self._steps = steps_in(folder)
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
@@ -105,13 +105,13 @@ class Checkpoints:
         if self.latest_step() == step:
             return
         self.wait()
-        if not self._folder.is_dir():
+        if not files.is_remote(self._folder) and not self._folder.is_dir():
             raise TrainingError(f"{self._folder} is gone: step {step} cannot be written")
         tree = _storable(state)
         marks = {"next_index": step, "fingerprints": fingerprints(tree)}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), marks=ocp.args.JsonSave(marks))
         self._steps.append(step)
-        self._writing(step, lambda: self._writer.save(self._plain(step), args=args, force=True))
+        self._writing(step, lambda: self._writer.save(self._target(step), args=args, force=True))
 
     def wait(self) -> None:
         """Blocks until what was started is on the disk.
@@ -120,18 +120,24 @@ class Checkpoints:
             TrainingError: it cannot be written.
             Lost: another process is gone.
         """
-        self._writing(self.latest_step(), self._writer.wait_until_finished)
+        finish = lambda: unless_away(self._folder, self._writer.wait_until_finished)
+        self._writing(self.latest_step(), finish)
+        for path in pathlib.Path(self._spool.name).iterdir() if self._spool else ():
+            shutil.rmtree(path)  # it is in the bucket
         self._remove_old()
 
     def _check_written(self) -> None:
         """Reads the index of the new checkpoint back, on process 0, before it gets its name."""
         if not distributed.is_first():
             return
-        name = f"step_{self._steps[-1]}.orbax-checkpoint-tmp"
-        path = self._plain(self._steps[-1]).with_name(name)
+        path = self._target(self._steps[-1])
+        if isinstance(path, pathlib.Path):
+            path = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
         wanted = {name.replace("/", ".") for name in _read_marks(path)["fingerprints"]}
         if files.stored_arrays(path / "state") != wanted:
-            raise OSError(f"{self._folder / name} does not hold what was written to it")
+            raise OSError(f"{path} does not hold what was written to it")
+        if self._spool:
+            upload(path, self._path(self._steps[-1]))
 
     def _remove_old(self) -> None:
         """Removes what is not to be kept."""
@@ -139,11 +145,7 @@ class Checkpoints:
         kept.update(sorted(self._steps)[-self._keep :])
         for step in set(self._steps) - kept:
             if distributed.is_first():
-                # Under a name that is no checkpoint's: a kill on the way leaves no half of one.
-                gone = self._folder / f"step_{step}.orbax-checkpoint-tmp"
-                with contextlib.suppress(OSError):
-                    self._path(step).rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                remove(self._path(step))
         self._steps = sorted(kept)
 
     def _writing(self, step: int | None, write: Callable[[], Any]) -> None:
@@ -209,12 +211,14 @@ class Checkpoints:
         same = np.asarray((steps + [0] * count)[:count], np.int64)
         return [int(step) for step in distributed.from_first(same)]
 
-    def _path(self, step: int) -> pathlib.Path:
+    def _path(self, step: int) -> AnyPath:
         return self._folder / f"step_{step}"
 
-    def _plain(self, step: int) -> pathlib.Path:
-        """The same, for Orbax."""
-        return pathlib.Path(paths.plain(self._folder), f"step_{step}")
+    def _target(self, step: int) -> Any:
+        """Where Orbax writes it."""
+        if self._spool:
+            return pathlib.Path(self._spool.name, f"step_{step}")
+        return for_orbax(self._path(step))
 
     def _restore(self, step: int, like: Any, shardings: Any) -> tuple[Any, str, int]:
         """The state, or None and why not; and the outcome over all processes.
@@ -236,7 +240,7 @@ class Checkpoints:
             )
         tree, why, here = None, "", _WHOLE
         try:
-            tree, marks = _read(self._plain(step), abstract)
+            tree, marks = _read(for_orbax(path), abstract)
         except Exception as error:  # whatever Orbax and TensorStore make of a damaged file
             here, why = _outcome(error)
         worst = distributed.worst(here)
@@ -270,7 +274,7 @@ class Checkpoints:
         self._writer.close()
 
 
-def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any, int]:
+def restore_weights(folder: AnyPath, step: int | None = None) -> tuple[Any, int]:
     """{'params', 'ema'} of a checkpoint (default: the newest) as host arrays, and its step.
 
     They may have been saved on any number of devices; the optimizer's state is not read.
@@ -285,16 +289,17 @@ def restore_weights(folder: pathlib.Path, step: int | None = None) -> tuple[Any,
     if step not in steps:
         listed = ", ".join(map(str, steps))
         raise ConfigError(f"{folder} holds no checkpoint of step {step}; its steps are {listed}")
-    path = pathlib.Path(paths.plain(folder), f"step_{step}")
+    path = folder / f"step_{step}"
     try:
+        stored = for_orbax(path)
         reader = ocp.PyTreeCheckpointHandler()
-        tree = reader.metadata(path / "state").tree
+        tree = reader.metadata(stored / "state").tree
         # As NumPy arrays, which need no device at all.
         wanted = {name: jax.tree.map(lambda _: 0, tree[name]) for name in ("params", "ema")}
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
-        restored = reader.restore(path / "state", args=args)
-        _check_marks(_read_marks(path), fingerprints(restored), step)
+        restored = reader.restore(stored / "state", args=args)
+        _check_marks(_read_marks(stored), fingerprints(restored), step)
     except Exception as error:
         outcome, why = _outcome(error)
         if outcome == _NOT_NOW:
@@ -362,10 +367,12 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     codes = {int(code) for code in re.findall(r"os_error_code='(\d+)'", text)}
     codes |= {link.errno for link in chain if isinstance(link, OSError) and link.errno}
     refused = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    kinds = (MemoryError, jax.errors.JaxRuntimeError, ConfigError)
     not_now = (
         codes - {errno.ENOENT}
         or any(word in text for word in refused)
-        or any(isinstance(link, (MemoryError, jax.errors.JaxRuntimeError)) for link in chain)
+        or any(isinstance(link, kinds) for link in chain)
+        or any(type(link).__module__.startswith(("gcsfs", "aiohttp", "fsspec")) for link in chain)
     )
     why = next((_reason(link) for link in chain if "os_error_code" in str(link)), _reason(error))
     return (_NOT_NOW, why) if not_now else (_DAMAGED, f"it cannot be read: {why}")
@@ -376,4 +383,5 @@ def _reason(error: Exception) -> str:
     found = re.search(r"([\w ]+) \[os_error_code", str(error))
     if found:
         return found[1].strip()
-    return first_line(error).split(". See full TensorStore")[0][:200]
+    line = first_line(error).split(". See full TensorStore")[0].split(" [tensorstore_spec")[0]
+    return (line.rpartition(": ")[2] if "gs://" in line else line)[:200]

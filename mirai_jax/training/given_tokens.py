@@ -7,6 +7,7 @@ from mirai_jax.data import crops
 from mirai_jax.models import batched
 from mirai_jax.models.tokenizer import unfold
 from mirai_jax.sampling.painter import Given, Source
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 
 
@@ -42,8 +43,7 @@ def continue_from(source: Source, image_path: str, rows: int) -> Given:
 
 def _open(flag: str, path: str) -> Image.Image:
     try:
-        with open(path, "rb") as file:
-            return crops.decode(file.read())[0]
+        return crops.decode(paths.at(path).read_bytes())[0]
     except (OSError, DataError) as error:
         raise ConfigError(f"{flag} is {path!r}: {first_line(error)}") from error
 

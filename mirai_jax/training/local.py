@@ -7,7 +7,6 @@ what they share.
 import contextlib
 import functools
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from mirai_jax.training.checkpoint import Checkpoints
 from mirai_jax.training.guards import HangGuard
 from mirai_jax.training.start import restore_or_make, steps_done
 from mirai_jax.training.workdir import claim
-from mirai_jax.utils import cli
+from mirai_jax.utils import cli, files, paths
 from mirai_jax.utils.errors import TrainingError
 from mirai_jax.utils.trees import plain
 from mirai_jax.weights import pretrained
@@ -106,7 +105,7 @@ class LocalTask(loop.Task):
     def begin(self, checkpoints: Checkpoints, log: Log, warn: Log) -> tuple[Any, int]:
         # Of a shorter run: they mark what is finished.
         self._summary.unlink(missing_ok=True)
-        shutil.rmtree(self._made, ignore_errors=True)
+        files.remove_tree(self._made)
         make = lambda: self.init(jax.random.key(self._config.seed))
         shapes = jax.eval_shape(make)
         log(f"parameters: {self.size(shapes)}")
@@ -146,7 +145,7 @@ def run(
     log = log or functools.partial(print, flush=True)
     devices = jax.local_devices() if devices is None else devices
     settings = read(config, len(devices))
-    workdir, config = pathlib.Path(workdir).expanduser(), plain(config)
+    workdir, config = paths.at(workdir), plain(config)
     title, last = f"{settings.name}-{settings.scale}", settings.num_steps
     begin = steps_done(title, last, workdir, config, log, group)
     whole = (workdir / "summary.png").exists() and pretrained.is_converted(workdir / made)

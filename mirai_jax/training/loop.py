@@ -283,6 +283,8 @@ class Run:
 
     def _save(self, step: int) -> None:
         self.guard.heartbeat(f"the checkpoint of step {step}")
+        if self.writer:
+            self.writer.upload()  # no checkpoint is newer than what is logged
         self._checkpoints.save(self.state, step)
 
     def _not_finite(self, step: int, values: Mapping[str, float]) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import socket
 import struct
@@ -15,6 +14,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from mirai_jax.utils import files
+from mirai_jax.utils.files import Appended
+
+_EVERY = 10.0  # seconds between two uploads to a bucket, at least
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
@@ -31,26 +33,6 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     return entries
 
 
-class _Appended:
-    """A file to append to; `write` raises at once where the disk is full.
-
-    Nothing is kept in a buffer: closing would write it again, and its error replace the first.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self._file = path.open("ab", buffering=0)
-
-    def write(self, data: bytes) -> None:
-        """All of it is with the file system when this returns."""
-        while data:
-            data = data[self._file.write(data) :]  # a disk that gets full takes a part
-
-    def close(self) -> None:
-        if not self._file.closed:
-            with self._file:
-                os.fsync(self._file.fileno())  # some file systems report a full disk only now
-
-
 def _record(event: Event) -> bytes:
     """An event as TensorBoard's files hold it (a TFRecord)."""
     data = event.SerializeToString()
@@ -64,27 +46,30 @@ class MetricsWriter:
 
     Entries after `step` (of a run that continued past its last checkpoint) are dropped: they will be
     written again. All that was written is with the file system when a method returns, or it raises
-    OSError.
+    OSError. A bucket gets it every _EVERY seconds, and when `upload` is called.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
         path = workdir / "metrics.jsonl"
         files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._lines = _Appended(path)
+        self._lines = Appended(path)
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then it blocks.
         now = time.time()
-        self._events = _Appended(workdir / f"events.out.tfevents.{int(now)}.{socket.gethostname()}")
+        self._events = Appended(workdir / f"events.out.tfevents.{int(now)}.{socket.gethostname()}")
         begun = [Event(wall_time=now, file_version="brain.Event:2")]
         if step:  # TensorBoard is to forget what older event files hold from there on
             start = SessionLog(status=SessionLog.START)
             begun.append(Event(wall_time=now, step=step + 1, session_log=start))
         self._events.write(b"".join(map(_record, begun)))
+        self.upload()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """One logged step, to both."""
         self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
         self.board(step, values)
+        if time.monotonic() > self._next_upload:
+            self.upload()
 
     def board(self, step: int, values: Mapping[str, float]) -> None:
         """To TensorBoard alone."""
@@ -98,6 +83,14 @@ class MetricsWriter:
         now = time.time()
         events = (Event(wall_time=now, step=step, summary=entry) for entry in summaries)
         self._events.write(b"".join(map(_record, events)))
+
+    def upload(self) -> None:
+        """What was written is in the bucket when this returns, where the workdir is in one."""
+        begun = time.monotonic()
+        self._lines.upload()
+        self._events.upload()
+        # Files grow: uploads take at most a fiftieth of a run.
+        self._next_upload = begun + max(_EVERY, 50 * (time.monotonic() - begun))
 
     def close(self) -> None:
         """Raises OSError where the file system reports only now what it could not write."""

@@ -13,6 +13,7 @@ from mirai_jax.models import adapters
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.optimizer import overlay
 from mirai_jax.training.checkpoint import restore_weights
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import patch_codebook, pretrained
 
@@ -24,7 +25,7 @@ def read_settings(field: str, workdir: str) -> Settings:
         ConfigError: it is not the workdir of a run.
     """
     try:
-        raw = json.loads((pathlib.Path(workdir).expanduser() / "config.json").read_text())
+        raw = json.loads((paths.at(workdir) / "config.json").read_text())
         # Its mesh does not matter here: one device satisfies any other check.
         raw["mesh"] = dict(data=1, fsdp=1, tensor=1)
         return schema.read(raw, num_devices=1)
@@ -45,7 +46,7 @@ def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Setting
         ConfigError: no such run, or no checkpoint.
     """
     settings = read_settings(field, workdir)
-    folder = pathlib.Path(workdir).expanduser() / "checkpoints"
+    folder = paths.at(workdir) / "checkpoints"
     saved, step = restore_weights(folder, step)
     trained, ema = saved["params"]["generator"], saved["ema"]
     # On the host, which holds them already.
@@ -60,9 +61,10 @@ def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Setting
 def class_names(path: str) -> tuple[str, ...]:
     """The names of a workdir's classes; () where there are none, as for weights in a file."""
     try:
-        file = pathlib.Path(path).expanduser() / "classes.json"
+        file = paths.at(path) / "classes.json"
         return tuple(map(str, json.loads(file.read_text())))
-    except (OSError, ValueError, TypeError):  # runs of earlier versions have none
+    # Runs of earlier versions have none.
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return ()
 
 
@@ -107,7 +109,7 @@ def load_generator(
 def _load(
     field: str, path: str, settings: Settings, tokenizer_params: Any
 ) -> tuple[GeneratorConfig, dict[str, Any]]:
-    folder = pathlib.Path(path).expanduser()
+    folder = paths.at(path)
     if (folder / "config.json").exists():
         other, saved, _ = read_run(field, path)
         if tokenizer_params is not None:

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 from typing import Any
 
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.sampling.painter import Source
 from mirai_jax.training import restore
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import frozen, pretrained
 
@@ -43,8 +43,8 @@ def of_workdir(
         wanted = dataclasses.replace(settings.tokenizer, path=path)
         tokenizer = frozen.load_vq(dataclasses.replace(settings, tokenizer=wanted))
     about = {"workdir": os.path.basename(os.path.abspath(workdir)), "step": step, "state": state}
-    with contextlib.suppress(OSError, ValueError):  # runs of earlier versions have none
-        file = pathlib.Path(workdir).expanduser() / "classes.json"
+    with contextlib.suppress(FileNotFoundError, ValueError):  # runs of earlier versions have none
+        file = paths.at(workdir) / "classes.json"
         about["class_names"] = json.loads(file.read_text())
     return _source(settings.generator, params, *tokenizer, about)
 

@@ -23,7 +23,7 @@ from mirai_jax.training.guards import HangGuard
 from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
 from mirai_jax.training.stopwatch import progress_line
 from mirai_jax.training.tracking import TrackedWriter
-from mirai_jax.utils import distributed, files, pictures
+from mirai_jax.utils import distributed, files, paths, pictures
 
 Log = Callable[[str], None]
 
@@ -54,7 +54,7 @@ def train(
     devices = jax.devices() if devices is None else devices
     config = resolve(config, log)
     settings = schema.read(config, len(devices), sharding.num_slices(devices))
-    folder = pathlib.Path(folder).expanduser()
+    folder = paths.at(folder)
     title = f"{settings.name}-{settings.scale}"
     begin = start.steps_done(title, settings.num_steps, folder, config, log)
     summary = folder / "summary.png"

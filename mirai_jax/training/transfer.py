@@ -18,6 +18,7 @@ from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.step import TrainState
 from mirai_jax.training import restore
 from mirai_jax.training.components import Components
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError
 
 _TABLE = "cls_embedding/embedding"
@@ -47,7 +48,7 @@ def codebook_path(settings: Settings, workdir: pathlib.Path) -> pathlib.Path:
         ConfigError: that of `init_from` is for other codes.
     """
     own = workdir / "tokenizer.npz"
-    other = pathlib.Path(settings.init_from).expanduser() / "tokenizer.npz"
+    other = paths.at(settings.init_from) / "tokenizer.npz"
     taken = settings.init_from and settings.tokenizer.name == "patch" and other.exists()
     if own.exists() or not taken:
         return own

@@ -25,7 +25,7 @@ import jax
 
 from mirai_jax.config.compare import check_same_run, to_json
 from mirai_jax.config.schema import RunConfig
-from mirai_jax.utils import distributed, files, paths
+from mirai_jax.utils import distributed, files
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.utils.locks import FolderLock
 from mirai_jax.weights import patch_codebook
@@ -42,7 +42,6 @@ def check_workdir(
     Raises:
         ConfigError: the folder cannot be used, or holds a run of another config.
     """
-    paths.check_local("workdir", workdir)
     path = workdir / "config.json"
     try:
         if workdir.exists() and not workdir.is_dir():
@@ -141,5 +140,4 @@ def note_event(workdir: pathlib.Path, event: str, **fields: Any) -> None:
     """Adds a line to events.jsonl; each further process has its own file, events-N.jsonl."""
     name = f"events-{jax.process_index()}.jsonl" if jax.process_index() else "events.jsonl"
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
-    with (workdir / name).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    files.append(workdir / name, json.dumps(line) + "\n")

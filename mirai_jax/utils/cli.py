@@ -7,29 +7,28 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
+from logging import getLogger
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
-from mirai_jax.utils import distributed, ending, host_memory, paths
+from mirai_jax.utils import distributed, ending, host_memory
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, first_line
+from mirai_jax.utils.remote import Unreachable
 
 
 def run(main: Callable[[list[str]], None], **options: Any) -> None:
     """Starts a program with `app.run`, after `host_memory.keep_freed` and `ending.protect`."""
     ending.protect()
     host_memory.keep_freed()
-    with program():
-        argv = [sys.argv[0], *map(_paths, sys.argv[1:])]
+    argv = [sys.argv[0], *map(_paths, sys.argv[1:])]
     ending.after(functools.partial(app.run, main, argv=argv, **options))
 
 
 def _paths(argument: str) -> str:
-    """An argument with ~ expanded (not that of a config, which a workdir keeps); refuses URLs."""
+    """An argument with ~ expanded (not that of a config, which a workdir keeps)."""
     name, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
-    for path in value.split(","):
-        paths.check_local(name or "an argument", path)
     if name.startswith("--config."):
         return argument
     return name + equals + ",".join(map(os.path.expanduser, value.split(",")))
@@ -41,7 +40,8 @@ def program(
 ) -> Iterator[None]:
     """Turns expected errors into one line, "error: ...", and the error's exit `status`.
 
-    Expected are ConfigError, DataError, errors of the devices (such as too little memory) and `more`.
+    Expected are ConfigError, DataError, storage that does not answer, errors of the devices (such as too
+    little memory) and `more`.
     `interrupted` is the message after Ctrl-C. `argv` is what the parser of flags left, of a program that
     takes flags alone.
     """
@@ -51,7 +51,7 @@ def program(
         if argv[1:]:
             raise ConfigError(f"argument {argv[1]!r} is not understood; all are --flags")
         yield
-    except (ConfigError, DataError, *more) as error:
+    except (ConfigError, DataError, Unreachable, *more) as error:
         _fail(first_line(error), getattr(error, "status", 1))
     except jax.errors.JaxRuntimeError as error:
         found = distributed.explain(error)
@@ -84,9 +84,12 @@ def _quieten() -> None:
     """
     logging.set_verbosity(logging.WARNING)  # it logs every file that it writes
     unretrieved = "exception was never retrieved"  # asyncio's, of arrays after the first
-    logging.get_absl_handler().addFilter(
-        lambda record: "/orbax/" not in record.pathname and unretrieved not in record.getMessage()
+    wanted = lambda record: (
+        "/orbax/" not in record.pathname and unretrieved not in record.getMessage()
     )
+    # The loggers too: a package that logs to Python's root gives it another handler.
+    for where in (logging.get_absl_handler(), *map(getLogger, ("absl", "asyncio"))):
+        where.addFilter(wanted)
     show, show_unraisable = sys.excepthook, sys.unraisablehook
 
     def too_late(error: BaseException | None) -> bool:  # TensorStore's threads, in either way

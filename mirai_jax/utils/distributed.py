@@ -225,7 +225,7 @@ def sees(path: pathlib.Path) -> bool:
         # Lists the folder: opening a folder makes NFS ask its server, while the absence of a name may
         # stay cached for half a minute.
         with contextlib.suppress(OSError):
-            if path.name in os.listdir(path.parent):
+            if any(path.name == other.name for other in path.parent.iterdir()):
                 return True
         if time.monotonic() > end:
             return False

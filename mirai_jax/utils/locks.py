@@ -1,11 +1,14 @@
 """One writer a folder: a lock with its owner's name, and a heartbeat where locks do not reach.
 
-Some shared file systems have no locks, or locks that other hosts do not see. So the owner touches its
-file every few seconds, and a start on another host looks whether somebody does.
+Some shared file systems have no locks, or locks that other hosts do not see; a bucket has none. So the
+owner touches its file every few seconds (an object is written anew), and a start on another host looks
+whether somebody does.
 """
 
 import contextlib
 import fcntl
+import io
+import itertools
 import json
 import os
 import pathlib
@@ -51,12 +54,14 @@ class FolderLock:
     ):
         self._path, self._log, self._file = folder / f"{name}.json", log, None
         self._me, self._closed = "", threading.Event()
+        self._about: dict[str, Any] = {}
+        self._beating = threading.Thread(target=self._beat, daemon=True, name="lock")
 
     def acquire(self) -> str:
         """Takes the lock and returns ''; or returns who has it."""
         if self._file is not None:
             return ""
-        file = self._path.open("a+")
+        file = io.StringIO() if files.is_remote(self._path) else self._path.open("a+")
         locked, owner = try_lock(file), self._owner()
         here = f" on {socket.gethostname()}," in owner
         # The locks of this host are sure. Those of another may not be seen, or outlive it.
@@ -64,8 +69,10 @@ class FolderLock:
         if (sure and not locked) or (owner and not sure and self._beats()):
             file.close()
             return owner or "another process"
-        there = self._path.exists() and self._path.stat().st_ino
-        gone = locked and there != os.fstat(file.fileno()).st_ino  # its owner has just ended
+        # Whether its owner has just ended.
+        gone = locked and (
+            not self._path.exists() or self._path.stat().st_ino != os.fstat(file.fileno()).st_ino
+        )
         if gone or locked is False:
             file.close()
             if locked is False and self._owner() == owner:
@@ -74,7 +81,7 @@ class FolderLock:
         words = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])[:300]
         about = {"pid": os.getpid(), "host": socket.gethostname(), "command": words}
         about["since"], self._file = time.strftime("%Y-%m-%d %H:%M:%S"), file
-        self._me, text = _named(about), json.dumps(about) + "\n"
+        self._about, self._me, text = about, _named(about), json.dumps(about) + "\n"
         if locked:
             file.truncate(0)
             file.write(text)
@@ -85,7 +92,7 @@ class FolderLock:
             if (owner := self._owner()) != self._me:
                 self.close()
                 return owner or "another process"
-        threading.Thread(target=self._beat, daemon=True, name="lock").start()
+        self._beating.start()
         return ""
 
     @contextlib.contextmanager
@@ -104,6 +111,8 @@ class FolderLock:
 
     def close(self) -> None:
         self._closed.set()
+        if self._beating.is_alive():
+            self._beating.join(BEAT)  # it must not write an object again that is removed here
         if self._file is not None:
             with contextlib.suppress(OSError), self._file:
                 if self._owner() == self._me:
@@ -121,27 +130,35 @@ class FolderLock:
         self._log(
             f"{self._owner()}, had {self._path.parent}: looking for {_LIVE:.0f} s if it lives"
         )
-        before, end = self._touched(), time.monotonic() + _LIVE
-        while time.monotonic() < end:
-            time.sleep(0.5)
-            if self._touched() != before:
-                return True
+        with contextlib.suppress(FileNotFoundError):  # an object whose owner has just ended
+            before, end = self._touched(), time.monotonic() + _LIVE
+            while time.monotonic() < end:
+                time.sleep(0.5)
+                if self._touched() != before:
+                    return True
         return False
 
-    def _touched(self) -> int:
+    def _touched(self) -> int | str:
         """When the file was last touched; opening it asks the server, where a look at it may not."""
+        if files.is_remote(self._path):
+            return self._path.read_text()
         with self._path.open() as file:
             return os.fstat(file.fileno()).st_mtime_ns
 
     def _beat(self) -> None:
-        while not self._closed.wait(BEAT):
+        for beat in itertools.count():
+            if self._closed.wait(BEAT):
+                return
             with contextlib.suppress(OSError):
                 if self._owner() not in (self._me, ""):
                     print(
                         f"error: {self._path.parent} was taken by {self._owner()}", file=sys.stderr
                     )
                     leave(1)
-                os.utime(self._path)
+                if files.is_remote(self._path):
+                    files.write_text(self._path, json.dumps({**self._about, "beat": beat}) + "\n")
+                else:
+                    os.utime(self._path)
 
 
 def _named(about: Mapping[str, Any]) -> str:

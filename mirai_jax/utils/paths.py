@@ -3,29 +3,57 @@
 import glob
 import hashlib
 import os
+import pathlib
 import re
 import tempfile
+from collections.abc import Sequence
 
+from mirai_jax.utils import cache
 from mirai_jax.utils.errors import ConfigError
+from mirai_jax.utils.remote import Remote
 
 _PLAIN = re.compile(r"[A-Za-z0-9._/+=-]*")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-def check_local(name: str, path: str | os.PathLike[str]) -> None:
-    """Raises ConfigError for a URL, which would be taken for a folder named 'gs:'."""
-    if _URL.match(os.fspath(path)):
-        raise ConfigError(
-            f"{name} is {os.fspath(path)!r}; it must be on a mounted file system, no URL"
-        )
+def at(path: str | os.PathLike[str] | Remote) -> pathlib.Path | Remote:
+    """A path as a user writes it: of this machine (~ is expanded), or gs://, s3://, any of fsspec's."""
+    if isinstance(path, Remote):
+        return path
+    text = os.path.expanduser(path)  # pathlib's raises on an unknown ~user
+    return Remote(text) if _URL.match(text) else pathlib.Path(text)
+
+
+def local(path: str | os.PathLike[str] | Remote) -> pathlib.Path:
+    """The same for what needs a file on this machine: a copy in the cache where it lies elsewhere."""
+    path = at(path)
+    return cache.local_copy(path) if isinstance(path, Remote) else path
 
 
 def several(text: str) -> list[str]:
     """The paths of a list such as 'A,B' or 'runs/*'. What exists under the whole name is one path."""
     found = []
-    for part in [text] if os.path.exists(text) else filter(None, text.split(",")):
-        found += (not os.path.exists(part) and sorted(glob.glob(part))) or [part]
+    for part in [text] if text and at(text).exists() else filter(None, text.split(",")):
+        path = at(part)
+        if isinstance(path, Remote):
+            matching = map(str, path.parent.glob(path.name)) if "*" in path.name else ()
+        else:
+            matching = glob.glob(part) if not path.exists() else ()
+        found += sorted(matching) or [part]
     return found
+
+
+def common(several: Sequence[str]) -> pathlib.Path | Remote:
+    """The folder that holds all of these paths, all here or all in one bucket; the path itself of one."""
+    if isinstance(at(several[0]), Remote):
+        return at(os.path.commonpath(several).replace(":/", "://"))
+    return pathlib.Path(os.path.commonpath(map(os.path.abspath, several)))
+
+
+def is_inside(path: pathlib.Path | Remote, folder: pathlib.Path | Remote) -> bool:
+    if isinstance(path, Remote) or isinstance(folder, Remote):
+        return f"{path}/".startswith(f"{folder}/")
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def plain(path: str | os.PathLike[str]) -> str:

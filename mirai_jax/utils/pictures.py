@@ -65,4 +65,5 @@ def save_figure(path: pathlib.Path, figure: Any) -> None:
 def save_picture(path: pathlib.Path, picture_HxWx3: np.ndarray) -> None:
     """Writes a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture_HxWx3).save(path)
+    with files.atomic_write(path) as file:
+        Image.fromarray(picture_HxWx3).save(file, format="PNG")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import pretrained, safetensors, state_dict, torch_writer
 from mirai_jax.weights.state_dict import Weights
@@ -61,7 +62,8 @@ def to_torch(
     suffix = pathlib.Path(target).suffix
     if suffix not in (".pt", ".pth", ".safetensors"):
         raise ConfigError(f"{target}: it must end in .pt, .pth or .safetensors")
-    if os.path.exists(target):
+    where = paths.at(target)
+    if where.exists():
         raise ConfigError(f"{target} exists; it must be a new file")
     if pretrained.is_converted(source):
         made = pretrained.load_converted(source)
@@ -76,15 +78,15 @@ def to_torch(
             "num_heads": made.config.num_heads,
             "class_dropout_prob": made.config.class_dropout,
         }
-    pathlib.Path(target).parent.mkdir(parents=True, exist_ok=True)
+    where.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".safetensors":
         texts = {name: json.dumps(value) for name, value in extra.items()}
-        safetensors.write(target, named, {"format": "pt", **texts})
+        safetensors.write(where, named, {"format": "pt", **texts})
     else:
         named = collections.OrderedDict(named)
         # The official scripts read DINOv2 and DINOv3 bare and everything else under 'model'.
         bare = made.kind == "teacher" and made.config.family != "mae"
-        torch_writer.write(target, named if bare else {"model": named, **extra})
+        torch_writer.write(where, named if bare else {"model": named, **extra})
     return made
 
 

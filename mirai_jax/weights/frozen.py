@@ -13,6 +13,7 @@ from mirai_jax.config.fields import fill
 from mirai_jax.config.schema import SMALL_SETS, Settings
 from mirai_jax.models import teacher, tokenizer, vit, vq
 from mirai_jax.models.vit_sizes import PUBLISHED
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import efficientnet, patch_codebook, pretrained
 
@@ -51,7 +52,7 @@ def load_codebook(settings: Settings, workdir: str) -> tuple[tokenizer.PatchCode
     Raises:
         ConfigError: it is not there, or damaged.
     """
-    path = pathlib.Path(workdir).expanduser() / "tokenizer.npz"
+    path = paths.at(workdir) / "tokenizer.npz"
     params = patch_codebook.load_params(path)
     if np.ndim(params.get("codebook")) != 2:
         raise ConfigError(f"{path} holds no codebook")

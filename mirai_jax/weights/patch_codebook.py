@@ -7,7 +7,7 @@ import numpy as np
 from flax import traverse_util
 
 from mirai_jax.models import tokenizer
-from mirai_jax.utils import files
+from mirai_jax.utils import files, paths
 from mirai_jax.utils.errors import ConfigError, first_line
 
 # K-means over more patches than this changes the codebook's error by under a percent.
@@ -85,7 +85,7 @@ def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: the file is missing or damaged.
     """
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with paths.local(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return traverse_util.unflatten_dict(dict(arrays), sep="/")
     except Exception as error:  # damaged bytes raise almost anything
         raise ConfigError(f"{path}: missing or damaged ({first_line(error)})") from error

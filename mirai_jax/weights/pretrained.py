@@ -13,6 +13,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ _CONFIGS = {
 
 
 def is_converted(path: str | os.PathLike[str]) -> bool:
-    return (pathlib.Path(path) / "model.json").is_file()
+    return (paths.at(path) / "model.json").is_file()
 
 
 def save(folder: str | os.PathLike[str], weights: Weights) -> None:
@@ -49,9 +50,14 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
     Raises:
         ConfigError: the folder exists.
     """
-    folder = pathlib.Path(folder)
+    folder = paths.at(folder)
     if folder.exists():
         raise ConfigError(f"{folder} exists; it must be a new folder")
+    if files.is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="mirai-") as here:
+            save(pathlib.Path(here, "made"), weights)
+            files.upload(pathlib.Path(here, "made"), folder, last="model.json")
+        return
     unfinished = folder.with_name(f"{secrets.token_hex(8)}.tmp")
     about = {
         "kind": weights.kind,
@@ -89,8 +95,8 @@ def load_converted(folder: str | os.PathLike[str]) -> Weights:
     Raises:
         ConfigError: it is damaged or something else.
     """
-    folder = pathlib.Path(folder)
     try:
+        folder = paths.local(folder)
         about = json.loads((folder / "model.json").read_text())
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
         config = _CONFIGS[about["kind"]](**fields)
@@ -144,11 +150,12 @@ def load(
         ConfigError: no such thing, not of this `kind`, or numbers that are not finite.
     """
     path = os.path.expanduser(path)
+    where = paths.at(path)
     try:
-        if os.path.isdir(path):
+        if path and where.is_dir():
             program, inside = _OF_RUN.get(kind, ("", ""))
-            of_run = program and os.path.isfile(os.path.join(path, "config.json"))
-            folder = os.path.join(path, inside) if of_run else path
+            of_run = program and (where / "config.json").is_file()
+            folder = where / inside if of_run else where
             if of_run and not is_converted(folder):
                 raise ConfigError(f"no finished run of mirai_jax.{program}: it has no {inside}/")
             weights = load_converted(folder)
@@ -169,7 +176,7 @@ def load(
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    with open(path, "rb") as file:
+    with paths.local(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -54,4 +54,4 @@ def write(
 
 
 def _named(path: str | os.PathLike[str], error: Exception) -> SafetensorsError:
-    return SafetensorsError(f"{os.fspath(path)}: {' '.join(str(error).split())[:300]}")
+    return SafetensorsError(f"{path}: {' '.join(str(error).split())[:300]}")

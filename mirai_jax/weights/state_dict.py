@@ -7,14 +7,13 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mirai_jax.models import generator, vit_sizes, vq
-from mirai_jax.utils import hub
+from mirai_jax.utils import hub, paths
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import safetensors, torch_names, torch_reader, usual_names
 
@@ -73,7 +72,8 @@ def read_state(
     """
     arguments, path = None, hub.local_file(path)
     try:
-        if pathlib.Path(path).suffix == ".safetensors":
+        path = paths.local(path)
+        if path.suffix == ".safetensors":
             tree, metadata = safetensors.read(path)
             with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(metadata.get("args", ""))
