@@ -26,7 +26,8 @@ ROOMS = {  # a room: which other rooms its files may import
     "benchmark": f"training {TRAINING}",
     "teaching": f"training {TRAINING}",  # an encoder of the user's own
     "tokenizing": f"evaluation training {TRAINING}",  # a tokenizer of the user's own
-    "doors": f"extraction evaluation benchmark teaching tokenizing training {TRAINING}",  # never each other
+    "reporting": "utils",  # the page of runs: no JAX
+    "doors": f"reporting extraction evaluation benchmark teaching tokenizing training {TRAINING}",  # never each other
     "configs": "",  # one file a variant
     "launch": "configs training config models utils",
 }
@@ -36,7 +37,7 @@ PACKAGES = {  # the only packages beyond Python's own that files of these rooms 
     "configs": "ml_collections",
 }
 NEVER = "torch torchvision tensorflow tf_keras keras clu.metric_writers clu.periodic_actions"
-INSIDE_FUNCTIONS = "matplotlib sklearn tensorflow_datasets submitit fsspec gcsfs s3fs"  # slow to import, or optional
+INSIDE_FUNCTIONS = "matplotlib plotly sklearn tensorflow_datasets submitit fsspec gcsfs s3fs"  # slow to import, or optional
 LONGEST_FILE, FILES_ON_TOP = 400, 16
 
 PROJECT = ("mirai_jax", "configs", "launch")
