@@ -26,11 +26,8 @@ _MAIN = (  # fields that a page of one run shows
     r"(name|scale|seed|num_steps|batch_size|ema_decay|init_from|(model|foresight|optimizer)\W.*|"
     r"data\.(name|path|codes)|(tokenizer|teacher)\.name|sample\.guidance)"
 )
-_EVENTS = {
-    "resumed": "restarts",
-    "image_replaced": "images replaced",
-    "worker_died": "workers died",
-}
+_DONE = "started", "resumed", "preempted", "finished"  # events whose step is done
+_COUNTED = {"resumed": "restarts", "image_replaced": "images replaced"}  # events
 _Curves = Mapping[str, Mapping[int, float]]  # {protocol: {step: value}}
 
 
@@ -46,16 +43,14 @@ def make(workdirs: Sequence[str]) -> tuple[str, int]:
     except ImportError as error:
         raise ConfigError("the page needs the extra: pip install mirai-jax[report]") from error
     folders = {str(paths.at(workdir).absolute()): workdir for workdir in workdirs}
-    shown = {
-        name: runs.read(folders[f]) for f, name in zip(folders, _names([*folders]), strict=True)
-    }
+    shown = dict(zip(_names([*folders]), map(runs.read, folders.values()), strict=True))
     plotly, data = get_plotlyjs(), _data(shown)
     room = _BYTES - len(plotly) - len(json.dumps(data))
     for entry, run in zip(data["runs"], shown.values(), strict=True):
         entry["samples"], left_out = grids.embed(run.samples, room // len(shown))
         if left_out:
-            out = f"{left_out} of {len(run.samples)} sample grids are left out"
-            data["notes"].append(f"{entry['name']}: {out}")
+            count = f"{left_out} of {len(run.samples)}"
+            data["notes"].append(f"{entry['name']}: {count} sample grids are left out")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     parts = {"@@PLOTLY@@": plotly, "@@DATA@@": text}
@@ -82,27 +77,17 @@ def _data(shown: Mapping[str, Run]) -> dict[str, Any]:
             f"curves have up to {longest:,} logged steps: about {most:,} of them are drawn; smoothed "
             "lines are averages of all"
         )
-    if (
-        len({json.dumps([r.config.get("seed"), r.config.get("sample")]) for r in shown.values()})
-        > 1
-    ):
-        notes.append(
-            "the runs differ in how samples are drawn: see seed and sample among the fields"
-        )
     names = {name for run in shown.values() for name in run.curves}
     names = [n for n in names if not (n.startswith("real_") and n[5:] in names)]
     names.sort(key=lambda name: (measures.describe(name).place, name))
     measured = [name for name in names if measures.describe(name).section == measures.QUALITY]
-    columns = [name for name in ("cross_entropy", *measured) if name in names]
-    facts = [_facts(run) for run in shown.values()]
-    head = ["run", *facts[0], *(measures.describe(name).title for name in columns)]
-    head = [
-        text + ", last, smoothed" * (text == measures.describe("cross_entropy").title)
-        for text in head
-    ]
+    keys = {n: {key for run in shown.values() for key in run.curves.get(n, ())} for n in names}
+    labels = {name: _labels(keys[name]) for name in names}
+    facts = {name: _facts(run) for name, run in shown.items()}
+    head = [*next(iter(facts.values())), *(measures.describe(name).title for name in measured)]
     rows = [
-        [name, *fact.values(), *(_best(c, run.curves.get(c, {})) for c in columns)]
-        for (name, run), fact in zip(shown.items(), facts, strict=True)
+        [name, *facts[name].values(), *(_best(n, run, labels[n]) for n in measured)]
+        for name, run in shown.items()
     ]
     return {
         "made": time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -118,17 +103,18 @@ def _data(shown: Mapping[str, Run]) -> dict[str, Any]:
             }
             for name, run in shown.items()
         ],
-        "summary": {"head": head, "rows": rows},
+        "summary": {"head": ["run", *head], "rows": rows},
         "sections": [measures.TRAINING, measures.QUALITY, measures.SPEED, measures.OTHER],
-        "panels": [p for name in names for p in _panels(name, [*shown.values()], most)],
+        "panels": [p for n in names for p in _panels(n, [*shown.values()], labels[n], most)],
         "config": _differences(shown),
     }
 
 
-def _panels(name: str, shown: Sequence[Run], most: int) -> list[dict[str, Any]]:
+def _panels(
+    name: str, shown: Sequence[Run], labels: Mapping[str, str], most: int
+) -> list[dict[str, Any]]:
     """A measure by step, and by guidance where a run has it at several."""
     known, curves, sweeps = measures.describe(name), [], []
-    labels = _labels({key for run in shown for key in run.curves.get(name, ())})
     for i, run in enumerate(shown):
         for wanted in (name, f"real_{name}"):
             for key, found in run.curves.get(wanted, {}).items():
@@ -203,33 +189,33 @@ def _facts(run: Run) -> dict[str, str]:
     model = config["model"] if isinstance(config.get("model"), dict) else {}
     size = model.get("size") or f"{model.get('num_layers')} blocks x {model.get('width')}"
     planned = config["num_steps"]
-    speeds, waits = (
-        [v for values in run.curves.get(name, {}).values() for v in values.values()]
-        for name in ("images_per_second", "wait_share")
+    speeds, waits, losses = (
+        [*run.curves.get(name, {}).get("{}", {}).values()]
+        for name in ("images_per_second", "wait_share", "cross_entropy")
     )
-    steps = [event["step"] for event in events if type(event.get("step")) is int]
+    noted = [e["step"] for e in events if e.get("event") in _DONE and type(e.get("step")) is int]
     why = f" ({events[-1].get('event')})" if events and run.state == "stopped" else ""
     return {
         "variant": f"{config.get('name')}, {config.get('scale')}",
         "size": str(size) if model else "–",
         "state": run.state + why,
-        "steps": f"{max([*run.steps[-1:], *steps], default=0):,} of {planned:,}",
+        "steps": f"{max([*run.steps[-1:], *noted[-1:]], default=0):,} of {planned:,}",
         "hours of training": f"{run.hours[-1]:.3g}" if run.hours else "–",
         "images/s, median": f"{statistics.median(speeds):,.4g}" if speeds else "–",
         "wait for data": f"{statistics.fmean(waits):.1%}" if waits else "–",
+        "cross-entropy, last, smoothed": f"{_smoothed(losses)[-1]:.4g}" if losses else "–",
     }
 
 
-def _best(name: str, curves: _Curves) -> str:
-    """The best value, with its step, and the last one of its protocol; of what is logged, the last."""
+def _best(name: str, run: Run, labels: Mapping[str, str]) -> str:
+    """The best value with its step and protocol, and the last one under that."""
+    better, curves = measures.describe(name).better, run.curves.get(name)
     if not curves:
         return "–"
-    if "{}" in curves:
-        return f"{_smoothed([*curves['{}'].values()])[-1]:.4g}"
-    sign = -1 if measures.describe(name).better == "more" else 1
-    _, step, key = min((sign * v, s, k) for k, values in curves.items() for s, v in values.items())
-    last, guidance = max(curves[key]), json.loads(key).get("guidance")
-    how = f", guidance {guidance:g}" if guidance and len(curves) > 1 else ""
+    rank = {"less": lambda v, s: (v, s), "more": lambda v, s: (-v, s)}.get(better, lambda v, s: -s)
+    _, step, key = min((rank(v, s), s, key) for key, c in curves.items() for s, v in c.items())
+    how = f", {labels[key]}" if labels[key] else ""
+    last = max(curves[key])
     after = f"; last {curves[key][last]:.4g}" if last != step else ""
     return f"{curves[key][step]:.4g} (step {step:,}{how}){after}"
 
@@ -237,7 +223,7 @@ def _best(name: str, curves: _Curves) -> str:
 def _counts(events: Sequence[Mapping[str, Any]]) -> str:
     """What happened to a run, in a line."""
     kinds = [str(event.get("event")) for event in events]
-    found = {words: kinds.count(kind) for kind, words in _EVENTS.items()}
+    found = {words: kinds.count(kind) for kind, words in _COUNTED.items()}
     found["updates skipped"] = sum("update is left out" in str(e.get("text")) for e in events)
     return ", ".join(f"{words}: {count}" for words, count in found.items() if count)
 

@@ -62,7 +62,8 @@ def read(workdir: str) -> Run:
     logs = sorted(name for name in names if re.fullmatch(r"events(-\d+)?\.jsonl", name))
     events = [event for name in logs for event in _lines(folder / name, damaged)]
     events.sort(key=lambda event: str(event.get("time")))
-    state = "finished" if events and events[-1].get("event") == "finished" else "stopped"
+    ended = events[-1].get("event") == "finished" if events else config["num_steps"] in entries
+    state = "finished" if ended else "stopped"
     if "lock.json" in names and _beats(folder / "lock.json"):
         state = "at work"
     curves: dict[str, dict[str, dict[int, float]]] = {}
@@ -70,9 +71,10 @@ def read(workdir: str) -> Run:
     assessed, evaluated = _assessed(folder, damaged), _evaluated(folder / "sampled")
     for source in (_logged(entries), assessed, evaluated, judged):
         for step, protocol, values in source:
+            plain = json.dumps(protocol, sort_keys=True)
             for name, value in values.items():
                 name, guidance = measures.split_guidance(name)
-                key = json.dumps(protocol | guidance, sort_keys=True)
+                key = json.dumps(protocol | guidance, sort_keys=True) if guidance else plain
                 if (number := _number(value)) is not None:
                     curves.setdefault(name, {}).setdefault(key, {})[step] = number
     steps, hours = _clock(entries, config["batch_size"])
@@ -145,11 +147,13 @@ def _clock(
 def _logged(entries: Mapping[int, Mapping[str, Any]]) -> _Measured:
     """Of metrics.jsonl. A foresight loss of 0 stands for a term that has not started."""
     for step, entry in entries.items():
+        often, measured = {}, {}
         for name, value in entry.items():
+            section = measures.describe(measures.split_guidance(name)[0]).section
             if name != "step" and (value != 0 or not name.startswith("foresight_")):
-                section = measures.describe(measures.split_guidance(name)[0]).section
-                by = {"by": "the run"} if section == measures.QUALITY else {}
-                yield step, by, {name: value}
+                (measured if section == measures.QUALITY else often)[name] = value
+        yield step, {}, often
+        yield step, {"by": "the run"}, measured
 
 
 def _assessed(folder: files.AnyPath, damaged: list[str]) -> _Measured:
