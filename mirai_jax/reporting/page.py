@@ -68,7 +68,7 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 
 def _data(shown: Mapping[str, Run]) -> dict[str, Any]:
-    """What page.html draws, but for the grids."""
+    """What page.html draws, without the grids."""
     notes = [f"{name}: {text}" for name, run in shown.items() for text in run.damaged]
     longest = max(len(run.steps) for run in shown.values())
     most = min(_POINTS, _ALL_POINTS // max(1, sum(len(run.curves) for run in shown.values())))
