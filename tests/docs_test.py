@@ -106,7 +106,8 @@ def check_program(name: str, arguments: list[str]) -> None:
             values[flag_name] = copy.deepcopy(flag)
     of_config = [a for a in arguments if re.match(r"--config[.=]", a)]
     rest = values(["", *(a for a in arguments if a not in of_config)])[1:]
-    assert len(rest) == (2 if name == "mirai_jax.convert" else 0), f"not understood: {rest}"
+    wanted = {"mirai_jax.convert": 2, "mirai_jax.report": max(1, len(rest))}.get(name, 0)
+    assert len(rest) == wanted, f"not understood: {rest}"
     if of_config:
         assert "config" in flags_of(module), f"{name} takes no config"
         check_config(name.rpartition(".")[2], of_config)

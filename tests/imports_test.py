@@ -26,7 +26,8 @@ ROOMS = {  # a room: which other rooms its files may import
     "benchmark": f"training {TRAINING}",
     "teaching": f"training {TRAINING}",  # an encoder of the user's own
     "tokenizing": f"evaluation training {TRAINING}",  # a tokenizer of the user's own
-    "doors": f"extraction evaluation benchmark teaching tokenizing training {TRAINING}",  # never each other
+    "reporting": "utils",  # the page of runs: no JAX
+    "doors": f"reporting extraction evaluation benchmark teaching tokenizing training {TRAINING}",  # never each other
     "configs": "",  # one file a variant
     "launch": "configs training config models utils",
 }
@@ -37,7 +38,10 @@ PACKAGES = {  # the only packages beyond Python's own that files of these rooms 
 }
 NEVER = "torch torchvision tensorflow tf_keras keras clu.metric_writers clu.periodic_actions"
 # Slow to import, or optional.
-INSIDE_FUNCTIONS = "matplotlib sklearn tensorflow_datasets submitit pyarrow huggingface_hub wandb fsspec gcsfs s3fs"
+INSIDE_FUNCTIONS = (
+    "matplotlib sklearn tensorflow_datasets submitit pyarrow huggingface_hub wandb fsspec gcsfs s3fs "
+    "plotly"
+)
 LONGEST_FILE, FILES_ON_TOP = 400, 16
 
 PROJECT = ("mirai_jax", "configs", "launch")
