@@ -160,6 +160,10 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     sample.top_k = 0  # keep the k likeliest tokens; 0: all
     sample.top_p = 1.0  # keep the likeliest tokens that make up p; 1: all
     sample.greedy = False  # always the likeliest token
+    sample.schedule = (
+        "constant"  # of the guidance: constant, or growing from 1: linear, power_cosine
+    )
+    sample.power = 2.75  # of power_cosine; see SampleOptions in mirai_jax/sampling/sampler.py
     sample.classes = 10  # rows of the grid: the first classes, at most all of them
     sample.per_class = 8  # images of each
 

@@ -12,6 +12,9 @@ its images, as in ADM's evaluator, whose definitions these are (evaluations/eval
 Without Inception's weights the distance, precision and recall are over EfficientNet-Lite0's pooled
 features: good for comparing runs here, another number than FID, and never called that.
 
+--training=data:RUN:train, or a folder or .npz, also looks for the training images nearest to the samples:
+the share of samples that are nearer to one than 99% of the reference images are, and nearest.png.
+
 Writes results.json, with how the samples were drawn beside each number, anew after each of several
 samples; for samples at several guidance scales also sweep.png.
 """
@@ -29,6 +32,7 @@ _INCEPTION = _define.string(
 )
 _OUT = _define.string("out", "", "Folder of results.json; default: that of the samples.")
 _BATCH = _define.integer("batch_size", 64, "Images at once on each device.", lower_bound=1)
+_TRAINING = _define.string("training", "", "Training images: how many samples are copies of them?")
 _SAVE = _define.string("save_statistics", "", "Also write the reference's moments, a .npz.")
 
 
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> None:
         folder = paths.at(_SAVE.value).parent
         if not files.is_remote(folder) and not folder.is_dir():
             raise ConfigError(f"--save_statistics is {_SAVE.value!r}, in a folder that is missing")
-        given = (_REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE)
+        given = (_REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE, _TRAINING)
         evaluate(paths.several(_SAMPLES.value), *(flag.value for flag in given))
 
 

@@ -15,7 +15,7 @@ on the same kind of device. Several hosts share the work with `--process_index` 
 
 from mirai_jax.sampling import job
 from mirai_jax.sampling.painter import Given, Source
-from mirai_jax.sampling.sampler import SampleOptions
+from mirai_jax.sampling.sampler import GUIDANCE_SCHEDULES, SampleOptions
 from mirai_jax.training import given_tokens
 from mirai_jax.training import sources_of_samples as sources
 from mirai_jax.utils import cli, paths
@@ -49,6 +49,10 @@ _CONTINUE = _define.string(
 _ROWS = _define.integer("rows", None, "How many rows of its tokens are kept.")
 _LABELS = _define.string("labels", "random", "random, balanced, or class ids: 0,207,360.")
 _GUIDANCE = _define.list("guidance", ["2.0"], "One scale, or several: a folder for each.")
+_SCHEDULE = _define.enum(
+    "schedule", "constant", GUIDANCE_SCHEDULES, "Of the guidance over the tokens."
+)
+_POWER = _define.float("power", 2.75, "Of --schedule=power_cosine; see SampleOptions.")
 _INTERVAL = _define.integer("interval", -1, "Guide tokens up to this one only; -1: all.")
 _TEMPERATURE = _define.float("temperature", 1.0, "Divides the logits.")
 _TOP_K = _define.integer("top_k", 0, "Keep the k likeliest tokens; 0: all.")
@@ -63,9 +67,9 @@ _COUNT = _define.integer("process_count", None, "How many hosts share the work."
 
 
 def _options(guidance: str) -> SampleOptions:
-    rest = (_INTERVAL.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    fields = (_INTERVAL, _TEMPERATURE, _TOP_K, _TOP_P, _SCHEDULE, _POWER)
     try:
-        return SampleOptions(float(guidance), *rest)
+        return SampleOptions(float(guidance), **{flag.name: flag.value for flag in fields})
     except ValueError as error:
         raise ConfigError(f"--guidance={guidance}: {first_line(error)}") from error
 
@@ -113,6 +117,8 @@ def run() -> None:
     given = _given(source)
     for option in options:
         name = f"guidance_{option.guidance:g}"
+        if option.schedule != "constant":
+            name += f"-{option.schedule}" + f"_{option.power:g}" * (option.schedule != "linear")
         name += "-inpainted" * bool(_INPAINT.value) + "-continued" * bool(_CONTINUE.value)
         if not _OUT.value:
             out = f"{_WORKDIR.value}/sampled/step_{source.about['step']:07d}-{name}"

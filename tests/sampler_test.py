@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,13 @@ def naive(config, params, labels_B, keys_B, options, given_BxL=None):
         guided = position == 0 or options.interval == -1 or position - 1 <= options.interval
         if options.guidance > 1 and guided:
             free = full_logits(config, params, codes, null)[:, position]
-            logits = free + options.guidance * (logits - free)
+            share = {
+                "constant": 1.0,
+                "linear": position / (config.length - 1),
+                "power_cosine": 0.5
+                - 0.5 * math.cos(math.pi * (position / config.length) ** options.power),
+            }[options.schedule]
+            logits = free + (1 + (options.guidance - 1) * share) * (logits - free)
         logits = sampler.filter_logits(logits, options)
         for image in range(count):
             key = jax.random.fold_in(keys_B[image], position)
@@ -82,6 +89,8 @@ def naive(config, params, labels_B, keys_B, options, given_BxL=None):
         SampleOptions(guidance=3.0),
         SampleOptions(guidance=3.0, greedy=True, interval=4),
         SampleOptions(guidance=2.0, interval=0, temperature=1.3),
+        SampleOptions(guidance=6.0, schedule="linear"),
+        SampleOptions(guidance=16.0, schedule="power_cosine", power=1.5),
         SampleOptions(guidance=1.5, top_k=5, top_p=0.8, temperature=0.7),
     ],
     ids=str,
@@ -117,6 +126,20 @@ def test_given_tokens_stand_in_place_of_drawn_ones(params):
     redrawn = generate(some)
     np.testing.assert_array_equal(redrawn[kept], some[kept])
     np.testing.assert_array_equal(redrawn, naive(CONFIG, params, labels(4), keys(4), options, some))
+
+
+def test_guidance_grows_as_its_schedule_says():
+    scales = {
+        name: SampleOptions(guidance=16.0, schedule=name, power=2.75).scales(256)
+        for name in sampler.GUIDANCE_SCHEDULES
+    }
+    assert (scales["constant"] == 16).all()
+    for name in ("linear", "power_cosine"):
+        assert scales[name][0] == 1 and (np.diff(scales[name]) >= 0).all()
+    assert scales["linear"][-1] == 16 and scales["linear"][85] == 6
+    # By hand: 1 + 15 (1 - cos(pi (t / 256)^2.75)) / 2.
+    expected = [1.0180645, 1.8030798, 7.4043973, 15.9957586]
+    np.testing.assert_allclose(scales["power_cosine"][[64, 128, 192, 255]], expected, rtol=1e-6)
 
 
 def test_interval_guides_the_first_token_and_those_within_it(params):
@@ -240,6 +263,8 @@ def test_guidance_without_a_null_class_is_refused(params):
         ("top_k", -1, "0 (all) or more"),
         ("top_p", 0.0, "more than 0, at most 1 (all)"),
         ("top_p", 1.1, "more than 0, at most 1 (all)"),
+        ("schedule", "rising", "one of constant, linear, power_cosine"),
+        ("power", 0.0, "more than 0"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(field, value, allowed):

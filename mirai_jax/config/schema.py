@@ -23,7 +23,7 @@ from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.vq import MULTIPLIERS, VQConfig
 from mirai_jax.optimizer import DECAYED, SCHEDULES, OptimizerConfig
-from mirai_jax.sampling.sampler import SampleOptions
+from mirai_jax.sampling.sampler import GUIDANCE_SCHEDULES, SampleOptions
 from mirai_jax.utils.errors import ConfigError
 
 SMALL_SETS = ("mnist", "fashion_mnist")
@@ -180,6 +180,8 @@ class SampleFields:
     top_k: int = field(0, resumable=True)
     top_p: float = field(1.0, resumable=True)
     greedy: bool = field(False, resumable=True)
+    schedule: str = field("constant", choices=GUIDANCE_SCHEDULES, resumable=True)
+    power: float = field(2.75, resumable=True)
     classes: int = field(10, at_least=1, at_most=100, resumable=True)
     per_class: int = field(8, at_least=1, at_most=100, resumable=True)
 

@@ -27,7 +27,14 @@ RUN = {
     "init_rows": ("init_from", lambda c: c.init_from),
     "lora.alpha": ("lora.rank above 0", lambda c: c.lora.rank > 0),
     "judged_samples": ("a data set in memory", lambda c: c.data.name != "images"),
-    "sample.interval": ("sample.guidance above 1", lambda c: c.sample.guidance > 1),
+    **dict.fromkeys(
+        ("sample.interval", "sample.schedule"),
+        ("sample.guidance above 1", lambda c: c.sample.guidance > 1),
+    ),
+    "sample.power": (
+        "sample.guidance above 1 and sample.schedule 'power_cosine'",
+        lambda c: c.sample.guidance > 1 and c.sample.schedule == "power_cosine",
+    ),
     "teacher": (
         "a foresight term of source 'bidirectional'",
         lambda c: any((t.source, t.level) == ("bidirectional", "internal") for t in c.foresight),

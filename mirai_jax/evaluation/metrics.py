@@ -206,6 +206,14 @@ def _squared_distances(a_PxD: np.ndarray, b_QxD: np.ndarray) -> np.ndarray:
     return squared
 
 
+def squared_distances(a_NxD: np.ndarray, b_MxD: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields some rows and their squared distances, float64 (rows, M), to all of `b_MxD`."""
+    a, b = _matrix("features", a_NxD), _matrix("features", b_MxD).astype(np.float64)
+    centre = b.mean(axis=0)
+    for rows in _blocks(len(a)):
+        yield rows, _squared_distances(a[rows] - centre, b - centre)
+
+
 def _blocks(count: int) -> Iterator[slice]:
     for start in range(0, count, _ROWS):
         yield slice(start, min(start + _ROWS, count))

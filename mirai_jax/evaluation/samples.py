@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mirai_jax.evaluation import figures, image_streams, metrics
+from mirai_jax.evaluation import copies, figures, image_streams, metrics
 from mirai_jax.evaluation.network import Features, Network
-from mirai_jax.utils import files, paths
+from mirai_jax.utils import files, paths, pictures
 from mirai_jax.utils.errors import DataError
 from mirai_jax.weights import pretrained
 
@@ -35,6 +35,7 @@ def evaluate(
     batch_size: int = 64,
     out: str | os.PathLike[str] = "",
     statistics: str = "",
+    training: str = "",
 ) -> None:
     """Prints a table of the metrics of each of `samples`, and writes them to results.json.
 
@@ -45,6 +46,7 @@ def evaluate(
         reference: the same, or a .npz with statistics.
         out: the folder of both files, made if missing; '': that of the samples.
         statistics: a file for the reference's moments, or ''.
+        training: as `reference`, the images of which the samples may be copies, or ''.
 
     Raises:
         DataError, ConfigError: one line; before any network runs, where the files alone show it.
@@ -58,7 +60,10 @@ def evaluate(
             f"{reference} holds neither images (arr_0) nor "
             + ("statistics" if inception else "anything that EfficientNet-Lite0 can use")
         )
-    for stream in streams:
+    trained = image_streams.open_stream(training) if training else None
+    if trained and not images:
+        raise DataError(f"{reference} holds no images, and only real ones show what is no copy")
+    for stream in (*streams, *([trained] if trained else [])):
         if images and stream.size != images.size:
             raise DataError(
                 f"{stream.name} holds images of {stream.size[0]}x{stream.size[1]}, "
@@ -105,6 +110,17 @@ def evaluate(
             "metrics": compare(network.is_inception, fake, real),
             "protocol": protocol_of(spec),
         }
+        if trained:
+            print(f"nearest images of {training}, {trained.count:,} images", flush=True)
+            mine, usual = copies.nearest(network, trained, (fake.pooled, real.pooled))
+            row["copies"] = {"of": training, **copies.judge(mine, usual)}
+            path = out / f"nearest{len(rows) or ''}.png"
+            pictures.save_picture(path, copies.picture(stream, trained, mine))
+            print(
+                f"{row['copies']['share']:.2%} of the samples are nearer to a training image than "
+                f"{1 - copies.COMMON:.0%} of the reference are: {path}",
+                flush=True,
+            )
         rows.append(row)
         files.write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     print(table(rows))

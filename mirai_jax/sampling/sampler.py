@@ -14,6 +14,8 @@ import numpy as np
 from mirai_jax.models import decoding
 from mirai_jax.models.generator import GeneratorConfig
 
+GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
@@ -28,6 +30,11 @@ class SampleOptions:
         top_p: keep the smallest set of likeliest tokens whose probability exceeds p, of equally
             likely ones those of the lowest codes; 1 keeps all.
         greedy: take the likeliest token.
+        schedule: of the guidance over the tokens t = 0 ... L - 1. 'constant'; or 1 + (guidance - 1) w, where
+            'linear' has w = t / (L - 1), and 'power_cosine' w = (1 - cos(pi (t / L)^power)) / 2, as RAR
+            samples (bytedance/1d-tokenizer, modeling/rar.py).
+        power: of 'power_cosine': a larger one leaves more of the first tokens unguided. RAR has scales of
+            16, 15.5, 6.9 and 8 with powers of 2.75, 2.5, 1.5 and 1.2 (B, L, XL, XXL).
     """
 
     guidance: float = 1.0
@@ -36,6 +43,8 @@ class SampleOptions:
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    schedule: str = "constant"
+    power: float = 2.75
 
     def __post_init__(self):
         for name, value, good, allowed in (
@@ -44,9 +53,26 @@ class SampleOptions:
             ("temperature", self.temperature, self.temperature > 0, "more than 0"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (all)"),
+            (
+                "schedule",
+                self.schedule,
+                self.schedule in GUIDANCE_SCHEDULES,
+                f"one of {', '.join(GUIDANCE_SCHEDULES)}",
+            ),
+            ("power", self.power, 0 < self.power < float("inf"), "more than 0"),
         ):
             if not good:
                 raise ValueError(f"sample.{name} is {value}; it must be {allowed}")
+
+    def scales(self, length: int) -> np.ndarray:
+        """The guidance of each of `length` tokens, float32; `interval` is apart from it."""
+        t = np.arange(length)
+        share = {
+            "constant": np.ones(length),
+            "linear": t / max(length - 1, 1),
+            "power_cosine": (1 - np.cos(np.pi * (t / length) ** self.power)) / 2,
+        }[self.schedule]
+        return np.float32(1 + (self.guidance - 1) * share)
 
 
 def filter_logits(logits_BxV: jax.Array, options: SampleOptions) -> jax.Array:
@@ -103,7 +129,7 @@ def generate(
     count = labels_B.shape[0]
     if guided:
         labels_B = jnp.concatenate([labels_B, jnp.full_like(labels_B, config.null_class)])
-    prepared = decoding.prepare(config, params)
+    prepared, scales = decoding.prepare(config, params), jnp.asarray(options.scales(config.length))
 
     def step(carry, at):
         codes, cache = carry
@@ -112,7 +138,7 @@ def generate(
         logits, cache = decoding.decode(config, prepared, twice, labels_B, cache, position)
         if guided:
             conditional, unconditional = logits[:count], logits[count:]
-            logits = unconditional + options.guidance * (conditional - unconditional)
+            logits = unconditional + scales[position] * (conditional - unconditional)
             if options.interval >= 0:
                 # Token t after the first is drawn at position t: guided while t - 1 <= interval.
                 logits = jnp.where(position - 1 <= options.interval, logits, conditional)
