@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         if len(argv) != 3:
             raise ConfigError("give SOURCE and TARGET; --help says more")
         source, target = map(os.path.expanduser, argv[1:])
-        folder, converted = paths.at(source).is_dir(), pretrained.is_converted(source)
+        folder, converted = paths.is_dir(source), pretrained.is_converted(source)
         unused = (_ENTRY, _GRID, _HEADS) if folder else ()
         unused += (_STATE, _PROJECTORS) if converted or not folder else ()
         for flag in unused:

@@ -162,6 +162,7 @@ def run(*arguments):
     assess.main(assess._FLAGS(["assess", *arguments]))
 
 
+@pytest.mark.slow
 def test_the_program_measures_each_run_once(workdir, capsys, monkeypatch):
     other = shutil.copytree(workdir, workdir.parent / "other")
     arguments = "--future=40", "--held_out=30", f"--teacher={other}"

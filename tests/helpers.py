@@ -91,11 +91,27 @@ def tiny(module, steps=8, **fields):
     return config
 
 
+def uncompiled_params(module, *inputs, seed=0):
+    """What `module.init` gives, with other numbers: its program takes long to compile."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.RandomState(seed)
+
+    def random(path, leaf):
+        kind = path[-1].key
+        if kind in ("kernel", "embedding"):
+            spread = 1 if kind == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
+            return np.float32(rng.normal(0, spread, leaf.shape))
+        return np.full(leaf.shape, kind == "scale", np.float32)
+
+    return jax.tree_util.tree_map_with_path(random, shapes)
+
+
 def vq_file(folder, config=TINY_VQ):
     """A PyTorch file with a VQ of random weights, such as LlamaGen publishes."""
-    module = vq.VQModel(config)
-    images = np.zeros((1, config.downsample, config.downsample, config.channels), np.float32)
-    params = jax.device_get(jax.jit(module.init)(jax.random.key(0), images)["params"])
+    side = config.downsample
+    params = uncompiled_params(
+        vq.VQModel(config), np.zeros((1, side, side, config.channels), np.float32)
+    )
     path = folder / "vq.pt"
     torch_writer.write(path, {"model": torch_names.to_torch(config, params)})
     return path

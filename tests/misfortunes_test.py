@@ -477,6 +477,7 @@ def test_a_run_whose_pipe_ends_goes_on(tmp_path):
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [60]
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_trains_once(tmp_path):
     arguments = [sys.executable, "-m", "mirai_jax.main", *RUN, "--config.num_steps=200",
                  "--config.checkpoint_every=20", f"--workdir={tmp_path}"]  # fmt: skip

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import skimage
+from helpers import uncompiled_params
 from PIL import Image
 
 from configs import mirai_i
@@ -45,13 +46,13 @@ def world(tmp_path_factory):
         for file in files:
             raw = (pathlib.Path(skimage.__file__).parent / "data" / file).read_bytes()
             (folder / "images" / name / file).write_bytes(raw)
-    init = jax.jit(vq.VQModel(VQ).init)
-    params = init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
-    state = torch_names.to_torch(VQ, jax.device_get(params))
+    params = uncompiled_params(vq.VQModel(VQ), np.zeros((1, 8, 8, 3), np.float32))
+    state = torch_names.to_torch(VQ, params)
     torch_writer.write(folder / "vq.pt", {"model": state, "steps": 7})
-    init = jax.jit(vit.VisionTransformer(DINO).init)
-    params = init(jax.random.key(1), np.zeros((1, 14, 14, 3), np.float32))["params"]
-    state = torch_names.to_torch(DINO, jax.device_get(params))
+    params = uncompiled_params(
+        vit.VisionTransformer(DINO), np.zeros((1, 14, 14, 3), np.float32), seed=1
+    )
+    state = torch_names.to_torch(DINO, params)
     torch_writer.write(folder / "dino.pth", state)
     return folder
 
@@ -168,6 +169,7 @@ def test_a_teacher_of_another_grid_is_resampled(world, stored):
     assert abs(other[0, 2] - stored[0, 2]) > 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_other_frozen_networks(world, stored):
     """Files may move; what they hold may not change."""
     parts = json.loads((world / "stored" / "parts.json").read_text())
@@ -177,9 +179,10 @@ def test_a_run_does_not_resume_with_other_frozen_networks(world, stored):
     moved.write_bytes((world / "dino.pth").read_bytes())
     more = {"num_steps": 4, "teacher__path": str(moved)}
     assert len(losses(settings(world, **more), world / "stored")) == 4
-    init = jax.jit(vit.VisionTransformer(DINO).init)
-    params = init(jax.random.key(7), np.zeros((1, 14, 14, 3), np.float32))["params"]
-    torch_writer.write(moved, torch_names.to_torch(DINO, jax.device_get(params)))
+    params = uncompiled_params(
+        vit.VisionTransformer(DINO), np.zeros((1, 14, 14, 3), np.float32), seed=7
+    )
+    torch_writer.write(moved, torch_names.to_torch(DINO, params))
     more["num_steps"] = 5
     with pytest.raises(ConfigError, match="bidirectional.*checksum"):
         losses(settings(world, **more), world / "stored")
@@ -187,9 +190,8 @@ def test_a_run_does_not_resume_with_other_frozen_networks(world, stored):
 
 def test_another_tokenizer_or_other_images_are_refused(world, stored):
     raw = (world / "vq.pt").read_bytes()
-    init = jax.jit(vq.VQModel(VQ).init)
-    params = init(jax.random.key(5), np.zeros((1, 8, 8, 3), np.float32))["params"]
-    state = torch_names.to_torch(VQ, jax.device_get(params))
+    params = uncompiled_params(vq.VQModel(VQ), np.zeros((1, 8, 8, 3), np.float32), seed=5)
+    state = torch_names.to_torch(VQ, params)
     torch_writer.write(world / "vq2.pt", {"model": state})
     with pytest.raises(ConfigError, match="tokenizer.path"):
         losses(settings(world, tokenizer__path=str(world / "vq2.pt")), world / "refused")

@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, TINY_VQ, environment, exit_message, output, tiny, vq_file
+from helpers import (
+    ROOT,
+    TINY_VQ,
+    environment,
+    exit_message,
+    output,
+    tiny,
+    uncompiled_params,
+    vq_file,
+)
 from PIL import Image
 
 from configs import llamagen
@@ -154,6 +163,7 @@ def test_step_and_state_choose_the_weights(workdir, tmp_path):
     assert (images[0] != images[1]).any() and (images[1] != images[2]).any()
 
 
+@pytest.mark.slow
 def test_from_a_converted_checkpoint_also_resized(converted, tmp_path):
     flags = {"checkpoint": converted / "generator", "tokenizer": converted / "vq.pt"}
     flags |= {"num_images": 6, "labels": "3,0"}
@@ -170,7 +180,7 @@ def test_from_a_converted_checkpoint_also_resized(converted, tmp_path):
 def test_images_are_resized_before_they_are_clipped():
     """As the official sampling script does; where the decoder leaves [-1, 1] it makes a difference."""
     module, codes = vq.VQModel(TINY_VQ), np.random.RandomState(3).randint(0, 24, (2, 16))
-    params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    params = uncompiled_params(module, np.zeros((1, 8, 8, 3), np.float32))
     decode = jax.jit(lambda p: module.apply({"params": p}, codes, method="decode_unclipped"))
     last = params["decoder"]["conv_out"]
     last["kernel"] = last["kernel"] * (2 / np.abs(decode(params)).max())
@@ -352,7 +362,7 @@ def test_stopped_at_any_part_ends_with_the_same_bytes(painter, tmp_path, small_p
         assert digest(out) == digest(whole.out)
 
 
-@pytest.mark.parametrize("where", ["shutil.rmtree", "zipfile.ZipFile", "os.replace"])
+@pytest.mark.parametrize("where", ["files.remove_tree", "zipfile.ZipFile", "os.replace"])
 def test_stopped_while_joining_leaves_nothing_behind(
     painter, tmp_path, small_parts, monkeypatch, where
 ):

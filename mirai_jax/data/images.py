@@ -67,9 +67,8 @@ def open_images(spec: str) -> ImageSource:
     if _BUILT_IN.fullmatch(spec):
         name, _, path = spec.partition(":")
         return _BuiltIn(spec, name, path)
-    folder = paths.at(spec)
-    if spec and folder.is_dir():
-        return _Folder(spec, os.path.abspath(paths.local(folder)))
+    if spec and paths.is_dir(spec):
+        return _Folder(spec, os.path.abspath(paths.local(spec)))
     raise DataError(f"images {spec!r} is none of these: {FORMS}")
 
 

@@ -107,8 +107,8 @@ def from_dict(tree: Any) -> Manifest:
 
 def read(folder: AnyPath) -> Manifest | None:
     """The manifest of a folder; None if it has none. Raises DataError if it is damaged."""
-    file = paths.at(folder) / FILE
     try:
+        file = paths.at(folder) / FILE
         return from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None

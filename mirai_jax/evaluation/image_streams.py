@@ -62,7 +62,7 @@ def open_stream(spec: str) -> ImageStream:
     if spec.startswith("data:"):
         return _of_run(spec)
     path = paths.at(spec)
-    if path.is_dir():
+    if paths.is_dir(path):
         if (path / "samples.npz").is_file():
             return _of_npz(os.path.join(spec, "samples.npz"))
         if (path / "protocol.json").is_file():

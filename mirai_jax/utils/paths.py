@@ -30,15 +30,27 @@ def local(path: str | os.PathLike[str] | Remote) -> pathlib.Path:
     return cache.local_copy(path) if isinstance(path, Remote) else path
 
 
+def exists(path: str | os.PathLike[str] | Remote) -> bool:
+    """Also False, where pathlib raises, for a name that is too long to be one."""
+    path = at(path)
+    return path.exists() if isinstance(path, Remote) else os.path.exists(path)
+
+
+def is_dir(path: str | os.PathLike[str] | Remote) -> bool:
+    """The same of a folder."""
+    path = at(path)
+    return path.is_dir() if isinstance(path, Remote) else os.path.isdir(path)
+
+
 def several(text: str) -> list[str]:
     """The paths of a list such as 'A,B' or 'runs/*'. What exists under the whole name is one path."""
     found = []
-    for part in [text] if text and at(text).exists() else filter(None, text.split(",")):
+    for part in [text] if text and exists(text) else filter(None, text.split(",")):
         path = at(part)
         if isinstance(path, Remote):
             matching = map(str, path.parent.glob(path.name)) if "*" in path.name else ()
         else:
-            matching = glob.glob(part) if not path.exists() else ()
+            matching = glob.glob(part) if not exists(part) else ()
         found += sorted(matching) or [part]
     return found
 

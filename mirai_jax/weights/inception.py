@@ -26,9 +26,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or not the one at URL: numbers of other weights are no FID.
     """
-    path = paths.at(hub.local_file(path))
+    given, path = str(path), paths.at(hub.local_file(path))
     if not path.is_file():
-        raise ConfigError(f"there is no file {str(path)!r} of Inception-v3's weights: {URL}")
+        raise ConfigError(f"there is no file {given!r} of Inception-v3's weights: {URL}")
     found = pretrained.sha256_of_file(path)
     if not found.startswith(SHA256_START):
         raise ConfigError(
