@@ -241,6 +241,7 @@ def samples_folder(folder, images, guidance):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_efficientnet_compares_samples_at_two_scales(tmp_path, capsys):
     images = pictures(8)
     one = samples_folder(tmp_path / "one", images, 1.0)

@@ -188,6 +188,7 @@ def test_a_run_does_not_resume_with_other_frozen_networks(world, stored):
         losses(settings(world, **more), world / "stored")
 
 
+@pytest.mark.slow
 def test_another_tokenizer_or_other_images_are_refused(world, stored):
     raw = (world / "vq.pt").read_bytes()
     params = uncompiled_params(vq.VQModel(VQ), np.zeros((1, 8, 8, 3), np.float32), seed=5)

@@ -238,9 +238,8 @@ def test_the_decoder_alone_learns_and_the_codes_stay():
         assert all(jax.tree.leaves(same)) == (name not in ("decoder", "post_quant_conv")), name
 
 
-@pytest.mark.parametrize(
-    "restart_after, free_steps", [pytest.param(0, 0, marks=pytest.mark.slow), (3, 7)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("restart_after, free_steps", [(0, 0), (3, 7)])
 def test_a_codebook_that_is_dead_stays_dead_unless_codes_are_restarted(restart_after, free_steps):
     made = recipe(
         restart_after=restart_after,
