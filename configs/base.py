@@ -171,7 +171,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.validation_path = ""  # shards of held-out codes (python -m mirai_jax.extract); '': the
     #                              images that data.held_out or data.held_out_share holds out
     config.evaluate_every = 0  # steps between FIDs of samples
-    config.evaluate_samples = 50_000  # images drawn for it, as mirai_jax.sample draws them
+    config.evaluate_samples = 2_000  # images drawn for it, as mirai_jax.sample draws them
     config.evaluate_guidance = 0.0  # their scale; 0: sample.guidance
     config.evaluate_reference = ""  # real images or statistics (see mirai_jax.evaluate); '': the
     #                                 images that a data set in memory holds out
@@ -227,7 +227,6 @@ def _demo(config):
     config.sample_every = 600
     config.checkpoint_every = 300
     config.judged_samples = 1_000
-    config.evaluate_samples = 2_000
     config.model.update(
         size="", num_layers=4, num_heads=4, width=96, vocab_size=128, num_classes=10, grid=(8, 8),
         dtype="float32", unroll=4,
@@ -292,6 +291,7 @@ def _imagenet(size, pixels=256):
         config.checkpoint_every = 10_008
         config.keep_every = config.evaluate_every = 100_080
         config.validate_every = 5_004
+        config.evaluate_samples = 50_000
         config.model.size = size
         config.model.grid = (pixels // 16, pixels // 16)
         config.tokenizer.image_size = pixels
