@@ -29,7 +29,7 @@ _OF_SAMPLES = ("frechet", "frechet_images", "agreement")
 _OF_REAL_IMAGES = tuple(f"real_{name}" for name in _OF_SAMPLES)
 MEASURED = ("cross_entropy", *_OF_SAMPLES, *_OF_REAL_IMAGES, "precision", "recall")
 MEASURED += (study.TEACHER.key,)
-# What lines call otherwise that `mirai_jax.assess` did not write, as it stood before mirai_jax.evaluate.
+# Newer lines have other names for these.
 _RENAMED = {
     "cross_entropy": "validation_cross_entropy",
     "agreement": "class_accuracy",

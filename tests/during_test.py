@@ -12,7 +12,7 @@ import pytest
 from configs import llamagen, mirai_e, mirai_i
 from mirai_jax import evaluate, sample
 from mirai_jax.config import schema
-from mirai_jax.evaluation import assessments, drawn, during, network, runs, validation
+from mirai_jax.evaluation import assessments, drawn, during, runs, samples, validation
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.models.generator import Generator, init_params
 from mirai_jax.training import guards, restore, train
@@ -26,28 +26,10 @@ MEASURED = "validation_", "frechet_efficientnet_lite0", "efficientnet_lite0_"
 EVERY = {"validate_every": 2, "evaluate_every": 4, "evaluate_samples": 70, "checkpoint_every": 4}
 
 
-class QuickNetwork(network.Network):
-    """Eight random projections of the pixels in place of a network."""
-
-    def __init__(self, inception, batch_size, pixels=224, devices=None):
-        self.batch, self.is_inception = batch_size * (len(devices) if devices else 8), False
-
-    def __call__(self, images):
-        pixels = images.reshape(len(images), -1).astype(np.float32) / 255
-        weights = np.random.RandomState(0).normal(size=(pixels.shape[1], 8)).astype(np.float32)
-        return (np.stack([row @ weights for row in pixels]),)
-
-
 @pytest.fixture
 def quick_network(monkeypatch):
-    for module in (during, runs, sample_metrics()):
-        monkeypatch.setattr(module, "Network", QuickNetwork)
-
-
-def sample_metrics():
-    from mirai_jax.evaluation import samples
-
-    return samples
+    for module in (during, runs, samples):
+        monkeypatch.setattr(module, "Network", helpers.QuickNetwork)
 
 
 def measured(entry):
@@ -74,7 +56,7 @@ def finished(tmp_path_factory, quick_compilation):
     """A run's folder, and what each line of its metrics has measured."""
     folder = tmp_path_factory.mktemp("during") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(during, "Network", QuickNetwork)
+        patch.setattr(during, "Network", helpers.QuickNetwork)
         return folder, run(config_of(), folder)
 
 
@@ -227,3 +209,42 @@ def test_the_runs_own_protocol_is_the_default():
     assert (protocol.drawn.options.guidance, protocol.drawn.samples) == (1.5, 9)
     several = Request(guidance=(1.0, 3.0)).protocols(settings, "")
     assert [p.to_dict()["guidance"] for p in several] == [1.0, 3.0]
+
+
+@pytest.mark.slow
+def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
+    """A folder of photographs through a narrow VQ: extracted, trained on, measured in each way."""
+    from folder_test import draw
+
+    for name in ("a", "bb"):
+        draw(tmp_path / "images", name, 24, size=(32, 32))
+        draw(tmp_path / "val", name, 9, size=(32, 32))
+    tokenizer = helpers.vq_file(tmp_path)
+    for name in ("images", "val"):
+        helpers.output(
+            "mirai_jax.extract", f"--images={tmp_path / name}", f"--tokenizer={tokenizer}",
+            f"--out={tmp_path / 'codes' / name}", "--image_size=32",
+        )  # fmt: skip
+    config = config_of(evaluate_reference=str(tmp_path / "val"), evaluate_samples=8)
+    config.update(validation_path=str(tmp_path / "codes" / "val"), num_steps=4)
+    config.model.update(num_classes=2, vocab_size=24, grid=(16, 16))
+    config.data.update(name="images", path=str(tmp_path / "codes" / "images"))
+    config.tokenizer.update(name="vq", path=str(tokenizer), image_size=32)
+    folder = tmp_path / "run"
+    lines = run(config, folder)
+    assert lines[4].keys() > {"validation_cross_entropy", "validation_foresight_ema_r0c0"}
+    helpers.output("mirai_jax.evaluate", f"--workdir={folder}", **helpers.QUICK)
+    (entry,) = assessments.read(folder)
+    assert measured(entry) == lines[4]
+    out = tmp_path / "samples"
+    by_hand = f"--workdir={folder}", "--num_images=8", f"--out={out}"
+    helpers.output("mirai_jax.sample", *by_hand, **helpers.QUICK)
+    reference = f"--reference={tmp_path / 'val'}"
+    helpers.output("mirai_jax.evaluate", f"--samples={out}", reference, **helpers.QUICK)
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert "frechet_efficientnet_lite0" in row["metrics"]
+    assert row["metrics"].items() <= lines[4].items()
+    # Codes of another tokenizer, or of other classes, would be another number.
+    config.validation_path = str(tmp_path / "codes" / "images")
+    config.evaluate_reference = str(tmp_path / "gone")
+    assert "neither a file nor a folder" in helpers.refusal(run, config, tmp_path / "other")
