@@ -213,7 +213,7 @@ def test_the_runs_own_protocol_is_the_default():
 
 @pytest.mark.slow
 def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
-    """A folder of photographs through a narrow VQ: extracted, trained on, measured in each way."""
+    """A folder of pictures through a narrow VQ: extracted, trained on, measured in each way."""
     from folder_test import draw
 
     for name in ("a", "bb"):
@@ -225,17 +225,25 @@ def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
             "mirai_jax.extract", f"--images={tmp_path / name}", f"--tokenizer={tokenizer}",
             f"--out={tmp_path / 'codes' / name}", "--image_size=32",
         )  # fmt: skip
-    config = config_of(evaluate_reference=str(tmp_path / "val"), evaluate_samples=8)
-    config.update(validation_path=str(tmp_path / "codes" / "val"), num_steps=4)
-    config.model.update(num_classes=2, vocab_size=24, grid=(16, 16))
-    config.data.update(name="images", path=str(tmp_path / "codes" / "images"))
-    config.tokenizer.update(name="vq", path=str(tokenizer), image_size=32)
-    folder = tmp_path / "run"
-    lines = run(config, folder)
+    # All in programs of their own: XLA rounds by its flags, and those of this process are others.
+    fields = {
+        "num_steps": 4, "batch_size": 16, "checkpoint_every": 2, "keep_every": 2, "sample_every": 0,
+        "validate_every": 2, "evaluate_every": 4, "evaluate_samples": 8,
+        "validation_path": tmp_path / "codes" / "val", "evaluate_reference": tmp_path / "val",
+        "data.name": "images", "data.path": tmp_path / "codes" / "images", "model.num_classes": 2,
+        "tokenizer.name": "vq", "tokenizer.path": tokenizer, "optimizer.warmup_steps": 2,
+        "model.grid": "(16, 16)", "foresight[0].projector_width": 16,
+    }  # fmt: skip
+    folder, flags = tmp_path / "run", [f"--config.{name}={value}" for name, value in fields.items()]
+    arguments = "--config=configs/mirai_e.py", f"--workdir={folder}", *helpers.TINY
+    arguments = *arguments, "--config.model.vocab_size=24", *flags
+    helpers.output("mirai_jax.main", *arguments, **helpers.QUICK)
+    lines = {entry["step"]: measured(entry) for entry in read_metrics(folder)}
     assert lines[4].keys() > {"validation_cross_entropy", "validation_foresight_ema_r0c0"}
-    helpers.output("mirai_jax.evaluate", f"--workdir={folder}", **helpers.QUICK)
-    (entry,) = assessments.read(folder)
+    helpers.output("mirai_jax.evaluate", f"--workdir={folder}", "--num_samples=8", **helpers.QUICK)
+    before, entry = assessments.read(folder)
     assert measured(entry) == lines[4]
+    assert lines[2].items() <= measured(before).items()
     out = tmp_path / "samples"
     by_hand = f"--workdir={folder}", "--num_images=8", f"--out={out}"
     helpers.output("mirai_jax.sample", *by_hand, **helpers.QUICK)
@@ -244,7 +252,9 @@ def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
     (row,) = json.loads((out / "results.json").read_text())["rows"]
     assert "frechet_efficientnet_lite0" in row["metrics"]
     assert row["metrics"].items() <= lines[4].items()
-    # Codes of another tokenizer, or of other classes, would be another number.
-    config.validation_path = str(tmp_path / "codes" / "images")
-    config.evaluate_reference = str(tmp_path / "gone")
-    assert "neither a file nor a folder" in helpers.refusal(run, config, tmp_path / "other")
+    # Codes of other classes would be another number.
+    (tmp_path / "codes" / "val" / "manifest.json").write_text(
+        (tmp_path / "codes" / "val" / "manifest.json").read_text().replace('"bb"', '"cc"')
+    )
+    message = helpers.error_line("mirai_jax.main", *arguments, f"--workdir={tmp_path / 'other'}")
+    assert "validation_path is" in message and not (tmp_path / "other").exists()
