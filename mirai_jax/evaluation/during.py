@@ -35,7 +35,9 @@ class Measurer:
         self._made, self.every = made, {}
         mine = jax.process_index()
         self._devices = [d for d in mesh.devices.flat if d.process_index == mine]
-        wanted = settings.validate_every or settings.evaluate_every
+        wanted = (settings.validate_every and not settings.validation_path) or (
+            settings.evaluate_every and not settings.evaluate_reference
+        )
         held_out = components.held_out_images(settings) if wanted else None
         if settings.validate_every:
             self._validation = self._validate_on(held_out, log)

@@ -64,7 +64,7 @@ def of_shards(path: str, settings: Settings, params: Any, class_names: tuple[str
 
     Args:
         params: the run's tokenizer; None where it has none, but shards to train on.
-        class_names: of the run.
+        class_names: of the run; numbers where they have no names.
 
     Raises:
         DataError: no such shards, other tokens, or other classes.
@@ -85,7 +85,8 @@ def of_shards(path: str, settings: Settings, params: Any, class_names: tuple[str
                 f"validation_path is {path!r}, codes of another tokenizer (checksum {theirs[:12]}); "
                 f"it must be that of the run ({mine[:12]})"
             )
-        if class_names and records.manifest.class_names != class_names:
+        unnamed = tuple(map(str, range(len(class_names))))
+        if class_names not in (unnamed, records.manifest.class_names):
             raise DataError(
                 f"validation_path is {path!r}; its {len(records.manifest.class_names)} classes must "
                 f"be the {len(class_names)} of the run, in their order"

@@ -20,7 +20,7 @@ def summary_figure(
     figure, axes = pictures.subplots(1, count, figsize=(5 * count, 5))
     axes = np.atleast_1d(axes)
     figure.suptitle(title)
-    axes[0].plot(steps, [entry.get("cross_entropy") for entry in metrics])
+    axes[0].plot(steps, [entry["cross_entropy"] for entry in metrics])
     axes[0].set(title="Next-token cross-entropy (nats)", xlabel="step")
     axes[0].set_ylim(bottom=0)
     if heads:

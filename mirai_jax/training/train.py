@@ -173,17 +173,14 @@ class GeneratorTask(loop.Task):
         self._measure(run, step, self._due(step))
 
     def resumed(self, run: loop.Run, step: int) -> None:
-        """Measures the step where a stop came before that, or in between."""
-        entry: dict[str, float] = {}
-        for entry in read_metrics(run.workdir) if run.first else ():
+        """Measures the step where it was to be, and a stop came before that or in between."""
+        entry, due = {}, self._due(step)
+        for entry in read_metrics(run.workdir) if self._every and run.first else ():
             self._newest |= entry
-        entry = entry if entry.get("step") == step else {}
-        due = self._due(step)
-        missing = np.array([f"{kind}_seconds" not in entry for kind in due], bool)
-        missing = distributed.from_first(missing) if due else ()
-        self._measure(
-            run, step, [kind for kind, is_missing in zip(due, missing, strict=True) if is_missing]
-        )
+        is_logged = entry.get("step") == step
+        missing = np.array([is_logged and f"{kind}_seconds" not in entry for kind in due], bool)
+        missing = distributed.from_first(missing) if due else missing
+        self._measure(run, step, [due[i] for i in np.flatnonzero(missing)])
 
     def _measure(self, run: loop.Run, step: int, kinds: list[str]) -> None:
         """Adds to the step's line what is measured of it."""
