@@ -216,8 +216,8 @@ def test_the_runs_own_protocol_is_the_default():
     config = helpers.tiny(mirai_e, evaluate_guidance=1.5, evaluate_samples=9, validation_path="x")
     settings = schema.read(config, 1)
     (protocol,) = Request().protocols(settings, "")
-    assert protocol.drawn == drawn.protocol_of(settings) and protocol.validation == "x"
-    assert (protocol.drawn.options.guidance, protocol.drawn.samples) == (1.5, 9)
+    assert protocol == drawn.protocol_of(settings) and protocol.validation == "x"
+    assert (protocol.options.guidance, protocol.samples) == (1.5, 9)
     several = Request(guidance=(1.0, 3.0)).protocols(settings, "")
     assert [p.to_dict()["guidance"] for p in several] == [1.0, 3.0]
 

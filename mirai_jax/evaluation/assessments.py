@@ -1,7 +1,8 @@
 """The kept checkpoints of runs, measured one by one, and the files of the results in the workdirs.
 
 assessment.jsonl has a line for each checkpoint and protocol: {"step", "protocol", measures...}. The measures
-are those of evaluation/runs.py; a later line may add to one. future.jsonl has such lines with the measures of evaluation/future_runs.py.
+are those of evaluation/runs.py; a later line may add to one. future.jsonl has such lines with the measures of
+evaluation/future_runs.py.
 """
 
 import contextlib
@@ -12,8 +13,9 @@ import time
 from typing import Any
 
 from mirai_jax.config.schema import Settings
+from mirai_jax.evaluation.drawn import Protocol
 from mirai_jax.evaluation.future_runs import FutureProtocol
-from mirai_jax.evaluation.runs import Protocol, Request
+from mirai_jax.evaluation.runs import Request
 from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import steps_in
 from mirai_jax.utils import files, paths

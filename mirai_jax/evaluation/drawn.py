@@ -27,7 +27,7 @@ LABELS = "random"  # as `mirai_jax.sample` draws them by default
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How samples of a run are drawn and compared. Compare only numbers of one protocol.
+    """How the weights of a run are measured. Compare only numbers of one protocol.
 
     Attributes:
         samples: how many are drawn, of random classes.
@@ -36,6 +36,9 @@ class Protocol:
         reference: real images or statistics; '': the images in memory that the run holds out.
         inception: the file of Inception's weights; '': EfficientNet-Lite0.
         pixels: side of EfficientNet-Lite0's input.
+        validation: shards of held-out codes; '': the images that the run holds out.
+        held_out: how many held-out images, from the first on, for the loss and probes; 0: all. Those of
+            mnist are sorted by class: take all, or know which classes the first ones show.
     """
 
     samples: int
@@ -44,16 +47,25 @@ class Protocol:
     reference: str = ""
     inception: str = ""
     pixels: int = 224
+    validation: str = ""
+    held_out: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a line of assessment.jsonl holds it."""
+        made = dataclasses.asdict(self)
+        made |= made.pop("options")
+        return {**made, "weights": "ema", "labels": LABELS, "batch_size": ROWS}
 
 
 def protocol_of(settings: Settings) -> Protocol:
-    """How the run measures its own samples."""
+    """How the run measures itself while it trains."""
     guidance = settings.evaluate_guidance or settings.sample.guidance
     return Protocol(
         settings.evaluate_samples,
         dataclasses.replace(settings.sample, guidance=guidance),
         reference=settings.evaluate_reference,
         inception=settings.evaluate_inception,
+        validation=settings.validation_path,
     )
 
 

@@ -20,35 +20,13 @@ from typing import Any, ClassVar
 
 from mirai_jax.config.schema import Settings
 from mirai_jax.evaluation import drawn, samples, validation
-from mirai_jax.evaluation.drawn import Drawn
+from mirai_jax.evaluation.drawn import Drawn, Protocol
 from mirai_jax.evaluation.image_streams import of_array
 from mirai_jax.evaluation.network import Features, Network
 from mirai_jax.evaluation.small import SmallSet, distance
 from mirai_jax.training import components, restore
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """How a checkpoint is measured. Compare only numbers of one protocol.
-
-    Attributes:
-        drawn: of the samples.
-        validation: shards of held-out codes; '': the images that the run holds out.
-        held_out: how many held-out images, from the first on, for cross-entropy and probes; 0: all. Those of
-            mnist are sorted by class: take all, or know which classes the first ones show.
-    """
-
-    drawn: drawn.Protocol
-    validation: str = ""
-    held_out: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        made = dataclasses.asdict(self.drawn)
-        made |= made.pop("options")
-        made |= {"validation": self.validation, "held_out": self.held_out}
-        return {**made, "weights": "ema", "labels": drawn.LABELS, "batch_size": drawn.ROWS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,22 +47,17 @@ class Request:
     def protocols(self, settings: Settings, workdir: str) -> list[Protocol]:
         """One a guidance scale. Raises ConfigError for a scale that the run cannot have."""
         own = drawn.protocol_of(settings)
+        names = "samples", "reference", "inception", "validation"
+        given = {name: getattr(self, name) or getattr(own, name) for name in names}
+        given |= {name: getattr(self, name) for name in ("seed", "pixels", "held_out")}
         found = []
         for guidance in self.guidance or (own.options.guidance,):
             if guidance > 1 and not settings.generator.has_null_class:
                 raise ConfigError(
                     f"--guidance is {guidance}; it must be 1 for {workdir}, which has no null class"
                 )
-            one = drawn.Protocol(
-                self.samples or own.samples,
-                dataclasses.replace(own.options, guidance=guidance),
-                self.seed,
-                self.reference or own.reference,
-                self.inception or own.inception,
-                self.pixels,
-            )
-            shards = self.validation or settings.validation_path
-            found.append(Protocol(one, shards, self.held_out))
+            options = dataclasses.replace(own.options, guidance=guidance)
+            found.append(dataclasses.replace(own, options=options, **given))
         return found
 
     def assessor(self, settings: Settings, log: Callable[[str], None]) -> "Assessor":
@@ -189,7 +162,7 @@ class Assessor:
 
     def _compare(self, settings: Settings, saved: Any, protocol: Protocol) -> dict[str, float]:
         _, tokenizer, params, kept = self._run
-        small, asked = self._small, protocol.drawn
+        small, asked = self._small, protocol
         if tokenizer is None:
             raise ConfigError(
                 "tokenizer.path must be the weights of its tokenizer, which decode samples"
