@@ -24,7 +24,14 @@ from mirai_jax.utils.errors import Preempted
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MEASURED = "validation_", "frechet_efficientnet_lite0", "efficientnet_lite0_"
-EVERY = {"validate_every": 2, "evaluate_every": 4, "evaluate_samples": 70, "checkpoint_every": 4}
+# The average is a short one, so that a few steps change the samples.
+EVERY = {
+    "ema_decay": 0.5,
+    "validate_every": 2,
+    "evaluate_every": 4,
+    "evaluate_samples": 70,
+    "checkpoint_every": 4,
+}
 
 
 @pytest.fixture
@@ -69,6 +76,7 @@ def test_the_steps_asked_for_are_measured_and_logged(finished):
         assert ("validation_cross_entropy" in found) == (step % 2 == 0)
         assert (heads <= found.keys()) == (step % 2 == 0)
         assert ("frechet_efficientnet_lite0" in found) == (step % 4 == 0)
+    assert lines[4]["frechet_efficientnet_lite0"] != lines[8]["frechet_efficientnet_lite0"]
     texts = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(texts) == len(lines)  # one line a step
     assert all(json.loads(text)["loss"] > 0 for text in texts)
@@ -142,6 +150,7 @@ def test_a_stopped_measurement_goes_on_once(
     assert [json.loads(text)["step"] for text in texts] == [1, 2, 3, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_without_measurements_a_run_is_what_it_was(finished, tmp_path):
     off = {"validate_every": 0, "evaluate_every": 0}
     config = config_of(**off)
@@ -236,7 +245,7 @@ def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
             "mirai_jax.extract", f"--images={tmp_path / name}", f"--tokenizer={tokenizer}",
             f"--out={tmp_path / 'codes' / name}", "--image_size=32",
         )  # fmt: skip
-    # All in programs of their own: XLA rounds by its flags, and those of this process are others.
+    # Each in a new process: XLA rounds by its flags, which differ in this one.
     fields = {
         "num_steps": 4, "batch_size": 16, "checkpoint_every": 2, "keep_every": 2, "sample_every": 0,
         "validate_every": 2, "evaluate_every": 4, "evaluate_samples": 8,

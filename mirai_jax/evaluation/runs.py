@@ -11,7 +11,7 @@ real_...         frechet, frechet_images (to the held-out images as they are) an
 probe, teacher_probe
                  accuracies of linear probes, where asked for, of the last step: SmallSet.probes
 
-The last four are of images in memory only. What a run measures while it trains are the same numbers.
+The last four need images in memory. A run measures the first two while it trains, to the same digits.
 """
 
 import dataclasses

@@ -103,7 +103,7 @@ class Reference:
 
     Args:
         spec: real images as `image_streams.open_stream` takes them, or a .npz with statistics.
-        is_inception: whether the network is Inception, which statistics are of.
+        is_inception: whether the network is Inception: statistics belong to it.
         images: a stream in place of `spec`, which names it then.
 
     Attributes:
