@@ -175,6 +175,19 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     # samples. 0: none.
     config.judged_samples = 0
 
+    # While it trains, over all devices; the last step is always measured. Off at 0 steps, and where
+    # there is nothing to compare with.
+    config.validate_every = 0  # steps between measurements of the held-out loss
+    config.validation_path = ""  # shards of held-out codes (python -m mirai_jax.extract); '': the
+    #                              images that data.held_out or data.held_out_share holds out
+    config.evaluate_every = 0  # steps between FIDs of samples
+    config.evaluate_samples = 2_000  # images drawn for it, as mirai_jax.sample draws them
+    config.evaluate_guidance = 0.0  # their scale; 0: sample.guidance
+    config.evaluate_reference = ""  # real images or statistics (see mirai_jax.evaluate); '': the
+    #                                 images that a data set in memory holds out
+    config.evaluate_inception = ""  # Inception's weights; '': EfficientNet-Lite0's features, whose
+    #                                 distance is another number than FID and has another name
+
     SCALES[scale](config)
     return config
 
@@ -242,7 +255,7 @@ def _fashion_mnist(config):
     config.log_every = 25
     config.sample_every = 1_000
     config.checkpoint_every = 500
-    config.keep_every = 500  # what `python -m mirai_jax.assess` looks at
+    config.keep_every = 500  # what `mirai_jax.evaluate --workdir` looks at
     config.judged_samples = 0  # it judges, too
     config.model.update(width=128, vocab_size=256)
     config.optimizer.warmup_steps = 100
@@ -284,6 +297,11 @@ def _folder(config):
 
 def _imagenet(size, pixels=256):
     def override(config):
+        # The paper's curves are read at 20, 40, 60, 80 and 300 epochs of 5,004 steps.
+        config.checkpoint_every = 10_008
+        config.keep_every = config.evaluate_every = 100_080
+        config.validate_every = 5_004
+        config.evaluate_samples = 50_000
         config.model.size = size
         config.model.grid = (pixels // 16, pixels // 16)
         config.tokenizer.image_size = pixels

@@ -2,10 +2,10 @@
 
 config.json       the run's whole config
 metrics.jsonl     as the run logged it
-assessment.jsonl  as `python -m mirai_jax.assess` wrote it: a JSON object a line with "step", "protocol"
+assessment.jsonl  as `python -m mirai_jax.evaluate --workdir` wrote it: a JSON object a line with "step", "protocol"
                   (how it was measured), measures, and at times a "probe"; later lines add to earlier
                   ones of the same step and protocol
-future.jsonl      as `python -m mirai_jax.assess --future` wrote it; only the EMA's best blocks are read
+future.jsonl      as `python -m mirai_jax.evaluate --future` wrote it; only the EMA's best blocks are read
 run.json          command, setting (the run's name without its seed), steps, seconds, machine
 
 bench.json is what `python -m mirai_jax.bench --compare --json=...` wrote, of the study's scale.
@@ -29,6 +29,13 @@ _OF_SAMPLES = ("frechet", "frechet_images", "agreement")
 _OF_REAL_IMAGES = tuple(f"real_{name}" for name in _OF_SAMPLES)
 MEASURED = ("cross_entropy", *_OF_SAMPLES, *_OF_REAL_IMAGES, "precision", "recall")
 MEASURED += (study.TEACHER.key,)
+# Newer lines have other names for these.
+_RENAMED = {
+    "cross_entropy": "validation_cross_entropy",
+    "agreement": "class_accuracy",
+    "real_agreement": "real_class_accuracy",
+    "frechet_images": "frechet_efficientnet_lite0",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +167,11 @@ def assessment(where: str, entry: Mapping[str, Any]) -> Assessment:
     Raises:
         DataError: names the line and the field.
     """
+    names = {name: name if name in entry else _RENAMED.get(name, name) for name in MEASURED}
     measures = {
-        name: typed(f"{where}: {name}", entry[name], float)
-        for name in MEASURED
-        if entry.get(name) is not None
+        name: typed(f"{where}: {written}", entry[written], float)
+        for name, written in names.items()
+        if entry.get(written) is not None
     }
     probe = {}
     for layer, accuracies in _object(f"{where}: probe", entry.get("probe") or {}).items():

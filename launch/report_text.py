@@ -23,7 +23,7 @@ what they give.
 _COMMANDS = f"""```
 python -m mirai_jax.teach ...  # the encoders, where a sweep's teachers are your own: below
 python -m launch.sweep --sweep=launch/sweeps/SWEEP.py --scale={study.SCALE} --out=runs/sweeps/SWEEP --parallel=2
-python -m mirai_jax.assess --workdir=RUN,...
+python -m mirai_jax.evaluate --workdir=RUN,... --guidance=1 --probes
 python -m mirai_jax.bench --config=configs/mirai_e_i.py:{study.SCALE} --compare --repeats=15 --measure=step --json=results/bench.json
 python -m launch.report --collect=runs/sweeps/SWEEP,... --encoders=runs/ENCODER,... --machine="what it ran on"
 python -m launch.report

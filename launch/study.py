@@ -207,7 +207,7 @@ EXPLORATIONS = (
         "Mirai-I and its neighbours",
         "Block-causal encoders, LlamaGen-REPA, a finished generator as teacher, look-ahead windows and a "
         "transformer as projector, one seed each. R² is what a linear probe of the states predicts of the "
-        "vectors of tokens to come on held-out images, in the best block (`python -m mirai_jax.assess "
+        "vectors of tokens to come on held-out images, in the best block (`python -m mirai_jax.evaluate "
         "--future`).",
         "variants/mirai_i",
         FUTURE,

@@ -1,8 +1,10 @@
-"""FID, sFID, Inception Score, precision and recall: `python -m mirai_jax.evaluate`.
+"""Measures samples against real images, and the checkpoints of runs: `python -m mirai_jax.evaluate`.
 
     python -m mirai_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz \\
         --inception=pt_inception-2015-12-05-6726825d.pth
     python -m mirai_jax.evaluate --samples=RUN/sampled/a,RUN/sampled/b --reference=data:RUN:held_out
+    python -m mirai_jax.evaluate --workdir=RUN,RUN --guidance=1,1.5,2 --follow
+    python -m mirai_jax.evaluate --workdir=RUN,RUN --steps=last --future=2000
 
 Samples and reference are .npz files (`arr_0`, uint8 N x H x W x 3), folders of `mirai_jax.sample` or
 of image files, or data:WORKDIR:train and data:WORKDIR:held_out, the real images of a run on a small
@@ -12,13 +14,29 @@ its images, as in ADM's evaluator, whose definitions these are (evaluations/eval
 Without Inception's weights the distance, precision and recall are over EfficientNet-Lite0's pooled
 features: good for comparing runs here, another number than FID, and never called that.
 
+--samples: FID, sFID, Inception Score, precision and recall. Writes results.json, with how the samples
+were drawn beside each number, anew after each of several samples; for samples at several guidance scales
+also sweep.png.
 --training=data:RUN:train, or a folder or .npz, also looks for the training images nearest to the samples:
 the share of samples that are nearer to one than 99% of the reference images are, and nearest.png.
 
-Writes results.json, with how the samples were drawn beside each number, anew after each of several
-samples; for samples at several guidance scales also sweep.png.
+--workdir: of each kept checkpoint (`keep_every`) and the last one, the loss on held-out images, and the
+same metrics of samples at each guidance scale; of images in memory also class accuracy and, with --probes,
+linear probes of the last step (mirai_jax/evaluation/runs.py defines each exactly). Samples, guidance,
+reference, Inception and held-out images are by default those of the run's config: then the numbers are
+those that the run measures while it trains. What cannot be had is left out, with a line. A line of
+assessment.jsonl in the run's folder for each checkpoint and scale; lines that exist are not computed
+again: the same command resumes after a stop, and measures the checkpoints that a run has added. With
+--follow it waits for those until all runs are finished.
+
+--workdir with --future measures instead what the states know of tokens to come
+(mirai_jax/evaluation/future.py): a line of future.jsonl for each checkpoint, tables, and future.png beside
+the runs (or in the only run's folder).
 """
 
+from mirai_jax.evaluation import assessments, figures, future_runs
+from mirai_jax.evaluation.future_runs import FutureProtocol
+from mirai_jax.evaluation.runs import Request
 from mirai_jax.evaluation.samples import evaluate
 from mirai_jax.utils import cli, files, paths
 from mirai_jax.utils.errors import ConfigError
@@ -26,7 +44,8 @@ from mirai_jax.weights import inception as inception_weights
 
 _FLAGS, _define = cli.flags_of(__name__)
 _SAMPLES = _define.string("samples", "", "Images to evaluate: A,B or a pattern give a row each.")
-_REFERENCE = _define.string("reference", None, "Real images, or a .npz with statistics.")
+_WORKDIR = _define.string("workdir", "", "Instead of samples, runs: A,B or a pattern.")
+_REFERENCE = _define.string("reference", "", "Real images, or a .npz with statistics.")
 _INCEPTION = _define.string(
     "inception", "", f"{inception_weights.FILE}; without it, EfficientNet-Lite0 is used."
 )
@@ -34,19 +53,89 @@ _OUT = _define.string("out", "", "Folder of results.json; default: that of the s
 _BATCH = _define.integer("batch_size", 64, "Images at once on each device.", lower_bound=1)
 _TRAINING = _define.string("training", "", "Training images: how many samples are copies of them?")
 _SAVE = _define.string("save_statistics", "", "Also write the reference's moments, a .npz.")
+# Of runs.
+_STEPS = _define.enum("steps", "kept", ("kept", "last"), "Every kept checkpoint, or the last.")
+_NUM = _define.integer(
+    "num_samples", 0, "Images to draw at each; 0: the run's evaluate_samples.", lower_bound=0
+)
+_GUIDANCE = _define.list("guidance", [], "Scales of the samples, 1: none; default: the run's.")
+_SEED = _define.integer("seed", 0, "Of the samples.", lower_bound=0, upper_bound=2**31 - 1)
+_PIXELS = _define.integer("pixels", 224, "Side of EfficientNet-Lite0's input.", lower_bound=32)
+_VALIDATION = _define.string(
+    "validation", "", "Shards of held-out codes; default: the run's validation_path."
+)
+_HELD_OUT = _define.integer(
+    "held_out", 0, "Held-out images for the loss and probes; 0: all.", lower_bound=0
+)
+_PROBES = _define.bool("probes", False, "Also linear probes of the last step.")
+_FUTURE = _define.integer(
+    "future", 0, "Training images of the probes for the future (and nothing else).", lower_bound=0
+)
+_TEACHER = _define.string("teacher", "", "With --future: a run whose encoder is taken for all.")
+_FOLLOW = _define.bool("follow", False, "Wait for what the runs add, until all are finished.")
+
+_OF_SAMPLES = (_OUT, _BATCH, _SAVE, _TRAINING)
+_OF_RUNS = (
+    _STEPS, _NUM, _GUIDANCE, _SEED, _PIXELS, _VALIDATION, _HELD_OUT, _PROBES, _FUTURE, _TEACHER, _FOLLOW,
+)  # fmt: skip
+
+
+def _evaluate_samples() -> None:
+    if not _SAMPLES.value or not _REFERENCE.value:
+        raise ConfigError("--samples and --reference are needed, or --workdir: see --help")
+    if _SAVE.value and not _INCEPTION.value:
+        raise ConfigError("--save_statistics needs --inception: no other statistics are read")
+    folder = paths.at(_SAVE.value).parent
+    if not files.is_remote(folder) and not folder.is_dir():
+        raise ConfigError(f"--save_statistics is {_SAVE.value!r}, in a folder that is missing")
+    given = (_REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE, _TRAINING)
+    evaluate(paths.several(_SAMPLES.value), *(flag.value for flag in given))
+
+
+def _evaluate_runs() -> None:
+    workdirs = paths.several(_WORKDIR.value)
+    if _FUTURE.value:
+        protocol = FutureProtocol(_FUTURE.value, _HELD_OUT.value or 5000, _TEACHER.value)
+        assessments.assess(workdirs, _STEPS.value, protocol, _FOLLOW.value)
+        _show(workdirs, protocol)
+        return
+    try:
+        guidance = tuple(map(float, _GUIDANCE.value))
+    except ValueError:
+        guidance = (0.0,)
+    if not all(1 <= scale < float("inf") for scale in guidance):
+        raise ConfigError(
+            f"--guidance is {','.join(_GUIDANCE.value)!r}; it must be 1 or more: 1,1.5"
+        )
+    fields = (_SEED, _PIXELS, _HELD_OUT, _VALIDATION, _REFERENCE, _INCEPTION, _PROBES)
+    given = {field.name: field.value for field in fields}
+    request = Request(samples=_NUM.value, guidance=guidance, **given)
+    assessments.assess(workdirs, _STEPS.value, request, _FOLLOW.value)
+
+
+def _show(workdirs: list[str], protocol: FutureProtocol) -> None:
+    """Prints the tables, and writes the figure, of the last steps."""
+    folder = paths.common(workdirs)
+    start = len(f"{folder}/")
+    name = lambda workdir: str(paths.at(workdir).absolute())[start:] or folder.name
+    found = {name(w): line for w, line in assessments.latest(workdirs, protocol).items()}
+    for name, measures in found.items():
+        print(future_runs.table(name, measures))
+    path = folder / "future.png"
+    figures.future_figure(path, found)
+    print(f"wrote {path}")
 
 
 def main(argv: list[str]) -> None:
-    with cli.program(OSError, argv=argv, interrupted="interrupted"):
-        if not _SAMPLES.value or not _REFERENCE.value:
-            raise ConfigError("--samples and --reference are needed: see --help")
-        if _SAVE.value and not _INCEPTION.value:
-            raise ConfigError("--save_statistics needs --inception: no other statistics are read")
-        folder = paths.at(_SAVE.value).parent
-        if not files.is_remote(folder) and not folder.is_dir():
-            raise ConfigError(f"--save_statistics is {_SAVE.value!r}, in a folder that is missing")
-        given = (_REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE, _TRAINING)
-        evaluate(paths.several(_SAMPLES.value), *(flag.value for flag in given))
+    with cli.program(OSError, argv=argv, interrupted="interrupted; the same command resumes"):
+        mine = "workdir" if _WORKDIR.value else "samples"
+        for flag in (_SAMPLES, *_OF_SAMPLES) if _WORKDIR.value else _OF_RUNS:
+            if flag.present:
+                raise ConfigError(f"--{flag.name} has no meaning with --{mine}")
+        if _WORKDIR.value:
+            _evaluate_runs()
+        else:
+            _evaluate_samples()
 
 
 if __name__ == "__main__":

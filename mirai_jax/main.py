@@ -12,6 +12,7 @@ from absl import flags
 
 from mirai_jax.config import unused
 from mirai_jax.config.flags import parse_config
+from mirai_jax.evaluation import during
 from mirai_jax.training import train
 from mirai_jax.utils import cli, distributed
 from mirai_jax.utils.errors import Lost, TrainingError
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
             _PROCESS_ID.value,
             heartbeat=_HEARTBEAT.value,
         )
-        train.train(config, workdir)
+        train.train(config, workdir, measurer=during.Measurer)
 
 
 if __name__ == "__main__":

@@ -338,6 +338,8 @@ def test_another_run_is_refused_with_every_field_that_differs():
 
 RESUMABLE = {
     "log_every": 7, "sample_every": 0, "checkpoint_every": 9, "keep_checkpoints": 5, "keep_every": 9,
+    "validation_path": "x", "validate_every": 2, "evaluate_every": 2, "evaluate_samples": 9,
+    "evaluate_guidance": 3.0, "evaluate_reference": "x", "evaluate_inception": "x",
     "judged_samples": 3, "accumulate": 2, "nonfinite": "skip", "hang_limit": 9, "num_steps": 10_000,
     "profile_steps": [1, 2], "wandb.project": "mirai",
     "data.num_workers": 2, "data.path": "moved", "data.images": "moved", "tokenizer.path": "moved",

@@ -179,6 +179,33 @@ def test_after_a_death_they_end_with_the_weights_of_an_undisturbed_pair(tmp_path
 
 
 @pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    """Numbers of 70 samples and 500 held-out images, which divide unevenly; to the digit."""
+    measured = [
+        "--config.num_steps=4", "--config.validate_every=2", "--config.evaluate_every=4",
+        "--config.evaluate_samples=70", "--config.optimizer.learning_rate=0.0",
+    ]  # fmt: skip
+    alone = start(tmp_path / "alone", *measured)
+    assert end(alone, timeout=900) == [0], said(alone)
+    pair = start_pair(tmp_path / "pair", *measured)
+    assert end(*pair, timeout=900) == [0, 0], said(pair[0]) + said(pair[1])
+
+    def values(workdir):
+        of_line = lambda e: {
+            k: v for k, v in e.items() if k.startswith(("validation_", "frechet", "eff"))
+        }
+        return [
+            {k: v for k, v in of_line(entry).items() if not k.endswith("seconds")}
+            for entry in entries(workdir)
+        ]
+
+    assert values(tmp_path / "pair") == values(tmp_path / "alone")
+    assert {"validation_cross_entropy", "frechet_efficientnet_lite0"} <= values(tmp_path / "pair")[
+        3
+    ].keys()
+
+
+@pytest.mark.slow
 def test_a_notice_to_one_stops_both_and_one_alone_goes_on(tmp_path):
     alone = start(tmp_path / "alone")
     assert end(alone) == [0], said(alone)

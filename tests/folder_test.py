@@ -297,9 +297,9 @@ def test_wide_samples_evaluation_and_assessment(finished, pictures, tmp_path):
     held_out = f"--reference=data:{folder}:held_out"
     helpers.output("mirai_jax.evaluate", f"--samples={out}", held_out, "--batch_size=4")
     assert "frechet" in (out / "results.json").read_text()
-    helpers.output("mirai_jax.assess", f"--workdir={folder}", "--samples=8", "--pixels=32")
+    helpers.output("mirai_jax.evaluate", f"--workdir={folder}", "--num_samples=8", "--pixels=32")
     entry = json.loads((folder / "assessment.jsonl").read_text())
-    assert np.isfinite(entry["cross_entropy"]) and entry["step"] == 4
+    assert np.isfinite(entry["validation_cross_entropy"]) and entry["step"] == 4
 
 
 @pytest.mark.slow

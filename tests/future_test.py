@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import mirai_e
-from mirai_jax import assess
+from mirai_jax import evaluate
 from mirai_jax.evaluation import future, future_runs
 from mirai_jax.training import restore, train
 
@@ -158,8 +158,8 @@ def workdir(tmp_path_factory):
 
 
 def run(*arguments):
-    assess._FLAGS.unparse_flags()
-    assess.main(assess._FLAGS(["assess", *arguments]))
+    evaluate._FLAGS.unparse_flags()
+    evaluate.main(evaluate._FLAGS(["evaluate", *arguments]))
 
 
 @pytest.mark.slow

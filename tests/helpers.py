@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from mirai_jax.evaluation import network
 from mirai_jax.models import vq
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import torch_names, torch_writer
@@ -104,6 +105,19 @@ def uncompiled_params(module, *inputs, seed=0):
         return np.full(leaf.shape, kind == "scale", np.float32)
 
     return jax.tree_util.tree_map_with_path(random, shapes)
+
+
+class QuickNetwork(network.Network):
+    """Eight random projections of the pixels in place of a network."""
+
+    def __init__(self, inception, batch_size, pixels=224, devices=None):
+        self.batch = batch_size * len(devices or jax.local_devices())
+        self.is_inception = False
+
+    def __call__(self, images):
+        pixels = images.reshape(len(images), -1).astype(np.float32) / 255
+        weights = np.random.RandomState(0).normal(size=(pixels.shape[1], 8)).astype(np.float32)
+        return (np.stack([row @ weights for row in pixels]),)
 
 
 def vq_file(folder, config=TINY_VQ):

@@ -208,6 +208,13 @@ class _TopFields:
     nonfinite: str = field("stop", choices=("stop", "skip"), resumable=True)
     hang_limit: int = field(1800, at_least=0, at_most=10**7, resumable=True)
     judged_samples: int = field(0, at_least=0, at_most=10**6, resumable=True)
+    validation_path: str = field("", resumable=True)
+    validate_every: int = field(0, at_least=0, resumable=True)
+    evaluate_every: int = field(0, at_least=0, resumable=True)
+    evaluate_samples: int = field(2000, at_least=2, at_most=10**6, resumable=True)
+    evaluate_guidance: float = field(0.0, at_least=0, resumable=True)
+    evaluate_reference: str = field("", resumable=True)
+    evaluate_inception: str = field("", resumable=True)
     profile_steps: tuple[int, ...] = field((), resumable=True)
     wandb: WandbFields
     data: DataSettings
@@ -313,6 +320,9 @@ def read(config: Mapping[str, Any], num_devices: int, slices: int = 1) -> Settin
     check("profile_steps", good, "the first and the last step, as in (10, 15), or ()")
     good = sample.guidance == 1 or generator.has_null_class
     check("sample.guidance", good, "1 where model.class_dropout is 0 (there is no null class)")
+    guidance = given.evaluate_guidance
+    good = guidance == 0 or (guidance == 1 or (guidance > 1 and generator.has_null_class))
+    check("evaluate_guidance", good, "0, 1, or more than 1 with a null class (model.class_dropout)")
     check_teacher(settings.teacher, settings.needs_images, check)
     _check_data(settings, check)
     return settings

@@ -26,6 +26,19 @@ RUN = {
     "optimizer.decayed": ("optimizer.weight_decay above 0", lambda c: c.optimizer.weight_decay > 0),
     "init_rows": ("init_from", lambda c: c.init_from),
     "lora.alpha": ("lora.rank above 0", lambda c: c.lora.rank > 0),
+    "validate_every": (
+        "validation_path, or images that are held out of a data set in memory or online",
+        lambda c: c.validation_path or c.data.name != "images" or c.data.held_out_share,
+    ),
+    "validation_path": ("validate_every above 0", lambda c: c.validate_every),
+    "evaluate_every": (
+        "evaluate_reference, or images that are held out",
+        lambda c: c.evaluate_reference or c.data.name != "images" or c.data.held_out_share,
+    ),
+    **dict.fromkeys(
+        (f"evaluate_{name}" for name in ("samples", "guidance", "reference", "inception")),
+        ("evaluate_every above 0", lambda c: c.evaluate_every),
+    ),
     "judged_samples": ("a data set in memory", lambda c: c.data.name != "images"),
     **dict.fromkeys(
         ("sample.interval", "sample.schedule"),

@@ -1,7 +1,8 @@
-"""The kept checkpoints of runs, assessed one by one, and the files of the results in the workdirs.
+"""The kept checkpoints of runs, measured one by one, and the files of the results in the workdirs.
 
 assessment.jsonl has a line for each checkpoint and protocol: {"step", "protocol", measures...}. The measures
-are those of evaluation/runs.py. future.jsonl has such lines with the measures of evaluation/future_runs.py.
+are those of evaluation/runs.py; a later line may add to one. future.jsonl has such lines with the measures of
+evaluation/future_runs.py.
 """
 
 import contextlib
@@ -12,8 +13,9 @@ import time
 from typing import Any
 
 from mirai_jax.config.schema import Settings
-from mirai_jax.evaluation.future_runs import FutureAssessor, FutureProtocol
-from mirai_jax.evaluation.runs import Assessor, Protocol
+from mirai_jax.evaluation.drawn import Protocol
+from mirai_jax.evaluation.future_runs import FutureProtocol
+from mirai_jax.evaluation.runs import Request
 from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import steps_in
 from mirai_jax.utils import files, paths
@@ -21,10 +23,10 @@ from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.utils.locks import FolderLock
 from mirai_jax.utils.progress import duration
 
-FILE = Protocol.FILE
+FILE = Request.FILE
 _POLL_EVERY = 20.0  # seconds
-AnyProtocol = Protocol | FutureProtocol
-_Missing = list[tuple[str, Settings, list[int]]]  # the steps to assess, of each workdir
+_ALL, _PROBES = ("validation", "samples"), ("probes",)
+_Todo = tuple[int, Protocol | FutureProtocol, tuple[str, ...]]  # step, how, and what is missing
 
 
 def read(workdir: str, file: str = FILE) -> list[dict[str, Any]]:
@@ -47,16 +49,26 @@ def read(workdir: str, file: str = FILE) -> list[dict[str, Any]]:
     return entries
 
 
-def missing(workdir: str, steps: list[int], protocol: AnyProtocol) -> list[int]:
-    """Those of `steps` that the protocol's file does not hold under this protocol."""
-    wanted = dataclasses.asdict(protocol)
-    done = {entry["step"] for entry in read(workdir, protocol.FILE) if entry["protocol"] == wanted}
-    return [step for step in steps if step not in done]
+def missing(
+    workdir: str, settings: Settings, steps: list[int], request: Request | FutureProtocol
+) -> list[_Todo]:
+    """What the request's file does not hold of these steps, step by step."""
+    entries, found = read(workdir, request.FILE), []
+    protocols = [(p, p.to_dict()) for p in request.protocols(settings, workdir)]
+    for step in steps:
+        for protocol, wanted in protocols:
+            known = [e for e in entries if (e["step"], e["protocol"]) == (step, wanted)]
+            parts = () if known else _ALL
+            probed = any("probe" in entry for entry in known) or step != settings.num_steps
+            parts += _PROBES if getattr(request, "probes", False) and not probed else ()
+            if parts:
+                found.append((step, protocol, parts))
+    return found
 
 
-def latest(workdirs: list[str], protocol: AnyProtocol) -> dict[str, dict[str, Any]]:
-    """{workdir: its assessment of the last step under this protocol}, of runs that have one."""
-    wanted, found = dataclasses.asdict(protocol), {}
+def latest(workdirs: list[str], protocol: FutureProtocol) -> dict[str, dict[str, Any]]:
+    """{workdir: its line of the last step under this protocol}, of runs that have one."""
+    wanted, found = protocol.to_dict(), {}
     for workdir in workdirs:
         entries = [e for e in read(workdir, protocol.FILE) if e["protocol"] == wanted]
         if entries:
@@ -64,8 +76,10 @@ def latest(workdirs: list[str], protocol: AnyProtocol) -> dict[str, dict[str, An
     return found
 
 
-def assess(workdirs: list[str], which: str, protocol: AnyProtocol, follow: bool = False) -> None:
-    """Assesses the missing checkpoints of all runs; if `follow`, until every run is finished.
+def assess(
+    workdirs: list[str], which: str, request: Request | FutureProtocol, follow: bool = False
+) -> None:
+    """Measures the missing checkpoints of all runs; if `follow`, until every run is finished.
 
     Args:
         which: 'kept' checkpoints (those of `keep_every`), or the 'last' one.
@@ -73,44 +87,50 @@ def assess(workdirs: list[str], which: str, protocol: AnyProtocol, follow: bool 
     """
     if not workdirs:
         raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
-    assessors, before = {}, -1
+    assessors: dict[tuple, Any] = {}
+    before = ""
     while True:
-        todo, finished = _todo(workdirs, which, protocol, follow)
-        count = sum(len(steps) for _, _, steps in todo)
-        if count != before:
-            more = "" if finished or not follow else "; waiting for more"
-            print(f"{count} checkpoints of {len(workdirs)} runs to assess{more}", flush=True)
-        before = count
-        _assess(todo, count, protocol, assessors)
-        if finished or not follow:
+        todo, waiting = _todo(workdirs, which, request, follow)
+        count = sum(len(of_run) for _, _, of_run in todo)
+        line = f"{count} measurements of {len(workdirs)} runs to make"
+        if waiting and follow:
+            line += f"; waiting for {waiting[0]}" + f" and {len(waiting) - 1} more" * bool(
+                waiting[1:]
+            )
+        if line != before:
+            print(line, flush=True)
+        before = line
+        _assess(todo, count, request, assessors)
+        if not waiting or not follow:
             return
         time.sleep(_POLL_EVERY)
 
 
 def _todo(
-    workdirs: list[str], which: str, protocol: AnyProtocol, follow: bool
-) -> tuple[_Missing, bool]:
-    """The missing steps of each run, and whether all runs are finished."""
-    todo, finished = [], True
+    workdirs: list[str], which: str, request: Request | FutureProtocol, follow: bool
+) -> tuple[list[tuple[str, Settings, list[_Todo]]], list[str]]:
+    """What is missing of each run, and what is still to come."""
+    todo, waiting = [], []
     for workdir in workdirs:
         folder = paths.at(workdir)
         if follow and not (folder / "config.json").exists():
-            finished = False
+            waiting.append(f"{workdir} to begin")
             continue
         settings = restore.read_settings("--workdir", workdir)
-        protocol.check(settings, workdir)
         there = steps_in(folder / "checkpoints")
         if not follow and not there:
             raise ConfigError(f"--workdir: {workdir} holds no checkpoint yet")
-        finished = finished and settings.num_steps in there
-        steps = missing(workdir, _steps(settings, there, which, follow), protocol)
-        if steps:
-            todo.append((workdir, settings, steps))
-    return todo, finished
+        if settings.num_steps not in there:
+            at = max(there, default=0)
+            waiting.append(f"{workdir} (step {at:,} of {settings.num_steps:,})")
+        of_run = missing(workdir, settings, _steps(settings, there, which, follow), request)
+        if of_run:
+            todo.append((workdir, settings, of_run))
+    return todo, waiting
 
 
 def _steps(settings: Settings, there: list[int], which: str, follow: bool) -> list[int]:
-    """Those of the checkpoints that shall be assessed."""
+    """Those of the checkpoints that shall be measured."""
     every = settings.keep_every
     kept = [s for s in there if s == settings.num_steps or (every and s % every == 0)]
     if follow and which == "last":
@@ -119,29 +139,35 @@ def _steps(settings: Settings, there: list[int], which: str, follow: bool) -> li
     return kept if follow or (which == "kept" and kept) else there[-1:]
 
 
-def _assess(todo: _Missing, count: int, protocol: AnyProtocol, assessors: dict[tuple, Any]) -> None:
+def _assess(
+    todo: list[tuple[str, Settings, list[_Todo]]],
+    count: int,
+    request: Request | FutureProtocol,
+    assessors: dict[tuple, Any],
+) -> None:
     def images_of(settings: Settings) -> tuple:
         data, tokenizer = settings.data, settings.tokenizer
         return dataclasses.replace(data, num_workers=0), tokenizer.sides, tokenizer.name == "patch"
 
-    make = FutureAssessor if isinstance(protocol, FutureProtocol) else Assessor
     for _, settings, _ in todo:
         if images_of(settings) not in assessors:
             log = functools.partial(print, flush=True)
-            assessors[images_of(settings)] = make(settings, protocol, log)
+            assessors[images_of(settings)] = request.assessor(settings, log)
     done, begun = 0, time.monotonic()  # after the assessors: the time left is for checkpoints only
-    for workdir, settings, steps in todo:
-        for step in steps:
-            _, saved, _ = restore.read_run("--workdir", workdir, step)
+    for workdir, settings, of_run in todo:
+        at, saved = None, None
+        for step, protocol, parts in of_run:
+            if step != at:
+                at, (_, saved, _) = step, restore.read_run("--workdir", workdir, step)
             assessor = assessors[images_of(settings)]
-            measures = assessor.measure(settings, workdir, saved, step == settings.num_steps)
-            entry = {"step": step, "protocol": dataclasses.asdict(protocol), **measures}
+            measures = assessor.measure(settings, workdir, saved, protocol, parts)
+            entry = {"step": step, "protocol": protocol.to_dict(), **measures}
             with contextlib.closing(FolderLock(paths.at(workdir), "assess")) as lock:
-                while lock.acquire():  # another assessment adds a line
+                while lock.acquire():  # another process adds a line
                     time.sleep(0.1)
-                lines = *read(workdir, protocol.FILE), entry
+                lines = *read(workdir, request.FILE), entry
                 text = "".join(json.dumps(line) + "\n" for line in lines)
-                files.write_text(paths.at(workdir) / protocol.FILE, text)
+                files.write_text(paths.at(workdir) / request.FILE, text)
             done += 1
             left = (time.monotonic() - begun) / done * (count - done)
             print(

@@ -16,10 +16,10 @@ import numpy as np
 
 from mirai_jax.config.schema import Settings, TeacherSettings
 from mirai_jax.evaluation import future
-from mirai_jax.evaluation.runs import real_images, spread_evenly
+from mirai_jax.evaluation.small import spread_evenly
 from mirai_jax.models import batched, vq
-from mirai_jax.training import restore
-from mirai_jax.utils.errors import ConfigError
+from mirai_jax.training import components, restore
+from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen
 
 WEIGHTS = {"ema": "EMA", "trained": "trained weights"}
@@ -42,21 +42,34 @@ class FutureProtocol:
     held_out: int = 5000
     teacher: str = ""
 
-    def check(self, settings: Settings, workdir: str) -> None:
-        """Raises ConfigError for too few images, or a run whose states always know the class."""
+    def protocols(self, settings: Settings, workdir: str) -> list["FutureProtocol"]:
+        """This one. Raises ConfigError for too few images, or a run whose states always know the class."""
         if self.images < _FEWEST:
             raise ConfigError(f"--future is {self.images}; it must be {_FEWEST} or more, or 0")
         if not settings.generator.has_null_class:
             raise ConfigError(
                 f"--future is {self.images}; it must be 0 for {workdir}, which has no null class"
             )
+        return [self]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def assessor(self, settings: Settings, log: Callable[[str], None]) -> "FutureAssessor":
+        return FutureAssessor(settings, self, log)
 
 
 class FutureAssessor:
-    """Probes runs on one data set, as `runs.Assessor` assesses them."""
+    """Probes runs on one data set, as `runs.Assessor` measures them."""
 
     def __init__(self, settings: Settings, protocol: FutureProtocol, log: Callable[[str], None]):
-        train, held_out = real_images(settings)
+        held_out = components.held_out_images(settings) if settings.data.in_memory else None
+        if held_out is None:
+            raise DataError(
+                f"data.name is {settings.data.name!r}; --future needs a data set in memory that holds "
+                "images out (data.held_out, data.held_out_share)"
+            )
+        train = components.labelled_images(settings, "train")
         self._images = [
             data.images[spread_evenly(len(data.images), count)]
             for data, count in ((train, protocol.images), (held_out, protocol.held_out))
@@ -65,9 +78,9 @@ class FutureAssessor:
         self._features: tuple[Any, list[np.ndarray]] = (None, [])  # of the last teacher
 
     def measure(
-        self, settings: Settings, workdir: str, saved: Mapping[str, Any], probed: bool
+        self, settings: Settings, workdir: str, saved: Mapping[str, Any], *_: Any
     ) -> dict[str, Any]:
-        """The measures of a run's checkpoint (see above), whether it is the last one or not."""
+        """The measures of a run's checkpoint (see above)."""
         tokenizer, params = frozen.load_tokenizer(settings, workdir)
         rows = params.get("codebook")
         if rows is None:  # of a convolutional tokenizer

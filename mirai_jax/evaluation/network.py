@@ -1,8 +1,10 @@
 """Features of sets of images, by a network over all local devices."""
 
+import contextlib
 import dataclasses
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,10 +39,17 @@ class Network:
         batch_size: images at once on each device.
         pixels: side of EfficientNet-Lite0's input. It was trained at 224; fewer are faster, and
             give another distance.
+        devices: of this process (default: all).
     """
 
-    def __init__(self, inception: str, batch_size: int, pixels: int = 224):
-        self._devices = LocalDevices()
+    def __init__(
+        self,
+        inception: str,
+        batch_size: int,
+        pixels: int = 224,
+        devices: list[jax.Device] | None = None,
+    ):
+        self._devices = LocalDevices(devices)
         self.batch = batch_size * self._devices.count
         self.is_inception = bool(inception)
         if inception:
@@ -62,29 +71,43 @@ class Network:
 
         `quiet` shows no progress.
         """
-        spatial = metrics.Moments()
-        pooled, probabilities, waiting = [], [], []
+        collected = Collected()
         progress = Progress(stream.count, "images", stream=None if quiet else sys.stderr)
-        try:
+        with contextlib.closing(progress):
             for images in stream.chunks(self.batch):
-                outputs = self(images)
-                pooled.append(outputs[0])
-                if self.is_inception:
-                    waiting.append(outputs[1])
-                    probabilities.append(outputs[2])
-                # A thousand at a time: each addition costs a pass over the whole covariance.
-                if sum(map(len, waiting)) >= 1000:
-                    spatial.add(np.concatenate(waiting))
-                    waiting = []
+                collected.add(self(images))
                 progress.advance(len(images))
-        finally:
-            progress.close()
-        features = Features(metrics.Moments(), pooled=np.concatenate(pooled))
+        return collected.features()
+
+
+class Collected:
+    """Outputs of a network, added a few images at a time; how many at a time changes no digit."""
+
+    def __init__(self):
+        self._pooled: list[np.ndarray] = []
+        self._probabilities: list[np.ndarray] = []
+        self._spatial, self._waiting = metrics.Moments(), np.zeros((0, 0), np.float32)
+
+    def add(self, outputs: Sequence[np.ndarray]) -> None:
+        """What `Network` gives of some images."""
+        self._pooled.append(outputs[0])
+        for spatial in outputs[1:2]:
+            self._waiting = np.concatenate([self._waiting.reshape(-1, spatial.shape[1]), spatial])
+            self._probabilities.append(outputs[2])
+        # A thousand at a time: each addition costs a pass over the whole covariance.
+        while len(self._waiting) >= 1000:
+            self._spatial.add(self._waiting[:1000])
+            self._waiting = self._waiting[1000:]
+
+    def features(self) -> Features:
+        """Of all images."""
+        features = Features(metrics.Moments(), pooled=np.concatenate(self._pooled))
         features.moments.add(features.pooled)
-        if self.is_inception:
-            if waiting:
-                spatial.add(np.concatenate(waiting))
-            features.spatial, features.probabilities = spatial, np.concatenate(probabilities)
+        if self._probabilities:
+            if len(self._waiting):
+                self._spatial.add(self._waiting)
+            features.spatial = self._spatial
+            features.probabilities = np.concatenate(self._probabilities)
         return features
 
 

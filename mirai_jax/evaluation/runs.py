@@ -1,234 +1,209 @@
-"""How good a run's weights are: held-out likelihood, samples beside real images, linear probes.
+"""How good the weights of a run's checkpoints are, as `mirai_jax.evaluate --workdir` measures it.
 
-The measures are means over images:
+validation_...   of held-out images: evaluation/validation.py
+fid, frechet_efficientnet_lite0, sfid, precision and the like
+                 of samples against real images: evaluation/drawn.py, by the names of results.json
+class_accuracy   share of the samples that a classifier of real images assigns to the class asked for
+frechet          distance of the samples over EfficientNet-Lite0 to the tokenizer's reconstructions of the
+                 held-out images, which leaves out the tokenizer's error
+real_...         frechet, frechet_images (to the held-out images as they are) and class_accuracy of real
+                 images through the tokenizer: the limit of any generator of its tokens
+probe, teacher_probe
+                 accuracies of linear probes, where asked for, of the last step: SmallSet.probes
 
-cross_entropy   nats a token of held-out images, without dropout, labels given
-frechet         distance of the samples to the tokenizer's reconstructions of the held-out images, over
-                EfficientNet-Lite0's pooled features of `pixels` a side: another number than FID
-frechet_images  the same to the held-out images as they are; includes the tokenizer's error
-agreement       class accuracy: share of the samples that a classifier of real images assigns to the
-                class asked for
-real_...        the last three for the tokenizer's reconstructions of as many real images (training
-                images; held-out ones for agreement): the limit of any generator of its tokens
-probe           accuracies of linear probes, see evaluation/probe.py (the last step only)
-teacher_probe   accuracy of a linear probe of the bidirectional teacher's features of real images,
-                averaged over the grid, where the run has such a teacher and it can be loaded
+The last four need images in memory. A run measures the first two while it trains, to the same digits.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import jax
-import numpy as np
-
-from mirai_jax import foresight, sharding
-from mirai_jax.config.schema import Settings, TeacherSettings
-from mirai_jax.data.small_sets import LabelledImages
-from mirai_jax.evaluation import image_streams, probe
-from mirai_jax.evaluation.metrics import frechet_distance
-from mirai_jax.evaluation.network import Network
-from mirai_jax.models import batched
-from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.sampling import keys, on_mesh
-from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
-from mirai_jax.sampling.sampler import SampleOptions
-from mirai_jax.training.components import labelled_images
+from mirai_jax.config.schema import Settings
+from mirai_jax.evaluation import drawn, samples, validation
+from mirai_jax.evaluation.drawn import Drawn, Protocol
+from mirai_jax.evaluation.image_streams import of_array
+from mirai_jax.evaluation.network import Features, Network
+from mirai_jax.evaluation.small import SmallSet, distance
+from mirai_jax.training import components, restore
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
 
-_CHUNK = 250  # images at once
-_PROBED_ON = 5_000  # training images
-
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
-    """How a checkpoint is assessed. Compare only numbers of one protocol.
-
-    Attributes:
-        samples: how many are drawn, with labels 0, 1, ..., and again from 0.
-        guidance: their scale; 1 is none.
-        seed: of the samples; independent of the run's seed.
-        pixels: side of EfficientNet-Lite0's input.
-        held_out: number of held-out images, from the first on, for cross-entropy and probes. Those of
-            mnist are sorted by class: take all, or know which classes the first ones show.
-        weights: which weights of the run.
-    """
+class Request:
+    """What is asked of each run; '', 0 and () stand for what its config says."""
 
     FILE: ClassVar[str] = "assessment.jsonl"
-    samples: int = 2000
-    guidance: float = 1.0
+    samples: int = 0
+    guidance: tuple[float, ...] = ()
     seed: int = 0
-    pixels: int = 112
-    held_out: int = 5000
-    weights: str = "ema"
+    pixels: int = 224
+    held_out: int = 0
+    validation: str = ""
+    reference: str = ""
+    inception: str = ""
+    probes: bool = False
 
-    def check(self, settings: Settings, workdir: str) -> None:
-        """Raises ConfigError for a run that cannot be assessed in this way."""
-        if self.guidance > 1 and not settings.generator.has_null_class:
-            raise ConfigError(
-                f"--guidance is {self.guidance}; it must be 1 for {workdir}, which has no null class"
-            )
+    def protocols(self, settings: Settings, workdir: str) -> list[Protocol]:
+        """One a guidance scale. Raises ConfigError for a scale that the run cannot have."""
+        own = drawn.protocol_of(settings)
+        names = "samples", "reference", "inception", "validation"
+        given = {name: getattr(self, name) or getattr(own, name) for name in names}
+        given |= {name: getattr(self, name) for name in ("seed", "pixels", "held_out")}
+        found = []
+        for guidance in self.guidance or (own.options.guidance,):
+            if guidance > 1 and not settings.generator.has_null_class:
+                raise ConfigError(
+                    f"--guidance is {guidance}; it must be 1 for {workdir}, which has no null class"
+                )
+            options = dataclasses.replace(own.options, guidance=guidance)
+            found.append(dataclasses.replace(own, options=options, **given))
+        return found
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _nll(
-    config: GeneratorConfig, params: Any, codes_and_labels: tuple[jax.Array, jax.Array]
-) -> jax.Array:
-    codes, labels = codes_and_labels
-    logits, _ = Generator(config).apply({"params": params}, codes[:, :-1], labels)
-    return foresight.token_nll(logits, codes).mean(axis=-1)
-
-
-def cross_entropy(
-    config: GeneratorConfig, params: Any, codes_NxL: np.ndarray, labels_N: np.ndarray
-) -> float:
-    """Mean nats a token."""
-    nll_N = batched.in_chunks(_nll, config, params, (codes_NxL, labels_N), _CHUNK)
-    return float(nll_N.mean(dtype=np.float64))
-
-
-def spread_evenly(count: int, wanted: int) -> np.ndarray:
-    """Indices of `wanted` of `count` items, evenly spaced: data may be sorted by class."""
-    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
-
-
-def real_images(settings: Settings) -> tuple[LabelledImages, LabelledImages]:
-    """A run's training images, and its held-out ones.
-
-    Raises:
-        ConfigError, DataError: they are on disk, or none are held out.
-    """
-    if not settings.data.in_memory:
-        raise ConfigError(
-            f"data.name is {settings.data.name!r}; runs on images on disk need mirai_jax.sample and "
-            "mirai_jax.evaluate"
-        )
-    held_out = labelled_images(settings, "held_out")
-    if len(held_out.labels) < 2:
-        raise DataError(f"{settings.data.name}: the run holds no images out (data.held_out)")
-    return labelled_images(settings, "train"), held_out
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenized:
-    """The real images through one tokenizer."""
-
-    encode: Callable[[np.ndarray], np.ndarray]  # uint8 images to codes
-    decode: Callable[[np.ndarray], np.ndarray]
-    held_out_codes: np.ndarray  # int32 (N, L), for cross-entropy and probes
-    reconstructed: Any  # moments of the reconstructions of all held-out images
-    real: dict[str, float]  # the measures real_...
+    def assessor(self, settings: Settings, log: Callable[[str], None]) -> "Assessor":
+        return Assessor(settings, log)
 
 
 class Assessor:
-    """Assesses runs on one data set; computes once whatever does not depend on the run."""
+    """Measures runs on one data set; computes once whatever does not depend on the run."""
 
-    def __init__(self, settings: Settings, protocol: Protocol, log: Callable[[str], None]):
-        self.protocol = protocol
-        self._train, held_out = real_images(settings)
-        some = slice(protocol.held_out)
-        self.held_out = dataclasses.replace(
-            held_out, images=held_out.images[some], labels=held_out.labels[some]
-        )
-        some = spread_evenly(len(self._train.labels), _PROBED_ON)
-        self._probe_images = self._train.images[some], self._train.labels[some]
-        log("fitting a classifier of the real images")
-        self._classifier = fit_classifier(self._train.images, self._train.labels)
-        self._network = Network("", _CHUNK, protocol.pixels)
-        log(f"features of {len(held_out.labels):,} held-out images")
-        self._reference = held_out.images, self._moments(held_out.images)
-        if warning := self._reference[1].warning():
-            log(f"warning: held-out images: {warning}")
-        devices = jax.local_devices()
-        self._mesh = sharding.make_mesh((len(devices), 1, 1), devices)
+    def __init__(self, settings: Settings, log: Callable[[str], None]):
         self._log = log
-        self._tokenized: dict[str, Tokenized] = {}
-        self._teachers: dict[TeacherSettings, dict[str, float]] = {}
+        self._held_out = components.held_out_images(settings)
+        self._small: SmallSet | None = None
+        if settings.data.in_memory and self._held_out:
+            train = components.labelled_images(settings, "train")
+            self._small = SmallSet(train, self._held_out, log)
+        self._networks: dict[tuple, Network] = {}
+        self._real: dict[tuple, Features] = {}
+        self._limits: dict[tuple, Any] = {}
+        self._validated: tuple[Any, ...] = (
+            None,
+            None,
+            {},
+        )  # weights, settings of validation, values
+        self._run: tuple[str, Any, Any, dict] = (
+            "",
+            None,
+            None,
+            {},
+        )  # the last: tokenizer, its programs
 
     def measure(
-        self, settings: Settings, workdir: str, saved: Mapping[str, Any], probed: bool
+        self,
+        settings: Settings,
+        workdir: str,
+        saved: Mapping[str, Any],
+        protocol: Protocol,
+        parts: tuple[str, ...] = ("validation", "samples"),
     ) -> dict[str, Any]:
-        """The measures of a run's checkpoint on these images, with probes or without."""
-        config, labels_N = settings.generator, self.held_out.labels
-        tokens, of_teacher = self._tokens_of(settings, workdir), self.of_teacher(settings)
-        params = jax.device_put(saved[self.protocol.weights])
-        codes_NxL = tokens.held_out_codes
-        measures = {"cross_entropy": cross_entropy(config, params, codes_NxL, labels_N)}
-        asked = np.arange(self.protocol.samples, dtype=np.int32) % config.num_classes
-        images = tokens.decode(self._draw(config, params, asked))
-        measures |= self._distances(images, tokens.reconstructed)
-        measures["agreement"] = class_accuracy(self._classifier, images, asked)
-        measures |= tokens.real | of_teacher
-        if probed and config.has_null_class:
-            images, labels = self._probe_images
-            train, test = (tokens.encode(images), labels), (codes_NxL, labels_N)
-            measures["probe"] = probe.by_layer(config, params, train, test)
+        """The measures of a checkpoint: of 'validation', 'samples' and 'probes', those in `parts`.
+
+        What cannot be had is left out, with a line to the log.
+        """
+        if self._run[0] != workdir:
+            self._run = (workdir, *self._tokenizer_of(settings, workdir), {})
+        made: dict[str, Callable] = {
+            "validation": self._validate,
+            "samples": self._compare,
+            "probes": self._probe,
+        }
+        measures: dict[str, Any] = {}
+        for part in parts:
+            try:
+                measures |= made[part](settings, saved, protocol)
+            except (ConfigError, DataError) as error:
+                self._log(f"{workdir}: no {part}: {error}")
         return measures
 
     @staticmethod
     def summary(measures: Mapping[str, Any]) -> str:
         """Of `measure`, for the screen."""
-        return (
-            f"ce {measures['cross_entropy']:.4f}  frechet {measures['frechet']:.2f}  "
-            f"agreement {measures['agreement']:.1%}"
-        )
-
-    def _moments(self, images: np.ndarray) -> Any:
-        return self._network.features(image_streams.of_array("images", images)).moments
-
-    def _draw(self, config: GeneratorConfig, params: Any, labels: np.ndarray) -> np.ndarray:
-        """int32 codes (N, L), drawn on all local devices."""
-        params = sharding.place(params, sharding.replicated(self._mesh))
-        options, seed = SampleOptions(guidance=self.protocol.guidance), self.protocol.seed
-        return on_mesh.draw(
-            config, options, seed, self._mesh, params, labels, keys.ASSESSED, chunk=_CHUNK
-        )
-
-    def _tokens_of(self, settings: Settings, workdir: str) -> Tokenized:
-        """Codes and reconstructions of the real images, by the run's tokenizer."""
-        tokenizer, params = frozen.load_tokenizer(settings, workdir)
-        checksum = pretrained.checksum(params)
-        if checksum not in self._tokenized:
-            encode = functools.partial(batched.encode_images, tokenizer, params)
-            decode = functools.partial(batched.decode_codes, tokenizer, params)
-            codes, count = encode(self._reference[0]), self.protocol.samples
-            reconstructed = self._moments(decode(codes))
-            codes = codes[: len(self.held_out.labels)]
-            train = self._train.images[spread_evenly(len(self._train.labels), count)]
-            real = self._distances(decode(encode(train)), reconstructed)
-            real["agreement"] = class_accuracy(
-                self._classifier, decode(codes[:count]), self.held_out.labels[:count]
-            )
-            real = {f"real_{name}": value for name, value in real.items()}
-            self._tokenized[checksum] = Tokenized(encode, decode, codes, reconstructed, real)
-        return self._tokenized[checksum]
-
-    def of_teacher(self, settings: Settings) -> dict[str, float]:
-        """{'teacher_probe': accuracy}; {} without a bidirectional teacher that can be loaded."""
-        if settings.needs_images and settings.teacher not in self._teachers:
-            self._teachers[settings.teacher] = self._probe_teacher(settings)
-        return self._teachers[settings.teacher] if settings.needs_images else {}
-
-    def _probe_teacher(self, settings: Settings) -> dict[str, float]:
-        try:
-            teacher, params = frozen.make_teacher(settings)
-        except ConfigError as error:  # the other measures do not need it
-            self._log(f"no probe of the teacher: {error}")
-            return {}
-        images, labels = self._probe_images
-        fitted, measured = (
-            batched.teacher_features(teacher, params, some).mean(axis=1)
-            for some in (images, self.held_out.images)
-        )
-        found = probe.accuracy(fitted, labels, measured, self.held_out.labels)
-        return {"teacher_probe": found}
-
-    def _distances(self, images: np.ndarray, reconstructed: Any) -> dict[str, float]:
-        """Of uint8 images, to the held-out ones as `reconstructed` and as they are."""
-        mine, (_, untouched) = self._moments(images), self._reference
-        return {
-            name: frechet_distance(mine.mean, mine.covariance, real.mean, real.covariance)
-            for name, real in (("frechet", reconstructed), ("frechet_images", untouched))
+        shown = {
+            "validation_cross_entropy": "validation {:.4f}",
+            "fid": "FID {:.2f}",
+            "frechet_efficientnet_lite0": "Fréchet {:.2f}",
+            "class_accuracy": "class accuracy {:.1%}",
         }
+        return "  ".join(text.format(measures[k]) for k, text in shown.items() if k in measures)
+
+    def _tokenizer_of(self, settings: Settings, workdir: str) -> tuple[Any, Any]:
+        """The run's tokenizer and its parameters, where it has one that is there."""
+        if settings.tokenizer.name == "patch":
+            return frozen.load_codebook(settings, workdir)
+        if not settings.tokenizer.path:
+            return None, None
+        try:
+            return frozen.load_vq(settings)
+        except ConfigError as error:
+            self._log(f"{workdir}: {error}")
+            return None, None
+
+    def _validate(self, settings: Settings, saved: Any, protocol: Protocol) -> dict[str, float]:
+        workdir, tokenizer, params, kept = self._run
+        key = protocol.validation, protocol.held_out
+        if self._validated[0] is saved and self._validated[1] == key:
+            return self._validated[2]
+        if key not in kept:
+            if protocol.validation:
+                names = restore.class_names(workdir)
+                images = validation.of_shards(protocol.validation, settings, params, names)
+            elif self._held_out is None or tokenizer is None:
+                raise ConfigError(
+                    "--validation is ''; it must be a folder of shards for a run that holds no images "
+                    "out (data.held_out, data.held_out_share)"
+                )
+            else:
+                images = validation.of_images(self._held_out, tokenizer, params)
+            images = images.first(protocol.held_out)
+            kept[key] = validation.Validation(settings, images, params, self._log)
+        self._validated = saved, key, kept[key].measure(saved)
+        return self._validated[2]
+
+    def _compare(self, settings: Settings, saved: Any, protocol: Protocol) -> dict[str, float]:
+        _, tokenizer, params, kept = self._run
+        small, asked = self._small, protocol
+        if tokenizer is None:
+            raise ConfigError(
+                "tokenizer.path must be the weights of its tokenizer, which decode samples"
+            )
+        if not asked.reference and not self._held_out:
+            raise ConfigError(
+                "--reference is ''; it must be real images or statistics for this run"
+            )
+        network_key = asked.inception, asked.pixels
+        if network_key not in self._networks:
+            self._networks[network_key] = Network(asked.inception, drawn.ROWS, asked.pixels)
+        network = self._networks[network_key]
+        key = asked.reference, *network_key
+        if key not in self._real:
+            stream = None
+            if not asked.reference:
+                stream = of_array("held-out images", self._held_out.images)
+            reference = samples.Reference(asked.reference, network.is_inception, stream)
+            reference.check("this run", settings.tokenizer.sides)
+            self._real[key] = reference.features(network)
+            if warning := self._real[key].moments.warning():
+                self._log(f"warning: reference: {warning}")
+        if asked not in kept:
+            kept[asked] = Drawn(settings, asked, tokenizer, params, network)
+        hits = []
+        see = (lambda *images_labels: hits.append(small.hits(*images_labels))) if small else None
+        fake = kept[asked].features(saved["ema"], see=see or (lambda *_: None))
+        measures = samples.compare(network.is_inception, fake, self._real[key])
+        if small:
+            measures["class_accuracy"] = sum(hits) / asked.samples
+        if small and not network.is_inception:
+            key = pretrained.checksum(params), asked.samples, asked.pixels
+            if key not in self._limits:
+                moments = lambda images: network.features(of_array("images", images)).moments
+                self._limits[key] = small.limits(tokenizer, params, asked.samples, moments)
+            reconstructed, limits = self._limits[key]
+            measures |= {"frechet": distance(fake.moments, reconstructed), **limits}
+        return measures
+
+    def _probe(self, settings: Settings, saved: Any, protocol: Protocol) -> dict[str, Any]:
+        _, tokenizer, params, _ = self._run
+        if self._small is None:
+            raise ConfigError("probes need a data set in memory that holds images out")
+        return self._small.probes(settings, tokenizer, params, saved["ema"], protocol.held_out)

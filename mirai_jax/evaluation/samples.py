@@ -53,22 +53,12 @@ def evaluate(
         OSError: `out` or `statistics` cannot be written.
     """
     streams = [image_streams.open_stream(spec) for spec in samples]
-    stored = image_streams.statistics(reference) if inception else {}
-    images = image_streams.open_stream(reference) if image_streams.has_images(reference) else None
-    if not stored and not images:
-        raise DataError(
-            f"{reference} holds neither images (arr_0) nor "
-            + ("statistics" if inception else "anything that EfficientNet-Lite0 can use")
-        )
+    opened = Reference(reference, bool(inception))
     trained = image_streams.open_stream(training) if training else None
-    if trained and not images:
+    if trained and not opened.images:
         raise DataError(f"{reference} holds no images, and only real ones show what is no copy")
     for stream in (*streams, *([trained] if trained else [])):
-        if images and stream.size != images.size:
-            raise DataError(
-                f"{stream.name} holds images of {stream.size[0]}x{stream.size[1]}, "
-                f"{images.name} of {images.size[0]}x{images.size[1]}; they must be of one size"
-            )
+        opened.check(stream.name, stream.size)
     out = paths.at(out or _folder_of(samples))
     out.mkdir(parents=True, exist_ok=True)
     probe = out / f"{secrets.token_hex(4)}.tmp"
@@ -76,14 +66,7 @@ def evaluate(
     probe.unlink()
     network = Network(inception, batch_size)
     print(f"reference: {reference}", flush=True)
-    real = network.features(images) if images else Features(None)
-    if stored:  # they come before those of the images, as in ADM's evaluator
-        moments = functools.partial(types.SimpleNamespace, warning=lambda: None)
-        real.moments = moments(mean=stored["mu"], covariance=stored["sigma"])
-        if "mu_s" in stored:
-            real.spatial = moments(mean=stored["mu_s"], covariance=stored["sigma_s"])
-        elif not images:
-            print(f"{reference} holds mu and sigma alone: sFID is left out", flush=True)
+    real = opened.features(network)
     if statistics:
         arrays = {"mu": real.moments.mean, "sigma": real.moments.covariance}
         if real.spatial is not None:
@@ -96,7 +79,7 @@ def evaluate(
     for spec, stream in zip(samples, streams, strict=True):
         print(f"samples: {spec}, {stream.count:,} images", flush=True)
         fake = network.features(stream)
-        for one in filter(None, (stream, images)):
+        for one in filter(None, (stream, opened.images)):
             if one.failed:
                 some = next(iter(one.failed.items()))
                 print(f"warning: {one.name}: {len(one.failed)} images left out: {some}", flush=True)
@@ -131,23 +114,84 @@ def evaluate(
     print(f"written: {out / 'results.json'}")
 
 
-def compare(is_inception: bool, fake: Features, real: Features) -> dict[str, float]:
-    """Every metric that two sets of one network's features allow, by the names of results.json."""
+class Reference:
+    """What samples are compared with.
 
-    def distance(one: Any, other: Any) -> float:
-        return metrics.frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+    Args:
+        spec: real images as `image_streams.open_stream` takes them, or a .npz with statistics.
+        is_inception: whether the network is Inception: statistics belong to it.
+        images: a stream in place of `spec`, which names it then.
+
+    Attributes:
+        images: a stream, or None.
+
+    Raises:
+        DataError: nothing of the kind.
+    """
+
+    def __init__(
+        self, spec: str, is_inception: bool, images: image_streams.ImageStream | None = None
+    ):
+        self._spec, self.images, self._stored = spec, images, {}
+        if images is None:
+            self._stored = image_streams.statistics(spec) if is_inception else {}
+            if image_streams.has_images(spec):
+                self.images = image_streams.open_stream(spec)
+        if not self._stored and not self.images:
+            raise DataError(
+                f"{spec} holds neither images (arr_0) nor "
+                + ("statistics" if is_inception else "anything that EfficientNet-Lite0 can use")
+            )
+
+    def check(self, name: str, size: tuple[int, int]) -> None:
+        """Raises DataError for samples of another size, (height, width) in pixels."""
+        if self.images and size != self.images.size:
+            height, width = self.images.size
+            raise DataError(
+                f"{name} holds images of {size[0]}x{size[1]}, {self.images.name} of "
+                f"{height}x{width}; they must be of one size"
+            )
+
+    def features(self, network: Network, quiet: bool = False) -> Features:
+        real = network.features(self.images, quiet) if self.images else Features(None)
+        if self._stored:  # they come before those of the images, as in ADM's evaluator
+            moments = functools.partial(types.SimpleNamespace, warning=lambda: None)
+            real.moments = moments(mean=self._stored["mu"], covariance=self._stored["sigma"])
+            if "mu_s" in self._stored:
+                mean, covariance = self._stored["mu_s"], self._stored["sigma_s"]
+                real.spatial = moments(mean=mean, covariance=covariance)
+            elif not self.images:
+                print(f"{self._spec} holds mu and sigma alone: sFID is left out", flush=True)
+        return real
+
+
+def compare(is_inception: bool, fake: Features, real: Features) -> dict[str, float]:
+    """Every metric that two sets of one network's features allow, by the names of results.json.
+
+    One that they do not allow is left out with a line on the screen.
+    """
+
+    def distance(one: Any, other: Any) -> tuple[float]:
+        covariances = one.mean, one.covariance, other.mean, other.covariance
+        return (metrics.frechet_distance(*covariances),)
 
     prefix = "" if is_inception else "efficientnet_lite0_"
     first = "fid" if is_inception else "frechet_efficientnet_lite0"
-    found = {first: distance(fake.moments, real.moments)}
+    wanted = {(first,): lambda: distance(fake.moments, real.moments)}
+    if is_inception and real.spatial is not None:
+        wanted["sfid",] = lambda: distance(fake.spatial, real.spatial)
     if is_inception:
-        if real.spatial is not None:
-            found["sfid"] = distance(fake.spatial, real.spatial)
-        score, deviation = metrics.inception_score(fake.probabilities)
-        found |= {"inception_score": score, "inception_score_std": deviation}
+        names = "inception_score", "inception_score_std"
+        wanted[names] = lambda: metrics.inception_score(fake.probabilities)
     if real.pooled is not None:
-        precision, recall = metrics.precision_recall(real.pooled, fake.pooled)
-        found |= {f"{prefix}precision": precision, f"{prefix}recall": recall}
+        names = f"{prefix}precision", f"{prefix}recall"
+        wanted[names] = lambda: metrics.precision_recall(real.pooled, fake.pooled)
+    found = {}
+    for names, values in wanted.items():
+        try:
+            found |= zip(names, values(), strict=True)
+        except DataError as error:
+            print(f"{' and '.join(names)} left out: {error}", flush=True)
     return found
 
 

@@ -14,7 +14,6 @@ SAMPLES = 0  # tokens of `mirai_jax.sample`
 LABELS = 1  # its random labels
 GRID = 1  # tokens of the grids that a run draws while it trains
 CLASSIFIED = 2  # tokens of the samples that a classifier judges at a run's end
-ASSESSED = 3  # tokens of `mirai_jax.assess`
 
 
 def image_keys(seed: int, purpose: int, indices: np.ndarray | jax.Array) -> jax.Array:

@@ -72,6 +72,15 @@ class Painter:
         decode = functools.partial(_pixels, source.tokenizer, resize)
         self._decode = jax.jit(split(decode, in_specs=(P(), P("batch"))))
 
+    @property
+    def batch(self) -> int:
+        """Images drawn at once, over all devices."""
+        return self._batch
+
+    def load(self, params: Any) -> None:
+        """Takes other weights of the same generator; None frees them."""
+        self._params = self._devices.copy(params)
+
     def stream(self, asked: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
         """Yields the images of each of the (labels, indices), in order: uint8 (N, H, W, 3).
 

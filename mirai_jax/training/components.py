@@ -32,7 +32,9 @@ from mirai_jax.weights import frozen, pretrained
 
 Log = Callable[[str], None]
 
-_FITTED_ON = 4_000  # images on disk that a codebook of patches is fitted to
+_SOME = (
+    4_000  # images on disk that a codebook of patches is fitted to, or held-out ones measured on
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         for problem in images.unread[:3]:
             log(f"left out, for it cannot be read ({len(images.unread)} in all): {problem}")
     if settings.tokenizer.name == "patch":
-        of = _some_images(settings) if images is None else images.images
+        of = (_some_images(settings) if images is None else images).images
         tokenizer, tokenizer_params = frozen.make_codebook(
             settings.generator.vocab_size, settings.tokenizer.patch, of, tokenizer_path
         )
@@ -211,25 +213,35 @@ def crop_spec(settings: Settings) -> CropSpec | RandomCrops:
     return CropSpec(sides, data.crop_range, ten=data.crops == "stored")
 
 
-def _share(settings: Settings, images: ImageSource) -> folder_sets.Share:
-    """The images on disk that a run without stored codes trains on."""
+def held_out_images(settings: Settings) -> LabelledImages | None:
+    """Images that a run holds out, at most _SOME of those on disk; None where it holds out none."""
+    if settings.data.in_memory:
+        found = labelled_images(settings, "held_out")
+        return found if len(found.labels) else None
+    online = settings.data.online and settings.data.held_out_share
+    return _some_images(settings, "held_out") if online else None
+
+
+def _share(settings: Settings, images: ImageSource, which: str = "train") -> folder_sets.Share:
+    """The images on disk that a run without stored codes trains on, or holds out."""
     data = settings.data
     share = folder_sets.whole(images, data.min_images, data.balanced)
-    return folder_sets.split(images, share, data.held_out_share, "train")
+    return folder_sets.split(images, share, data.held_out_share, which)
 
 
-def _some_images(settings: Settings) -> np.ndarray:
-    """Centre crops of some training images on disk, evenly spread: enough to fit a codebook."""
+def _some_images(settings: Settings, which: str = "train") -> LabelledImages:
+    """Centre crops of some images on disk, evenly spread: enough to fit a codebook."""
     images = open_images(settings.data.images)
-    share, spec = _share(settings, images), CropSpec(settings.tokenizer.sides, ten=False)
-    some = share.indices[np.linspace(0, len(share) - 1, min(len(share), _FITTED_ON)).astype(int)]
-    found = []
-    for index in map(int, some):
+    share, spec = _share(settings, images, which), CropSpec(settings.tokenizer.sides, ten=False)
+    found, labels = [], []
+    for i in np.linspace(0, len(share) - 1, min(len(share), _SOME)).astype(int):
         with contextlib.suppress(DataError):
-            found.append(load_crop(images.example(index)[0], spec.centre, spec))
+            raw, label, _ = images.example(int(share.indices[i]))
+            found.append(load_crop(raw, spec.centre, spec))
+            labels.append(label if share.labels is None else share.labels[i])
     if not found:
         raise DataError(f"data.images is {settings.data.images!r}; it must hold images")
-    return np.stack(found)
+    return LabelledImages(np.stack(found), np.array(labels, np.int32), share.class_names)
 
 
 def _better_tokenizer(settings: Settings) -> str:

@@ -88,7 +88,7 @@ class Task:
         raise NotImplementedError
 
     def measures(self, step: int) -> bool:
-        """Whether `measure` is called after this many steps."""
+        """Whether `measure` is called after this many steps, which are logged then."""
         return False
 
     def measure(self, state: Any) -> dict[str, float]:
@@ -101,6 +101,9 @@ class Task:
 
     def sample(self, run: "Run", step: int) -> None:
         """Writes pictures of the state."""
+
+    def resumed(self, run: "Run", step: int) -> None:
+        """Does what a stop cut off after the checkpoint of this step."""
 
     def last(self, run: "Run") -> None:
         """Uses the finished state while its checkpoint is written; all processes call."""
@@ -155,6 +158,8 @@ class Run:
                 begin = self._begin()
                 if self.first:
                     self.writer = stack.enter_context(closing(self.task.writer(self, begin)))
+                if begin:
+                    self.task.resumed(self, begin)
                 with closing(self._profile):
                     self._train(begin)
                 self._finish()
@@ -213,7 +218,7 @@ class Run:
                 jax.block_until_ready(metrics)
                 self._watch.pause()
                 # First the step's line, and a check of its loss: no broken state is ever saved.
-                self._log_waiting(self.task.measure(self.state) if measures else {})
+                self._log_waiting(self.task.measure(self.state) if measures else None)
                 if stop or due:
                     self._save(i + 1)
                 if stop:
@@ -236,7 +241,8 @@ class Run:
             self._skipped_in_a_row = 0
         else:
             self._not_finite(step, values)
-        if step % settings.log_every and step not in (1, settings.num_steps) and not measured:
+        at_ends = step in (1, settings.num_steps)
+        if step % settings.log_every and not at_ends and measured is None:
             return
         first = {name: values.pop(name) for name in ("loss", "cross_entropy") if name in values}
         values = first | values | dict(measured or {})

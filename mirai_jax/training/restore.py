@@ -48,14 +48,19 @@ def read_run(field: str, workdir: str, step: int | None = None) -> tuple[Setting
     settings = read_settings(field, workdir)
     folder = paths.at(workdir) / "checkpoints"
     saved, step = restore_weights(folder, step)
-    trained, ema = saved["params"]["generator"], saved["ema"]
+    return settings, whole_generators(settings, saved["params"], saved["ema"]), step
+
+
+def whole_generators(settings: Settings, params: Any, ema: Any) -> dict[str, Any]:
+    """What `read_run` gives of a state's host arrays."""
+    trained = params["generator"]
     # On the host, which holds them already.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         trained, ema = (
             jax.device_get(adapters.merge(tree, settings.lora))
             for tree in (trained, overlay(trained, ema))
         )
-    return settings, {"params": {**saved["params"], "generator": trained}, "ema": ema}, step
+    return {"params": {**params, "generator": trained}, "ema": ema}
 
 
 def class_names(path: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,12 @@ from mirai_jax.utils import distributed, files, paths, pictures
 
 Log = Callable[[str], None]
 
+_MEASURED = {  # while it trains; on the screen
+    "validation_cross_entropy": "validation",
+    "fid": "FID",
+    "frechet_efficientnet_lite0": "Fréchet",
+}
+
 
 def train(
     config: Mapping[str, Any],
@@ -34,6 +41,7 @@ def train(
     *,
     devices: list[jax.Device] | None = None,
     log: Log | None = None,
+    measurer: Callable[[Components, jax.sharding.Mesh, Log], Any] | None = None,
 ) -> None:
     """Trains the run of a workdir until it is finished, or resumes it.
 
@@ -43,6 +51,7 @@ def train(
         config: a ConfigDict from configs/, or the like.
         folder: the workdir, created if need be; a run of another config in it is refused.
         log: takes the lines for the screen (default: print, on the first process).
+        measurer: makes what measures the run while it trains: evaluation.during.Measurer. None: nothing.
 
     Raises:
         ConfigError, DataError, TrainingError, Preempted, Lost: one line each.
@@ -70,21 +79,30 @@ def train(
         made = components.build(settings, mesh, transfer.codebook_path(settings, folder), log)
         initial = transfer.read(made) if settings.init_from and not begin else None
         codebook = made.tokenizer_params if settings.tokenizer.name == "patch" else None
+        measuring = measurer(made, mesh, log) if measurer else None
         with workdir.claim(folder, config, made.identity, codebook, fresh=not begin):
             if distributed.is_first():
                 files.write_text(folder / "classes.json", json.dumps(made.class_names) + "\n")
             kind = mesh.devices.flat[0].device_kind
             processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             log(f"devices: {mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}")
-            loop.Run(GeneratorTask(made, mesh, summary, initial), folder, guard, log).run()
+            task = GeneratorTask(made, mesh, summary, initial, measuring)
+            loop.Run(task, folder, guard, log).run()
 
 
 class GeneratorTask(loop.Task):
     """The generator with its foresight terms; `summary` is the figure that marks a finished run."""
 
     def __init__(
-        self, made: Components, mesh: jax.sharding.Mesh, summary: pathlib.Path, initial: Any
+        self,
+        made: Components,
+        mesh: jax.sharding.Mesh,
+        summary: pathlib.Path,
+        initial: Any,
+        measurer: Any = None,
     ):
+        self._measurer, self._every = measurer, measurer.every if measurer else {}
+        self._measured, self._newest = 0, {}  # the last step that was measured; values by name
         self._made, self._mesh, self._summary, self._initial = made, mesh, summary, initial
         self.batches, config = made.batches, made.settings
         skip = config.nonfinite == "skip"
@@ -133,18 +151,70 @@ class GeneratorTask(loop.Task):
             if name.startswith("foresight_")
         ]
         losses = [f"loss {values['loss']:.4f}", f"ce {values['cross_entropy']:.4f}"]
-        measures = [*losses, *heads, f"grad {values['grad_norm']:.2f}"]
+        measures = [*losses, *heads, f"grad {values['grad_norm']:.2f}", *self._shown()]
         return progress_line(step, self.settings.num_steps, measures, values, left)
 
     def _generator(self, state: Any) -> Any:
         """The generator that draws samples: the average, with its adapters merged."""
         return adapters.merge(ema_params(state), self._made.recipe.lora)
 
-    def samples(self, step: int) -> bool:
+    def _due(self, step: int) -> list[str]:
+        """What is measured after this many steps."""
+        last = step == self.settings.num_steps
+        return [kind for kind, every in self._every.items() if last or step % every == 0]
+
+    def measures(self, step: int) -> bool:
+        return bool(self._due(step))  # so that the step is logged; `sample` measures it
+
+    def _shows(self, step: int) -> bool:
         every = self._made.settings.sample_every
         return bool(every) and step % every == 0 and step < self.settings.num_steps
 
+    def samples(self, step: int) -> bool:
+        return self._shows(step) or (self.measures(step) and step < self.settings.num_steps)
+
     def sample(self, run: loop.Run, step: int) -> None:
+        """Writes the grid of this step, where there is a decoder, and measures it."""
+        if self._shows(step):
+            self._show(run, step)
+        self._measure(run, step, self._due(step))
+
+    def resumed(self, run: loop.Run, step: int) -> None:
+        """Measures the step where it was to be, and a stop came before that or in between."""
+        entry, due = {}, self._due(step)
+        for entry in read_metrics(run.workdir) if self._every and run.first else ():
+            self._newest |= entry
+        is_logged = entry.get("step") == step
+        missing = np.array([is_logged and f"{kind}_seconds" not in entry for kind in due], bool)
+        missing = distributed.from_first(missing) if due else missing
+        self._measure(run, step, [due[i] for i in np.flatnonzero(missing)])
+
+    def _measure(self, run: loop.Run, step: int, kinds: list[str]) -> None:
+        """Adds to the step's line what is measured of it."""
+        is_saved = step % self.settings.checkpoint_every == 0 or step == self.settings.num_steps
+        self._measured = step
+
+        def heartbeat(what: str) -> None:
+            run.guard.heartbeat(what)
+            if is_saved:  # its measurements can wait for the next start
+                run.stop_if_asked(step)
+
+        for kind in kinds:
+            begun = time.perf_counter()
+            values = self._measurer.measure(kind, run.state, heartbeat)
+            values |= {f"{kind}_seconds": time.perf_counter() - begun}
+            self._newest |= values
+            if run.writer:
+                run.writer.step(step, values)
+            listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            run.log(f"step {step}: {listed}")
+
+    def _shown(self) -> list[str]:
+        """The newest measurements, for the screen."""
+        known = {name: self._newest[name] for name in _MEASURED if name in self._newest}
+        return [f"{_MEASURED[name]} {value:.4g}" for name, value in known.items()]
+
+    def _show(self, run: loop.Run, step: int) -> None:
         """Writes the grid of this step, where there is a decoder."""
         if self._made.tokenizer is None:
             run.log(f"no samples at step {step}: tokenizer.path is unset, nothing decodes them")
@@ -162,8 +232,10 @@ class GeneratorTask(loop.Task):
     def last(self, run: loop.Run) -> None:
         """The last grid and the class accuracy of samples."""
         config = self._made.settings
-        self.sample(run, config.num_steps)
+        self._show(run, config.num_steps)
         run.stop_if_asked(config.num_steps)
+        if self._measured < config.num_steps:
+            self._measure(run, config.num_steps, self._due(config.num_steps))
         if not config.judged_samples or self._made.images is None:
             return
         generator = self._generator(run.state)

@@ -211,6 +211,25 @@ def whole(array: jax.Array) -> np.ndarray:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def shares(count: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Deals `count` items to the processes in rounds, `size` to each.
+
+    Yields:
+        Of a round the first item, and this process's items, of which those past the last repeat it.
+    """
+    for start in range(0, count, size * jax.process_count()):
+        first = start + size * jax.process_index()
+        yield start, np.minimum(np.arange(first, first + size), count - 1)
+
+
+def of_all(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes, equally many of each, in the order of the processes; all must call it."""
+    if jax.process_count() == 1:
+        return rows
+    with _together():
+        return np.concatenate(list(multihost_utils.process_allgather(rows)))
+
+
 def barrier(name: str) -> None:
     """Waits for every process."""
     if jax.process_count() > 1:

@@ -137,6 +137,11 @@ class Appended:
             data = data[self._file.write(data) :]  # a disk that gets full takes a part
         self._uploaded = self._remote is None
 
+    def cut(self, count: int) -> None:
+        """Takes the last `count` bytes away."""
+        self._file.truncate(self._path.stat().st_size - count)
+        self._uploaded = self._remote is None
+
     def upload(self) -> None:
         if not self._uploaded:
             self._remote.put(str(self._path))

@@ -1,10 +1,11 @@
-"""Assessment: what its numbers mean, and that a stopped one resumes."""
+"""Measuring the checkpoints of runs: probes, and that what is there is not measured again."""
 
+import dataclasses
 import json
 
+import helpers
 import jax
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from configs import mirai_e, mirai_i
 from mirai_jax.config import schema
 from mirai_jax.evaluation import assessments, probe, runs
-from mirai_jax.evaluation.runs import Protocol
-from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
-from mirai_jax.training import restore, train
+from mirai_jax.evaluation.runs import Request
+from mirai_jax.evaluation.small import SmallSet
+from mirai_jax.models.generator import GeneratorConfig, init_params
+from mirai_jax.training import components, restore, train
 from mirai_jax.utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = GeneratorConfig(
     num_layers=2, num_heads=2, width=32, vocab_size=16, num_classes=10, grid=(4, 4), dtype="float32"
 )
-QUICK = Protocol(samples=60, pixels=32, held_out=50)
+QUICK = Request(samples=60, guidance=(1.0, 2.0), pixels=32, held_out=50)
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +37,6 @@ def params():
 def codes_and_labels(count):
     rng = np.random.RandomState(count)
     return rng.randint(16, size=(count, 16)), rng.randint(10, size=count)
-
-
-@pytest.mark.parametrize("count", [7, 250, 251])
-def test_cross_entropy_is_the_mean_over_all_images_and_tokens(params, count):
-    codes, labels = codes_and_labels(count)
-    logits, _ = Generator(CONFIG).apply({"params": params}, codes[:, :-1], labels)
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
-    got = runs.cross_entropy(CONFIG, params, codes, labels)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_probed_states_know_the_tokens_so_far_and_no_label(params):
@@ -86,66 +79,75 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def lines():
-    """What the assessor has logged."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def assessor(workdir, lines):
-    """One for all tests: its classifier takes long."""
-    return runs.Assessor(restore.read_settings("", str(workdir)), QUICK, lines.append)
-
-
 @pytest.mark.slow
-def test_what_the_teacher_knows_of_the_class(workdir, assessor, lines):
-    config = mirai_i.get_config("demo")
+def test_what_the_teacher_knows_of_the_class():
+    config, lines = mirai_i.get_config("demo"), []
     config.teacher.image_size = 32
-    of_teacher = lambda: assessor.of_teacher(schema.read(config, num_devices=1))
-    assert 0.5 < of_teacher()["teacher_probe"] <= 1
-    # Without its encoder the other measures are still assessed.
+    settings = schema.read(config, num_devices=1)
+    split = lambda which: components.labelled_images(settings, which)
+    generator = dataclasses.replace(settings.generator, class_dropout=0.0)  # no probe of states
+    probes = lambda settings: SmallSet(split("train"), split("held_out"), lines.append).probes(
+        dataclasses.replace(settings, generator=generator), None, None, None, 50
+    )
+    found = probes(settings)
+    assert 0.5 < found["teacher_probe"] <= 1 and found["probe"] == {}
+    # Without its encoder the other measures are still there.
     config.teacher.update(name="dinov2", path="gone", image_size=0)
-    assert of_teacher() == {}
+    assert probes(schema.read(config, num_devices=1)) == {"probe": {}}
     assert "no probe of the teacher: teacher.path" in lines[-1]
-    assert assessor.of_teacher(restore.read_settings("", str(workdir))) == {}  # Mirai-E has none
 
 
 @pytest.mark.slow
-def test_a_stopped_assessment_resumes(workdir, assessor, capsys, monkeypatch):
-    monkeypatch.setattr(assessments, "Assessor", lambda *args: assessor)
+def test_what_is_there_is_not_measured_again(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "Network", helpers.QuickNetwork)
     assessments.assess([str(workdir)], "kept", QUICK)
     whole = (workdir / assessments.FILE).read_text()
     entries = assessments.read(workdir)
-    assert [e["step"] for e in entries] == [2, 4]
-    assert all(e["protocol"]["samples"] == 60 for e in entries)
+    steps = [(e["step"], e["protocol"]["guidance"]) for e in entries]
+    assert steps == [(2, 1.0), (2, 2.0), (4, 1.0), (4, 2.0)]
     for entry in entries:
-        assert 0 < entry["cross_entropy"] < np.log(16) + 0.1
+        assert entry["protocol"]["samples"] == 60
+        assert 0 < entry["validation_cross_entropy"] < np.log(16) + 0.1
         assert entry["frechet"] > 0
-        assert 0 <= entry["agreement"] <= 1
-        assert entry["real_agreement"] > 0.5  # ten classes: it does see digits
+        assert 0 <= entry["class_accuracy"] <= 1
+        assert entry["real_class_accuracy"] > 0.5  # ten classes: it does see digits
         assert 0 < entry["real_frechet"] < entry["frechet"]
         assert entry["real_frechet"] < entry["real_frechet_images"]  # the tokenizer's error
-        assert entry["frechet_images"] > 0
-    assert "probe" not in entries[0] and "teacher_probe" not in entries[1]
-    assert set(entries[1]["probe"]) == {"1", "2"}
-    assert all(0 <= a <= 1 for row in entries[1]["probe"].values() for a in row)
+        assert "probe" not in entry
 
     (workdir / assessments.FILE).write_text(whole.splitlines(keepends=True)[0] + '{"step": 4, "pro')
     assessments.assess([str(workdir)], "kept", QUICK)
     assert (workdir / assessments.FILE).read_text() == whole
-
-    monkeypatch.setattr(assessments, "Assessor", None)  # nothing is left to do
-    assessments.assess([str(workdir)], "kept", QUICK)
+    # Probes on request: further lines, of the last step alone.
+    probed = dataclasses.replace(QUICK, guidance=(1.0,), probes=True)
+    assessments.assess([str(workdir)], "kept", probed)
+    *before, line = assessments.read(workdir)
+    assert before == entries and line.keys() == {"step", "protocol", "probe"}
+    assert (line["step"], line["protocol"]) == (4, entries[2]["protocol"])
+    assert set(line["probe"]) == {"1", "2"}
+    assert all(0 <= a <= 1 for row in line["probe"].values() for a in row)
+    whole = (workdir / assessments.FILE).read_text()
+    monkeypatch.setattr(runs, "Assessor", lambda *_: None)  # nothing is left to do
+    assessments.assess([str(workdir)], "kept", probed)
     assert (workdir / assessments.FILE).read_text() == whole
-    assert "0 checkpoints of 1 runs to assess" in capsys.readouterr().out
+    assert "0 measurements of 1 runs to make" in capsys.readouterr().out
 
 
 def test_another_protocol_is_another_line(workdir):
-    line = json.dumps({"step": 4, "protocol": vars(QUICK)}) + "\n"
-    (workdir / assessments.FILE).write_text(line)
-    assert assessments.missing(workdir, [2, 4], QUICK) == [2]
-    assert assessments.missing(workdir, [2, 4], Protocol(samples=61)) == [2, 4]
+    settings = restore.read_settings("", str(workdir))
+    first, second = (p.to_dict() for p in QUICK.protocols(settings, ""))
+    for line in ({"step": 4, "protocol": first}, {"step": 2, "protocol": second}):
+        with (workdir / assessments.FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    missing = lambda request: [
+        (step, protocol.to_dict()["guidance"], parts)
+        for step, protocol, parts in assessments.missing(str(workdir), settings, [2, 4], request)
+    ]
+    both = ("validation", "samples")
+    assert missing(QUICK) == [(2, 1.0, both), (4, 2.0, both)]
+    more = dataclasses.replace(QUICK, probes=True, guidance=(1.0,))
+    assert missing(more) == [(2, 1.0, both), (4, 1.0, ("probes",))]
+    assert len(missing(dataclasses.replace(QUICK, seed=1))) == 4
 
 
 @given(st.lists(st.binary(max_size=20), max_size=4))
@@ -167,8 +169,12 @@ def test_wrong_arguments_are_one_line(workdirs):
         assessments.assess(workdirs, "kept", QUICK)
 
 
-def test_a_run_without_held_out_images_is_refused(workdir):
-    settings = restore.read_settings("--workdir", str(workdir))
-    data = settings.data.__class__(**{**vars(settings.data), "held_out": 0})
-    with pytest.raises(DataError, match="data.held_out"):
-        runs.Assessor(settings.__class__(**{**vars(settings), "data": data}), QUICK, print)
+def test_one_measure_that_cannot_be_had_leaves_the_others(workdir, capsys):
+    settings = restore.read_settings("", str(workdir))
+    data = dataclasses.replace(settings.data, held_out=0)
+    settings = dataclasses.replace(settings, data=data)
+    (protocol, _), lines = QUICK.protocols(settings, ""), []
+    _, saved, _ = restore.read_run("", str(workdir))
+    assessor = runs.Assessor(settings, lines.append)
+    assert assessor.measure(settings, str(workdir), saved, protocol) == {}
+    assert [line.split("no ")[1].split(":")[0] for line in lines] == ["validation", "samples"]

@@ -1,0 +1,280 @@
+"""What a run measures while it trains is what its checkpoints give afterwards, whatever stops it."""
+
+import itertools
+import json
+
+import helpers
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import llamagen, mirai_e, mirai_i
+from mirai_jax import evaluate, sample
+from mirai_jax.config import schema
+from mirai_jax.evaluation import assessments, drawn, during, runs, samples, validation
+from mirai_jax.evaluation.runs import Request
+from mirai_jax.evaluation.small import SmallSet
+from mirai_jax.models.generator import Generator, init_params
+from mirai_jax.training import guards, restore, train
+from mirai_jax.training.metrics_writer import read_metrics
+from mirai_jax.utils import distributed
+from mirai_jax.utils.errors import Preempted
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+MEASURED = "validation_", "frechet_efficientnet_lite0", "efficientnet_lite0_"
+# The average is a short one, so that a few steps change the samples.
+EVERY = {
+    "ema_decay": 0.5,
+    "validate_every": 2,
+    "evaluate_every": 4,
+    "evaluate_samples": 70,
+    "checkpoint_every": 4,
+}
+
+
+@pytest.fixture
+def quick_network(monkeypatch):
+    for module in (during, runs, samples):
+        monkeypatch.setattr(module, "Network", helpers.QuickNetwork)
+
+
+def measured(entry):
+    """The measurements of a line, without their seconds."""
+    return {k: v for k, v in entry.items() if k.startswith(MEASURED) and not k.endswith("seconds")}
+
+
+def run(config, folder, log=lambda line: None):
+    train.train(config, folder, devices=jax.devices()[:1], log=log, measurer=during.Measurer)
+    return {entry["step"]: measured(entry) for entry in read_metrics(folder)}
+
+
+def config_of(**fields):
+    return helpers.tiny(mirai_e, keep_every=4, log_every=3, sample_every=0, **{**EVERY, **fields})
+
+
+def program(module, *arguments):
+    module._FLAGS.unparse_flags()
+    module.main(module._FLAGS([module.__name__, *map(str, arguments)]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, quick_compilation):
+    """A run's folder, and what each line of its metrics has measured."""
+    folder = tmp_path_factory.mktemp("during") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(during, "Network", helpers.QuickNetwork)
+        return folder, run(config_of(), folder)
+
+
+def test_the_steps_asked_for_are_measured_and_logged(finished):
+    folder, lines = finished
+    assert list(lines) == [1, 2, 3, 4, 6, 8]
+    heads = {f"validation_foresight_ema_{offset}" for offset in ("r0c0", "r0c1", "r1c0")}
+    for step, found in lines.items():
+        assert ("validation_cross_entropy" in found) == (step % 2 == 0)
+        assert (heads <= found.keys()) == (step % 2 == 0)
+        assert ("frechet_efficientnet_lite0" in found) == (step % 4 == 0)
+    assert lines[4]["frechet_efficientnet_lite0"] != lines[8]["frechet_efficientnet_lite0"]
+    texts = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(texts) == len(lines)  # one line a step
+    assert all(json.loads(text)["loss"] > 0 for text in texts)
+
+
+def test_a_checkpoint_gives_the_same_digits_afterwards(
+    finished, quick_network, monkeypatch, capsys
+):
+    folder, lines = finished
+    monkeypatch.setattr(SmallSet, "hits", lambda self, images, labels: len(images))
+    program(evaluate, f"--workdir={folder}")
+    entries = assessments.read(folder)
+    assert [entry["step"] for entry in entries] == [4, 8]
+    assert [measured(entry) for entry in entries] == [lines[4], lines[8]]
+    for entry in entries:
+        assert entry["protocol"]["samples"] == 70 and entry["protocol"]["guidance"] == 2.0
+        assert entry["class_accuracy"] == 1 and entry["frechet"] > entry["real_frechet"]
+
+    before = (folder / "assessment.jsonl").read_text()
+    program(evaluate, f"--workdir={folder}")
+    assert (folder / "assessment.jsonl").read_text() == before
+    assert "0 measurements of 1 runs to make" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_so_do_sample_and_evaluate(finished, quick_network, tmp_path):
+    """As a user would do it by hand, on as many devices as there are."""
+    folder, lines = finished
+    out = tmp_path / "samples"
+    program(sample, f"--workdir={folder}", "--step=4", "--num_images=70", f"--out={out}")
+    program(evaluate, f"--samples={out}", f"--reference=data:{folder}:held_out")
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert row["metrics"].items() <= lines[4].items()
+
+
+@pytest.mark.parametrize(
+    "stop_at", ["samples from", pytest.param("the held-out images", marks=pytest.mark.slow)]
+)
+def test_a_stopped_measurement_goes_on_once(
+    finished, quick_network, tmp_path, monkeypatch, stop_at
+):
+    """A notice in the middle of step 4's measurements, whose checkpoint is there."""
+    config, heartbeat, reached = config_of(), guards.HangGuard.heartbeat, [False]
+
+    def beat(self, what):
+        heartbeat(self, what)
+        reached[0] |= what.startswith(stop_at) and entries() == 4
+
+    entries = lambda: max((entry["step"] for entry in read_metrics(tmp_path)), default=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(guards.HangGuard, "heartbeat", beat)
+        patch.setattr(guards.Preemption, "reached", lambda self: reached[0])
+        with pytest.raises(Preempted, match="step 4 is saved"):
+            run(config, tmp_path)
+    (*_, last) = read_metrics(tmp_path)
+    assert last["step"] == 4 and last["loss"] > 0
+    assert ("validation_cross_entropy" in last) == (stop_at == "samples from")
+    assert "frechet_efficientnet_lite0" not in last
+    calls, measure = [], during.Measurer.measure
+
+    def counted(self, kind, state, heartbeat):
+        calls.append((kind, int(state.step)))
+        return measure(self, kind, state, heartbeat)
+
+    monkeypatch.setattr(during.Measurer, "measure", counted)
+    assert run(config, tmp_path) == finished[1]
+    rest = [("evaluation", 4), ("validation", 6), ("validation", 8), ("evaluation", 8)]
+    first = [("validation", 4)] if stop_at == "the held-out images" else []
+    assert calls == first + rest
+    texts = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(text)["step"] for text in texts] == [1, 2, 3, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_without_measurements_a_run_is_what_it_was(finished, tmp_path):
+    off = {"validate_every": 0, "evaluate_every": 0}
+    config = config_of(**off)
+    train.train(config, tmp_path, devices=jax.devices()[:1], log=lambda line: None)
+    one, other = (restore.restore_weights(f / "checkpoints")[0] for f in (finished[0], tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    again = {e["step"]: e["loss"] for e in read_metrics(tmp_path)}
+    assert again.items() <= {e["step"]: e["loss"] for e in read_metrics(finished[0])}.items()
+    assert list(again) == [1, 3, 6, 8]
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Settings, weights and codes of seven images."""
+    config = helpers.tiny(llamagen)
+    config.model.update(num_classes=10)
+    settings, rng = schema.read(config, 1), np.random.RandomState(0)
+    params = init_params(settings.generator, jax.random.key(0))
+    shape = params["output"]["kernel"].shape
+    params["output"]["kernel"] = jax.random.normal(jax.random.key(1), shape)
+    codes = rng.randint(16, size=(71, settings.generator.length))
+    images = validation.HeldOut(codes, rng.randint(10, size=71))
+    saved = {"params": {"generator": params, "foresight": {}}, "ema": params}
+    return settings, saved, images
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_cross_entropy_is_the_mean_over_all_images_and_tokens(held_out, devices):
+    settings, saved, images = held_out
+    logits, _ = Generator(settings.generator).apply(
+        {"params": saved["ema"]}, images.codes[:, :-1], images.labels
+    )
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, images.codes)
+    some = jax.devices()[:devices]
+    for count in (7, 71):
+        got = validation.Validation(settings, images.first(count), None, print, some).measure(saved)
+        assert list(got) == ["validation_cross_entropy"]
+        np.testing.assert_allclose(got["validation_cross_entropy"], nll[:count].mean(), rtol=1e-5)
+
+
+def test_processes_share_the_work_and_sums_do_not_depend_on_them(held_out, monkeypatch):
+    settings, saved, images = held_out
+    measure = lambda: validation.Validation(
+        settings, images, None, print, jax.devices()[:1]
+    ).measure(saved)
+    alone = measure()
+    rows = {}
+
+    def of_process(index, count, gather):
+        calls = itertools.count()
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        monkeypatch.setattr(distributed, "of_all", lambda x: gather(next(calls), x))
+        return measure()
+
+    for index in range(2):
+        of_process(index, 2, lambda call, x, index=index: rows.setdefault((call, index), x))
+    together = of_process(0, 2, lambda call, _: np.concatenate([rows[call, 0], rows[call, 1]]))
+    assert together == alone
+
+
+def test_a_term_that_cannot_be_measured_is_left_out_with_a_line(held_out):
+    _, _, images = held_out
+    config, lines = helpers.tiny(mirai_e), []
+    config.foresight = (*config.foresight, *helpers.tiny(mirai_i).foresight)
+    validation.Validation(schema.read(config, 1), images, None, lines.append, jax.devices()[:1])
+    (line,) = lines
+    assert "no validation of the foresight term bidirectional" in line
+
+
+def test_the_runs_own_protocol_is_the_default():
+    config = helpers.tiny(mirai_e, evaluate_guidance=1.5, evaluate_samples=9, validation_path="x")
+    settings = schema.read(config, 1)
+    (protocol,) = Request().protocols(settings, "")
+    assert protocol == drawn.protocol_of(settings) and protocol.validation == "x"
+    assert (protocol.options.guidance, protocol.samples) == (1.5, 9)
+    several = Request(guidance=(1.0, 3.0)).protocols(settings, "")
+    assert [p.to_dict()["guidance"] for p in several] == [1.0, 3.0]
+
+
+@pytest.mark.slow
+def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
+    """A folder of pictures through a narrow VQ: extracted, trained on, measured in each way."""
+    from folder_test import draw
+
+    for name in ("a", "bb"):
+        draw(tmp_path / "images", name, 24, size=(32, 32))
+        draw(tmp_path / "val", name, 9, size=(32, 32))
+    tokenizer = helpers.vq_file(tmp_path)
+    for name in ("images", "val"):
+        helpers.output(
+            "mirai_jax.extract", f"--images={tmp_path / name}", f"--tokenizer={tokenizer}",
+            f"--out={tmp_path / 'codes' / name}", "--image_size=32",
+        )  # fmt: skip
+    # Each in a new process: XLA rounds by its flags, which differ in this one.
+    fields = {
+        "num_steps": 4, "batch_size": 16, "checkpoint_every": 2, "keep_every": 2, "sample_every": 0,
+        "validate_every": 2, "evaluate_every": 4, "evaluate_samples": 8,
+        "validation_path": tmp_path / "codes" / "val", "evaluate_reference": tmp_path / "val",
+        "data.name": "images", "data.path": tmp_path / "codes" / "images", "model.num_classes": 2,
+        "tokenizer.name": "vq", "tokenizer.path": tokenizer, "optimizer.warmup_steps": 2,
+        "model.grid": "(16, 16)", "foresight[0].projector_width": 16,
+    }  # fmt: skip
+    folder, flags = tmp_path / "run", [f"--config.{name}={value}" for name, value in fields.items()]
+    arguments = "--config=configs/mirai_e.py", f"--workdir={folder}", *helpers.TINY
+    arguments = *arguments, "--config.model.vocab_size=24", *flags
+    helpers.output("mirai_jax.main", *arguments, **helpers.QUICK)
+    lines = {entry["step"]: measured(entry) for entry in read_metrics(folder)}
+    assert lines[4].keys() > {"validation_cross_entropy", "validation_foresight_ema_r0c0"}
+    helpers.output("mirai_jax.evaluate", f"--workdir={folder}", "--num_samples=8", **helpers.QUICK)
+    before, entry = assessments.read(folder)
+    assert measured(entry) == lines[4]
+    assert lines[2].items() <= measured(before).items()
+    out = tmp_path / "samples"
+    by_hand = f"--workdir={folder}", "--num_images=8", f"--out={out}"
+    helpers.output("mirai_jax.sample", *by_hand, **helpers.QUICK)
+    reference = f"--reference={tmp_path / 'val'}"
+    helpers.output("mirai_jax.evaluate", f"--samples={out}", reference, **helpers.QUICK)
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert "frechet_efficientnet_lite0" in row["metrics"]
+    assert row["metrics"].items() <= lines[4].items()
+    # Codes of other classes would be another number.
+    (tmp_path / "codes" / "val" / "manifest.json").write_text(
+        (tmp_path / "codes" / "val" / "manifest.json").read_text().replace('"bb"', '"cc"')
+    )
+    message = helpers.error_line("mirai_jax.main", *arguments, f"--workdir={tmp_path / 'other'}")
+    assert "validation_path is" in message and not (tmp_path / "other").exists()
