@@ -15,6 +15,7 @@ import time
 import urllib.request
 
 import flax
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -246,6 +247,8 @@ def bucket(request, tmp_path, monkeypatch):
     for name, value in made.environ.items():
         monkeypatch.setenv(name, value)
     remote._system.cache_clear()
+    # fsspec keeps its own, with the address of the emulator before.
+    fsspec.get_filesystem_class(request.param).clear_instance_cache()
     yield made
     made.process.kill()
 

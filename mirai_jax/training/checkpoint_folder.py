@@ -6,6 +6,7 @@ elsewhere is written to a folder here and then uploaded, and is read from the ca
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import re
@@ -108,6 +109,10 @@ def remove_unfinished(folder: AnyPath) -> None:
     """Removes what a run left that was killed while it saved."""
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
-            path.rmtree() if files.is_remote(path) else shutil.rmtree(path)
+            # Again where a failed save of this process still writes.
+            remove = (
+                path.rmtree if files.is_remote(path) else functools.partial(shutil.rmtree, path)
+            )
+            files.patiently(remove)
         elif _STEP.fullmatch(path.name) and not _is_whole(path):
             path.rmtree()

@@ -53,7 +53,7 @@ class MetricsWriter:
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
         path = workdir / "metrics.jsonl"
         files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._lines, self._last = Appended(path), kept[-1] if kept else {}
+        self._lines, self._entry = Appended(path), kept[-1] if kept else {}
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and then it blocks.
         now = time.time()
         self._events = Appended(workdir / f"events.out.tfevents.{int(now)}.{socket.gethostname()}")
@@ -66,11 +66,11 @@ class MetricsWriter:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """One logged step, to both. Values of the newest step go into its line."""
-        before = self._last if self._last.get("step") == step else {}
-        self._last = {**before, "step": step, **values}
+        before = self._entry if self._entry.get("step") == step else {}
+        self._entry = {**before, "step": step, **values}
         if before:
             self._lines.cut(len(json.dumps(before)) + 1)
-        self._lines.write((json.dumps(self._last) + "\n").encode())
+        self._lines.write((json.dumps(self._entry) + "\n").encode())
         self.board(step, values)
         if time.monotonic() > self._next_upload:
             self.upload()
