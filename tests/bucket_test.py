@@ -14,12 +14,11 @@ import sys
 import time
 import urllib.request
 
-import flax
 import fsspec
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, TINY_VQ, environment, output, refusal, tiny, vq_file
+from helpers import ROOT, TINY_VQ, environment, output, refusal, saved_state, tiny, vq_file
 from PIL import Image
 
 from configs import llamagen
@@ -124,23 +123,11 @@ def test_metrics_in_a_bucket_are_continued(memory):
     assert [entry["step"] for entry in read_metrics(memory)] == [1, 2]
 
 
-@flax.struct.dataclass
-class State:
-    params: dict
-    ema: dict
-    key: jax.Array
-
-
-def state(value):
-    tree = {"w": np.full((2, 3), value, np.float32)}
-    return State({"generator": tree, "foresight": {}}, tree, jax.random.key(0))
-
-
 def test_checkpoints_in_a_bucket(memory):
     folder = memory / "checkpoints"
     checkpoints = Checkpoints(folder, keep=2)
     for step in (1, 2, 3):
-        checkpoints.save(state(step), step)
+        checkpoints.save(saved_state(step), step)
     checkpoints.close()
     assert steps_in(folder) == [2, 3]
     (folder / "step_3" / "commit_success.txt").unlink()  # killed while it saved
@@ -148,7 +135,7 @@ def test_checkpoints_in_a_bucket(memory):
     raw = bytearray((folder / "step_2" / array).read_bytes())
     again = Checkpoints(folder)
     assert again.latest_step() == 2 and not (folder / "step_3").exists()
-    assert (restore_weights(folder)[0]["ema"]["w"] == 2).all()
+    assert (restore_weights(folder)[0]["ema"]["w.x"] == 2).all()
     metadata = folder / "step_2" / "_CHECKPOINT_METADATA"
     (folder / "step_2" / "commit_success.txt").unlink()
     assert steps_in(folder) == []
@@ -156,7 +143,7 @@ def test_checkpoints_in_a_bucket(memory):
     assert steps_in(folder) == [2]
     raw[len(raw) // 2] ^= 255
     (folder / "step_2" / array).write_bytes(bytes(raw))
-    like, one, warned = state(0.0), jax.sharding.SingleDeviceSharding(jax.devices()[0]), []
+    like, one, warned = saved_state(0.0), jax.sharding.SingleDeviceSharding(jax.devices()[0]), []
     place = jax.tree.map(lambda _: one, like)
     assert again.restore_newest(like, place, warned.append) is None
     assert "damaged" in warned[0] and (folder / "damaged_step_2").is_dir() and not steps_in(folder)

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import flax.struct
 import jax
 import numpy as np
 import pytest
@@ -75,6 +76,20 @@ def error_line(module, *arguments, **options):
     last = (done.stderr.strip().splitlines() or [""])[-1]
     assert done.returncode == 1 and last.startswith("error: "), done.stderr[-2000:]
     return last
+
+
+@flax.struct.dataclass
+class SavedState:
+    """What a checkpoint holds of a run, as small as can be."""
+
+    params: dict
+    ema: dict
+    key: jax.Array
+
+
+def saved_state(value):
+    tree = {"w.x": np.full((2, 3), value, np.float32)}
+    return SavedState({"generator": tree, "foresight": {}}, tree, jax.random.key(0))
 
 
 # Small configs and networks -----------------------------------------------------------------------

@@ -16,11 +16,10 @@ import time
 import types
 from concurrent import futures
 
-import flax.struct
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, environment, error_line, refusal, vq_file
+from helpers import ROOT, TINY, environment, error_line, refusal, saved_state, vq_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -49,24 +48,12 @@ NAMES = ["[0:9]", "lr[3e-4]", "a*?", "50%", "#1", "~", "two words", "line\nbreak
          "é" * 100, "e\u0301\u202eabc", "gs:", "a,b=c", "{x}", "'q'\""]  # fmt: skip
 
 
-@flax.struct.dataclass
-class State:
-    params: dict
-    ema: dict
-    key: jax.Array
-
-
-def state(value):
-    tree = {"w.x": np.full((2, 3), value, np.float32)}
-    return State({"generator": tree, "foresight": {}}, tree, jax.random.key(0))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_changes_what_is_written(name, tmp_path):
     folder = tmp_path / name
     # A checkpoint.
     saved = checkpoint.Checkpoints(folder / "checkpoints")
-    saved.save(state(3.0), 7)
+    saved.save(saved_state(3.0), 7)
     saved.close()
     found, step = checkpoint.restore_weights(folder / "checkpoints")
     assert step == 7 and found["ema"]["w.x"][1, 2] == 3
@@ -102,10 +89,10 @@ def test_a_plain_name_leads_to_the_same_place(name):
 
 def test_what_an_index_does_not_hold_is_no_checkpoint(tmp_path, monkeypatch):
     saved = checkpoint.Checkpoints(tmp_path / "c", keep=1)
-    saved.save(state(1.0), 1)
+    saved.save(saved_state(1.0), 1)
     saved.wait()
     monkeypatch.setattr(files, "stored_arrays", lambda folder: {"key"})
-    saved.save(state(2.0), 2)
+    saved.save(saved_state(2.0), 2)
     message = refusal(saved.wait, error=Exception)
     assert "step_2" in message and checkpoint.steps_in(tmp_path / "c") == [1]
     saved.close()

@@ -90,4 +90,6 @@ def _chosen(stream: ImageStream, wanted: list[int]) -> np.ndarray:
         for index in set(wanted) & set(range(start, start + len(images))):
             found[index] = images[index - start].copy()
         start += len(images)
+        if len(found) == len(set(wanted)):
+            break
     return np.stack([found[index] for index in wanted])

@@ -19,9 +19,7 @@ from mirai_jax.sampling.painter import Painter, Source
 from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils import distributed
 
-ROWS = (
-    64  # images at once on each device: the default of `mirai_jax.sample` and `mirai_jax.evaluate`
-)
+ROWS = 64  # images at once on each device: the default of `sample` and `evaluate`
 LABELS = "random"  # as `mirai_jax.sample` draws them by default
 
 

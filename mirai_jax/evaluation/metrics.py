@@ -6,6 +6,7 @@ Memory beyond the arguments does not grow with the number of images times their 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -96,6 +97,11 @@ def frechet_distance(
     difference = np.subtract(mean1_D, mean2_D, dtype=np.float64)
     trace = sum(map(np.trace, covariances))
     return max(0.0, float(difference @ difference + trace - 2 * root_trace))
+
+
+def distance(one: Any, other: Any) -> float:
+    """`frechet_distance` of two things with a `mean` and a `covariance`, such as Moments."""
+    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
 
 
 def _factor(covariance_DxD: np.ndarray) -> np.ndarray:

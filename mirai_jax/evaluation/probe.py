@@ -42,7 +42,7 @@ def accuracy(
 ) -> float:
     """Share of the test rows that a logistic regression on the train rows classifies correctly.
 
-    If the train rows have a single class, the share of the test rows that have it too.
+    With a single class in the train rows, this is the share of the test rows of that class.
     """
     from sklearn.linear_model import LogisticRegression  # here: slow to import
     from sklearn.pipeline import make_pipeline

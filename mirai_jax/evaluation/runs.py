@@ -22,8 +22,9 @@ from mirai_jax.config.schema import Settings
 from mirai_jax.evaluation import drawn, samples, validation
 from mirai_jax.evaluation.drawn import Drawn, Protocol
 from mirai_jax.evaluation.image_streams import of_array
+from mirai_jax.evaluation.metrics import distance
 from mirai_jax.evaluation.network import Features, Network
-from mirai_jax.evaluation.small import SmallSet, distance
+from mirai_jax.evaluation.small import SmallSet
 from mirai_jax.training import components, restore
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
@@ -77,17 +78,9 @@ class Assessor:
         self._networks: dict[tuple, Network] = {}
         self._real: dict[tuple, Features] = {}
         self._limits: dict[tuple, Any] = {}
-        self._validated: tuple[Any, ...] = (
-            None,
-            None,
-            {},
-        )  # weights, settings of validation, values
-        self._run: tuple[str, Any, Any, dict] = (
-            "",
-            None,
-            None,
-            {},
-        )  # the last: tokenizer, its programs
+        # The last: weights, settings of the validation, values; and workdir, tokenizer, programs.
+        self._validated: tuple[Any, ...] = (None, None, {})
+        self._run: tuple[str, Any, Any, dict] = ("", None, None, {})
 
     def measure(
         self,

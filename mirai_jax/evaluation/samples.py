@@ -171,15 +171,11 @@ def compare(is_inception: bool, fake: Features, real: Features) -> dict[str, flo
     One that they do not allow is left out with a line on the screen.
     """
 
-    def distance(one: Any, other: Any) -> tuple[float]:
-        covariances = one.mean, one.covariance, other.mean, other.covariance
-        return (metrics.frechet_distance(*covariances),)
-
     prefix = "" if is_inception else "efficientnet_lite0_"
     first = "fid" if is_inception else "frechet_efficientnet_lite0"
-    wanted = {(first,): lambda: distance(fake.moments, real.moments)}
+    wanted = {(first,): lambda: [metrics.distance(fake.moments, real.moments)]}
     if is_inception and real.spatial is not None:
-        wanted["sfid",] = lambda: distance(fake.spatial, real.spatial)
+        wanted["sfid",] = lambda: [metrics.distance(fake.spatial, real.spatial)]
     if is_inception:
         names = "inception_score", "inception_score_std"
         wanted[names] = lambda: metrics.inception_score(fake.probabilities)

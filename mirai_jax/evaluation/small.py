@@ -9,7 +9,7 @@ import numpy as np
 from mirai_jax.config.schema import Settings
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.evaluation import probe
-from mirai_jax.evaluation.metrics import frechet_distance
+from mirai_jax.evaluation.metrics import distance
 from mirai_jax.models import batched
 from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
 from mirai_jax.utils.errors import ConfigError
@@ -21,11 +21,6 @@ _PROBED_ON = 5_000  # training images
 def spread_evenly(count: int, wanted: int) -> np.ndarray:
     """Indices of `wanted` of `count` items, evenly spaced: data may be sorted by class."""
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
-
-
-def distance(one: Any, other: Any) -> float:
-    """The Fréchet distance of two moments."""
-    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
 
 
 class SmallSet:

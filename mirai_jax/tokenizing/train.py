@@ -164,10 +164,7 @@ class TokenizerTask(local.LocalTask):
         self._picture = pictures.sample_grid(both, ["original", "reconstruction"])
         if self._of_originals is None:
             self._of_originals = self._moments(self._held_out)
-        one, other = self._of_originals, self._moments(made)
-        distance = metrics_lib.frechet_distance(
-            one.mean, one.covariance, other.mean, other.covariance
-        )
+        distance = metrics_lib.distance(self._of_originals, self._moments(made))
         vocab_size = self._recipe.network.vocab_size
         return {
             "held_out_psnr": float(psnr.mean()),
