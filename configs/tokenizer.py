@@ -55,6 +55,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     #                           make the codebook of them
     tokenizer.init = "official"  # of the weights: as officially; identity: each block begins as the
     #                              identity and layers keep their input's size, which learns faster
+    tokenizer.lookup = "straight"  # how gradients pass the lookup: straight, from row to latent, as
+    #                                officially; distance: as in DiVeQ (arXiv 2509.26469), which
+    #                                learns faster
 
     config.loss = loss = ml_collections.ConfigDict()
     loss.reconstruction = "l2"  # l2 or l1, of pixels in [-1, 1]

@@ -191,6 +191,25 @@ def test_losses_are_those_of_a_plain_computation():
     assert step_lib.perplexity(np.array([3, 3, 5, 5]), 8) == pytest.approx(2)
 
 
+@pytest.mark.parametrize("lookup", vq.LOOKUPS)
+def test_gradients_pass_the_lookup(lookup):
+    latents, rows, weights = np.random.RandomState(0).normal(size=(3, 2, 5)).astype("f4")
+
+    def loss(latents, rows):
+        return jnp.sum(weights * vq._looked_up(latents, rows, lookup))
+
+    np.testing.assert_allclose(vq._looked_up(latents, rows, lookup), rows, atol=1e-6)
+    to_latents, to_rows = jax.grad(loss, argnums=(0, 1))(latents, rows)
+    for i, weight in enumerate(weights):
+        along = (rows - latents)[i] / np.linalg.norm((rows - latents)[i])
+        part = np.zeros(5) if lookup == "straight" else along * np.dot(along, weight)
+        np.testing.assert_allclose(to_rows[i], part, atol=1e-6)
+        np.testing.assert_allclose(to_latents[i], weight - part, atol=1e-6)
+    # Where a latent stands for its row, as in free steps, it gets all of the gradient.
+    to_latents = jax.grad(lambda x: loss(x, jax.lax.stop_gradient(x)))(latents)
+    np.testing.assert_array_equal(to_latents, weights)
+
+
 def test_the_perceptual_loss_is_zero_for_equal_images_and_else_leads_to_them():
     images, others = random_images(1), random_images(1, seed=1)
     init = functools.partial(EfficientNetLite0().init, stage=1)

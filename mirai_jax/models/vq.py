@@ -22,6 +22,7 @@ from mirai_jax.models.tokenizer import Gridded
 MULTIPLIERS: Mapping[str, tuple[int, ...]] = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}
 
 GROUPS = 32  # of group normalisation
+LOOKUPS = ("straight", "distance")
 # Codebook rows compared at a time: distances to all 16,384 would outgrow the activations.
 _ROWS_AT_ONCE = 2048
 
@@ -96,12 +97,15 @@ class VQModel(Gridded, nn.Module):
         precision: of the encoder's float32 products ('float32', 'tensorfloat32' or 'bfloat16');
             less than 'float32', as TPUs and GPUs have by default, changes some codes.
         decoded: (height, width) in tokens of what `decode` makes; None: square.
+        lookup: how gradients of `autoencode` pass the lookup: 'straight', from the row to the latent
+            as officially, or 'distance' (see `_looked_up`).
     """
 
     config: VQConfig
     dtype: str = "float32"
     precision: str = "float32"
     decoded: tuple[int, int] | None = None
+    lookup: str = "straight"
 
     def setup(self) -> None:
         config = self.config
@@ -137,7 +141,7 @@ class VQModel(Gridded, nn.Module):
         return latents.astype(jnp.float32)
 
     def autoencode(self, images_BxHxWxC: jax.Array, free: jax.Array | bool = False) -> Autoencoded:
-        """What training looks at. Gradients of the images pass the lookup straight to the latents.
+        """What training looks at. Gradients of the images pass the lookup as `lookup` says.
 
         `free` (a scalar) puts the latents themselves in place of the rows.
         """
@@ -146,7 +150,7 @@ class VQModel(Gridded, nn.Module):
         latents, rows = unit(latents), self.quantize.rows(codes)
         if free is not False:
             rows = jnp.where(free, jax.lax.stop_gradient(latents), rows)
-        passed = latents + jax.lax.stop_gradient(rows - latents)
+        passed = _looked_up(latents, rows, self.lookup)
         return Autoencoded(self._decode_rows(passed), latents, rows, codes)
 
     def encode(self, images_BxHxWxC: jax.Array) -> jax.Array:
@@ -215,6 +219,21 @@ def unit(vectors: jax.Array) -> jax.Array:
     """Projects vectors to the unit sphere, as torch's F.normalize."""
     norm = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / jnp.maximum(norm, 1e-12)
+
+
+def _looked_up(latents: jax.Array, rows: jax.Array, lookup: str) -> jax.Array:
+    """The rows, with another gradient than their own.
+
+    'straight' is the identity of the latents. 'distance' goes from a latent to its row by their
+    distance along a direction without gradient, as DiVeQ does (arXiv 2509.26469; here without noise):
+    along that direction the images move the row, across it the latent.
+    """
+    stop, step = jax.lax.stop_gradient, rows - latents
+    if lookup == "straight":
+        return latents + stop(step)
+    square = jnp.sum(jnp.square(step), axis=-1, keepdims=True)
+    distance = jnp.sqrt(jnp.maximum(square, 1e-12))
+    return latents + distance * stop(step / distance)
 
 
 def _conv(channels: int, size: int, dtype: str, **options: Any) -> nn.Conv:

@@ -9,7 +9,7 @@ from mirai_jax.config import fields, schema
 from mirai_jax.config.fields import field, fill
 from mirai_jax.config.schema import DTYPES, LARGEST, SMALL_SETS, OptimizerFields, probability
 from mirai_jax.models.discriminator import smallest_side
-from mirai_jax.models.vq import GROUPS, VQConfig
+from mirai_jax.models.vq import GROUPS, LOOKUPS, VQConfig
 from mirai_jax.tokenizing import losses
 from mirai_jax.tokenizing.step import INITS, TRAINED, Recipe
 
@@ -31,6 +31,7 @@ class NetworkFields:
     restart_after: int = field(0, at_least=0)
     free_steps: int = field(0, at_least=0)
     init: str = field("official", choices=INITS)
+    lookup: str = field("straight", choices=LOOKUPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +171,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> TokenizerRunSettings:
         restart_after=tokenizer.restart_after if whole else 0,
         free_steps=tokenizer.free_steps if whole else 0,
         init=tokenizer.init,
+        lookup=tokenizer.lookup,
         usage_window=given.log_every,
     )
     return fill(

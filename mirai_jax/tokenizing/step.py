@@ -43,7 +43,7 @@ class Recipe:
         dtype: of the convolutions.
         ema_decay: of the average of the tokenizer's weights.
         trained: 'all', or 'decoder': codes stay those of the tokenizer that training began with.
-        reconstruction, ..., init: see configs/tokenizer.py.
+        reconstruction, ..., lookup: see configs/tokenizer.py.
         usage_window: steps over which the metric `codebook_use` looks back.
     """
 
@@ -68,6 +68,7 @@ class Recipe:
     restart_after: int = 0
     free_steps: int = 0
     init: str = "official"
+    lookup: str = "straight"
     usage_window: int = 1
 
     @property
@@ -76,7 +77,7 @@ class Recipe:
 
     @property
     def module(self) -> VQModel:
-        return VQModel(self.network, self.dtype)
+        return VQModel(self.network, self.dtype, lookup=self.lookup)
 
     @property
     def discriminator(self) -> nn.Module:
