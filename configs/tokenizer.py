@@ -126,13 +126,14 @@ def _fashion_mnist(config):
 
 def _folder(config):
     _demo(config)
-    config.num_steps = 8_000
+    config.num_steps = 12_000
     config.batch_size = 8  # more updates, which matter more at first than their noise
     config.measure_every = 2_000
     config.checkpoint_every = 500
     config.tokenizer.update(
-        image_size=(32, 32), vocab_size=512, free_steps=500, init="identity"
+        image_size=(32, 32), vocab_size=512, free_steps=200, init="identity", lookup="distance"
     )  # fmt: skip
+    config.optimizer.learning_rate = 2e-3
     config.data.update(name="images", held_out=200, crop_range=1.1, num_workers=2)
 
 
