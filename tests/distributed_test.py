@@ -150,17 +150,20 @@ def kill_second(workdir):
     assert time.monotonic() - begun < 3 * HEARTBEAT
 
 
-def test_two_processes_train_as_one_and_survive_the_death_of_either(tmp_path):
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_and_survive_the_death_of_either(tmp_path, killed):
     alone = start(tmp_path / "alone")
     assert end(alone) == [0], said(alone)
-    kill_second(tmp_path / "pair")
+    if killed:
+        kill_second(tmp_path / "pair")
     pair = start_pair(tmp_path / "pair")
     assert end(*pair) == [0, 0], said(pair[0]) + said(pair[1])
-    assert "resumed at step" in said(pair[0])
+    assert ("resumed at step" in said(pair[0])) == killed
     assert_same_losses(tmp_path / "pair", tmp_path / "alone")  # before the death and after it
     # One log, one set of samples, one set of checkpoints: the first process speaks for both.
     assert "step 30/30" in said(pair[0]) and "step" not in said(pair[1]).replace("steps", "")
-    assert len(list((tmp_path / "pair").glob("events.out.tfevents*"))) == 2  # one a start
+    starts = len(list((tmp_path / "pair").glob("events.out.tfevents*")))
+    assert starts == 1 + killed
     samples = [(tmp_path / name / "samples" / "step_0000030.png") for name in ("pair", "alone")]
     assert samples[0].read_bytes() == samples[1].read_bytes()
 

@@ -136,36 +136,6 @@ def test_generator(path):
     np.testing.assert_allclose(losses, data["foresight_i"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", cases("sampling"))
-def test_sampling(path):
-    data = load(path)
-    model = load(path.with_name(path.name.replace("sampling_", "generator_")))
-    state = without_projectors(part(model, "params/"))
-    config = generator_config(model, len(state["cls_embedding.embedding_table.weight"]))
-    params = torch_names.from_torch(config, state)
-    labels = jnp.asarray(data["labels"], jnp.int32)
-    keys = jax.random.split(jax.random.key(0), len(labels))
-    greedy = [name for name in data if name.startswith("greedy_")]
-    filtered = [name for name in data if name.startswith("probs_")]
-    assert greedy and filtered
-    for name in greedy:  # greedy_cfg3_interval100
-        guidance, _, interval = name.removeprefix("greedy_cfg").partition("_interval")
-        options = sampler.SampleOptions(
-            guidance=float(guidance), interval=int(interval or -1), greedy=True
-        )
-        codes = sampler.generate(config, params, labels, keys, options)
-        np.testing.assert_array_equal(codes, data[name], err_msg=name)
-    for name in filtered:  # probs_topk20_topp0.9_temp1.3
-        fields = dict(zip(("top_k", "top_p", "temperature"), name.split("_")[1:], strict=True))
-        options = sampler.SampleOptions(
-            top_k=int(fields["top_k"].removeprefix("topk")),
-            top_p=float(fields["top_p"].removeprefix("topp")),
-            temperature=float(fields["temperature"].removeprefix("temp")),
-        )
-        probabilities = jax.nn.softmax(sampler.filter_logits(jnp.asarray(data["logits"]), options))
-        np.testing.assert_allclose(probabilities, data[name], rtol=1e-5, atol=1e-7, err_msg=name)
-
-
 class StoredFeatures:
     """Mirai-I's teacher in a trajectory: its outputs are stored, one batch a step."""
 
@@ -431,7 +401,38 @@ def updated(actual, expected, before, what):
     assert good, f"{what}: size {size:.2e}, moved {moved:.2e}, off by {error:.2e}"
 
 
-@pytest.mark.usefixtures("quick_compilation")  # most of its time; the last test of this file
+@pytest.mark.usefixtures("quick_compilation")  # most of its time; as of all that follow
+@pytest.mark.parametrize("path", cases("sampling"))
+def test_sampling(path):
+    data = load(path)
+    model = load(path.with_name(path.name.replace("sampling_", "generator_")))
+    state = without_projectors(part(model, "params/"))
+    config = generator_config(model, len(state["cls_embedding.embedding_table.weight"]))
+    params = torch_names.from_torch(config, state)
+    labels = jnp.asarray(data["labels"], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), len(labels))
+    greedy = [name for name in data if name.startswith("greedy_")]
+    filtered = [name for name in data if name.startswith("probs_")]
+    assert greedy and filtered
+    for name in greedy:  # greedy_cfg3_interval100
+        guidance, _, interval = name.removeprefix("greedy_cfg").partition("_interval")
+        options = sampler.SampleOptions(
+            guidance=float(guidance), interval=int(interval or -1), greedy=True
+        )
+        codes = sampler.generate(config, params, labels, keys, options)
+        np.testing.assert_array_equal(codes, data[name], err_msg=name)
+    for name in filtered:  # probs_topk20_topp0.9_temp1.3
+        fields = dict(zip(("top_k", "top_p", "temperature"), name.split("_")[1:], strict=True))
+        options = sampler.SampleOptions(
+            top_k=int(fields["top_k"].removeprefix("topk")),
+            top_p=float(fields["top_p"].removeprefix("topp")),
+            temperature=float(fields["temperature"].removeprefix("temp")),
+        )
+        probabilities = jax.nn.softmax(sampler.filter_logits(jnp.asarray(data["logits"]), options))
+        np.testing.assert_allclose(probabilities, data[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("path", cases("tokenizer_training"))
 def test_tokenizer_training(path):
     data = load(path)
