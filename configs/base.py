@@ -109,6 +109,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     #                        the long one, mirrored by chance. Not stored: of a folder, or online
     data.crop_range = 1.1  # online: stored crops are taken from the centre image_size * this
     data.flip = True  # whether mirrored crops take part
+    data.exif = "ignore"  # ignore, as officially, or apply: photos of cameras and phones are turned
+    #                       upright. Of a folder or online; stored codes have it from extract
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
     data.held_out_share = 0.0  # of a folder or online: share of the images kept out of training,
     #                            by a hash of their names, so that more images move no other
@@ -290,7 +292,7 @@ def _folder(config):
     # Folders are often small, and soon known by heart.
     config.model.update(token_dropout=0.1, residual_dropout=0.1, ffn_dropout=0.1)
     config.optimizer.warmup_steps = 100
-    config.data.update(name="folder", crops="centre", held_out=0, held_out_share=0.05)
+    config.data.update(name="folder", crops="centre", exif="apply", held_out=0, held_out_share=0.05)
     with config.tokenizer.ignore_type():  # a tuple takes both sides, or one number for a square
         config.tokenizer.image_size = (32, 32)
 

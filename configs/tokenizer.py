@@ -92,6 +92,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.held_out = 2_000  # images kept out of training and measured on
     data.crop_range = 1.25  # random crops of images up to this factor larger than they need be
     data.flip = True  # mirror every other image, by chance
+    data.exif = "ignore"  # ignore, as officially, or apply: photos of cameras and phones are turned
+    #                       upright; extract's --exif says the same
     data.num_workers = 8  # processes that read and decode; 0: threads of this process
 
     SCALES[scale](config)
@@ -134,7 +136,9 @@ def _folder(config):
         image_size=(32, 32), vocab_size=512, free_steps=200, init="identity", lookup="distance"
     )  # fmt: skip
     config.optimizer.learning_rate = 2e-3
-    config.data.update(name="images", held_out=200, crop_range=1.1, num_workers=2)
+    config.data.update(
+        name="images", exif="apply", held_out=200, crop_range=1.1, num_workers=2
+    )  # fmt: skip
 
 
 SCALES = {

@@ -16,7 +16,8 @@ from mirai_jax.config import compare, schema
 from mirai_jax.data import crops, folder_sets, pipeline, records
 from mirai_jax.data.images import open_images
 from mirai_jax.models import teacher, vit, vq
-from mirai_jax.training import follow, metrics_writer, train
+from mirai_jax.tokenizing import images as tokenizing_images
+from mirai_jax.training import components, follow, metrics_writer, train
 from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.weights import efficientnet, pretrained
 
@@ -123,6 +124,36 @@ def test_crops_in_memory_are_those_of_the_files(tmp_path):
             np.testing.assert_array_equal(made.images, [crops.load_crop(f, spec.centre, spec) for f in files])  # fmt: skip
             got = made.images if made.crops is None else made.crops
             np.testing.assert_array_equal(got, cut)
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_photos_are_upright_however_they_are_read(tmp_path, exif):
+    """Each picture lies on its side, with the orientation that undoes it."""
+    upright = draw(tmp_path / "upright", "a", 3, (9, 14))
+    for file in upright.rglob("*.png"):
+        lying, tag = Image.open(file).transpose(Image.Transpose.ROTATE_90), Image.Exif()
+        tag[274] = 6  # the camera was turned: turn by 270 degrees
+        (tmp_path / "lying" / "a").mkdir(parents=True, exist_ok=True)
+        lying.save(tmp_path / "lying" / "a" / file.name, exif=tag)
+
+    def everything(folder):
+        found = []
+        for fields in ({}, {"data__crops": "stored"}, {"data__crops": "random"}):
+            config = config_of(
+                folder, data__exif=exif, data__min_images=1, tokenizer__image_size=(8, 12), **fields
+            )
+            settings = schema.read(resolve(config), 1)
+            spec = components.crop_spec(settings)
+            if settings.data.in_memory:
+                found.append(load(folder, spec).images)
+            loader = pipeline.CropLoader(open_images(str(folder)), spec)
+            found.append(loader("a/0.png", 0))
+            found.append(components._some_images(settings).images)
+        tokenizers = tokenizing_images.AnyCrops(open_images(str(folder)), (8, 12), 1.0, False, exif)
+        return [*found, tokenizers.centre("a/0.png")]
+
+    for one, other in zip(everything(upright), everything(tmp_path / "lying"), strict=True):
+        assert (one == other).all() == (exif == "apply")
 
 
 @pytest.mark.parametrize("height, width", [(24, 40), (7, 90), (80, 9), (240, 401)])

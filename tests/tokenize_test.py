@@ -435,7 +435,9 @@ def test_wrong_folders_are_one_line(tmp_path, folder):
 
 
 def test_held_out_images_are_never_trained_on(folder):
-    made = images_lib.load("images", "", str(folder), (16, 24), 4, 1.1, True, batch_size=16, seed=0)
+    made = images_lib.load(
+        "images", "", str(folder), (16, 24), 4, 1.1, True, "ignore", batch_size=16, seed=0
+    )
     keys = [made.batches.record_keys(i) for i in range(2)]
     trained_on = {key.partition(" crop ")[0] for key in sum(keys, [])}
     assert made.count == len(trained_on) == 16 and made.held_out.shape == (4, 16, 24, 3)

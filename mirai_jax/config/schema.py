@@ -27,6 +27,7 @@ from mirai_jax.sampling.sampler import GUIDANCE_SCHEDULES, SampleOptions
 from mirai_jax.utils.errors import ConfigError
 
 SMALL_SETS = ("mnist", "fashion_mnist")
+EXIF = ("ignore", "apply")
 LARGEST = 2**14  # of a model's dimensions: beyond it an allocation fails
 
 
@@ -116,6 +117,7 @@ class DataSettings:
     crops: str = field("stored", choices=("stored", "centre", "random"))
     crop_range: float = field(1.1, at_least=1, at_most=4)
     flip: bool = field(True)
+    exif: str = field("ignore", choices=EXIF)
     held_out: int = field(0, at_least=0)
     held_out_share: float = probability(0.0)
     min_images: int = field(1, at_least=1)

@@ -18,7 +18,7 @@ _LISTED = (
 RUN = {
     "data.held_out": ("data.name 'mnist'", lambda c: c.data.name == "mnist"),
     **dict.fromkeys(("data.images", "data.crops", "data.flip"), _LARGE),
-    **dict.fromkeys(("data.held_out_share", "data.min_images"), _LISTED),
+    **dict.fromkeys(("data.held_out_share", "data.min_images", "data.exif"), _LISTED),
     "data.crop_range": (
         "data.crops 'stored' of a folder or with data.codes 'online'",
         lambda c: _LISTED[1](c) and c.data.crops == "stored",
@@ -100,8 +100,7 @@ _ALL = ("train 'all'", lambda c: c.train == "all")
 _ADVERSARY = ("discriminator.weight above 0", lambda c: c.discriminator.weight > 0)
 _IMAGES = ("data.name 'images'", lambda c: c.data.name == "images")
 TOKENIZER = {  # of mirai_jax.tokenize
-    "data.crop_range": _IMAGES,
-    "data.flip": _IMAGES,
+    **dict.fromkeys(("data.crop_range", "data.flip", "data.exif"), _IMAGES),
     "data.images": _IMAGES,
     "data.path": ("data.name 'fashion_mnist'", lambda c: c.data.name == "fashion_mnist"),
     "tokenizer.restart_after": _ALL,

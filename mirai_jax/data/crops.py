@@ -113,8 +113,8 @@ class RandomCrops:
     """
 
     image_size: Size = 256
+    exif: str = "ignore"  # as in CropSpec
     count: ClassVar[int] = 2**32
-    exif: ClassVar[str] = "ignore"
 
     def __post_init__(self):
         object.__setattr__(self, "image_size", _shortest(self.image_size))

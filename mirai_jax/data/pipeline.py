@@ -44,7 +44,10 @@ class CropLoader:
         described = {**self._images.describe(), "class_names": list(self._images.class_names)}
         if described["kind"] == "folder":
             described["name"] = ""
-        return {**described, "crops": dataclasses.asdict(self._spec)}
+        spec = dataclasses.asdict(self._spec)
+        if spec == {**spec, "exif": "ignore"} and isinstance(self._spec, crops.RandomCrops):
+            del spec["exif"]  # runs from before it had a choice resume
+        return {**described, "crops": spec}
 
     def listing(self) -> str:
         return self._images.listing()

@@ -39,12 +39,14 @@ class AnyCrops:
         size: (height, width) in pixels. An image is first made to cover it.
         crop_range: and then larger by up to this factor, at random.
         flip: whether half of the crops are mirrored.
+        exif: as in `crops.CropSpec`.
     """
 
     source: ImageSource
     size: tuple[int, int]
     crop_range: float
     flip: bool
+    exif: str = "ignore"
 
     def __call__(self, key: str, seed: int) -> np.ndarray:
         """uint8 (*size, 3). Raises Unreadable without such an image, or if it cannot be decoded."""
@@ -58,7 +60,7 @@ class AnyCrops:
 
     def _cut(self, key: str, larger: float, top: float, left: float) -> np.ndarray:
         try:
-            image, _ = crops.decode(self.source.find(key))
+            image, _ = crops.decode(self.source.find(key), self.exif)
         except DataError as error:
             raise Unreadable(f"image {key!r}: {first_line(error)}") from error
         height, width = self.size
@@ -92,6 +94,7 @@ def load(
     held_out: int,
     crop_range: float,
     flip: bool,
+    exif: str,
     **of_batches: int,
 ) -> Images:
     """Opens the data of a run.
@@ -103,7 +106,7 @@ def load(
         size: (height, width) in pixels.
         held_out: how many images are kept out of training and measured on. Of 'images' they are those
             whose names have the smallest hashes; of fashion_mnist some of its test images.
-        crop_range, flip: of 'images'; see AnyCrops.
+        crop_range, flip, exif: of 'images'; see AnyCrops.
         of_batches: see `pipeline.make_dataset`.
 
     Raises:
@@ -129,7 +132,7 @@ def load(
             f"data.held_out is {held_out}; it must be less than {len(source)}, the images of {spec!r}"
         )
     order = np.argsort(source.hashes(), kind="stable")
-    loader = AnyCrops(source, size, crop_range, flip)
+    loader = AnyCrops(source, size, crop_range, flip, exif)
     middles, left = [], collections.deque(order)
     while left and len(middles) < held_out:
         with contextlib.suppress(Unreadable):

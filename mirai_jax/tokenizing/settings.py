@@ -7,7 +7,7 @@ from typing import Any
 
 from mirai_jax.config import fields, schema
 from mirai_jax.config.fields import field, fill
-from mirai_jax.config.schema import DTYPES, LARGEST, SMALL_SETS, OptimizerFields, probability
+from mirai_jax.config.schema import DTYPES, EXIF, LARGEST, SMALL_SETS, OptimizerFields, probability
 from mirai_jax.models.discriminator import smallest_side
 from mirai_jax.models.vq import GROUPS, LOOKUPS, VQConfig
 from mirai_jax.tokenizing import losses
@@ -68,6 +68,7 @@ class ImageFields:
     held_out: int = field(500, at_least=2, at_most=50_000)
     crop_range: float = field(1.25, at_least=1, at_most=4)
     flip: bool = field(True)
+    exif: str = field("ignore", choices=EXIF)
     num_workers: int = field(0, at_least=0, at_most=1024, resumable=True)
 
 

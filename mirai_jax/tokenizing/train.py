@@ -51,7 +51,7 @@ def _build(
     data, recipe = settings.data, settings.recipe
     images = images_lib.load(
         data.name, data.path, data.images, recipe.image_size, data.held_out, data.crop_range, data.flip,
-        batch_size=settings.batch_size, seed=settings.seed, num_workers=data.num_workers,
+        data.exif, batch_size=settings.batch_size, seed=settings.seed, num_workers=data.num_workers,
     )  # fmt: skip
     height, width = recipe.module.grid(recipe.image_size)
     tokens, vocab_size = images.count * height * width, recipe.network.vocab_size

@@ -209,8 +209,8 @@ def crop_spec(settings: Settings) -> CropSpec | RandomCrops:
     """The crops that a run cuts from images without stored codes."""
     data, sides = settings.data, settings.tokenizer.sides
     if data.crops == "random":
-        return RandomCrops(sides)
-    return CropSpec(sides, data.crop_range, ten=data.crops == "stored")
+        return RandomCrops(sides, data.exif)
+    return CropSpec(sides, data.crop_range, data.crops == "stored", data.exif)
 
 
 def held_out_images(settings: Settings) -> LabelledImages | None:
@@ -232,7 +232,8 @@ def _share(settings: Settings, images: ImageSource, which: str = "train") -> fol
 def _some_images(settings: Settings, which: str = "train") -> LabelledImages:
     """Centre crops of some images on disk, evenly spread: enough to fit a codebook."""
     images = open_images(settings.data.images)
-    share, spec = _share(settings, images, which), CropSpec(settings.tokenizer.sides, ten=False)
+    share = _share(settings, images, which)
+    spec = CropSpec(settings.tokenizer.sides, ten=False, exif=settings.data.exif)
     found, labels = [], []
     for i in np.linspace(0, len(share) - 1, min(len(share), _SOME)).astype(int):
         with contextlib.suppress(DataError):

@@ -43,7 +43,7 @@ def continue_from(source: Source, image_path: str, rows: int) -> Given:
 
 def _open(flag: str, path: str) -> Image.Image:
     try:
-        return crops.decode(paths.at(path).read_bytes())[0]
+        return crops.decode(paths.at(path).read_bytes(), exif="apply")[0]
     except (OSError, DataError) as error:
         raise ConfigError(f"{flag} is {path!r}: {first_line(error)}") from error
 
