@@ -62,7 +62,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.loss = loss = ml_collections.ConfigDict()
     loss.reconstruction = "l2"  # l2 or l1, of pixels in [-1, 1]
     loss.reconstruction_weight = 1.0
-    loss.perceptual_weight = 1.0  # of features of EfficientNet-Lite0 (official: LPIPS); 0: none
+    loss.perceptual_weight = 1.0  # of features of EfficientNet-Lite0, or LPIPS; 0: none
+    loss.lpips = ()  # files of LPIPS, which is the official loss: torchvision's vgg16-397923af.pth and
+    #                  vgg.pth of LlamaGen or of the package lpips; (): EfficientNet-Lite0
     loss.perceptual_stages = (1, 2, 3)  # whose features, 1 to 7
     loss.commit_weight = 0.25  # of the loss that keeps latents near their codes
     loss.entropy_weight = 0.0  # of the loss that spreads the codes (needs memory: tokens * codes)

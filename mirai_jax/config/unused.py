@@ -108,9 +108,10 @@ TOKENIZER = {  # of mirai_jax.tokenize
     "loss.commit_weight": _ALL,
     "loss.entropy_weight": _ALL,
     "loss.perceptual_stages": (
-        "loss.perceptual_weight above 0",
-        lambda c: c.loss.perceptual_weight > 0,
+        "loss.perceptual_weight above 0 and no loss.lpips",
+        lambda c: c.loss.perceptual_weight > 0 and not c.loss.lpips,
     ),
+    "loss.lpips": ("loss.perceptual_weight above 0", lambda c: c.loss.perceptual_weight > 0),
     **{
         f"discriminator.{name}": _ADVERSARY
         for name in ("start", "loss", "adaptive", "width", "num_layers")

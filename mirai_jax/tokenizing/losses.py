@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mirai_jax.models.efficientnet import EfficientNetLite0
+from mirai_jax.models.lpips import Lpips
 from mirai_jax.models.vq import Autoencoded
 
 RECONSTRUCTION = ("l2", "l1")
@@ -87,3 +88,8 @@ def perceptual(
 
     pairs = zip(features(images), features(reconstructed), strict=True)
     return sum(jnp.mean(jnp.sum(jnp.square(one - other), axis=-1)) for one, other in pairs)
+
+
+def lpips(params: Any, images: jax.Array, reconstructed: jax.Array) -> jax.Array:
+    """Mean LPIPS distance of images in [-1, 1]; `params` of Lpips. (vq_train.py leaves its dropout on.)"""
+    return jnp.mean(Lpips().apply({"params": params}, images, reconstructed))

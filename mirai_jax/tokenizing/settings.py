@@ -8,6 +8,7 @@ from typing import Any
 from mirai_jax.config import fields, schema
 from mirai_jax.config.fields import field, fill
 from mirai_jax.config.schema import DTYPES, EXIF, LARGEST, SMALL_SETS, OptimizerFields, probability
+from mirai_jax.models import lpips
 from mirai_jax.models.discriminator import smallest_side
 from mirai_jax.models.vq import GROUPS, LOOKUPS, VQConfig
 from mirai_jax.tokenizing import losses
@@ -42,6 +43,7 @@ class LossFields:
     reconstruction_weight: float = field(1.0, at_least=0)
     perceptual_weight: float = field(0.0, at_least=0)
     perceptual_stages: tuple[int, ...] = field((1, 2, 3))
+    lpips: tuple[str, ...] = field(())
     commit_weight: float = field(0.25, at_least=0)
     entropy_weight: float = field(0.0, at_least=0)
 
@@ -108,6 +110,7 @@ class TokenizerRunSettings(_TopFields):
 
     recipe: Recipe
     start: str
+    lpips: tuple[str, ...]
     data: ImageFields
 
 
@@ -140,6 +143,8 @@ def read(config: Mapping[str, Any], num_devices: int) -> TokenizerRunSettings:
     stages = given.loss.perceptual_stages
     good = stages and all(1 <= stage <= 7 for stage in stages)
     check("loss.perceptual_stages", good, "stages of EfficientNet-Lite0, 1 to 7")
+    good = min(size) >= lpips.SMALLEST_SIDE or not given.loss.lpips
+    check("loss.lpips", good, f"() for images below {lpips.SMALLEST_SIDE} pixels")
     if disc.weight:
         allowed = f"at most num_steps={given.num_steps} (discriminator.weight=0 trains without one)"
         check("discriminator.start", disc.start <= given.num_steps, allowed)
@@ -163,6 +168,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> TokenizerRunSettings:
         dtype=tokenizer.dtype,
         ema_decay=given.ema_decay,
         trained=given.train,
+        lpips=bool(given.loss.lpips),
         adversarial=disc.loss,
         discriminator_weight=disc.weight,
         discriminator_start=disc.start,
@@ -180,4 +186,5 @@ def read(config: Mapping[str, Any], num_devices: int) -> TokenizerRunSettings:
         given,
         recipe=recipe,
         start=tokenizer.start,
+        lpips=given.loss.lpips,
     )

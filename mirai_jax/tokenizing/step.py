@@ -57,6 +57,7 @@ class Recipe:
     reconstruction_weight: float = 1.0
     perceptual_weight: float = 0.0
     perceptual_stages: tuple[int, ...] = (1, 2, 3)
+    lpips: bool = False
     commit_weight: float = 0.25
     entropy_weight: float = 0.0
     adversarial: str = "hinge"
@@ -150,8 +151,11 @@ def _image_loss(
     parts = {"reconstruction_loss": losses.reconstruction(recipe.reconstruction, images, made)}
     total = recipe.reconstruction_weight * parts["reconstruction_loss"]
     if recipe.perceptual_weight:
-        stages = recipe.perceptual_stages
-        parts["perceptual_loss"] = losses.perceptual(perceptual, stages, images, made)
+        if recipe.lpips:
+            found = losses.lpips(perceptual, images, made)
+        else:
+            found = losses.perceptual(perceptual, recipe.perceptual_stages, images, made)
+        parts["perceptual_loss"] = found
         total += recipe.perceptual_weight * parts["perceptual_loss"]
     return total, parts
 
@@ -282,7 +286,7 @@ def train_step(
     Args:
         recipe: what is computed.
         state: the state after some number of updates.
-        perceptual: parameters of EfficientNetLite0, or {} with perceptual_weight 0.
+        perceptual: parameters of EfficientNetLite0 or Lpips, or {} with perceptual_weight 0.
         batch: 'image', uint8 or float32 in [-1, 1] (B, H, W, C).
 
     Returns:

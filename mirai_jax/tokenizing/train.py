@@ -36,7 +36,7 @@ from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.training.stopwatch import progress_line
 from mirai_jax.utils import pictures
 from mirai_jax.utils.errors import ConfigError
-from mirai_jax.weights import efficientnet, frozen, pretrained
+from mirai_jax.weights import efficientnet, frozen, lpips, pretrained
 
 Log = Callable[[str], None]
 
@@ -69,7 +69,10 @@ def _build(
                 f"say {recipe.network}"
             )
         identity["init_from"] = pretrained.checksum(initial)
-    if recipe.perceptual_weight:
+    if recipe.perceptual_weight and recipe.lpips:
+        perceptual = lpips.load(settings.lpips)
+        identity["loss.lpips"] = pretrained.checksum(perceptual)
+    elif recipe.perceptual_weight:
         perceptual = efficientnet.load_efficientnet_lite0()
     judge = Network(settings.inception, _FEATURES_AT_ONCE)
     task = TokenizerTask(settings, images, initial, perceptual, judge, workdir, devices)
@@ -92,7 +95,7 @@ class TokenizerTask(local.LocalTask):
 
     Args:
         initial: parameters to begin with, or None for fresh ones.
-        perceptual: parameters of EfficientNetLite0, or {} where no loss needs them.
+        perceptual: parameters of EfficientNetLite0 or Lpips, or {} where no loss needs them.
         judge: whose features measure.
     """
 
