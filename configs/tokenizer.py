@@ -130,7 +130,7 @@ def _fashion_mnist(config):
 
 def _folder(config):
     _demo(config)
-    config.num_steps = 12_000
+    config.num_steps = 8_000
     config.batch_size = 8  # more updates, which matter more at first than their noise
     config.measure_every = 2_000
     config.checkpoint_every = 500
