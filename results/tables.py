@@ -196,7 +196,7 @@ def compared(data, arms, base, step=None, guidance=1.0, measures=tuple(MEASURES)
             cells += [level(mine[m], m), difference(paired(mine, rows, m), m)]
         body.append(cells)
     body[0][3::2] = [""] * len(used)
-    return markdown(titles, [*body, floors]) if used else "Not run.\n\n"
+    return markdown(titles, body + [floors] * any(floors[1:])) if used else "Not run.\n\n"
 
 
 def primary(data):
