@@ -64,8 +64,8 @@ tokenizer. *Classifier*: decision values of the support-vector machine that also
 Cross-entropy of the EMA weights on held-out images at the last step, paired by seed. All other numbers are exploratory.
 
 """
-SPEED = """LlamaGen's steps over the arm's to reach a cross-entropy (EMA) with the same seed, linear between assessed steps. Empty
-where a seed does not pass it after the first of these. Within one schedule: no goal is the end of a shorter run.
+SPEED = """LlamaGen's steps over the arm's to a cross-entropy (EMA), same seed, linear between assessed steps; empty where a seed does
+not pass it after the first of these. No goal is the end of a shorter run.
 
 """
 
@@ -76,12 +76,10 @@ def lines(path):
 
 def read(runs):
     """A row for each run, step and guidance: cross-entropies, and measures of samples where there are."""
-    rows = []
+    rows, protocols = [], {}
     for path in sorted(runs.glob("*/*/run.json")):
-        run, config = (
-            json.loads(path.read_text()),
-            json.loads((path.parent / "config.json").read_text()),
-        )
+        run = json.loads(path.read_text())
+        config = json.loads(path.with_name("config.json").read_text())
         about = {"sweep": path.parts[-3], "arm": run["setting"], "seed": config["seed"]}
         about |= {k: run.get(k, "unknown") for k in ("seconds", "machine", "commit")}
         about |= {"last": run["steps"], "ema": np.nan, "grid": None}
@@ -96,7 +94,10 @@ def read(runs):
             found[entry["step"], 1.0] = means | {"grid": grids["ema"]}
         for entry in lines(path.with_name("assessment.jsonl")):
             entry = {OLD.get(k, k): v for k, v in entry.items()}
-            row = found.setdefault((entry["step"], entry["protocol"]["guidance"]), {})
+            guidance, *how = (entry["protocol"][k] for k in ("guidance", "samples", "pixels"))
+            if protocols.setdefault((about["sweep"], guidance), how) != how:
+                raise ValueError(f"{path.parent} has numbers of another protocol than its sweep")
+            row = found.setdefault((entry["step"], guidance), {})
             row.setdefault("ema", entry["validation_cross_entropy"])
             row |= {k: v for k, v in entry.items() if k.removeprefix("real_") in MEASURES}
         rows += [{**about, "step": s, "guidance": g, **row} for (s, g), row in found.items()]
@@ -241,17 +242,16 @@ def tables(data):
     last = data[data.step == data["last"]].drop_duplicates(["sweep", "arm", "seed"])
     text = INTRODUCTION + primary(data) + "## The study\n\n"
     text += "Fashion-MNIST, 8x8 tokens, 1.1 M parameters, 6 epochs (11,250 steps of 32), cosine to zero.\n\n"
-    done = last.sweep.value_counts()
-    rows = [[i, f"`{s}.py`", w, f"{done.get(s, 0)} of {n}"] for i, (s, w, n) in enumerate(STAGES)]
-    text += markdown(["stage", "sweep", "settles", "runs finished"], rows)
+    rows = [[f"`{s}.py`", what, f"{sum(last.sweep == s)} of {runs}"] for s, what, runs in STAGES]
+    text += markdown(["stages 0 to 5", "what it settles", "runs finished"], rows)
     text += "### Stage 0: learning rates, 2 epochs, one seed\n\n"
     rates = last[last.sweep == "study_rates"]
     rows = [[r.arm, number(r.ema, 4), number(r.frechet, 2)] for r in rates.itertuples()]
     text += markdown(["arm", "cross-entropy, EMA", "Fréchet"], rows)
     arms = [(STUDY, "future"), (STUDY, "past"), *arms_of(data, *(s[0] for s in STAGES[2:5]))]
     text += "### Stages 1 to 4, last step\n\n" + compared(data, arms, (STUDY, BASE))
-    text += "### The same with guidance 2\n\n"
-    text += compared(data, arms, (STUDY, BASE), None, 2.0, list(MEASURES)[2:])
+    some = [*MEASURES][2:]
+    text += "### With guidance 2\n\n" + compared(data, arms, (STUDY, BASE), None, 2.0, some)
     text += "### Stage 5, last step\n\n"
     text += compared(data, arms_of(data, "study_tokens"), ("study_tokens", BASE))
     text += "### By row and column of the grid, stage 1\n\n" + grid_table(data)

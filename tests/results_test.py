@@ -93,6 +93,24 @@ def test_headline_numbers_recomputed(one, two, row):
     assert any(expected in line for line in found), (expected, found)
 
 
+def test_the_primary_test_is_made_when_all_pairs_are_there(tables):
+    past = np.array([1.10, 1.11, 1.12, 1.13, 1.14])
+    gains = np.array([0.001, 0.002, 0.003, 0.002, 0.001])
+
+    def made(seeds, gains):
+        rows = [
+            {"sweep": "study_direction", "arm": arm, "seed": seed, "ema": value, "guidance": 1.0}
+            for arm, values in (("past", past), ("future", past - gains))
+            for seed, value in enumerate(values[:seeds])
+        ]
+        return tables.primary(tables.pd.DataFrame(rows).assign(step=1, last=1))
+
+    assert "4 of 5 pairs" in made(4, gains) and "p =" not in made(4, gains)
+    assert shown(-gains) in made(5, gains) and made(5, gains).endswith("future lower.\n\n")
+    assert made(5, -gains).endswith("past lower.\n\n")
+    assert made(5, gains - gains.mean()).endswith("undecided.\n\n")
+
+
 def test_what_the_page_says_is_in_the_tables():
     """Every difference of the page, with its interval, stands in a table too."""
     text = (RESULTS / "README.md").read_text()
