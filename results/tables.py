@@ -276,10 +276,10 @@ def tables(data):
         cells = (difference(paired(*pair, measure), measure) for measure in measures)
         rows.append([" − ".join(NAMES[arm] for arm in arms), *cells])
     text += markdown(["", *(MEASURES[m][0] for m in measures)], rows)
-    text += "### What states know of tokens to come: R² in the best block, one seed\n\n"
-    found = last[last.sweep == "neighbours"].set_index("arm")[[*AHEAD]]
-    rows = [[NAMES.get(arm, arm), *(number(v, 3) for v in row)] for arm, row in found.iterrows()]
-    text += markdown(["run", *AHEAD.values()], rows) + "## Time, machines, commits\n\n"
+    text += "### What states know of tokens to come: R² in the best block, mean over seeds\n\n"
+    found = last.dropna(subset=[*AHEAD]).groupby(["sweep", "arm"])[[*AHEAD]].mean()
+    rows = [["/".join(name), *(number(v, 3) for v in row)] for name, row in found.iterrows()]
+    text += markdown(["runs", *AHEAD.values()], rows) + "## Time, machines, commits\n\n"
     groups = [*last.groupby(["sweep", "machine", "commit"]), (("all", "", ""), last)]
     rows = [[a, len(g), f"{g.seconds.sum() / 3600:.1f}", *more] for (a, *more), g in groups]
     return text + markdown(["sweep", "runs", "hours", "machine", "commit"], rows)[:-1]
