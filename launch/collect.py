@@ -1,24 +1,38 @@
-"""Copies what the report needs of finished runs, without the paths of the machine they ran on."""
+"""Copies what results/tables.py needs of a sweep's finished runs, without the paths of this machine.
+
+    python -m launch.collect --sweeps=runs/sweeps/study_direction-fashion_mnist --machine="2 cores" --commit=abc
+
+Of each run: config.json, assessment.jsonl, positions.jsonl and future.jsonl as they are, and run.json with
+its command, the seconds of its training steps, the machine and the commit. What stands there of a run is
+replaced; nothing is written before every run was read.
+"""
 
 import json
 import pathlib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch import collected, jobs, study
 from launch.plan import last_step
-from mirai_jax.utils import files
-from mirai_jax.utils.errors import DataError, first_line
+from mirai_jax.training.metrics_writer import read_metrics
+from mirai_jax.utils import cli, files
+from mirai_jax.utils.errors import ConfigError, DataError
 
 PUBLIC = ("/usr/share/datasets/",)  # of packages: the same on other machines
-_FILES = ("config.json", "metrics.jsonl", "assessment.jsonl", "future.jsonl", "run.json")
+_LINES = ("assessment.jsonl", "positions.jsonl", "future.jsonl")
 _RUNS = "runs/sweeps"  # where a reader's runs will be
 _PATH = re.compile(r"""(?:^|(?<=[\s:=,;'"(\[]))/[^\s/:,;'")\]][^\s:,;'")\]]*""")
 _STARTED = re.compile(
     r"^launch: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+ -m mirai_jax\.main .*)$", re.MULTILINE
 )
+
+_FLAGS, _define = cli.flags_of(__name__)
+_SWEEPS = _define.list("sweeps", [], "Folders of sweeps.")
+_OUT = _define.string("out", "results/runs", "Where the copies go.")
+_MACHINE = _define.string("machine", "", "What the runs ran on, in words.")
+_COMMIT = _define.string("commit", "", "Of the code that ran them.")
 
 
 class Machine:
@@ -53,21 +67,11 @@ class Machine:
         raise DataError(f"it holds {path!r}, which is a path of this machine alone")
 
 
-def _assessed(texts: Mapping[str, str], steps: int) -> str:
-    """What is to be said of a run whose last step was not assessed."""
-    lines = texts.get("assessment.jsonl", "").splitlines()
-    last = max((json.loads(line)["step"] for line in lines), default=0)
-    if last == steps:
-        return ""
-    return f" (assessed up to step {last} of {steps})" if last else " (not assessed)"
-
-
 def _command(log: pathlib.Path, workdir: str, machine: Machine) -> str:
     """How a user would start the run."""
-    text = log.read_text(errors="replace") if log.exists() else ""
-    started = _STARTED.findall(text)
+    started = _STARTED.findall(log.read_text(errors="replace") if log.exists() else "")
     if not started:
-        raise DataError("it does not tell the command of the run")
+        raise DataError("it holds no command of the run")
     words = shlex.split(started[-1])
     words = [
         f"--workdir={workdir}" if word.startswith("--workdir=") else machine.portable(word)
@@ -76,91 +80,84 @@ def _command(log: pathlib.Path, workdir: str, machine: Machine) -> str:
     return shlex.join(["python", *words])
 
 
-def unfinished(folder: pathlib.Path, config: Mapping[str, Any]) -> str:
-    """'' of a workdir that is at its end; else where it is, in words."""
-    step, steps = last_step(folder / "metrics.jsonl"), config.get("num_steps")
-    done = (folder / "summary.png").exists() and step == steps
-    return "" if done else f"unfinished, at step {step} of {steps}"
+def _seconds(folder: pathlib.Path, batch_size: int) -> float:
+    """Of the training steps that count, however often the run was stopped."""
+    entries = read_metrics(folder)
+    speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
+    usual = statistics.median(speeds)  # the first line after a stop has no speed
+    total, before = 0.0, 0
+    for entry in entries:
+        images = (entry["step"] - before) * batch_size
+        total, before = total + images / entry.get("images_per_second", usual), entry["step"]
+    return total
 
 
-def write(folder: pathlib.Path, texts: Mapping[str, str]) -> None:
-    """The files of one run, and none of an earlier one of that name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
-        if name not in texts:
-            (folder / name).unlink(missing_ok=True)
-    for name, text in texts.items():
-        files.write_text(folder / name, text)
-
-
-def json_lines(entries: Iterable[Any]) -> str:
-    """The text of a JSON-lines file."""
-    return "".join(json.dumps(entry) + "\n" for entry in entries)
-
-
-def _texts(folder: pathlib.Path, sweep: str, machine: Machine, description: str) -> dict[str, str]:
+def _texts(folder: pathlib.Path, sweep: str, machine: Machine, about: dict) -> dict[str, str]:
     """{name of a file: its text} of a finished run."""
-    config = collected.read_object(folder / "config.json")
-    log = folder.with_name(f"{folder.name}.log")
-    path = folder / "config.json"  # of which an error tells
+    config = json.loads((folder / "config.json").read_text())
+    path = folder / "config.json"
     try:
         texts = {path.name: json.dumps(machine.portable(config), indent=2) + "\n"}
-        for name in ("metrics.jsonl", "assessment.jsonl", "future.jsonl"):
+        for name in _LINES:
             path = folder / name
-            lines = collected.read_lines(path)
-            for line in lines if name == "assessment.jsonl" else ():
-                collected.assessment(*line)  # what the report could not read raises now
-            if lines:
-                texts[name] = json_lines(machine.portable(entry) for _, entry in lines)
-        path = log
+            if path.exists():
+                entries = [json.loads(line) for line in path.read_text().splitlines()]
+                texts[name] = "".join(json.dumps(machine.portable(e)) + "\n" for e in entries)
+        path = folder.with_name(f"{folder.name}.log")
         run = {
-            "setting": folder.name.removesuffix(f"-seed={config.get('seed')}"),
-            "command": _command(log, f"{_RUNS}/{sweep}/{folder.name}", machine),
+            "setting": folder.name.removesuffix(f"-seed={config['seed']}"),
+            "command": _command(path, f"{_RUNS}/{sweep}/{folder.name}", machine),
             "steps": config["num_steps"],
-            "seconds": jobs.seconds(log),
-            "machine": description,
+            "seconds": round(_seconds(folder, config["batch_size"]), 1),
         }
-    except DataError as error:
-        message = first_line(error)
-        raise DataError(message if str(path) in message else f"{path}: {message}") from error
-    return {**texts, "run.json": json.dumps(run, indent=2) + "\n"}
+    except (DataError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: {error}") from error
+    return {**texts, "run.json": json.dumps(run | about, indent=2) + "\n"}
 
 
-def collect(folders: Sequence[pathlib.Path], out: pathlib.Path, description: str) -> Iterator[str]:
-    """Copies the finished runs of sweep folders; yields a line for each run, also for those that `out`
-    holds of these sweeps from before: they may have another name now.
-
-    Nothing is written before every run was read.
-
-    Args:
-        folders: of sweeps.
-        out: results/runs.
-        description: of the machine, in words.
+def collect(
+    sweeps: Sequence[pathlib.Path], out: pathlib.Path, machine: str, commit: str = ""
+) -> Iterator[str]:
+    """Copies the finished runs of sweep folders; yields a line for each run.
 
     Raises:
         DataError: one line; a folder holds no runs, or a file cannot be shown to others.
     """
     planned: dict[pathlib.Path, dict[str, str]] = {}
     lines = []
-    for sweep in folders:
+    for sweep in sweeps:
         paths = sorted(path.parent for path in sweep.glob("*/config.json"))
         if not paths:
             raise DataError(f"{sweep} holds no runs; it must be the folder of a sweep")
-        name = sweep.resolve().name.removesuffix(f"-{study.SCALE}")
-        machine = Machine(sweep, name)
+        name = sweep.resolve().name.removesuffix("-fashion_mnist")
         for folder in paths:
-            config = collected.read_object(folder / "config.json")
-            if left := unfinished(folder, config):
-                lines.append(f"left out: {folder}: {left}")
+            steps = json.loads((folder / "config.json").read_text())["num_steps"]
+            step = last_step(folder / "metrics.jsonl")
+            if step != steps or not (folder / "summary.png").exists():
+                lines.append(f"left out: {folder}: unfinished, at step {step} of {steps}")
                 continue
-            target, texts = out / name / folder.name, _texts(folder, name, machine, description)
-            if target in planned:
-                raise DataError(f"{folder}: another sweep folder has a run {name}/{folder.name}")
-            planned[target] = texts
-            lines.append(f"collected: {target}{_assessed(texts, config['num_steps'])}")
+            target = out / name / folder.name
+            about = {"machine": machine} | ({"commit": commit} if commit else {})
+            planned[target] = _texts(folder, name, Machine(sweep, name), about)
+            missing = [file for file in _LINES[:2] if file not in planned[target]]
+            lines.append(f"collected: {target}" + f" (no {', '.join(missing)})" * bool(missing))
     for folder, texts in planned.items():
-        write(folder, texts)
-    for sweep in sorted({folder.parent for folder in planned}):
-        others = sorted(folder for folder in sweep.iterdir() if folder not in planned)
-        lines += [f"stays from before: {folder}" for folder in others if folder.is_dir()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            path.unlink()  # of an earlier run of that name
+        for name, text in texts.items():
+            files.write_text(folder / name, text)
     yield from lines
+
+
+def main(argv: list[str]) -> None:
+    with cli.program(OSError, argv=argv):
+        if not _SWEEPS.value or not _MACHINE.value:
+            raise ConfigError("--sweeps and --machine are needed: see --help")
+        sweeps, out = map(pathlib.Path, _SWEEPS.value), pathlib.Path(_OUT.value)
+        for line in collect(list(sweeps), out, _MACHINE.value, _COMMIT.value):
+            print(line)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -5,6 +5,7 @@
     python -m mirai_jax.evaluate --samples=RUN/sampled/a,RUN/sampled/b --reference=data:RUN:held_out
     python -m mirai_jax.evaluate --workdir=RUN,RUN --guidance=1,1.5,2 --follow
     python -m mirai_jax.evaluate --workdir=RUN,RUN --steps=last --future=2000
+    python -m mirai_jax.evaluate --workdir=RUN,RUN --positions
 
 Samples and reference are .npz files (`arr_0`, uint8 N x H x W x 3), folders of `mirai_jax.sample` or
 of image files, or data:WORKDIR:train and data:WORKDIR:held_out, the real images of a run on a small
@@ -31,11 +32,13 @@ again: the same command resumes after a stop, and measures the checkpoints that 
 
 --workdir with --future measures instead what the states know of tokens to come
 (mirai_jax/evaluation/future.py): a line of future.jsonl for each checkpoint, tables, and future.png beside
-the runs (or in the only run's folder).
+the runs (or in the only run's folder). With --positions it measures where on the grid the held-out
+cross-entropy falls (mirai_jax/evaluation/positions.py): a line of positions.jsonl for each checkpoint.
 """
 
 from mirai_jax.evaluation import assessments, figures, future_runs
 from mirai_jax.evaluation.future_runs import FutureProtocol
+from mirai_jax.evaluation.positions import PositionsProtocol
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.evaluation.samples import evaluate
 from mirai_jax.utils import cli, files, paths
@@ -72,11 +75,15 @@ _FUTURE = _define.integer(
     "future", 0, "Training images of the probes for the future (and nothing else).", lower_bound=0
 )
 _TEACHER = _define.string("teacher", "", "With --future: a run whose encoder is taken for all.")
+_POSITIONS = _define.bool(
+    "positions", False, "The cross-entropy by grid position (and nothing else)."
+)
 _FOLLOW = _define.bool("follow", False, "Wait for what the runs add, until all are finished.")
 
 _OF_SAMPLES = (_OUT, _BATCH, _SAVE, _TRAINING)
 _OF_RUNS = (
-    _STEPS, _NUM, _GUIDANCE, _SEED, _PIXELS, _VALIDATION, _HELD_OUT, _PROBES, _FUTURE, _TEACHER, _FOLLOW,
+    _STEPS, _NUM, _GUIDANCE, _SEED, _PIXELS, _VALIDATION, _HELD_OUT, _PROBES, _FUTURE, _TEACHER,
+    _POSITIONS, _FOLLOW,
 )  # fmt: skip
 
 
@@ -94,6 +101,10 @@ def _evaluate_samples() -> None:
 
 def _evaluate_runs() -> None:
     workdirs = paths.several(_WORKDIR.value)
+    if _POSITIONS.value:
+        protocol = PositionsProtocol(_HELD_OUT.value)
+        assessments.assess(workdirs, _STEPS.value, protocol, _FOLLOW.value)
+        return
     if _FUTURE.value:
         protocol = FutureProtocol(_FUTURE.value, _HELD_OUT.value or 5000, _TEACHER.value)
         assessments.assess(workdirs, _STEPS.value, protocol, _FOLLOW.value)

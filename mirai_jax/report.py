@@ -5,8 +5,7 @@
 
 RUN is the workdir of a run, at work or not, here or in a bucket. The page is a single HTML file that loads
 nothing: losses, validation, FID with the paper's published values, sample grids over time, speed, events,
-and the fields in which the runs differ. It needs the extra `report`. (`launch.report` is another program:
-it makes the tables of results/.)
+and the fields in which the runs differ. It needs the extra `report`.
 """
 
 import sys

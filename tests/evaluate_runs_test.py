@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from configs import mirai_e, mirai_i
 from mirai_jax.config import schema
-from mirai_jax.evaluation import assessments, probe, runs
+from mirai_jax.evaluation import assessments, positions, probe, runs
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.evaluation.small import SmallSet
-from mirai_jax.models.generator import GeneratorConfig, init_params
+from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
 from mirai_jax.training import components, restore, train
 from mirai_jax.utils.errors import ConfigError, DataError
 
@@ -60,6 +60,14 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     share = lambda x: probe.accuracy(x[:400], labels[:400], x[400:], labels[400:])
     assert share(signal) > 0.95
     assert share(noise) < 0.4
+
+
+def test_cross_entropy_by_position(params):
+    codes, labels = codes_and_labels(103)  # not a multiple of the images at once
+    logits, _ = Generator(CONFIG).apply({"params": params}, codes[:, :-1], labels)
+    chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), codes[..., None], axis=-1)
+    found = positions.by_position(CONFIG, params, codes.astype(np.uint16), labels)
+    np.testing.assert_allclose(found, -chosen.mean(axis=0).reshape(4, 4), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +116,9 @@ def test_what_is_there_is_not_measured_again(workdir, capsys, monkeypatch):
     for entry in entries:
         assert entry["protocol"]["samples"] == 60
         assert 0 < entry["validation_cross_entropy"] < np.log(16) + 0.1
-        assert entry["frechet"] > 0
+        assert (
+            entry["frechet"] > 0 and entry["frechet_classifier"] > entry["real_frechet_classifier"]
+        )
         assert 0 <= entry["class_accuracy"] <= 1
         assert entry["real_class_accuracy"] > 0.5  # ten classes: it does see digits
         assert 0 < entry["real_frechet"] < entry["frechet"]

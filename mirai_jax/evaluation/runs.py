@@ -6,12 +6,14 @@ fid, frechet_efficientnet_lite0, sfid, precision and the like
 class_accuracy   share of the samples that a classifier of real images assigns to the class asked for
 frechet          distance of the samples over EfficientNet-Lite0 to the tokenizer's reconstructions of the
                  held-out images, which leaves out the tokenizer's error
-real_...         frechet, frechet_images (to the held-out images as they are) and class_accuracy of real
-                 images through the tokenizer: the limit of any generator of its tokens
+frechet_classifier
+                 the same over the decision values of that classifier, which teaches nobody
+real_...         frechet, frechet_classifier, frechet_images (to the held-out images as they are) and
+                 class_accuracy of real images through the tokenizer: the limit of any generator of its tokens
 probe, teacher_probe
                  accuracies of linear probes, where asked for, of the last step: SmallSet.probes
 
-The last four need images in memory. A run measures the first two while it trains, to the same digits.
+The last five need images in memory. A run measures the first two while it trains, to the same digits.
 """
 
 import dataclasses
@@ -180,19 +182,20 @@ class Assessor:
                 self._log(f"warning: reference: {warning}")
         if asked not in kept:
             kept[asked] = Drawn(settings, asked, tokenizer, params, network)
-        hits = []
-        see = (lambda *images_labels: hits.append(small.hits(*images_labels))) if small else None
-        fake = kept[asked].features(saved["ema"], see=see or (lambda *_: None))
+        judged = small.judge() if small else lambda *_: None
+        fake = kept[asked].features(saved["ema"], see=judged)
         measures = samples.compare(network.is_inception, fake, self._real[key])
         if small:
-            measures["class_accuracy"] = sum(hits) / asked.samples
+            measures["class_accuracy"] = judged.hits / asked.samples
         if small and not network.is_inception:
             key = pretrained.checksum(params), asked.samples, asked.pixels
             if key not in self._limits:
                 moments = lambda images: network.features(of_array("images", images)).moments
                 self._limits[key] = small.limits(tokenizer, params, asked.samples, moments)
-            reconstructed, limits = self._limits[key]
-            measures |= {"frechet": distance(fake.moments, reconstructed), **limits}
+            reconstructed, by_classifier, limits = self._limits[key]
+            measures["frechet"] = distance(fake.moments, reconstructed)
+            measures["frechet_classifier"] = distance(judged.moments, by_classifier)
+            measures |= limits
         return measures
 
     def _probe(self, settings: Settings, saved: Any, protocol: Protocol) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import numpy as np
 from mirai_jax.config.schema import Settings
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.evaluation import probe
-from mirai_jax.evaluation.metrics import distance
+from mirai_jax.evaluation.metrics import Moments, distance
 from mirai_jax.models import batched
-from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
+from mirai_jax.sampling.classifier import class_accuracy, decision_values, fit_classifier
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import frozen
 
@@ -21,6 +21,25 @@ _PROBED_ON = 5_000  # training images
 def spread_evenly(count: int, wanted: int) -> np.ndarray:
     """Indices of `wanted` of `count` items, evenly spaced: data may be sorted by class."""
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
+
+
+class Judged:
+    """What a classifier of real images makes of images, seen part by part.
+
+    Attributes:
+        hits: how many it assigns to their label.
+        moments: of its decision values.
+    """
+
+    def __init__(self, classifier: Any, channels: int):
+        self._classifier, self._channels = classifier, channels
+        self.hits, self.moments = 0.0, Moments()
+
+    def __call__(self, images: np.ndarray, labels: np.ndarray) -> "Judged":
+        images = images[..., : self._channels]  # of grey images, samples have three
+        self.hits += class_accuracy(self._classifier, images, labels) * len(labels)
+        self.moments.add(decision_values(self._classifier, images))
+        return self
 
 
 class SmallSet:
@@ -35,23 +54,23 @@ class SmallSet:
         self._log("fitting a classifier of the real images")
         return fit_classifier(self.train.images, self.train.labels)
 
-    def hits(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """How many images the classifier of real images assigns to their label."""
-        channels = self.train.images.shape[-1]  # of grey images, samples have three
-        return class_accuracy(self._classifier, images[..., :channels], labels) * len(labels)
+    def judge(self) -> Judged:
+        """Of no images yet."""
+        return Judged(self._classifier, self.train.images.shape[-1])
 
     def limits(
         self, tokenizer: Any, params: Any, count: int, moments: Callable[[np.ndarray], Any]
-    ) -> tuple[Any, dict[str, float]]:
+    ) -> tuple[Any, Any, dict[str, float]]:
         """What any generator of these tokens can reach, of `count` real images.
 
         Args:
             moments: of the features of uint8 images.
 
         Returns:
-            The moments of the held-out images through the tokenizer, and: real_frechet and
-            real_frechet_images, distances of training images through the tokenizer to these and to the
-            held-out images as they are; and real_class_accuracy, of held-out ones through it.
+            The moments of the held-out images through the tokenizer, the same of the classifier's
+            decision values, and: real_frechet, real_frechet_classifier and real_frechet_images, distances
+            of training images through the tokenizer to these and to the held-out images as they are; and
+            real_class_accuracy, of held-out ones through it.
         """
 
         def again(images: np.ndarray) -> np.ndarray:
@@ -60,13 +79,23 @@ class SmallSet:
 
         reconstructed = again(self.held_out.images)
         of_reconstructed = moments(reconstructed)
-        train = self.train.images[spread_evenly(len(self.train.labels), count)]
-        real, labels = moments(again(train)), self.held_out.labels[:count]
-        return of_reconstructed, {
-            "real_frechet": distance(real, of_reconstructed),
-            "real_frechet_images": distance(real, moments(self.held_out.images)),
-            "real_class_accuracy": self.hits(reconstructed[:count], labels) / len(labels),
-        }
+        some = spread_evenly(len(self.train.labels), count)
+        train = again(self.train.images[some])
+        real, judged = moments(train), self.judge()(reconstructed, self.held_out.labels).moments
+        labels = self.held_out.labels[:count]
+        return (
+            of_reconstructed,
+            judged,
+            {
+                "real_frechet": distance(real, of_reconstructed),
+                "real_frechet_classifier": distance(
+                    self.judge()(train, self.train.labels[some]).moments, judged
+                ),
+                "real_frechet_images": distance(real, moments(self.held_out.images)),
+                "real_class_accuracy": self.judge()(reconstructed[:count], labels).hits
+                / len(labels),
+            },
+        )
 
     def probes(
         self, settings: Settings, tokenizer: Any, params: Any, ema: Any, count: int

@@ -23,6 +23,12 @@ def _pixels(images_NxHxWxC: np.ndarray) -> np.ndarray:
     return images_NxHxWxC.reshape(len(images_NxHxWxC), -1).astype(np.float32) / 255
 
 
+def decision_values(classifier, images_NxHxWxC: np.ndarray) -> np.ndarray:
+    """float64 (N, classes): how far the classifier is for each class (two or one class: one value)."""
+    decide = getattr(classifier, "decision_function", lambda x: np.zeros(len(x)))  # of one class
+    return decide(_pixels(images_NxHxWxC)).reshape(len(images_NxHxWxC), -1)
+
+
 def class_accuracy(classifier, images_NxHxWxC: np.ndarray, labels_N: np.ndarray) -> float:
     """The fraction of uint8 images that the classifier assigns to their label, in [0, 1]."""
     return float(np.mean(classifier.predict(_pixels(images_NxHxWxC)) == labels_N))
