@@ -12,6 +12,7 @@ from helpers import refusal
 
 from mirai_jax import foresight
 from mirai_jax.models import generator as generator_lib
+from mirai_jax.models import kv_cache
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.weights import torch_names
 
@@ -157,19 +158,25 @@ def test_rope_by_a_product_as_on_tpus_is_the_same(dtype):
     np.testing.assert_allclose(*np.float32((*to_x(ours), *other_to_x(ours))), rtol=2**-7, atol=1e-6)
 
 
-def test_reading_the_cache_by_eight_rows_as_on_tpus_is_the_same():
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 7, 8)) for i in range(3))
-    for position in (0, 4, 6):
-        one, eight = (
-            generator_lib._read_cache(q[:, :, 0], k, v, position, rows=rows)
-            for rows in (1, generator_lib._TPU_ROWS)
-        )
-        np.testing.assert_allclose(one, eight, rtol=1e-6, atol=1e-6)
-        seen = slice(0, position + 1)
-        scores = np.einsum("bhd,bhtd->bht", q[:, :, 0], k[:, :, seen]) / math.sqrt(8)
-        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-        want = np.einsum("bht,bhtd->bhd", weights, v[:, :, seen])
-        np.testing.assert_allclose(one, want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("heads, in_row, places", [(6, 2, 32), (4, 4, 8), (3, 1, 7)])
+def test_a_cache_with_several_heads_a_row_as_on_tpus_is_the_same(heads, in_row, places):
+    x_3xTxBxHxd = np.random.RandomState(0).normal(size=(3, places, 2, heads, 8)).astype(np.float32)
+    for n, rows, tile in ((in_row, kv_cache._ROWS, kv_cache._TILE), (1, 1, 1)):
+        attend = jax.jit(functools.partial(kv_cache._attend, rows=rows, tile=tile))
+        cache = (jnp.zeros((2, heads // n, places, n * 8)),) * 2
+        for t in range(places):
+            got, cache = attend(*x_3xTxBxHxd[:, t], cache, t)
+            q, (k, v) = x_3xTxBxHxd[0, t], x_3xTxBxHxd[1:, : t + 1]
+            scores = np.einsum("bhd,tbhd->bht", q, k) / math.sqrt(8)
+            weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+            want = np.einsum("bht,tbhd->bhd", weights, v)
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_share_a_row_of_128_lanes():
+    shapes = {(12, 64): 2, (32, 100): 1, (6, 16): 6, (5, 256): 1, (32, 4): 8}
+    assert {shape: kv_cache.heads_in_row(*shape, "tpu") for shape in shapes} == shapes
+    assert kv_cache.heads_in_row(12, 64, "cpu") == kv_cache.heads_in_row(12, 64, "gpu") == 1
 
 
 @pytest.mark.parametrize("platform, rows", [("tpu", 8), ("cuda", 1), ("cpu", 1)])

@@ -27,6 +27,7 @@ from mirai_jax import sharding, step
 from mirai_jax.benchmark import flops, measure, memory_plan
 from mirai_jax.config.schema import Settings
 from mirai_jax.data import pipeline, records
+from mirai_jax.models import decoding
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.sampling import sampler
 
@@ -172,7 +173,10 @@ class SamplerWork:
         keys = sampler.image_keys(jax.random.key(2), np.arange(batch_size))
         self._arguments = params, labels, keys
         begun = time.perf_counter()
-        lowered = sampler.generate.lower(self._config, *self._arguments, options=self._options)
+        in_row = decoding.heads_in_row(self._config, jax.default_backend())
+        lowered = sampler.generate.lower(
+            self._config, *self._arguments, self._options, heads_in_row=in_row
+        )
         self._run = lowered.compile()
         self._compile_seconds = time.perf_counter() - begun
         self.draw()

@@ -2,8 +2,8 @@
 
 Memory bounds a step, which reads every weight once and computes little with it. Hence `prepare`
 unstacks the weights by block and casts them to the compute dtype, once for a batch of sequences (a
-slice of the stack in the loop over tokens would copy it at each). Keys and values are kept by block,
-heads leading, and are only as long as a segment of positions needs (`segments`).
+slice of the stack in the loop over tokens would copy it at each). Keys and values (kv_cache.py) are kept
+by block, and are only as long as a segment of positions needs (`segments`).
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mirai_jax.models import kv_cache
 from mirai_jax.models.generator import Block, Generator, GeneratorConfig
 
-# (k, v) of each block, both (B, H, T, d) in the compute dtype.
-Cache = tuple[tuple[jax.Array, jax.Array], ...]
+Cache = tuple[kv_cache.Cache, ...]  # of each block, in the compute dtype
 
 _SEGMENTS = 4  # steps read 5/8 of a whole cache on average; more segments compile longer for little
 _SHORTEST = 64  # positions of a segment: shorter ones are not worth a compilation
@@ -39,9 +39,17 @@ def segments(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def empty_cache(config: GeneratorConfig, batch_size: int, places: int) -> Cache:
+def heads_in_row(config: GeneratorConfig, platform: str) -> int:
+    """How many heads a row of the cache should hold on a platform ('cpu', 'gpu', 'tpu')."""
+    return kv_cache.heads_in_row(config.num_heads, config.head_dim, platform)
+
+
+def empty_cache(
+    config: GeneratorConfig, batch_size: int, places: int, heads_in_row: int = 1
+) -> Cache:
     """Zero keys and values for `places` positions."""
-    zeros = jnp.zeros((batch_size, config.num_heads, places, config.head_dim), config.dtype)
+    groups, width = config.num_heads // heads_in_row, config.head_dim * heads_in_row
+    zeros = jnp.zeros((batch_size, groups, places, width), config.dtype)
     return tuple((zeros, zeros) for _ in range(config.num_layers))
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from mirai_jax.models import kv_cache
 from mirai_jax.models.activation_sharding import look_up, shard_activation
 from mirai_jax.models.attention import attend
 from mirai_jax.models.linear import Linear
@@ -44,7 +45,6 @@ REMAT: Mapping[str, Any] = {
 }
 
 _INIT = nn.initializers.normal(0.02)
-_TPU_ROWS = 8  # rows of the smallest product that a TPU gives to its matrix unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,39 +156,6 @@ _rope_by_product.defvjp(
 )
 
 
-def _attend_cached(q_Bx1xHxd, k_Bx1xHxd, v_Bx1xHxd, cache, position):
-    """Writes a key and a value at `position`, and attends to the cache up to it with one query.
-
-    Returns (B, 1, H, d) and the cache.
-    """
-
-    # The write precedes the read: else the compiler copies the whole cache for the reader.
-    def write(places_BxHxTxd, new_Bx1xHxd):
-        new = new_Bx1xHxd.swapaxes(1, 2)
-        return jax.lax.dynamic_update_slice_in_dim(places_BxHxTxd, new, position, axis=2)
-
-    k, v = write(cache[0], k_Bx1xHxd), write(cache[1], v_Bx1xHxd)
-    by_rows = lambda rows: functools.partial(_read_cache, rows=rows)
-    out = jax.lax.platform_dependent(
-        q_Bx1xHxd[:, 0], k, v, position, tpu=by_rows(_TPU_ROWS), default=by_rows(1)
-    )
-    return out[:, None], (k, v)
-
-
-def _read_cache(q_BxHxd, k_BxHxTxd, v_BxHxTxd, position, *, rows):
-    # The query is the first row, the others are zero: XLA gives a product of one row to the vector
-    # unit of a TPU, which takes more than twice as long.
-    f32 = {"preferred_element_type": jnp.float32}
-    q_BxHxRxd = jnp.pad(q_BxHxd[:, :, None], ((0, 0), (0, 0), (0, rows - 1), (0, 0)))
-    scores = jnp.einsum("bhrd,bhtd->bhrt", q_BxHxRxd, k_BxHxTxd, **f32) * q_BxHxd.shape[-1] ** -0.5
-    scores = jnp.where(jnp.arange(k_BxHxTxd.shape[2]) <= position, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    weights = jnp.where(jnp.arange(rows)[:, None] == 0, weights, 0).astype(v_BxHxTxd.dtype)
-    out = jnp.einsum("bhrt,bhtd->bhrd", weights, v_BxHxTxd, **f32)
-    # The sum fuses with the product; taking the first row would be a separate pass.
-    return out.sum(axis=2).astype(v_BxHxTxd.dtype)
-
-
 class Attention(nn.Module):
     """Causal self-attention with 2-D rotary positions."""
 
@@ -198,8 +165,8 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD, cache=None, position=None):
         """Returns the output (B, T, D) and the cache.
 
-        Without a cache all T positions attend causally. With a cache (k and v, each (B, H, places,
-        d)) T is 1, and the key and the value are written to the cache at `position`.
+        Without a cache all T positions attend causally. With one (kv_cache.py) T is 1, and the key and
+        the value are written to it at `position`.
         """
         config = self.config
         heads, head_dim = config.num_heads, config.head_dim
@@ -222,7 +189,8 @@ class Attention(nn.Module):
             out = attend(q, k, v, causal=True, kernel=config.attention)
             out = checkpoint_name(out, "attention")
         else:
-            out, cache = _attend_cached(q, k, v, cache, position)
+            out, cache = kv_cache.attend(q[:, 0], k[:, 0], v[:, 0], cache, position)
+            out = out[:, None]
         out = shard_activation(out, *split).reshape(-1, heads, head_dim)
         out = Linear((width,), config.dtype, inputs=2, name="wo")(out)
         return _dropout(self, config.residual_dropout, out.reshape(x_BxTxD.shape)), cache

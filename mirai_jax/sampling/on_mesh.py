@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax import sharding
+from mirai_jax.models import decoding
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.sampling import keys, sampler
 from mirai_jax.sampling.sampler import SampleOptions
@@ -57,6 +58,7 @@ def draw(
                 sharding.place(some, rows),
                 _keys(seed, purpose, sharding.place(indices, rows)),
                 options,
+                heads_in_row=decoding.heads_in_row(config, mesh.devices.flat[0].platform),
             )
         codes.append(distributed.whole(drawn))
     return np.concatenate(codes)[: len(labels)]

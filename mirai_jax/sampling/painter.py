@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from mirai_jax.models import batched
+from mirai_jax.models import batched, decoding
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.preprocessing import resize_bicubic
@@ -67,7 +67,8 @@ class Painter:
         sides = (tokens * source.tokenizer.downsample for tokens in source.config.grid)
         chunk = min(16, batched.images_at_once(*sides))
         split = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("batch"), check_vma=False)
-        draw = functools.partial(_codes, source.config, options, seed, chunk, given)
+        in_row = decoding.heads_in_row(source.config, mesh.devices.flat[0].platform)
+        draw = functools.partial(_codes, source.config, options, seed, chunk, given, in_row)
         self._draw = jax.jit(split(draw, in_specs=(P(), P("batch"), P("batch"))))
         decode = functools.partial(_pixels, source.tokenizer, resize)
         self._decode = jax.jit(split(decode, in_specs=(P(), P("batch"))))
@@ -130,6 +131,7 @@ def _codes(
     seed: int,
     chunk: int,
     given: Given | None,
+    heads_in_row: int,
     params: Any,
     labels_B: jax.Array,
     indices_B: jax.Array,
@@ -137,7 +139,7 @@ def _codes(
     """One device's codes, in chunks of (chunk, L): the last is filled up."""
     keys_B = keys.image_keys(seed, keys.SAMPLES, indices_B)
     codes_BxL = given and jnp.broadcast_to(given.codes_L, (len(labels_B), config.length))
-    codes_BxL = sampler.generate(config, params, labels_B, keys_B, options, codes_BxL)
+    codes_BxL = sampler.generate(config, params, labels_B, keys_B, options, codes_BxL, heads_in_row)
     count = len(codes_BxL)
     return [codes_BxL[np.arange(k, k + chunk) % count] for k in range(0, count, chunk)]
 

@@ -96,7 +96,7 @@ def filter_logits(logits_BxV: jax.Array, options: SampleOptions) -> jax.Array:
     return logits
 
 
-@functools.partial(jax.jit, static_argnames=("config", "options"))
+@functools.partial(jax.jit, static_argnames=("config", "options", "heads_in_row"))
 def generate(
     config: GeneratorConfig,
     params: Any,
@@ -104,6 +104,7 @@ def generate(
     keys_B: jax.Array,
     options: SampleOptions = SampleOptions(),
     given_BxL: jax.Array | None = None,
+    heads_in_row: int = 1,
 ) -> jax.Array:
     """Draws whole images of tokens.
 
@@ -113,6 +114,7 @@ def generate(
         keys_B: typed PRNG keys, one an image.
         given_BxL: int32 codes that stand in place of drawn ones, -1 where one is drawn; None: all are.
             A drawn code depends on the given ones before it alone.
+        heads_in_row: how the cache lies in memory, from `decoding.heads_in_row`.
 
     Returns:
         int32 (B, L) codes in raster order.
@@ -156,7 +158,7 @@ def generate(
     codes, cache, drawn = jnp.zeros(count, jnp.int32), None, []
     for start, stop in decoding.segments(config.length):
         if cache is None:
-            cache = decoding.empty_cache(config, labels_B.shape[0], stop)
+            cache = decoding.empty_cache(config, labels_B.shape[0], stop, heads_in_row)
         cache = decoding.grow(cache, stop)
         given = None if given_BxL is None else given_BxL[:, start:stop].T
         at = jnp.arange(start, stop), given

@@ -1,0 +1,85 @@
+"""Keys and values of the positions decoded so far, and attention of one query to them.
+
+A step writes one position and reads all, so a position should lie in few pieces. A row of a TPU's memory
+has 128 lanes: where heads have 64 channels, rows of one head would be half empty, and the compiler gives
+the lanes to positions instead, so that a write touches every tile of the cache. On TPUs a row therefore
+holds one position of several heads.
+
+Shape letters: B batch, T places, H heads, d channels of a head, n heads in a row, R rows of queries.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values of a block, both (B, H / n, T, n d)
+
+_LANES = 128
+_ROWS = 8  # of the smallest product that a TPU gives to its matrix unit
+# Positions of a tile of bfloat16. A TPU rewrites whole tiles in any case: its compiler fuses that with what
+# makes the numbers, where a write of one position takes twice as long.
+_TILE = 16
+
+
+def heads_in_row(heads: int, head_dim: int, platform: str) -> int:
+    """How many heads a row of the cache holds on a platform."""
+    if platform != "tpu":
+        return 1
+    return max(
+        n for n in range(1, _ROWS + 1) if n == 1 or heads % n == 0 and n * head_dim <= _LANES
+    )
+
+
+def attend(
+    q_BxHxd: jax.Array, k_BxHxd: jax.Array, v_BxHxd: jax.Array, cache: Cache, position: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Writes a key and a value at `position`, and attends to the cache up to it with one query.
+
+    Returns:
+        (B, H, d), and the cache.
+    """
+    in_row = q_BxHxd.shape[1] // cache[0].shape[1]
+    return jax.lax.platform_dependent(
+        q_BxHxd, k_BxHxd, v_BxHxd, cache, position,
+        tpu=functools.partial(_attend, rows=_ROWS, tile=_TILE),
+        default=functools.partial(_attend, rows=in_row, tile=1),
+    )  # fmt: skip
+
+
+def _attend(q_BxHxd, k_BxHxd, v_BxHxd, cache, position, *, rows, tile):
+    batch, _, head_dim = q_BxHxd.shape
+    _, groups, places, width = cache[0].shape
+    row, f32 = (batch, groups, 1, width), {"preferred_element_type": jnp.float32}
+    # The write precedes the read: else the compiler copies the whole cache for the reader.
+    k, v = (
+        _write(x, new.reshape(row), position, tile)
+        for x, new in zip(cache, (k_BxHxd, v_BxHxd), strict=True)
+    )
+    # Row r of the queries holds the query of the r-th head in a row of the cache, in that head's lanes,
+    # and zeros in the others. XLA gives a product of one row to the vector unit of a TPU, which takes
+    # more than twice as long; so more rows cost nothing there.
+    own = jnp.arange(rows)[:, None] == jnp.arange(width) // head_dim
+    q = jnp.where(own, q_BxHxd.reshape(row), 0)
+    scores = jnp.einsum("bhrd,bhtd->bhrt", q, k, **f32) * head_dim**-0.5
+    scores = jnp.where(jnp.arange(places) <= position, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bhrt,bhtd->bhrd", weights, v, **f32)
+    # The sum fuses with the product; taking rows would be a separate pass.
+    out = jnp.where(own, out, 0).sum(axis=2).astype(v.dtype)
+    return out.reshape(q_BxHxd.shape), (k, v)
+
+
+def _write(places, new_BxGx1xW, position, tile):
+    """With a tile of positions: reads those around `position` and writes them back."""
+    batch, groups, count, width = places.shape
+    tile = math.gcd(tile, count)
+    if tile == 1:
+        return jax.lax.dynamic_update_slice_in_dim(places, new_BxGx1xW, position, axis=2)
+    tiles = places.reshape(batch, groups, -1, tile, width)
+    old = jax.lax.dynamic_index_in_dim(tiles, position // tile, axis=2)
+    here = (jnp.arange(tile) == position % tile)[:, None]
+    new = jnp.where(here, new_BxGx1xW[:, :, None], old)
+    tiles = jax.lax.dynamic_update_index_in_dim(tiles, new, position // tile, axis=2)
+    return tiles.reshape(places.shape)
