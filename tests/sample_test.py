@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -490,3 +491,20 @@ def test_killed_and_started_again_writes_the_same_file(workdir, tmp_path):
     assert (killed / "parts").is_dir() and not (killed / "samples.npz").exists()
     assert "images were drawn before" in output("mirai_jax.sample", *flags)
     assert digest(killed) == digest(tmp_path / "whole")
+
+
+def test_a_row_of_the_grid_is_a_class_where_images_suffice():
+    def rows(labels, names=None, columns=2):
+        job = SimpleNamespace(labels=np.array(labels))
+        job._row = functools.partial(job_lib.SamplingJob._row, job)
+        return [
+            (n, list(k)) for n, k in job_lib.SamplingJob._rows(job, len(labels), columns, names)
+        ]
+
+    both = ["crane", "owl", "crane"]  # two classes of one name
+    assert rows([2, 0, 2, 0, 1, 2], both) == [("crane", [1, 3]), ("crane", [0, 2])]
+    assert rows([2, 0, 2, 0]) == [("class 0", [1, 3]), ("class 2", [0, 2])]
+    assert rows([0, 1, 2, 0], both) == [("image 0: crane, owl", [0, 1]), ("image 2: crane", [2, 3])]
+    assert rows([1, 1, 1, 1], both) == [("image 0: owl", [0, 1]), ("image 2: owl", [2, 3])]
+    many = rows(np.repeat(np.arange(1000), 2))
+    assert len(many) == 8 and many[-1] == ("class 875", [1750, 1751])

@@ -138,6 +138,22 @@ class SamplingJob:
         path = self.part(k)
         return np.load(io.BytesIO(path.read_bytes()) if files.is_remote(path) else path)
 
+    def _rows(
+        self, count: int, columns: int, names: list[str] | None
+    ) -> list[tuple[str, np.ndarray]]:
+        """Names of the grid's rows, and the numbers, of the first `count`, of the images in each.
+
+        A row is a class where several have images enough for one.
+        """
+        labels = self.labels[:count]
+        found = {y: np.flatnonzero(labels == y)[:columns] for y in np.unique(labels)}
+        full = {y: chosen for y, chosen in found.items() if len(chosen) == columns}
+        if len(full) > 1:
+            some = list(full)[:: -(-len(full) // _GRID)]
+            return [(names[y][:48] if names else f"class {y}", full[y]) for y in some]
+        starts = range(0, min(count, _GRID * columns) // columns * columns, columns)
+        return [(self._row(i, columns, names), np.arange(i, i + columns)) for i in starts]
+
     def _row(self, start: int, count: int, names: list[str] | None) -> str:
         """The name of some images from `start` on: their classes, where their names are known."""
         shown = [names[y] for y in self.labels[start : start + count]] if names else []
@@ -150,9 +166,9 @@ class SamplingJob:
         columns = min(_GRID - len(self.beside), len(first))
         size = first.shape[2], first.shape[1]
         beside = [np.asarray(Image.fromarray(each).resize(size)) for each in self.beside]
-        starts = range(0, min(len(first), _GRID * columns) // columns * columns, columns)
-        shown = [image for i in starts for image in (*beside, *first[i : i + columns])]
-        grid = pictures.sample_grid(np.stack(shown), [self._row(i, columns, names) for i in starts])
+        rows = self._rows(len(first), columns, names)
+        shown = [image for _, chosen in rows for image in (*beside, *first[chosen])]
+        grid = pictures.sample_grid(np.stack(shown), [name for name, _ in rows])
         pictures.save_picture(self.out / "grid.png", grid)
         # A stop's leftover is removed with the parts. A bucket gets the file at once, whole.
         remote = files.is_remote(self.out)
