@@ -62,11 +62,6 @@ def attend(
     return jax.lax.platform_dependent(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, default=xla, **fused)
 
 
-def pads_little(length: int) -> bool:
-    """Whether a TPU's kernel takes a length: more padding costs more than scores that are written."""
-    return length >= _TILE and -length % _TILE <= length / 4
-
-
 def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
     """{platform: its fused kernel} of this installation of JAX; empty where no kernel fits.
 
@@ -77,7 +72,7 @@ def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
         return {}
     if _has_cudnn(q_BxTxHxd):
         platform, kernel = "cuda", _cudnn
-    elif _has_splash() and pads_little(length):
+    elif _has_splash() and -length % _TILE <= length / 4:  # more padding costs more than scores
         platform, kernel = "tpu", _splash
     else:
         return {}

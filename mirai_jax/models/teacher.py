@@ -52,22 +52,22 @@ def precision(dtype: str, platform: str) -> str:
     return dtype if dtype != "auto" else "bfloat16" if platform == "tpu" else "float32"
 
 
-def _by_platform(
+def _apply(
     teacher: nn.Module,
     network: nn.Module,
-    on_tpu: nn.Module,
     run: Callable[[nn.Module, jax.Array], jax.Array],
     images: jax.Array,
 ) -> jax.Array:
-    """`run(network, images)`, on TPUs with `on_tpu`, which takes the same parameters."""
-    if teacher.is_initializing():
+    """`run(network, images)`, where the network of a teacher takes the `precision` of the platform."""
+    if teacher.dtype != "auto" or teacher.is_initializing():
         return run(network, images)
     params = {"params": teacher.variables["params"][network.name]}
-    tpu, default = (
-        functools.partial(module.clone(parent=None, name=None).apply, params, method=run)
-        for module in (on_tpu, network)
-    )
-    return jax.lax.platform_dependent(images, tpu=tpu, default=default)
+
+    def on(platform: str) -> Callable[[jax.Array], jax.Array]:
+        module = network.clone(parent=None, name=None, dtype=precision("auto", platform))
+        return functools.partial(module.apply, params, method=run)
+
+    return jax.lax.platform_dependent(images, tpu=on("tpu"), default=on(""))
 
 
 class EfficientNetTeacher(nn.Module):
@@ -109,9 +109,8 @@ class EfficientNetTeacher(nn.Module):
         images = jax.image.resize(images_BxHxWxC.astype(jnp.float32) / 255, shape, "linear")
         images = _rgb(images)
         network = EfficientNetLite0(dtype=precision(self.dtype, ""), name="network")
-        on_tpu = EfficientNetLite0(dtype=precision(self.dtype, "tpu"), parent=None)
         run = lambda network, images: network(images, stage=self.stage).astype(jnp.float32)
-        features = _by_platform(self, network, on_tpu, run, images)
+        features = _apply(self, network, run, images)
         return resample(spatial_zscore(features, self.zscore), self.grid)
 
 
@@ -198,16 +197,13 @@ class VitTeacher(nn.Module):
         network = vit.VisionTransformer(
             self.config, precision(self.dtype, ""), self.attention, name="network"
         )
-        on_tpu = vit.VisionTransformer(
-            self.config, precision(self.dtype, "tpu"), self.attention, 8, parent=None
-        )
         order = blocks_of_patches(self.grid, self.patches, self.block)
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
             run = lambda network, images: network(
                 images, self.layer, norm=self.norm, last=self.last, order=order
             )[0]
-            features = _by_platform(self, network, on_tpu, run, images)
+            features = _apply(self, network, run, images)
         return resample(spatial_zscore(features, self.zscore), self.grid)
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax.models.attention import attend, pads_little
+from mirai_jax.models.attention import attend
 from mirai_jax.models.preprocessing import check_images, resample_positions
 
 DEVIATION = 0.02  # of fresh parameters
@@ -168,7 +168,6 @@ class Attention(nn.Module):
     dtype: str = "float32"
     attention: str = "auto"
     order: tuple[int, ...] = ()
-    padding: int = 0
 
     @nn.compact
     def __call__(self, x_BxTxD, rotations=None):
@@ -182,9 +181,6 @@ class Attention(nn.Module):
         if rotations is not None:
             q, k = _rotate(q, rotations), _rotate(k, rotations)
         mask = attended(self.order, length - len(self.order)) if self.order else None
-        if self.padding:
-            hidden = np.arange(length) < self.padding
-            mask = np.broadcast_to(~hidden, (length, length)) & (True if mask is None else mask)
         out = attend(q, k, v, causal=False, mask=mask, kernel=self.attention)
         return _dense(width, self.dtype, "proj")(out.reshape(-1, width)).reshape(x_BxTxD.shape)
 
@@ -226,7 +222,6 @@ class Block(nn.Module):
     dtype: str = "float32"
     attention: str = "auto"
     order: tuple[int, ...] = ()
-    padding: int = 0
     collect: bool = False
 
     @nn.compact
@@ -236,9 +231,7 @@ class Block(nn.Module):
         def scaled(name, added):
             return LayerScale(name=name)(added) if config.layer_scale else added
 
-        attention = Attention(
-            config, self.dtype, self.attention, self.order, self.padding, name="attn"
-        )
+        attention = Attention(config, self.dtype, self.attention, self.order, name="attn")
         x = x + scaled("ls1", attention(_norm(config, "norm1")(x), rotations))
         feed_forward = FeedForward(config, self.dtype, name="mlp")
         x = x + scaled("ls2", feed_forward(_norm(config, "norm2")(x)))
@@ -253,15 +246,11 @@ class VisionTransformer(nn.Module):
         dtype: of matrix products, "float32" or "bfloat16". Parameters, the residual stream,
             LayerNorm, rotations and softmax are float32.
         attention: the kernel, of attention.KERNELS.
-        multiple: the tokens before the patches are padded, in front, to a multiple of this number.
-            Nothing attends to the padding. A TPU, whose tiles have 8 rows, otherwise moves all tokens
-            at each change of shape. Attention in a fused kernel pads what it needs.
     """
 
     config: VitConfig
     dtype: str = "float32"
     attention: str = "auto"
-    multiple: int = 1
 
     @nn.compact
     def __call__(
@@ -324,22 +313,18 @@ class VisionTransformer(nn.Module):
             name = "storage_tokens" if positions is None else "register_tokens"
             first = jnp.concatenate([first, table(name, 1, config.registers)], axis=1)
         first = jnp.broadcast_to(first, (batch, *first.shape[1:]))
-        x = jnp.concatenate([first, x], axis=1)
-        fused = self.dtype == "bfloat16" and pads_little(x.shape[1]) and not order
-        padding = 0 if fused else -(1 + config.registers) % self.multiple
-        x = jnp.pad(x, ((0, 0), (padding, 0), (0, 0)))
-        scanned = self._blocks(layer, order, padding, collect=last > 1)
-        x, outputs = scanned(x, rotations)
+        scanned = self._blocks(layer, order, collect=last > 1)
+        x, outputs = scanned(jnp.concatenate([first, x], axis=1), rotations)
         x = outputs[-last:] if last > 1 else x
         normalised = _norm(config, "norm")(x)
         if config.local_cls_norm and self.is_initializing():
             _norm(config, "local_cls_norm")(x)
         x = normalised if norm else x
         x = x.mean(axis=0) if last > 1 else x
-        lead = padding + 1 + config.registers
-        return x[:, lead:].reshape(batch, *grid, config.width), x[:, padding:lead]
+        lead = 1 + config.registers
+        return x[:, lead:].reshape(batch, *grid, config.width), x[:, :lead]
 
-    def _blocks(self, layer: int, order: tuple[int, ...], padding: int, collect: bool) -> nn.Module:
+    def _blocks(self, layer: int, order: tuple[int, ...], collect: bool) -> nn.Module:
         """The blocks up to `layer`, with their part of the stacked parameters."""
         config = self.config
         depth = config.num_layers if self.is_initializing() or layer == 0 else layer
@@ -354,4 +339,4 @@ class VisionTransformer(nn.Module):
             scanned = nn.map_variables(
                 scanned, "params", lambda params: jax.tree.map(lambda x: x[:depth], params)
             )
-        return scanned(config, self.dtype, self.attention, order, padding, collect, name="blocks")
+        return scanned(config, self.dtype, self.attention, order, collect, name="blocks")
