@@ -4,17 +4,18 @@ The compiler writes into its program how many cycles each operation will take by
 is the upper end of the range. The model takes every operand from main memory, and in the end many lie in the
 chip's fast memory; so the lower end is what arithmetic and main memory alone allow: the larger of an
 operation's multiplications at the peak rate and of its bytes outside the fast memory at full bandwidth.
-Collectives have no cycles: they are counted by bytes on both links of a ring. What runs beside
-products, as the parts of a step that the compiler begins early, costs nothing in the lower end.
+Collectives have no cycles: they are counted by bytes on both links of a ring, those begun early in the
+upper end alone.
 
-Left out: waiting between operations, other steps than the last kind (all terms active), the input pipeline,
-checkpoints and measurements. Nothing here was compared with a chip.
+Left out: waits between operations, the input pipeline, checkpoints and measurements. Nothing here was
+compared with a chip.
 """
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 _BYTES = {"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 _TYPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[^{}]|\{[^}]*\})*))?\})?")
@@ -149,7 +150,7 @@ class _Program:
                 current.append(_Operation(**found.groupdict()))
         self.by_name = {op.name: op for ops in self.computations.values() for op in ops}
 
-    def executed(self):
+    def executed(self) -> Iterator[tuple[_Operation, float]]:
         """Yields (operation, how often it runs), of loops the operations of their bodies."""
         queue = collections.deque([(self.entry, 1)])
         while queue:
@@ -174,12 +175,9 @@ class _Program:
         return max(bounds, default=1)
 
     def milliseconds(self, op: _Operation, chip: Tpu) -> tuple[float, float]:
+        """The lower and the upper end."""
         if self._collective(op):
-            size = sum(size for size, _ in _arrays(op.type)) / (
-                2 if op.kind.endswith("start") else 1
-            )
-            ways = 2 if op.kind.startswith("all-reduce") else 1
-            time = ways * size / (2e6 * chip.link)
+            time = self._moved(op) / (2e6 * chip.link)
             # What is begun early runs beside other work.
             return (0.0 if op.kind.endswith("-start") else time), time
         flops = self.flops(op)
@@ -187,6 +185,15 @@ class _Program:
         compute = flops / (1e9 * chip.tflops * share)
         low = max(compute, self._bytes(op) / (1e6 * chip.bandwidth))
         return low, max(low, op.cycles / (1e6 * chip.clock))
+
+    def _moved(self, op: _Operation) -> float:
+        """Bytes through the links of each chip, which has two: a sum goes around a ring twice."""
+        given = sum(_size(self.by_name[name].type) for name in op.operands if name in self.by_name)
+        size = max(given, _size(op.type) - given * op.kind.endswith("-start"))
+        groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", op.rest)
+        ways = int(groups[1] or 1 + groups[2].count(",")) if groups else 2
+        twice = 2 if "all-reduce" in op.kind + op.name else 1
+        return size * twice * (ways - 1) / ways
 
     def _bytes(self, op: _Operation) -> float:
         """Bytes of results and operands in main memory; of what is sliced or updated, the slice."""
@@ -235,11 +242,9 @@ class _Program:
             return "attention"
         if self.flops(op):
             return "products"
-        return (
-            "rest"
-            if "/" in op.scope.replace("jit(", "", 1) and "Generator" in op.scope
-            else "optimizer"
-        )
+        # What belongs to a network or to the gradient of the loss says so: its module begins with a capital.
+        outside = op.scope and not re.search(r"jvp|[A-Z]\w*[/.)]", op.scope)
+        return "optimizer" if outside else "rest"
 
 
 def _products(op: _Operation) -> int:
@@ -262,3 +267,7 @@ def _arrays(type_: str) -> list[tuple[int, bool]]:
         (_BYTES.get(kind, 1) * math.prod(int(n) for n in sizes.split(",") if n), "S(" not in layout)
         for kind, sizes, _, layout in _TYPE.findall(type_)
     ]
+
+
+def _size(type_: str) -> int:
+    return sum(size for size, _ in _arrays(type_))
