@@ -37,7 +37,7 @@ _FREE = (
     *("copy-start", "copy-done", "slice-start", "slice-done", "opt-barrier"),
 )
 CLASSES = ("products", "attention", "optimizer", "collectives", "rest")
-# Attention kernels tell no cycles: the share of the peak rate that their schedule reaches at 256 tokens.
+# Attention kernels carry no cycles: the share of the peak rate that their schedule reaches at 256 tokens.
 _KERNEL_SHARE = 0.17
 
 
