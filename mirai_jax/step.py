@@ -30,7 +30,7 @@ from mirai_jax.models import generator as generator_lib
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.models.teacher import precision
+from mirai_jax.models.teacher import with_precision
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer, overlay, trained
 
 # label (B,) int; codes (B, L) int, unless the step makes them; for a bidirectional teacher image
@@ -50,7 +50,7 @@ class Recipe:
             nothing would read it.
         steps_per_epoch: whole batches in an epoch, the unit of the terms' schedules.
         teacher: the bidirectional encoder, image -> (B, L, Z), with a field `feature_width` (Z).
-        teacher_dtype: of the matrix products of generators that teach (`teacher.precision`); float32
+        teacher_dtype: of the matrix products of generators that teach (see `precision`); float32
             officially, where teachers run outside autocast.
         pretrained_configs: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
         tokenizer: makes the codes of a batch from its images; None: batches hold codes.
@@ -162,18 +162,14 @@ def teacher_targets(
         else:
             raise ValueError(f"the step has no targets for the source {term.source!r}")
 
-        def states(params, codes, labels, platform):
-            dtype = precision(recipe.teacher_dtype, platform)
+        def states(dtype, params, codes, labels):
             in_dtype = dataclasses.replace(config, dtype=dtype)
             return generator_lib.hidden_states(in_dtype, params, codes, labels, term.teacher_layer)
 
         arguments = params, batch["codes"][:, :-1], batch["label"]
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
-            if recipe.teacher_dtype != "auto":
-                return states(*arguments, "")
-            on = lambda platform: functools.partial(states, platform=platform)
-            return jax.lax.platform_dependent(*arguments, tpu=on("tpu"), default=on(""))
+            return with_precision(recipe.teacher_dtype, states, *arguments)
 
     targets, made = {}, {}
     for term in terms:

@@ -11,6 +11,7 @@ encoder with another grid are resampled to the token grid. An encoder of yours: 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -52,22 +53,30 @@ def precision(dtype: str, platform: str) -> str:
     return dtype if dtype != "auto" else "bfloat16" if platform == "tpu" else "float32"
 
 
+def with_precision(dtype: str, run: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    """`run(dtype, *arguments)`, where 'auto' is what `precision` makes of it."""
+    if dtype != "auto":
+        return run(dtype, *arguments)
+    on = lambda platform: functools.partial(run, precision(dtype, platform))
+    return jax.lax.platform_dependent(*arguments, tpu=on("tpu"), default=on(""))
+
+
 def _apply(
     teacher: nn.Module,
     network: nn.Module,
     run: Callable[[nn.Module, jax.Array], jax.Array],
     images: jax.Array,
 ) -> jax.Array:
-    """`run(network, images)`, where the network of a teacher takes the `precision` of the platform."""
+    """`run(network, images)` in the teacher's dtype."""
     if teacher.dtype != "auto" or teacher.is_initializing():
         return run(network, images)
     params = {"params": teacher.variables["params"][network.name]}
 
-    def on(platform: str) -> Callable[[jax.Array], jax.Array]:
-        module = network.clone(parent=None, name=None, dtype=precision("auto", platform))
-        return functools.partial(module.apply, params, method=run)
+    def apply(dtype: str, images: jax.Array) -> jax.Array:
+        module = network.clone(parent=None, name=None, dtype=dtype)
+        return module.apply(params, images, method=run)
 
-    return jax.lax.platform_dependent(images, tpu=on("tpu"), default=on(""))
+    return with_precision(teacher.dtype, apply, images)
 
 
 class EfficientNetTeacher(nn.Module):
