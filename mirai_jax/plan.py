@@ -1,7 +1,8 @@
-"""Plans the memory of a run: `python -m mirai_jax.plan --config=configs/mirai_e.py:imagenet_3b --devices=16`.
+"""Plans a run: `python -m mirai_jax.plan --config=configs/mirai_e.py:imagenet_3b --devices=16`.
 
 Compiles the train step for 16 simulated devices, or with --chip for chips that need not be here, and
-prints what each device needs. Trains nothing, and reads neither data nor published weights.
+prints the memory that each device needs; of TPUs also how long a step is predicted to take. Trains
+nothing, and reads neither data nor published weights.
 Exit status: 0 planned; 1 an error to mend.
 """
 
@@ -10,7 +11,7 @@ import functools
 import jax
 
 from mirai_jax import sharding
-from mirai_jax.benchmark import chips, memory_plan
+from mirai_jax.benchmark import chips, flops, memory_plan, predict
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.training import follow
@@ -57,13 +58,19 @@ def main(argv: list[str]) -> None:
             f"model.remat {settings.generator.remat}; compiling"
         )
         try:
-            plan = memory_plan.plan(settings, devices)
+            compiled = memory_plan.compile_step(settings, devices)
         except jax.errors.JaxRuntimeError as error:  # compilers for TPUs refuse what does not fit
             raise TrainingError(
                 f"the compiler refuses the step ({first_line(error)[:300]}); if memory is the reason, "
                 f"{LESS_MEMORY}"
             ) from error
+        plan = compiled.plan
         print(*plan.lines(), sep="\n")
+        if chip := predict.TPUS.get(_CHIP.value.split(":")[0]):
+            operations = flops.step_flops(compiled.recipe, settings.batch_size).total
+            prediction = predict.predict(compiled.run.as_text(), chip)
+            work = operations / len(devices), settings.batch_size, settings.num_steps
+            print(*prediction.lines(chip, *work), sep="\n")
         if _CHIP.value in chips.GPUS:
             print(chips.verdict(_CHIP.value, plan.total))
         elif not _CHIP.value:

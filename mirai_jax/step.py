@@ -30,6 +30,7 @@ from mirai_jax.models import generator as generator_lib
 from mirai_jax.models import tokenizer as tokenizer_lib
 from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.models.teacher import with_precision
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer, overlay, trained
 
 # label (B,) int; codes (B, L) int, unless the step makes them; for a bidirectional teacher image
@@ -49,8 +50,8 @@ class Recipe:
             nothing would read it.
         steps_per_epoch: whole batches in an epoch, the unit of the terms' schedules.
         teacher: the bidirectional encoder, image -> (B, L, Z), with a field `feature_width` (Z).
-        teacher_dtype: of the matrix products of generators that teach; float32 officially, where
-            teachers run outside autocast.
+        teacher_dtype: of the matrix products of generators that teach (see `precision`); float32
+            officially, where teachers run outside autocast.
         pretrained_configs: (term name, GeneratorConfig) of the pretrained generators of `checkpoint` terms.
         tokenizer: makes the codes of a batch from its images; None: batches hold codes.
         accumulate: parts of a batch that are computed one after the other, to save memory; the
@@ -160,12 +161,15 @@ def teacher_targets(
             config, params = recipe.generator, adapters.scaled(ema, recipe.lora)
         else:
             raise ValueError(f"the step has no targets for the source {term.source!r}")
-        config = dataclasses.replace(config, dtype=recipe.teacher_dtype)
+
+        def states(dtype, params, codes, labels):
+            in_dtype = dataclasses.replace(config, dtype=dtype)
+            return generator_lib.hidden_states(in_dtype, params, codes, labels, term.teacher_layer)
+
+        arguments = params, batch["codes"][:, :-1], batch["label"]
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
-            return generator_lib.hidden_states(
-                config, params, batch["codes"][:, :-1], batch["label"], term.teacher_layer
-            )
+            return with_precision(recipe.teacher_dtype, states, *arguments)
 
     targets, made = {}, {}
     for term in terms:

@@ -343,7 +343,7 @@ RESUMABLE = {
     "judged_samples": 3, "accumulate": 2, "nonfinite": "skip", "hang_limit": 9, "num_steps": 10_000,
     "profile_steps": [1, 2], "wandb.project": "mirai",
     "data.num_workers": 2, "data.path": "moved", "data.images": "moved", "tokenizer.path": "moved",
-    "teacher.path": "moved", "model.unroll": 1, "model.remat": "full", "model.attention": "xla",
+    "teacher.path": "moved", "teacher.dtype": "bfloat16", "model.unroll": 1, "model.remat": "full", "model.attention": "xla",
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "sample.guidance": 1.0, "sample.interval": 1,
     "sample.temperature": 0.5, "sample.top_k": 9, "sample.top_p": 0.5, "sample.greedy": True,
     "sample.schedule": "linear", "sample.power": 2.0,

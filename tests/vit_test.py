@@ -293,3 +293,15 @@ def test_tokens_share_the_features_of_coarser_patches():
 def test_grey_images_become_rgb():
     grey = random_pixels(2, 16, 16, 1)
     np.testing.assert_array_equal(teach(grey, (2, 2)), teach(np.repeat(grey, 3, axis=-1), (2, 2)))
+
+
+def test_auto_is_bfloat16_on_tpus_alone():
+    module = teacher.VitTeacher((2, 2), SMALL, dtype="auto")
+    images = jnp.zeros((1, 16, 16, 3), jnp.uint8)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+
+    def text(platform):
+        traced = jax.jit(module.apply).trace(shapes, images)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert ["bf16" in text(platform) for platform in ("cpu", "cuda", "tpu")] == [False, False, True]

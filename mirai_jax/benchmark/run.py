@@ -19,6 +19,7 @@ from mirai_jax import sharding
 from mirai_jax.benchmark import measure, memory_plan, reference, work
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
+from mirai_jax.models.teacher import precision
 from mirai_jax.training import follow
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.progress import Progress
@@ -204,7 +205,7 @@ def about(settings: schema.Settings) -> dict[str, Any]:
         "generator": dataclasses.asdict(settings.generator),
         "batch_size": settings.batch_size,
         "guidance": settings.sample.guidance,
-        "teacher_dtype": settings.teacher.dtype,
+        "teacher_dtype": precision(settings.teacher.dtype, device.platform),
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
         "devices": len(jax.devices()),

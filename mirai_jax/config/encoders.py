@@ -21,7 +21,7 @@ class TeacherSettings:
     block: int = field(0, at_least=0)
     zscore: float = field(0.0, at_least=0, at_most=1)
     stage: int = field(5, at_least=1, at_most=7)
-    dtype: str = field("float32", choices=DTYPES)
+    dtype: str = field("auto", choices=("auto", *DTYPES), resumable=True)  # changes rounding
     cached: bool = field(False)
 
 

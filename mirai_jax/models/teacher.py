@@ -9,6 +9,10 @@ where L is the token grid, row by row: position n describes the pixels of token 
 encoder with another grid are resampled to the token grid. An encoder of yours: `OwnTeacher`.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -43,6 +47,38 @@ def spatial_zscore(features_BxhxwxZ: jax.Array, alpha: float) -> jax.Array:
     return (features_BxhxwxZ - alpha * mean) / (deviation + 1e-6)
 
 
+def precision(dtype: str, platform: str) -> str:
+    """The dtype that a teacher computes in: 'auto' is bfloat16 on TPUs, where float32 takes three passes
+    of the matrix unit, and float32 elsewhere."""
+    return dtype if dtype != "auto" else "bfloat16" if platform == "tpu" else "float32"
+
+
+def with_precision(dtype: str, run: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    """`run(dtype, *arguments)`, where 'auto' is what `precision` makes of it."""
+    if dtype != "auto":
+        return run(dtype, *arguments)
+    on = lambda platform: functools.partial(run, precision(dtype, platform))
+    return jax.lax.platform_dependent(*arguments, tpu=on("tpu"), default=on(""))
+
+
+def _apply(
+    teacher: nn.Module,
+    network: nn.Module,
+    run: Callable[[nn.Module, jax.Array], jax.Array],
+    images: jax.Array,
+) -> jax.Array:
+    """`run(network, images)` in the teacher's dtype."""
+    if teacher.dtype != "auto" or teacher.is_initializing():
+        return run(network, images)
+    params = {"params": teacher.variables["params"][network.name]}
+
+    def apply(dtype: str, images: jax.Array) -> jax.Array:
+        module = network.clone(parent=None, name=None, dtype=dtype)
+        return module.apply(params, images, method=run)
+
+    return with_precision(teacher.dtype, apply, images)
+
+
 class EfficientNetTeacher(nn.Module):
     """A stage of EfficientNet-Lite0 (a supervised ImageNet classifier).
 
@@ -52,7 +88,7 @@ class EfficientNetTeacher(nn.Module):
             linearly. Where the grid is not square, the other side follows it, and both are multiples of
             32, which every stage divides.
         stage: 1 to 7, the stage that gives the features.
-        dtype: of the convolutions.
+        dtype: of the convolutions, see `precision`.
         zscore: see `spatial_zscore`.
     """
 
@@ -81,8 +117,9 @@ class EfficientNetTeacher(nn.Module):
         shape = (batch, *self.sides, channels)
         images = jax.image.resize(images_BxHxWxC.astype(jnp.float32) / 255, shape, "linear")
         images = _rgb(images)
-        network = EfficientNetLite0(dtype=self.dtype, name="network")
-        features = network(images, stage=self.stage).astype(jnp.float32)
+        network = EfficientNetLite0(dtype=precision(self.dtype, ""), name="network")
+        run = lambda network, images: network(images, stage=self.stage).astype(jnp.float32)
+        features = _apply(self, network, run, images)
         return resample(spatial_zscore(features, self.zscore), self.grid)
 
 
@@ -131,7 +168,7 @@ class VitTeacher(nn.Module):
         last: the features are the mean over this number of blocks up to `layer`.
         block: tokens of a block; 0: every patch attends to every other.
         zscore: see `spatial_zscore`.
-        dtype: of the matrix products.
+        dtype: of the matrix products, see `precision`.
         attention: the kernel, of attention.KERNELS.
     """
 
@@ -166,11 +203,16 @@ class VitTeacher(nn.Module):
         """uint8 images -> (B, L, Z) float32; see `prepare_images`."""
         height, width = (side * self.config.patch for side in self.patches)
         images = prepare_images(images_BxHxWxC, (height, width))
-        network = vit.VisionTransformer(self.config, self.dtype, self.attention, name="network")
+        network = vit.VisionTransformer(
+            self.config, precision(self.dtype, ""), self.attention, name="network"
+        )
         order = blocks_of_patches(self.grid, self.patches, self.block)
         # As the official run, which allows TF32: a TPU's default for float32 is one bfloat16 pass.
         with jax.default_matmul_precision("tensorfloat32"):
-            features, _ = network(images, self.layer, norm=self.norm, last=self.last, order=order)
+            run = lambda network, images: network(
+                images, self.layer, norm=self.norm, last=self.last, order=order
+            )[0]
+            features = _apply(self, network, run, images)
         return resample(spatial_zscore(features, self.zscore), self.grid)
 
 

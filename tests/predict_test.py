@@ -1,0 +1,57 @@
+"""The predicted time of a step: a small program by hand."""
+
+import pytest
+
+from mirai_jax.benchmark import predict
+
+CHIP = predict.Tpu(tflops=1, clock=1, bandwidth=1, link=1)  # a GFLOP, a MB or 1e6 cycles take 1 ms
+TEXT = """HloModule jit_step
+
+%product (a: bf16[1000,500], b: bf16[500,1000]) -> bf16[1000,1000] {
+  %a = bf16[1000,500]{1,0} parameter(0)
+  %b = bf16[500,1000]{1,0} parameter(1)
+  ROOT %c = bf16[1000,1000]{1,0:T(8,128)} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%condition (t: (s32[], bf16[1000,500])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (t: (s32[], bf16[1000,500])) -> (s32[], bf16[1000,500]) {
+  %x = bf16[1000,500]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%t), index=1
+  %w = bf16[500,1000]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=2
+  %y = bf16[1000,1000]{1,0:T(8,128)S(1)} fusion(%x, %w), kind=kOutput, calls=%product, metadata={op_name="jit(step)/jvp(Generator)/dot"}, backend_config={"window_config":{"estimated_cycles":"4000000"}}
+  ROOT %tuple = (s32[], bf16[1000,500]) tuple(%i, %x)
+}
+
+ENTRY %main (p: f32[1000000]) -> f32[1000000] {
+  %p = f32[1000000]{0:T(1024)} parameter(0)
+  %loop = (s32[], bf16[1000,500]) while(%start), condition=%condition, body=%body
+  %scores = f32[16,10,20]{2,1,0} convolution(%q, %k), window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0io->0bf, metadata={op_name="jit(step)/jvp(Generator)/bhtd,bhsd->bhts/dot_general"}
+  %q = f32[16,10,50]{2,1,0:T(8,128)S(1)} parameter(1)
+  %k = f32[16,50,20]{2,1,0:T(8,128)S(1)} parameter(2)
+  %sum = f32[1000000]{0:T(1024)} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %new = f32[1000000]{0:T(1024)} add(%p, %sum), metadata={op_name="jit(step)/add"}, backend_config={"estimated_cycles":"500"}
+}
+"""
+
+
+def test_a_step_by_class_of_work():
+    classes = predict.predict(TEXT, CHIP).classes
+    # Three times 1 GFLOP, where the compiler says 4 ms.
+    assert classes["products"] == pytest.approx((3 * 1.0, 3 * 4.0))
+    # 2 * 16 * 10 * 20 * 50 operations, and as many bytes as leave the fast memory.
+    assert classes["attention"] == pytest.approx((4 * 16 * 10 * 20 / 1e6,) * 2)
+    assert classes["optimizer"] == pytest.approx((12.0, 12.0))  # three times 4 MB
+    # 4 MB around a ring twice, a quarter of which stays, over two links.
+    assert classes["collectives"] == pytest.approx((2 * 0.75 * 4 / 2,) * 2)
+    assert classes["rest"] == (0, 0)
+
+
+def test_the_lines_for_the_screen():
+    prediction = predict.Prediction({"products": (3.0, 12.0), "rest": (1.0, 4.0)})
+    lines = prediction.lines(CHIP, flops=2e9, batch_size=8, steps=86_400_000)
+    assert "not run" not in lines[1] and "3.0 .. 12.0" in lines[1]
+    text = "MFU 12% .. 50%, 500 .. 2,000 images/s, 86,400,000 steps in 4.0 .. 16.0 days"
+    assert text in "\n".join(lines)
