@@ -3,6 +3,7 @@
 The buckets are emulators on loopback. What needs neither network nor packages uses fsspec's memory://.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from helpers import ROOT, TINY_VQ, environment, output, refusal, saved_state, ti
 from PIL import Image
 
 from configs import llamagen
+from mirai_jax.data import images, records
 from mirai_jax.training import train
 from mirai_jax.training.checkpoint import Checkpoints, restore_weights, steps_in
 from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
@@ -227,17 +229,29 @@ def start_s3():
     return bucket
 
 
-@pytest.fixture(params=["gs", "s3"])
-def bucket(request, tmp_path, monkeypatch):
-    made = {"gs": start_gs, "s3": start_s3}[request.param]()
+@contextlib.contextmanager
+def served(kind, tmp_path, monkeypatch):
+    made = {"gs": start_gs, "s3": start_s3}[kind]()
     made.environ |= {"MIRAI_CACHE": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for name, value in made.environ.items():
         monkeypatch.setenv(name, value)
     remote._system.cache_clear()
     # fsspec keeps its own, with the address of the emulator before.
-    fsspec.get_filesystem_class(request.param).clear_instance_cache()
+    fsspec.get_filesystem_class(kind).clear_instance_cache()
     yield made
     made.process.kill()
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request, tmp_path, monkeypatch):
+    with served(request.param, tmp_path, monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def gs(tmp_path, monkeypatch):
+    with served("gs", tmp_path, monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -270,9 +284,9 @@ def sampling(root):
     return [f"--workdir={root}/run", "--num_images=8", f"--out={root}/samples", "--batch_size=8"]
 
 
-def start(bucket):
+def start(bucket, *more):
     return subprocess.Popen(
-        [sys.executable, "-m", "mirai_jax.main", *training(bucket.url)],
+        [sys.executable, "-m", "mirai_jax.main", *training(bucket.url), *more],
         cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -374,3 +388,94 @@ def test_a_bucket_that_is_gone_ends_a_run_in_one_line(bucket, local, how):
     printed, _ = process.communicate()
     assert process.returncode == 0, printed[-2000:]
     assert_same_run(root / "run", local / "run")
+
+
+# Damaged checkpoints; several processes ------------------------------------------------------------
+
+
+def damage(path, how):
+    """An object with a flipped bit, half of it, or none."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(bytes(raw if how == "flipped" else raw[: len(raw) // 2]))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_of_a_bucket_is_set_aside_for_the_one_before(bucket):
+    like, one = saved_state(0.0), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.tree.map(lambda _: one, like)
+    whole = paths.at(bucket.url) / "whole" / "checkpoints"
+    with contextlib.closing(Checkpoints(whole)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(saved_state(step), step)
+    array = next(name for name in (whole / "step_2").find() if name.startswith("state/d/"))
+    for i, (name, how) in enumerate(
+        [
+            (array, "flipped"),
+            (array, "short"),
+            (array, "gone"),
+            ("state/manifest.ocdbt", "flipped"),
+            ("state/_METADATA", "short"),
+            ("marks/metadata", "gone"),
+        ]
+    ):
+        folder, warned = paths.at(bucket.url) / f"run{i}" / "checkpoints", []
+        remote._system(bucket.url[:2]).copy(str(whole), str(folder), recursive=True)
+        damage(folder / "step_2" / name, how)
+        with contextlib.closing(Checkpoints(folder)) as again:
+            state, step = again.restore_newest(like, place, warned.append)
+        print(name, how, step, *warned)
+        assert step == 1 and (state.ema["w.x"] == 1).all(), (name, how)
+        assert (folder / "damaged_step_2").is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_with_one_workdir_in_gs(gs, local):
+    root = prepare(gs, local)
+
+    def pair(*more):
+        together = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+        together += ["--heartbeat=10", *more]
+        return [start(gs, *together, f"--process_id={i}") for i in range(2)]
+
+    pair_killed = pair()
+    follow(pair_killed[0], "step 26/")
+    for process in pair_killed:
+        process.kill()
+    assert [process.wait() for process in pair_killed] == [-signal.SIGKILL] * 2
+    folder = root / "run" / "checkpoints"
+    newest = folder / f"step_{steps_in(folder)[-1]}"
+    (array,) = [name for name in newest.find() if name.startswith("state/d/")][:1]
+    damage(newest / array, "flipped")
+    both = pair()
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert "damaged" in printed[0] and "resumed at step" in printed[0], printed[0]
+    mine, others = read_metrics(root / "run"), read_metrics(local / "run")
+    assert [entry["step"] for entry in mine] == list(range(1, STEPS + 1))
+    for a, b in zip(mine, others, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+    mine, others = (restore_weights(r / "run" / "checkpoints")[0] for r in (root, local))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), mine, others)
+    # A run that begins with its weights.
+    more = [f"--config.init_from={root}/run", "--config.num_steps=2", f"--workdir={root}/next"]
+    printed, _ = start(gs, *more).communicate()
+    assert f"began with the weights of {root}/run" in printed and "finished" in printed, printed
+
+
+@pytest.mark.slow
+def test_images_of_a_folder_in_a_bucket(bucket, local):
+    root = paths.at(bucket.url)
+    files.upload(local / "images", root / "images", last="a/0.png")
+    there, here = (images.open_images(f"{r}/images") for r in (root, local))
+    assert [there.example(i) for i in range(8)] == [here.example(i) for i in range(8)]
+    assert there.class_names == here.class_names == ("a", "b")
+    (root / "vq.pt").put(str(local / "vq.pt"))
+    output("mirai_jax.extract", *extraction(root, root))
+    shape = {"grid": (8, 8), "vocab_size": TINY_VQ.vocab_size, "num_classes": 2}
+    made, other = (records.CodeRecords(f"{r}/codes", **shape) for r in (root, local))
+    for mine, wanted in zip(made, other, strict=True):
+        assert mine.keys() == wanted.keys() and mine["key"] == wanted["key"]
+        np.testing.assert_array_equal(mine["codes"], wanted["codes"])

@@ -40,7 +40,7 @@ NEVER = "torch torchvision tensorflow tf_keras keras clu.metric_writers clu.peri
 # Slow to import, or optional.
 INSIDE_FUNCTIONS = (
     "matplotlib sklearn tensorflow_datasets submitit pyarrow huggingface_hub wandb fsspec gcsfs s3fs "
-    "plotly"
+    "plotly aiohttp"
 )
 LONGEST_FILE, FILES_ON_TOP = 400, 16
 

@@ -222,8 +222,11 @@ def test_a_writer_whose_folder_was_taken_ends(tmp_path, monkeypatch, quick_beats
 # Ends -----------------------------------------------------------------------------------------------
 
 
-def script(body, *, stdout=subprocess.PIPE, interrupt=None, **environ):
-    """Runs `body` as a program's main; returns its status, output and the seconds it took to end."""
+def script(body, *, stdout=subprocess.PIPE, ignored=False, **environ):
+    """Runs `body` as a program's main; returns its status, output and the seconds it took to end.
+
+    Its SIGHUP and SIGINT are `ignored` by whoever starts it, or not even under nohup.
+    """
     code = f"""
         import os, signal, sys, threading, time
         from mirai_jax.utils import cli
@@ -231,7 +234,9 @@ def script(body, *, stdout=subprocess.PIPE, interrupt=None, **environ):
         def main(argv):
             with cli.program(interrupted="stopped by hand"):
                 {body}
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup
+        ignored = {ignored}
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
         cli.run(main)
     """
     begun = time.monotonic()
@@ -269,6 +274,8 @@ def test_signals_at_any_moment_end_with_their_status():
         body = f"os.kill(os.getpid(), {int(number)}); time.sleep(30)"
         found, done, _ = script(body)
         assert found == status and word in done.stderr, done.stderr
+    body = "[os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGHUP)]"
+    assert script(body, ignored=True)[0] == 0
 
 
 def test_a_signal_is_no_error_of_what_it_interrupts():

@@ -15,7 +15,7 @@ import numpy as np
 
 from mirai_jax.data import packed
 from mirai_jax.data.image_source import ImageSource
-from mirai_jax.utils import files, hub, paths
+from mirai_jax.utils import files, paths
 from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
 
 # Tokenizers by name, for codes without their tokenizer's weights: codes, and pixels a side of a token.
@@ -50,7 +50,7 @@ def open_codes(path: str, images: ImageSource | None, ten: bool) -> GivenCodes:
     Raises:
         DataError: nothing of the kind.
     """
-    path = str(paths.local(hub.local_file(path)))
+    path = str(paths.local(path))
     if os.path.isdir(path):
         return _open_llamagen(path, images, ten)
     if os.path.isfile(path) and images is None:

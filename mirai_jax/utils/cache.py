@@ -136,7 +136,7 @@ def _download(path: Remote, found: dict[str, tuple[int, str]], copy: pathlib.Pat
         def get(name: str) -> None:
             target = made / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            (path / name if name else path).get(str(target))
+            (path / name if name else path).get(str(target), found[name][0])
 
         with futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(get, found))

@@ -3,6 +3,7 @@
 SIGTERM, SIGHUP   Preempted, where the program is: status 75, "start the same command again"
 Ctrl-C            KeyboardInterrupt; then the process ends without Python's teardown, which
                   crashes while XLA compiles in another thread
+ignored signals   (SIGHUP under nohup, SIGINT in a script's background) stay ignored
 a lost screen     (a closed terminal or pipe, a full disk) is no error
 waiting threads   end with the process, GRACE seconds after the program
 """
@@ -62,9 +63,11 @@ def protect() -> None:
         if (stream := getattr(sys, name)) is not None:
             setattr(sys, name, Screen(stream))
     signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _interrupt)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
-        signal.signal(signal.SIGHUP, _stop)
+    for number, handle in ((signal.SIGINT, _interrupt), (signal.SIGHUP, _stop)):
+        if (
+            signal.getsignal(number) != signal.SIG_IGN
+        ):  # as nohup, and a script's background jobs, have it
+            signal.signal(number, handle)
 
 
 def _stop(number: int, frame: object) -> None:

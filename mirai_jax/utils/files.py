@@ -127,7 +127,7 @@ class Appended:
             self._spool = tempfile.TemporaryDirectory(prefix="mirai-")
             path = pathlib.Path(self._spool.name, self._remote.name)
             if self._remote.exists():
-                self._remote.get(str(path))
+                self._remote.get(str(path), self._remote.stat().st_size)
         self._path = pathlib.Path(path)
         self._file = self._path.open("ab", buffering=0)
 

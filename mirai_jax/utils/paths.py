@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 
-from mirai_jax.utils import cache
+from mirai_jax.utils import cache, hub
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.remote import Remote
 
@@ -25,8 +25,11 @@ def at(path: str | os.PathLike[str] | Remote) -> pathlib.Path | Remote:
 
 
 def local(path: str | os.PathLike[str] | Remote) -> pathlib.Path:
-    """The same for what needs a file on this machine: a copy in the cache where it lies elsewhere."""
-    path = at(path)
+    """The same for what needs a file on this machine: a copy in a cache where it lies elsewhere.
+
+    Also hf:OWNER/NAME[@REVISION]/FILE. Raises as `cache.local_copy` and `hub.local_file`.
+    """
+    path = at(hub.local_file(path))
     return cache.local_copy(path) if isinstance(path, Remote) else path
 
 

@@ -2,7 +2,8 @@
 
 fsspec reads and writes them. An object appears when it is whole, so nothing is renamed into its place.
 Every request is tried again for PATIENCE seconds, and then raises an OSError, as of a lost disk; for as
-long again, all others of that bucket raise it at once.
+long again, all others of that bucket raise it at once. No try waits without end: the packages limit how
+long an answer takes, but not how long a silent server takes nothing of what it is sent.
 Listings are never kept, for other processes write too.
 """
 
@@ -12,17 +13,19 @@ import fnmatch
 import functools
 import json
 import logging
+import os
 import time
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 from mirai_jax.utils import files
 from mirai_jax.utils.errors import ConfigError, first_line
 
-T = TypeVar("T")
-
-PATIENCE = 60.0  # seconds for which a request is tried again
+PATIENCE = 60.0  # seconds for which a request is tried again; in which a try of few bytes must end
+_SLOWEST = 1e6  # bytes per second: a try of many bytes may take so much longer
+_FOLDER = 1800.0  # seconds for all that is in a folder
+_SILENCE = 30.0  # seconds in which the next bytes of an answer must come
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _WITHOUT_FOLDERS = (*_EXTRAS, "az", "abfs")
 _VERSIONS = ("generation", "etag", "ETag", "mtime", "LastModified", "created")
@@ -37,14 +40,9 @@ def _system(scheme: str) -> Any:
 
     for name in ("gcsfs", "s3fs", "aiobotocore"):  # they log what they raise
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    ours = {
-        # A request is answered within `requests_timeout` seconds, which is five minutes otherwise.
-        "gs": {"use_listings_cache": False, "requests_timeout": 30},
-        "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"max_attempts": 2}}},
-    }
-    for name, options in ours.items():  # Orbax's own file systems take them too
-        fsspec.config.conf[name] = options | fsspec.config.conf.get(name, {})
     try:
+        # Orbax's own file systems take them too.
+        fsspec.config.conf[scheme] = _options(scheme) | fsspec.config.conf.get(scheme, {})
         return fsspec.filesystem(scheme)
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(scheme)
@@ -53,6 +51,18 @@ def _system(scheme: str) -> Any:
                 f"{scheme}:// needs the extra: pip install 'mirai-jax[{extra}]'"
             ) from error
         raise ConfigError(f"{scheme}:// cannot be read ({first_line(error)})") from error
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    if scheme in ("gs", "gcs"):
+        import aiohttp  # gcsfs needs it
+
+        # Else five minutes for a whole answer: too long for a lost bucket, too short for a large file.
+        limits = aiohttp.ClientTimeout(sock_connect=_SILENCE, sock_read=_SILENCE)
+        return {"use_listings_cache": False, "requests_timeout": limits}
+    if scheme in ("s3", "s3a"):  # s3fs tries again too, five times
+        return {"use_listings_cache": False, "config_kwargs": {"retries": {"max_attempts": 0}}}
+    return {}
 
 
 class Unreachable(OSError):
@@ -113,13 +123,22 @@ class Remote:
         return self._bucket in _away
 
     @property
+    def _listed_as(self) -> str:
+        """Its name in what the file system lists."""
+        return _system(self._scheme)._strip_protocol(str(self))
+
+    @property
     def _bucket(self) -> str:
         return f"{self._scheme}://{self._rest.partition('/')[0]}"
 
-    def _ask(self, request: Callable[[Any, str], T]) -> T:
-        def attempt() -> T:
+    def _ask(self, request: str, *arguments: Any, seconds: float = PATIENCE, **options: Any) -> Any:
+        """What a method of the file system returns. A try that takes `seconds` is cancelled."""
+
+        def attempt() -> Any:
             try:
-                return request(_system(self._scheme), str(self))
+                system = _system(self._scheme)
+                limit = {"timeout": seconds} if system.async_impl else {}
+                return getattr(system, request)(*arguments, **options, **limit)
             except ConfigError:
                 raise
             except Exception as error:  # each package has its kinds
@@ -142,7 +161,7 @@ class Remote:
     def _info(self) -> dict[str, Any]:
         # Not its `exists`, which is False where storage does not answer.
         try:
-            return self._ask(lambda system, url: system.info(url))
+            return self._ask("info", str(self))
         except FileNotFoundError:
             return {}
 
@@ -157,14 +176,16 @@ class Remote:
 
     def stat(self) -> types.SimpleNamespace:
         """`st_size`, of an object."""
-        info = self._ask(lambda system, url: system.info(url))
-        return types.SimpleNamespace(st_size=info["size"])
+        return types.SimpleNamespace(st_size=self._ask("info", str(self))["size"])
 
     def iterdir(self) -> Iterator["Remote"]:
         """What is in the folder; nothing where there is none."""
-        listed = self._ask(_listed)
-        names = {entry["name"].rstrip("/").rpartition("/")[2] for entry in listed}
-        return iter([self / name for name in sorted(names)])
+        try:
+            listed = self._ask("ls", str(self), detail=False, seconds=_FOLDER)
+        except FileNotFoundError:
+            return iter(())
+        found = {name.rstrip("/") for name in listed} - {self._listed_as}
+        return iter([self / name.rpartition("/")[2] for name in sorted(found)])
 
     def glob(self, pattern: str) -> Iterator["Remote"]:
         """As pathlib's, with wildcards in the last part alone."""
@@ -177,46 +198,41 @@ class Remote:
 
         An object that is written anew has another version.
         """
-
-        def request(system: Any, url: str) -> dict[str, tuple[int, str]]:
-            start = len(system._strip_protocol(url))
-            found = system.find(url, detail=True)
-            return {
-                name[start:].strip("/"): (entry["size"], _version(entry))
-                for name, entry in found.items()
-                if not name.endswith("/")  # a folder's placeholder
-            }
-
-        return self._ask(request)
+        found = self._ask("find", str(self), detail=True, seconds=_FOLDER)
+        return {
+            name[len(self._listed_as) :].strip("/"): (entry["size"], _version(entry))
+            for name, entry in found.items()
+            if not name.endswith("/")  # a folder's placeholder
+        }
 
     def read_bytes(self) -> bytes:
-        return self._ask(lambda system, url: system.cat_file(url))
+        return self._ask("cat_file", str(self))
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding, errors)
 
     def write_bytes(self, data: bytes) -> None:
-        self._ask(lambda system, url: system.pipe_file(url, data))
+        self._ask("pipe_file", str(self), data, seconds=_transfer(len(data)))
 
     def touch(self) -> None:
         self.write_bytes(b"")
 
     def put(self, local: str) -> None:
         """Writes the object from a local file."""
-        self._ask(lambda system, url: system.put_file(local, url))
+        self._ask("put_file", local, str(self), seconds=_transfer(os.path.getsize(local)))
 
-    def get(self, local: str) -> None:
-        """Reads the object into a local file."""
-        self._ask(lambda system, url: system.get_file(url, local))
+    def get(self, local: str, size: int) -> None:
+        """Reads the object, which has `size` bytes, into a local file."""
+        self._ask("get_file", str(self), local, seconds=_transfer(size))
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Makes the folder where storage has folders; a bucket has none to make."""
         if self._scheme not in _WITHOUT_FOLDERS:
-            self._ask(lambda system, url: system.makedirs(url, exist_ok=True))
+            self._ask("makedirs", str(self), exist_ok=True)
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            self._ask(lambda system, url: system.rm_file(url))
+            self._ask("rm_file", str(self))
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -224,21 +240,17 @@ class Remote:
     def rmtree(self) -> None:
         """Removes all that is below it; nothing where there is none."""
         with contextlib.suppress(FileNotFoundError):
-            self._ask(lambda system, url: system.rm(url, recursive=True))
+            self._ask("rm", str(self), recursive=True, seconds=_FOLDER)
 
     def rename(self, target: "Remote") -> None:
         """Copies within the storage, then removes: a kill on the way leaves both."""
-        self._ask(lambda system, url: system.copy(url, str(target), recursive=self.is_dir()))
+        whole = self.is_dir()
+        self._ask("copy", str(self), str(target), recursive=whole, seconds=_FOLDER)
         self.rmtree()
 
 
-def _listed(system: Any, url: str) -> list[dict[str, Any]]:
-    try:
-        listed = system.ls(url, detail=True)
-    except FileNotFoundError:
-        return []
-    own = system._strip_protocol(url)
-    return [entry for entry in listed if entry["name"].rstrip("/") != own]
+def _transfer(size: int) -> float:
+    return PATIENCE + size / _SLOWEST
 
 
 def _version(entry: dict[str, Any]) -> str:

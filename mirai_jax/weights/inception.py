@@ -10,7 +10,6 @@ import numpy as np
 from flax import traverse_util
 
 from mirai_jax.models.inception import BATCH_NORM_EPSILON, NUM_CLASSES, InceptionV3
-from mirai_jax.utils import hub, paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import pretrained, state_dict, torch_names
 
@@ -26,10 +25,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or not the one at URL: numbers of other weights are no FID.
     """
-    given, path = str(path), paths.at(hub.local_file(path))
-    if not path.is_file():
-        raise ConfigError(f"there is no file {given!r} of Inception-v3's weights: {URL}")
-    found = pretrained.sha256_of_file(path)
+    try:
+        found = pretrained.sha256_of_file(path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"there is no file '{path}' of Inception-v3's weights: {URL}") from error
     if not found.startswith(SHA256_START):
         raise ConfigError(
             f"{path} has SHA-256 {found[:8]}...; the published file's begins {SHA256_START}: {URL}"

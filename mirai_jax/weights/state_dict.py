@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mirai_jax.models import generator, vit_sizes, vq
-from mirai_jax.utils import hub, paths
+from mirai_jax.utils import paths
 from mirai_jax.utils.errors import ConfigError, DataError, first_line
 from mirai_jax.weights import safetensors, torch_names, torch_reader, usual_names
 
@@ -70,7 +70,7 @@ def read_state(
     Raises:
         ConfigError: no such file, damaged, or something else.
     """
-    arguments, path = None, hub.local_file(path)
+    arguments = None
     try:
         path = paths.local(path)
         if path.suffix == ".safetensors":
