@@ -286,6 +286,14 @@ def test_the_smallest_sets():
             precision_recall(*few)
 
 
+@pytest.mark.parametrize("counts", [(3, 5), (9, 4), (30, 40)])
+def test_the_distance_of_few_images_is_that_of_their_moments(counts):
+    a, b = (random_features(n, 8, seed=n) for n in counts)
+    b = 2 * b + 1
+    expected = metrics.distance(moments(a), moments(b))
+    assert metrics.distance_of_few(a, b) == pytest.approx(expected, rel=1e-9)
+
+
 # Memory
 
 

@@ -105,6 +105,22 @@ def distance(one: Any, other: Any) -> float:
     return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
 
 
+def distance_of_few(a_NxD: np.ndarray, b_MxD: np.ndarray) -> float:
+    """`distance` of the moments of two sets of features, which never forms a D x D covariance.
+
+    With x the features less their mean and R^T R = x^T x (QR), R^T / sqrt(N - 1) is such a factor A.
+    """
+    means, factors = [], []
+    for features in (a_NxD, b_MxD):
+        features = _matrix("features", features).astype(np.float64)
+        means.append(features.mean(axis=0))
+        scale = np.sqrt(len(features) - 1)
+        factors.append(np.linalg.qr(features - means[-1], mode="r") / scale)
+    between = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
+    apart = np.square(means[0] - means[1]).sum()
+    return float(apart + sum(np.square(factor).sum() for factor in factors) - 2 * between)
+
+
 def _factor(covariance_DxD: np.ndarray) -> np.ndarray:
     """A (D, rank) with A A^T = the covariance."""
     allowed = 1e-4 * np.abs(covariance_DxD).max()  # of rounding: statistics may be float32
