@@ -292,7 +292,7 @@ def test_inception_gives_the_same_digits_in_each_way(tmp_path, monkeypatch):
     # As if it were the published file.
     monkeypatch.setattr(inception, "SHA256_START", pretrained.sha256_of_file(file)[:8])
     monkeypatch.setattr(drawn, "ROWS", 8)  # images at once: few, so that few are filled up
-    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(jax, "local_devices", lambda **_: devices)
     config = config_of(num_steps=4, evaluate_samples=13, evaluate_inception=str(file))
     config.data.held_out, folder = 20, tmp_path / "run"
     train.train(config, folder, devices=devices, log=lambda line: None, measurer=during.Measurer)

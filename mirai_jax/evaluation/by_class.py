@@ -116,10 +116,10 @@ def figure(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
     size = 2.5 + 4 * len(titles), 1.2 + 0.25 * len(shown)
     drawn, axes = pictures.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
     for axis, (name, label) in zip(axes[0], titles.items(), strict=True):
-        values = [row.get(name, np.nan) for row in shown]
-        bars = axis.barh(range(len(shown)), values)
-        axis.bar_label(bars, [f"{v:.3g}" if v == v else "too few" for v in values], padding=3)
-        axis.set(xlabel=label, xmargin=0.15)
+        bars = axis.barh(range(len(shown)), [row.get(name, 0) for row in shown])
+        texts = [f"{row[name]:.3g}" if name in row else "too few images" for row in shown]
+        axis.bar_label(bars, texts, padding=3)
+        axis.set(xlabel=label, xmargin=0.15, ymargin=0.01)
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(range(len(shown)), [str(row["class"])[:30] for row in shown])
     axes[0, 0].invert_yaxis()
