@@ -20,6 +20,8 @@ were drawn beside each number, anew after each of several samples; for samples a
 also sweep.png.
 --training=data:RUN:train, or a folder or .npz, also looks for the training images nearest to the samples:
 the share of samples that are nearer to one than 99% of the reference images are, and nearest.png.
+--by_class also gives the distance of each class and, where the reference is data:RUN:..., its class accuracy:
+in results.json, as a table and in by_class.png.
 
 --workdir: of each kept checkpoint (`keep_every`) and the last one, the loss on held-out images, and the
 same metrics of samples at each guidance scale; of images in memory also class accuracy and, with --probes,
@@ -55,6 +57,7 @@ _INCEPTION = _define.string(
 _OUT = _define.string("out", "", "Folder of results.json; default: that of the samples.")
 _BATCH = _define.integer("batch_size", 64, "Images at once on each device.", lower_bound=1)
 _TRAINING = _define.string("training", "", "Training images: how many samples are copies of them?")
+_CLASSES = _define.bool("by_class", False, "Also the metrics of each class, where all have labels.")
 _SAVE = _define.string("save_statistics", "", "Also write the reference's moments, a .npz.")
 # Of runs.
 _STEPS = _define.enum("steps", "kept", ("kept", "last"), "Every kept checkpoint, or the last.")
@@ -80,7 +83,7 @@ _POSITIONS = _define.bool(
 )
 _FOLLOW = _define.bool("follow", False, "Wait for what the runs add, until all are finished.")
 
-_OF_SAMPLES = (_OUT, _BATCH, _SAVE, _TRAINING)
+_OF_SAMPLES = (_OUT, _BATCH, _SAVE, _TRAINING, _CLASSES)
 _OF_RUNS = (
     _STEPS, _NUM, _GUIDANCE, _SEED, _PIXELS, _VALIDATION, _HELD_OUT, _PROBES, _FUTURE, _TEACHER,
     _POSITIONS, _FOLLOW,
@@ -95,7 +98,7 @@ def _evaluate_samples() -> None:
     folder = paths.at(_SAVE.value).parent
     if not files.is_remote(folder) and not folder.is_dir():
         raise ConfigError(f"--save_statistics is {_SAVE.value!r}, in a folder that is missing")
-    given = (_REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE, _TRAINING)
+    given = (_REFERENCE, _INCEPTION, _BATCH, _OUT, _SAVE, _TRAINING, _CLASSES)
     evaluate(paths.several(_SAMPLES.value), *(flag.value for flag in given))
 
 

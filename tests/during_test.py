@@ -12,14 +12,14 @@ import pytest
 from configs import llamagen, mirai_e, mirai_i
 from mirai_jax import evaluate, sample
 from mirai_jax.config import schema
-from mirai_jax.evaluation import assessments, drawn, during, runs, samples, validation
+from mirai_jax.evaluation import assessments, drawn, during, runs, samples, small, validation
 from mirai_jax.evaluation.runs import Request
-from mirai_jax.evaluation.small import SmallSet
 from mirai_jax.models.generator import Generator, init_params
 from mirai_jax.training import guards, restore, train
 from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.utils import distributed
 from mirai_jax.utils.errors import Preempted
+from mirai_jax.weights import inception, pretrained, torch_writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_gives_the_same_digits_afterwards(
     finished, quick_network, monkeypatch, capsys
 ):
     folder, lines = finished
-    monkeypatch.setattr(SmallSet, "hits", lambda self, images, labels: len(images))
+    monkeypatch.setattr(small, "class_accuracy", lambda *_: 1.0)
     program(evaluate, f"--workdir={folder}")
     entries = assessments.read(folder)
     assert [entry["step"] for entry in entries] == [4, 8]
@@ -278,3 +278,35 @@ def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
     )
     message = helpers.error_line("mirai_jax.main", *arguments, f"--workdir={tmp_path / 'other'}")
     assert "validation_path is" in message and not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_inception_gives_the_same_digits_in_each_way(tmp_path, monkeypatch):
+    """FID of random weights: in a run, of its checkpoint, and of samples drawn by hand."""
+    import inception_test
+
+    file, devices = tmp_path / "inception.pth", jax.devices()[:1]
+    names = [line.split(" ") for line in str(inception_test.DATA["names"]).splitlines()]
+    shapes = {name: tuple(map(int, filter(None, shape.split(",")))) for name, shape in names}
+    torch_writer.write(file, {n: inception_test.random_array(n, s) for n, s in shapes.items()})
+    # As if it were the published file.
+    monkeypatch.setattr(inception, "SHA256_START", pretrained.sha256_of_file(file)[:8])
+    monkeypatch.setattr(drawn, "ROWS", 8)  # images at once: few, so that few are filled up
+    monkeypatch.setattr(jax, "local_devices", lambda **_: devices)
+    config = config_of(num_steps=4, evaluate_samples=13, evaluate_inception=str(file))
+    config.data.held_out, folder = 20, tmp_path / "run"
+    train.train(config, folder, devices=devices, log=lambda line: None, measurer=during.Measurer)
+    (*_, line) = read_metrics(folder)
+    names = "fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"
+    in_run = {name: line[name] for name in names}
+    assert in_run["fid"] > 0 and in_run["inception_score"] > 1
+    program(evaluate, f"--workdir={folder}")
+    (entry,) = assessments.read(folder)
+    assert in_run.items() <= entry.items()
+    out = tmp_path / "samples"
+    by_hand = f"--workdir={folder}", "--num_images=13", f"--out={out}", "--batch_size=8"
+    program(sample, *by_hand)
+    reference = f"--reference=data:{folder}:held_out", f"--inception={file}", "--batch_size=8"
+    program(evaluate, f"--samples={out}", *reference)
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert row["metrics"] == in_run

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import helpers
 import jax
@@ -141,6 +142,30 @@ def test_what_is_there_is_not_measured_again(workdir, capsys, monkeypatch):
     assessments.assess([str(workdir)], "kept", probed)
     assert (workdir / assessments.FILE).read_text() == whole
     assert "0 measurements of 1 runs to make" in capsys.readouterr().out
+
+
+def test_following_ends_when_the_run_has_died(workdir, tmp_path, monkeypatch, capsys):
+    """Not while its owner touches the lock; a run that has not begun is waited for."""
+    config = json.loads((workdir / "config.json").read_text()) | {"num_steps": 8}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "lock.json").touch()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        if len(waits) < 6:
+            os.utime(tmp_path / "lock.json", ns=(len(waits), len(waits)))
+        assert len(waits) < 9
+
+    monkeypatch.setattr(assessments.time, "sleep", sleep)
+    monkeypatch.setattr(assessments, "_assess", lambda *_: None)
+    assessments.assess([str(tmp_path), str(workdir)], "kept", QUICK, follow=True)
+    assert len(waits) == 6
+    lines = capsys.readouterr().out.splitlines()
+    assert "to begin" in lines[0] and "step 0 of 8" in lines[1]
+    assert lines[3:] == [f"nobody is at work in {tmp_path} (step 0 of 8)"]
 
 
 def test_another_protocol_is_another_line(workdir):

@@ -1,5 +1,6 @@
 """Metrics against closed forms, scipy and direct loops, also for degenerate features."""
 
+import tempfile
 import tracemalloc
 import warnings
 
@@ -15,6 +16,7 @@ from mirai_jax.evaluation.metrics import (
     inception_score,
     precision_recall,
 )
+from mirai_jax.evaluation.rows import Rows
 from mirai_jax.utils.errors import DataError
 
 
@@ -284,6 +286,14 @@ def test_the_smallest_sets():
             precision_recall(*few)
 
 
+@pytest.mark.parametrize("counts", [(3, 5), (9, 4), (30, 40)])
+def test_the_distance_of_few_images_is_that_of_their_moments(counts):
+    a, b = (random_features(n, 8, seed=n) for n in counts)
+    b = 2 * b + 1
+    expected = metrics.distance(moments(a), moments(b))
+    assert metrics.distance_of_few(a, b) == pytest.approx(expected, rel=1e-9)
+
+
 # Memory
 
 
@@ -305,3 +315,21 @@ def test_memory_does_not_grow_with_the_number_of_images(monkeypatch):
     assert peak(inception_score, probabilities) < probabilities.nbytes / 4
     # Every distance at once is 5 MB.
     assert peak(precision_recall, features, features[:400].copy()) < 4 * features.nbytes
+
+
+@pytest.mark.parametrize("batch", [1, 33, 500])
+def test_features_on_the_disk_give_the_same_digits(monkeypatch, batch):
+    monkeypatch.setattr(metrics, "_ROWS", 32)
+    arrays = random_features(300, 8), random_features(500, 8, seed=1), random_probabilities(400, 5)
+    arrays = [array.astype(np.float32) for array in arrays]
+    # In memory, and on the disk from 10 and from 1,000 bytes on.
+    stored = [Rows(_file=file) for file in map(tempfile.SpooledTemporaryFile, (0, 10, 1000))]
+    for array, rows in zip(arrays, stored, strict=True):
+        for start in range(0, len(array), batch):
+            rows.add(array[start : start + batch])
+        np.testing.assert_array_equal(rows, array)
+    values = [
+        (precision_recall(real, fake), inception_score(p), moments(real).covariance.tolist())
+        for real, fake, p in (arrays, stored)
+    ]
+    assert values[0] == values[1]

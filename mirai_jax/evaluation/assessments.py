@@ -18,13 +18,12 @@ from mirai_jax.evaluation.future_runs import FutureProtocol
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import steps_in
-from mirai_jax.utils import files, paths
+from mirai_jax.utils import files, locks, paths
 from mirai_jax.utils.errors import ConfigError, DataError
-from mirai_jax.utils.locks import FolderLock
 from mirai_jax.utils.progress import duration
 
 FILE = Request.FILE
-_POLL_EVERY = 20.0  # seconds
+_POLL_EVERY = 4 * locks.BEAT  # seconds; a run that is silent for so long is dead
 _ALL, _PROBES = ("validation", "samples"), ("probes",)
 _Todo = tuple[int, Protocol | FutureProtocol, tuple[str, ...]]  # step, how, and what is missing
 
@@ -79,7 +78,9 @@ def latest(workdirs: list[str], protocol: FutureProtocol) -> dict[str, dict[str,
 def assess(
     workdirs: list[str], which: str, request: Request | FutureProtocol, follow: bool = False
 ) -> None:
-    """Measures the missing checkpoints of all runs; if `follow`, until every run is finished.
+    """Measures the missing checkpoints of all runs; if `follow`, until every run is finished or dead.
+
+    A run is dead that nobody has been at work in from one look to the next.
 
     Args:
         which: 'kept' checkpoints (those of `keep_every`), or the 'last' one.
@@ -88,9 +89,14 @@ def assess(
     if not workdirs:
         raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
     assessors: dict[tuple, Any] = {}
-    before = ""
+    before, seen = "", {}
     while True:
-        todo, waiting = _todo(workdirs, which, request, follow)
+        # In this order: a run is locked, then has a config, and saves its last step before it ends.
+        begun = [w for w in workdirs if (paths.at(w) / "config.json").exists()]
+        beats = {workdir: locks.touched(paths.at(workdir)) for workdir in begun}
+        todo, awaited = _todo(workdirs, which, request, follow)
+        dead = [w for w in awaited if w in beats and seen.get(w, 0) == beats[w]]
+        seen, waiting = beats, [text for w, text in awaited.items() if w not in dead]
         count = sum(len(of_run) for _, _, of_run in todo)
         line = f"{count} measurements of {len(workdirs)} runs to make"
         if waiting and follow:
@@ -102,19 +108,21 @@ def assess(
         before = line
         _assess(todo, count, request, assessors)
         if not waiting or not follow:
+            if follow and dead:
+                print(f"nobody is at work in {', '.join(awaited[w] for w in dead)}", flush=True)
             return
         time.sleep(_POLL_EVERY)
 
 
 def _todo(
     workdirs: list[str], which: str, request: Request | FutureProtocol, follow: bool
-) -> tuple[list[tuple[str, Settings, list[_Todo]]], list[str]]:
-    """What is missing of each run, and what is still to come."""
-    todo, waiting = [], []
+) -> tuple[list[tuple[str, Settings, list[_Todo]]], dict[str, str]]:
+    """What is missing of each run, and {workdir: what is still to come}."""
+    todo, waiting = [], {}
     for workdir in workdirs:
         folder = paths.at(workdir)
         if follow and not (folder / "config.json").exists():
-            waiting.append(f"{workdir} to begin")
+            waiting[workdir] = f"{workdir} to begin"
             continue
         settings = restore.read_settings("--workdir", workdir)
         there = steps_in(folder / "checkpoints")
@@ -122,7 +130,7 @@ def _todo(
             raise ConfigError(f"--workdir: {workdir} holds no checkpoint yet")
         if settings.num_steps not in there:
             at = max(there, default=0)
-            waiting.append(f"{workdir} (step {at:,} of {settings.num_steps:,})")
+            waiting[workdir] = f"{workdir} (step {at:,} of {settings.num_steps:,})"
         of_run = missing(workdir, settings, _steps(settings, there, which, follow), request)
         if of_run:
             todo.append((workdir, settings, of_run))
@@ -162,7 +170,7 @@ def _assess(
             assessor = assessors[images_of(settings)]
             measures = assessor.measure(settings, workdir, saved, protocol, parts)
             entry = {"step": step, "protocol": protocol.to_dict(), **measures}
-            with contextlib.closing(FolderLock(paths.at(workdir), "assess")) as lock:
+            with contextlib.closing(locks.FolderLock(paths.at(workdir), "assess")) as lock:
                 while lock.acquire():  # another process adds a line
                     time.sleep(0.1)
                 lines = *read(workdir, request.FILE), entry

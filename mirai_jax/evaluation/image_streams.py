@@ -3,6 +3,7 @@ files, and the real images of a run.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import zipfile
@@ -34,6 +35,8 @@ class ImageStream:
     size: tuple[int, int]  # height and width in pixels
     chunks: Callable[[int], Iterator[np.ndarray]]
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # images left out, and why
+    labels: np.ndarray | None = None  # int (N,), where they are known
+    classes: tuple[str, ...] = ()  # their names, by label, where they have names
 
 
 def of_array(name: str, pixels_NxHxWxC: np.ndarray) -> ImageStream:
@@ -150,7 +153,24 @@ def _of_npz(path: str) -> ImageStream:
                     raise DataError(f"{path} is damaged ({first_line(error)})") from error
                 yield _in_colour(pixels)
 
-    return ImageStream(path, shape[0], shape[1:3], chunks)
+    labels, classes = _labels_beside(path, local, shape[0])
+    return ImageStream(path, shape[0], shape[1:3], chunks, labels=labels, classes=classes)
+
+
+def _labels_beside(
+    path: str, local: pathlib.Path, count: int
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """`labels` of our samples, `arr_1` of ADM's, and the class names of our protocol.json."""
+    with np.load(local, allow_pickle=False) as file:
+        names = [name for name in ("labels", "arr_1") if name in file.files]
+        labels = file[names[0]] if names else None
+    if labels is None or labels.shape != (count,) or labels.dtype.kind not in "iu":
+        return None, ()
+    try:
+        about = json.loads((paths.at(path).parent / "protocol.json").read_text())
+        return labels, tuple(about.get("class_names") or ())
+    except (OSError, ValueError, AttributeError):
+        return labels, ()
 
 
 def _of_run(spec: str) -> ImageStream:
@@ -160,10 +180,11 @@ def _of_run(spec: str) -> ImageStream:
     settings = restore.read_settings(spec, workdir)
     if not settings.data.in_memory:
         raise DataError(f"{spec}: that run's images are not in memory; give their folder or .npz")
-    images = labelled_images(settings, split).images
-    if not len(images):
+    found = labelled_images(settings, split)
+    if not len(found.images):
         raise DataError(f"{spec}: that run holds no images out (data.held_out is 0)")
-    return of_array(spec, images)
+    stream, classes = of_array(spec, found.images), restore.class_names(workdir)
+    return dataclasses.replace(stream, labels=found.labels, classes=classes)
 
 
 def _of_folder(spec: str) -> ImageStream:
@@ -203,4 +224,10 @@ def _of_folder(spec: str) -> ImageStream:
             if images := list(decoded(files[start : start + count])):
                 yield np.stack(images)
 
-    return ImageStream(spec, len(files) + len(failed), (height, width), chunks, failed)
+    inside = [file.relative_to(path).parts for file in files]
+    classes = tuple(sorted({parts[0] for parts in inside}))
+    labels = np.array([classes.index(parts[0]) for parts in inside])
+    if min(map(len, inside)) < 2:  # not a folder for each class
+        labels, classes = None, ()
+    count = len(files) + len(failed)
+    return ImageStream(spec, count, (height, width), chunks, failed, labels, classes)

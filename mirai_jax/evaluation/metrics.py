@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mirai_jax.evaluation.rows import Rows
 from mirai_jax.utils.errors import DataError
 
 _ROWS = 2048  # images at a time; a square of distances between as many is 32 MiB
@@ -104,6 +105,22 @@ def distance(one: Any, other: Any) -> float:
     return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
 
 
+def distance_of_few(a_NxD: np.ndarray, b_MxD: np.ndarray) -> float:
+    """`distance` of the moments of two sets of features, which never forms a D x D covariance.
+
+    With x the features less their mean and R^T R = x^T x (QR), R^T / sqrt(N - 1) is such a factor A.
+    """
+    means, factors = [], []
+    for features in (a_NxD, b_MxD):
+        features = _matrix("features", features).astype(np.float64)
+        means.append(features.mean(axis=0))
+        scale = np.sqrt(len(features) - 1)
+        factors.append(np.linalg.qr(features - means[-1], mode="r") / scale)
+    between = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
+    apart = np.square(means[0] - means[1]).sum()
+    return float(apart + sum(np.square(factor).sum() for factor in factors) - 2 * between)
+
+
 def _factor(covariance_DxD: np.ndarray) -> np.ndarray:
     """A (D, rank) with A A^T = the covariance."""
     allowed = 1e-4 * np.abs(covariance_DxD).max()  # of rounding: statistics may be float32
@@ -180,7 +197,8 @@ def precision_recall(
     for name, features in (("real", real), ("fake", fake)):
         if not 0 < k < len(features):
             raise DataError(f"k is {k}, of {len(features)} {name} images; it must be less, from 1")
-    centre = real.mean(axis=0, dtype=np.float64)
+    sums = (real[rows].sum(axis=0, dtype=np.float64) for rows in _blocks(len(real)))
+    centre = sum(sums) / len(real)
     real_radii, fake_radii = _squared_radii(real, centre, k), _squared_radii(fake, centre, k)
     real_inside, fake_inside = np.zeros(len(real), bool), np.zeros(len(fake), bool)
     for i in _blocks(len(real)):
@@ -225,9 +243,10 @@ def _blocks(count: int) -> Iterator[slice]:
         yield slice(start, min(start + _ROWS, count))
 
 
-def _matrix(name: str, array: np.ndarray) -> np.ndarray:
+def _matrix(name: str, array: np.ndarray | Rows) -> np.ndarray | Rows:
     """The array, checked: two axes, finite numbers."""
-    array = np.ascontiguousarray(array)  # so that every sum along a row adds in the same order
+    if not isinstance(array, Rows):
+        array = np.ascontiguousarray(array)  # every sum along a row adds in the same order
     if array.ndim != 2 or not array.shape[1] or not np.can_cast(array.dtype, np.float64):
         raise DataError(f"{name} of {array.dtype} {array.shape}: allowed are two axes of reals")
     for rows in _blocks(len(array)):

@@ -13,6 +13,7 @@ import numpy as np
 
 from mirai_jax.evaluation import metrics
 from mirai_jax.evaluation.image_streams import ImageStream
+from mirai_jax.evaluation.rows import Rows
 from mirai_jax.models.batched import LocalDevices
 from mirai_jax.models.efficientnet import EfficientNetLite0
 from mirai_jax.models.inception import InceptionV3
@@ -27,8 +28,8 @@ class Features:
 
     moments: Any  # of the pooled features
     spatial: Any = None  # moments of Inception's spatial features
-    pooled: np.ndarray | None = None  # float32 (N, D)
-    probabilities: np.ndarray | None = None  # float32 (N, 1008), Inception's
+    pooled: Rows | None = None  # (N, D)
+    probabilities: Rows | None = None  # (N, 1008), Inception's
 
 
 class Network:
@@ -67,10 +68,7 @@ class Network:
         return tuple(np.asarray(part)[: len(images_BxHxWx3)] for part in out)
 
     def features(self, stream: ImageStream, quiet: bool = False) -> Features:
-        """Features of a whole stream; holds them in memory, but not the images.
-
-        `quiet` shows no progress.
-        """
+        """Features of a whole stream, in bounded memory. `quiet` shows no progress."""
         collected = Collected()
         progress = Progress(stream.count, "images", stream=None if quiet else sys.stderr)
         with contextlib.closing(progress):
@@ -84,16 +82,15 @@ class Collected:
     """Outputs of a network, added a few images at a time; how many at a time changes no digit."""
 
     def __init__(self):
-        self._pooled: list[np.ndarray] = []
-        self._probabilities: list[np.ndarray] = []
+        self._pooled, self._probabilities = Rows(), Rows()
         self._spatial, self._waiting = metrics.Moments(), np.zeros((0, 0), np.float32)
 
     def add(self, outputs: Sequence[np.ndarray]) -> None:
         """What `Network` gives of some images."""
-        self._pooled.append(outputs[0])
+        self._pooled.add(outputs[0])
         for spatial in outputs[1:2]:
             self._waiting = np.concatenate([self._waiting.reshape(-1, spatial.shape[1]), spatial])
-            self._probabilities.append(outputs[2])
+            self._probabilities.add(outputs[2])
         # A thousand at a time: each addition costs a pass over the whole covariance.
         while len(self._waiting) >= 1000:
             self._spatial.add(self._waiting[:1000])
@@ -101,13 +98,13 @@ class Collected:
 
     def features(self) -> Features:
         """Of all images."""
-        features = Features(metrics.Moments(), pooled=np.concatenate(self._pooled))
+        features = Features(metrics.Moments(), pooled=self._pooled)
         features.moments.add(features.pooled)
-        if self._probabilities:
+        if len(self._probabilities):
             if len(self._waiting):
                 self._spatial.add(self._waiting)
             features.spatial = self._spatial
-            features.probabilities = np.concatenate(self._probabilities)
+            features.probabilities = self._probabilities
         return features
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mirai_jax.evaluation import copies, figures, image_streams, metrics
+from mirai_jax.evaluation import by_class, copies, figures, image_streams, metrics
 from mirai_jax.evaluation.network import Features, Network
 from mirai_jax.utils import files, paths, pictures
 from mirai_jax.utils.errors import DataError
@@ -36,6 +36,7 @@ def evaluate(
     out: str | os.PathLike[str] = "",
     statistics: str = "",
     training: str = "",
+    classes: bool = False,
 ) -> None:
     """Prints a table of the metrics of each of `samples`, and writes them to results.json.
 
@@ -47,6 +48,7 @@ def evaluate(
         out: the folder of both files, made if missing; '': that of the samples.
         statistics: a file for the reference's moments, or ''.
         training: as `reference`, the images of which the samples may be copies, or ''.
+        classes: also the metrics of each class, with a table and a figure.
 
     Raises:
         DataError, ConfigError: one line; before any network runs, where the files alone show it.
@@ -57,6 +59,10 @@ def evaluate(
     trained = image_streams.open_stream(training) if training else None
     if trained and not opened.images:
         raise DataError(f"{reference} holds no images, and only real ones show what is no copy")
+    for stream in streams if classes else ():
+        if not opened.images:
+            raise DataError(f"{reference} holds no images, whose classes metrics by class need")
+        by_class.common_labels(stream, opened.images)
     for stream in (*streams, *([trained] if trained else [])):
         opened.check(stream.name, stream.size)
     out = paths.at(out or _folder_of(samples))
@@ -104,6 +110,12 @@ def evaluate(
                 f"{1 - copies.COMMON:.0%} of the reference are: {path}",
                 flush=True,
             )
+        if classes:
+            name = next(iter(row["metrics"]))
+            row["by_class"] = by_class.measure(stream, fake, reference, opened.images, real)
+            path = out / f"by_class{len(rows) or ''}.png"
+            by_class.figure(path, row["by_class"], _TITLES[name])
+            print(f"{by_class.table(row['by_class'], _TITLES[name])}\nby class: {path}", flush=True)
         rows.append(row)
         files.write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     print(table(rows))

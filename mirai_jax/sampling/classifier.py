@@ -29,6 +29,11 @@ def decision_values(classifier, images_NxHxWxC: np.ndarray) -> np.ndarray:
     return decide(_pixels(images_NxHxWxC)).reshape(len(images_NxHxWxC), -1)
 
 
+def recognised(classifier, images_NxHxWxC: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+    """bool (N,): which uint8 images the classifier assigns to their label."""
+    return classifier.predict(_pixels(images_NxHxWxC)) == labels_N
+
+
 def class_accuracy(classifier, images_NxHxWxC: np.ndarray, labels_N: np.ndarray) -> float:
     """The fraction of uint8 images that the classifier assigns to their label, in [0, 1]."""
-    return float(np.mean(classifier.predict(_pixels(images_NxHxWxC)) == labels_N))
+    return float(np.mean(recognised(classifier, images_NxHxWxC, labels_N)))

@@ -131,19 +131,12 @@ class FolderLock:
             f"{self._owner()}, had {self._path.parent}: looking for {_LIVE:.0f} s if it lives"
         )
         with contextlib.suppress(FileNotFoundError):  # an object whose owner has just ended
-            before, end = self._touched(), time.monotonic() + _LIVE
+            before, end = _touched(self._path), time.monotonic() + _LIVE
             while time.monotonic() < end:
                 time.sleep(0.5)
-                if self._touched() != before:
+                if _touched(self._path) != before:
                     return True
         return False
-
-    def _touched(self) -> int | str:
-        """When the file was last touched; opening it asks the server, where a look at it may not."""
-        if files.is_remote(self._path):
-            return self._path.read_text()
-        with self._path.open() as file:
-            return os.fstat(file.fileno()).st_mtime_ns
 
     def _beat(self) -> None:
         for beat in itertools.count():
@@ -159,6 +152,22 @@ class FolderLock:
                     files.write_text(self._path, json.dumps({**self._about, "beat": beat}) + "\n")
                 else:
                     os.utime(self._path)
+
+
+def touched(folder: files.AnyPath) -> int | str | None:
+    """Changes every BEAT seconds while the folder has an owner; None where it has none."""
+    try:
+        return _touched(folder / "lock.json")
+    except FileNotFoundError:
+        return None
+
+
+def _touched(path: files.AnyPath) -> int | str:
+    """When the file was last touched; opening it asks the server, where a look at it may not."""
+    if files.is_remote(path):
+        return path.read_text()
+    with path.open() as file:
+        return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _named(about: Mapping[str, Any]) -> str:
