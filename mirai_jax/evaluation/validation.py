@@ -26,7 +26,7 @@ from mirai_jax.data.records import CodeRecords
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models import batched
 from mirai_jax.models.adapters import LoraConfig
-from mirai_jax.models.generator import Generator
+from mirai_jax.models.generator import Generator, hidden_states
 from mirai_jax.step import Recipe, foresight_loss, taps, teacher_targets
 from mirai_jax.training import components
 from mirai_jax.utils import distributed
@@ -188,15 +188,27 @@ def _recipe(
 def _values(recipe: Recipe, weights: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """{measure: float32 (B,)} of one device's images."""
     (ema, params, teachers), codes_BxL = weights, batch["codes"].astype(jnp.int32)
-    batch, config = {**batch, "codes": codes_BxL}, recipe.generator
-    logits, _ = Generator(config).apply({"params": ema}, codes_BxL[:, :-1], batch["label"])
+    batch, config, labels_B = {**batch, "codes": codes_BxL}, recipe.generator, batch["label"]
+    # One pass of the EMA gives the logits and its states as targets, under the teacher's precision.
+    shared = [t for t in recipe.terms if t.level == "internal" and t.source == "ema"]
+    if recipe.teacher_dtype != config.dtype:
+        shared = []
+    layers = tuple(sorted({term.teacher_layer for term in shared}))
+    with jax.default_matmul_precision("tensorfloat32"):
+        logits, states = Generator(config, taps=layers).apply(
+            {"params": ema}, codes_BxL[:, :-1], labels_B
+        )
     found = {"cross_entropy": foresight.token_nll(logits, codes_BxL).mean(axis=-1)}
     if not recipe.terms:
         return found
     active = (True,) * len(recipe.terms)
-    targets = teacher_targets(recipe, ema, teachers, batch, recipe.terms)
-    student = Generator(config, taps=taps(recipe.terms, active))
-    _, states = student.apply({"params": params["generator"]}, codes_BxL[:, :-1], batch["label"])
+    targets = {term.name: states[term.teacher_layer] for term in shared}
+    others = tuple(term for term in recipe.terms if term not in shared)
+    targets |= teacher_targets(recipe, ema, teachers, batch, others)
+    states = {  # no block above a tap runs
+        tap: hidden_states(config, params["generator"], codes_BxL[:, :-1], labels_B, tap)
+        for tap in taps(recipe.terms, active)
+    }
 
     def of_image(states: Any, targets: Any, codes_L: jax.Array) -> dict[str, jax.Array]:
         states, targets, codes_1xL = jax.tree.map(lambda x: x[None], (states, targets, codes_L))
