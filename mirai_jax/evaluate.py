@@ -4,6 +4,7 @@
         --inception=pt_inception-2015-12-05-6726825d.pth
     python -m mirai_jax.evaluate --samples=RUN/sampled/a,RUN/sampled/b --reference=data:RUN:held_out
     python -m mirai_jax.evaluate --workdir=RUN,RUN --guidance=1,1.5,2 --follow
+    python -m mirai_jax.evaluate --workdir=RUN --steps=last --guidance=1,1.5,2 --temperature=0.9,1 --top_k=0,100
     python -m mirai_jax.evaluate --workdir=RUN,RUN --steps=last --future=2000
     python -m mirai_jax.evaluate --workdir=RUN,RUN --positions
 
@@ -17,20 +18,22 @@ features: good for comparing runs here, another number than FID, and never calle
 
 --samples: FID, sFID, Inception Score, precision and recall. Writes results.json, with how the samples
 were drawn beside each number, anew after each of several samples; for samples at several guidance scales
-also sweep.png.
+(or temperatures, or top-k) also sweep.png.
 --training=data:RUN:train, or a folder or .npz, also looks for the training images nearest to the samples:
 the share of samples that are nearer to one than 99% of the reference images are, and nearest.png.
 --by_class also gives the distance of each class and, where the reference is data:RUN:..., its class accuracy:
 in results.json, as a table and in by_class.png.
 
 --workdir: of each kept checkpoint (`keep_every`) and the last one, the loss on held-out images, and the
-same metrics of samples at each guidance scale; of images in memory also class accuracy and, with --probes,
-linear probes of the last step (mirai_jax/evaluation/runs.py defines each exactly). Samples, guidance,
-reference, Inception and held-out images are by default those of the run's config: then the numbers are
-those that the run measures while it trains. What cannot be had is left out, with a line. A line of
-assessment.jsonl in the run's folder for each checkpoint and scale; lines that exist are not computed
-again: the same command resumes after a stop, and measures the checkpoints that a run has added. With
---follow it waits for those until all runs are finished.
+same metrics of samples at each guidance scale, temperature and top-k; of images in memory also class
+accuracy and, with --probes, linear probes of the last step (mirai_jax/evaluation/runs.py defines each
+exactly). Samples, guidance, reference, Inception and held-out images are by default those of the run's
+config: then the numbers are those that the run measures while it trains. What cannot be had is left out,
+with a line. A line of assessment.jsonl in the run's folder for each checkpoint and combination of these;
+lines that exist are not computed again: the same command resumes after a stop, and measures the
+checkpoints that a run has added. With --follow it waits for those until all runs are finished, or have
+died. Several combinations also give a line on the best one and sweep.png in the run's folder, of its last
+measured step.
 
 --workdir with --future measures instead what the states know of tokens to come
 (mirai_jax/evaluation/future.py): a line of future.jsonl for each checkpoint, tables, and future.png beside
@@ -38,11 +41,14 @@ the runs (or in the only run's folder). With --positions it measures where on th
 cross-entropy falls (mirai_jax/evaluation/positions.py): a line of positions.jsonl for each checkpoint.
 """
 
-from mirai_jax.evaluation import assessments, figures, future_runs
+from typing import Any
+
+from mirai_jax.evaluation import assessments, figures, future_runs, sweep
 from mirai_jax.evaluation.future_runs import FutureProtocol
 from mirai_jax.evaluation.positions import PositionsProtocol
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.evaluation.samples import evaluate
+from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils import cli, files, paths
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import inception as inception_weights
@@ -65,6 +71,8 @@ _NUM = _define.integer(
     "num_samples", 0, "Images to draw at each; 0: the run's evaluate_samples.", lower_bound=0
 )
 _GUIDANCE = _define.list("guidance", [], "Scales of the samples, 1: none; default: the run's.")
+_TEMPERATURE = _define.list("temperature", [], "Of the samples; default: the run's.")
+_TOP_K = _define.list("top_k", [], "Of the samples, 0: all; default: the run's.")
 _SEED = _define.integer("seed", 0, "Of the samples.", lower_bound=0, upper_bound=2**31 - 1)
 _PIXELS = _define.integer("pixels", 224, "Side of EfficientNet-Lite0's input.", lower_bound=32)
 _VALIDATION = _define.string(
@@ -85,8 +93,8 @@ _FOLLOW = _define.bool("follow", False, "Wait for what the runs add, until all a
 
 _OF_SAMPLES = (_OUT, _BATCH, _SAVE, _TRAINING, _CLASSES)
 _OF_RUNS = (
-    _STEPS, _NUM, _GUIDANCE, _SEED, _PIXELS, _VALIDATION, _HELD_OUT, _PROBES, _FUTURE, _TEACHER,
-    _POSITIONS, _FOLLOW,
+    _STEPS, _NUM, _GUIDANCE, _TEMPERATURE, _TOP_K, _SEED, _PIXELS, _VALIDATION, _HELD_OUT, _PROBES,
+    _FUTURE, _TEACHER, _POSITIONS, _FOLLOW,
 )  # fmt: skip
 
 
@@ -113,18 +121,30 @@ def _evaluate_runs() -> None:
         assessments.assess(workdirs, _STEPS.value, protocol, _FOLLOW.value)
         _show(workdirs, protocol)
         return
-    try:
-        guidance = tuple(map(float, _GUIDANCE.value))
-    except ValueError:
-        guidance = (0.0,)
-    if not all(1 <= scale < float("inf") for scale in guidance):
-        raise ConfigError(
-            f"--guidance is {','.join(_GUIDANCE.value)!r}; it must be 1 or more: 1,1.5"
-        )
+    options = {
+        "guidance": _several(_GUIDANCE, float, "1 or more: 1,1.5"),
+        "temperature": _several(_TEMPERATURE, float, "more than 0: 0.9,1"),
+        "top_k": _several(_TOP_K, int, "0 (all) or more: 0,100"),
+    }
     fields = (_SEED, _PIXELS, _HELD_OUT, _VALIDATION, _REFERENCE, _INCEPTION, _PROBES)
     given = {field.name: field.value for field in fields}
-    request = Request(samples=_NUM.value, guidance=guidance, **given)
+    request = Request(samples=_NUM.value, **options, **given)
     assessments.assess(workdirs, _STEPS.value, request, _FOLLOW.value)
+    for workdir in workdirs:
+        sweep.show(workdir, request)
+
+
+def _several(flag: Any, kind: type, allowed: str) -> tuple[Any, ...]:
+    """The numbers of a flag, each once."""
+    try:
+        found = tuple(dict.fromkeys(map(kind, flag.value)))
+        for value in found:
+            SampleOptions(**{flag.name: value})
+    except ValueError as error:
+        raise ConfigError(
+            f"--{flag.name} is {','.join(flag.value)!r}; it must be {allowed}"
+        ) from error
+    return found
 
 
 def _show(workdirs: list[str], protocol: FutureProtocol) -> None:

@@ -1,8 +1,11 @@
 """Measuring the checkpoints of runs: probes, and that what is there is not measured again."""
 
 import dataclasses
+import itertools
 import json
 import os
+import shutil
+import time
 
 import helpers
 import jax
@@ -10,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from configs import mirai_e, mirai_i
 from mirai_jax.config import schema
-from mirai_jax.evaluation import assessments, positions, probe, runs
+from mirai_jax.evaluation import assessments, positions, probe, runs, sweep
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.evaluation.small import SmallSet
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
@@ -183,6 +187,38 @@ def test_another_protocol_is_another_line(workdir):
     more = dataclasses.replace(QUICK, probes=True, guidance=(1.0,))
     assert missing(more) == [(2, 1.0, both), (4, 1.0, ("probes",))]
     assert len(missing(dataclasses.replace(QUICK, seed=1))) == 4
+
+
+def test_the_best_of_a_sweep_is_that_of_the_last_step_measured(workdir, tmp_path, capsys):
+    shutil.copytree(workdir, tmp_path / "run")
+    run, rng = str(tmp_path / "run"), np.random.RandomState(0)
+    request = dataclasses.replace(QUICK, temperature=(0.8, 1.0), top_k=(0, 5))
+    protocols = [p.to_dict() for p in request.protocols(restore.read_settings("", run), run)]
+    options = [tuple(p[name] for name in ("guidance", "temperature", "top_k")) for p in protocols]
+    assert set(options) == set(itertools.product((1.0, 2.0), (0.8, 1.0), (0, 5)))
+    lines = [
+        {"step": step, "protocol": protocol, "frechet_efficientnet_lite0": step + rng.rand()}
+        | {f"efficientnet_lite0_{name}": rng.rand() for name in ("precision", "recall")}
+        for step in (2, 4)
+        for protocol in protocols
+    ]
+    lines[10]["frechet_efficientnet_lite0"] = 3.5
+    another = {
+        **lines[10],
+        "frechet_efficientnet_lite0": 0,
+        "protocol": {**protocols[0], "seed": 9},
+    }
+    text = "".join(json.dumps(line) + "\n" for line in (*lines, another))
+    (tmp_path / "run" / assessments.FILE).write_text(text)
+    sweep.show(run, request)
+    printed = capsys.readouterr().out
+    best = dict(zip(("guidance", "temperature", "top_k"), options[2], strict=True))
+    assert "step 4" in printed and "3.5 of 8" in printed
+    assert all(f"{name} {value:g}" in printed for name, value in best.items())
+    with Image.open(tmp_path / "run" / "sweep.png") as figure:
+        assert figure.width > 1000
+    sweep.show(run, dataclasses.replace(QUICK, guidance=(2.0,)))  # of one there is no best
+    assert not capsys.readouterr().out
 
 
 @given(st.lists(st.binary(max_size=20), max_size=4))

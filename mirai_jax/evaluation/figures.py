@@ -11,23 +11,26 @@ import numpy as np
 from mirai_jax.evaluation import future, future_runs
 from mirai_jax.utils import pictures
 
+_OPTIONS = {"guidance": "guidance scale", "temperature": "temperature", "top_k": "top-k (0: all)"}
+
 
 def sweep_figure(
     path: pathlib.Path, rows: Sequence[dict[str, Any]], titles: Mapping[str, str]
 ) -> None:
-    """Distance against guidance, and precision against recall, of samples at several scales.
+    """Distance against the swept option, and precision against recall; a star on the least distance.
 
-    Samples whose protocols differ only in the scale form a curve; its label holds the fields in which
+    Samples whose protocols differ only in that option form a curve; its label holds the fields in which
     the curves differ.
     """
-    curves = _curves(sorted(rows, key=lambda row: row["protocol"]["guidance"]))
+    option = swept(rows)
+    curves = _curves(sorted(rows, key=lambda row: row["protocol"][option]), option)
     names = list(rows[0]["metrics"])
     precision = next((n for n in names if n.endswith("precision")), None)
     recall = next((n for n in names if n.endswith("recall")), None)
     figure, axes = pictures.subplots(1, 2 if precision else 1, figsize=(11, 4.5))
     axes = np.atleast_1d(axes)
     for label, curve in curves.items():
-        scales = [row["protocol"]["guidance"] for row in curve]
+        scales = [row["protocol"][option] for row in curve]
         axes[0].plot(scales, [row["metrics"][names[0]] for row in curve], "o-", label=label)
         if precision:
             across = [row["metrics"][recall] for row in curve]
@@ -35,23 +38,42 @@ def sweep_figure(
             axes[1].plot(across, up, "o-", label=label)
             for x, y, scale in zip(across, up, scales, strict=True):
                 axes[1].annotate(f"{scale:g}", (x, y), xytext=(5, 5), textcoords="offset points")
-    axes[0].set(xlabel="guidance scale", ylabel=titles[names[0]], title="Distance: less is better")
+    best = min(rows, key=lambda row: row["metrics"][names[0]])
+    stars = [(best["protocol"][option], best["metrics"][names[0]])]
+    stars += [(best["metrics"][recall], best["metrics"][precision])] if precision else []
+    for axis, star in zip(axes, stars, strict=True):
+        axis.plot(*star, "*", color="black", markersize=16, zorder=3)
+    axes[0].set(xlabel=_OPTIONS[option], ylabel=titles[names[0]], title="Distance: less is better")
     if len(curves) > 1:
-        axes[0].legend(fontsize="small")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     if precision:
         axes[1].set(
-            xlabel=titles[recall], ylabel=titles[precision], title="Each point: a guidance scale"
+            xlabel=titles[recall],
+            ylabel=titles[precision],
+            title=f"Each point: a {_OPTIONS[option]}",
         )
     for axis in axes:
         axis.grid(alpha=0.3)
     pictures.save_figure(path, figure)
 
 
-def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{label: rows whose protocols differ only in the guidance}."""
+def swept(rows: Sequence[dict[str, Any]]) -> str:
+    """The option of the sampler with the most values; '' where each has one, or some row none."""
+    counts = {}
+    for option in _OPTIONS:
+        values = {row["protocol"].get(option) for row in rows}
+        counts[option] = 0 if None in values else len(values)
+    most = max(counts, key=counts.__getitem__)
+    return most if counts[most] > 1 else ""
+
+
+def _curves(
+    rows: Sequence[dict[str, Any]], option: str = "guidance"
+) -> dict[str, list[dict[str, Any]]]:
+    """{label: rows whose protocols differ only in the option}."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        rest = {k: v for k, v in row["protocol"].items() if k != "guidance"}
+        rest = {k: v for k, v in row["protocol"].items() if k != option}
         found.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
     protocols = [json.loads(key) for key in found]
     names = [n for n in dict.fromkeys(itertools.chain(*protocols)) if not n.endswith("_sha256")]

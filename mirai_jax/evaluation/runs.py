@@ -17,12 +17,13 @@ The last five need images in memory. A run measures the first two while it train
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from mirai_jax.config.schema import Settings
 from mirai_jax.evaluation import drawn, samples, validation
-from mirai_jax.evaluation.drawn import Drawn, Protocol
+from mirai_jax.evaluation.drawn import SWEPT, Drawn, Protocol
 from mirai_jax.evaluation.image_streams import of_array
 from mirai_jax.evaluation.metrics import distance
 from mirai_jax.evaluation.network import Features, Network
@@ -39,6 +40,8 @@ class Request:
     FILE: ClassVar[str] = "assessment.jsonl"
     samples: int = 0
     guidance: tuple[float, ...] = ()
+    temperature: tuple[float, ...] = ()
+    top_k: tuple[int, ...] = ()
     seed: int = 0
     pixels: int = 224
     held_out: int = 0
@@ -48,18 +51,23 @@ class Request:
     probes: bool = False
 
     def protocols(self, settings: Settings, workdir: str) -> list[Protocol]:
-        """One a guidance scale. Raises ConfigError for a scale that the run cannot have."""
+        """One for each guidance scale, temperature and top-k.
+
+        Raises:
+            ConfigError: a scale that the run cannot have.
+        """
         own = drawn.protocol_of(settings)
         names = "samples", "reference", "inception", "validation"
         given = {name: getattr(self, name) or getattr(own, name) for name in names}
         given |= {name: getattr(self, name) for name in ("seed", "pixels", "held_out")}
         found = []
-        for guidance in self.guidance or (own.options.guidance,):
-            if guidance > 1 and not settings.generator.has_null_class:
+        swept = [getattr(self, n) or (getattr(own.options, n),) for n in SWEPT]
+        for values in itertools.product(*swept):
+            options = dataclasses.replace(own.options, **dict(zip(SWEPT, values, strict=True)))
+            if (guidance := options.guidance) > 1 and not settings.generator.has_null_class:
                 raise ConfigError(
                     f"--guidance is {guidance}; it must be 1 for {workdir}, which has no null class"
                 )
-            options = dataclasses.replace(own.options, guidance=guidance)
             found.append(dataclasses.replace(own, options=options, **given))
         return found
 

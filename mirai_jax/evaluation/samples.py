@@ -15,7 +15,7 @@ from mirai_jax.utils import files, paths, pictures
 from mirai_jax.utils.errors import DataError
 from mirai_jax.weights import pretrained
 
-_TITLES = {
+TITLES = {
     "fid": "FID",
     "sfid": "sFID",
     "inception_score": "IS",
@@ -40,7 +40,8 @@ def evaluate(
 ) -> None:
     """Prints a table of the metrics of each of `samples`, and writes them to results.json.
 
-    results.json is written anew after each set. Samples at several guidance scales also give sweep.png.
+    results.json is written anew after each set. Samples at several guidance scales,
+    temperatures or top-k also give sweep.png.
 
     Args:
         samples: as `image_streams.open_stream` takes them.
@@ -114,14 +115,13 @@ def evaluate(
             name = next(iter(row["metrics"]))
             row["by_class"] = by_class.measure(stream, fake, reference, opened.images, real)
             path = out / f"by_class{len(rows) or ''}.png"
-            by_class.figure(path, row["by_class"], _TITLES[name])
-            print(f"{by_class.table(row['by_class'], _TITLES[name])}\nby class: {path}", flush=True)
+            by_class.figure(path, row["by_class"], TITLES[name])
+            print(f"{by_class.table(row['by_class'], TITLES[name])}\nby class: {path}", flush=True)
         rows.append(row)
         files.write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     print(table(rows))
-    scales = {row["protocol"].get("guidance") for row in rows}
-    if None not in scales and len(scales) > 1:
-        figures.sweep_figure(out / "sweep.png", rows, _TITLES)
+    if figures.swept(rows):
+        figures.sweep_figure(out / "sweep.png", rows, TITLES)
         print(f"curves: {out / 'sweep.png'}")
     print(f"written: {out / 'results.json'}")
 
@@ -205,8 +205,8 @@ def compare(is_inception: bool, fake: Features, real: Features) -> dict[str, flo
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of results.json as Markdown."""
-    names = [n for n in _TITLES if n in rows[0]["metrics"]]
-    head = ["samples", "images", *(_TITLES[n] for n in names)]
+    names = [n for n in TITLES if n in rows[0]["metrics"]]
+    head = ["samples", "images", *(TITLES[n] for n in names)]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         values = [f"{row['metrics'][n]:.4g}" for n in names]
