@@ -45,7 +45,7 @@ CONTRASTS = (  # of the first study, after 2,000 steps: arm less arm
 MEASURES = {  # column: title, digits, factor
     "ema": ("cross-entropy, EMA", 4, 1), "trained": ("cross-entropy, trained weights", 4, 1),
     "frechet": ("Fréchet, EfficientNet-Lite0", 2, 1),
-    "frechet_classifier": ("Fréchet, classifier", 3, 1), "class_accuracy": ("class accuracy, %", 1, 100),
+    "frechet_classifier": ("Fréchet, classifier", 4, 1), "class_accuracy": ("class accuracy, %", 1, 100),
 }  # fmt: skip
 AHEAD = {"r0c1": "next token", "r1c0": "one row below", "r2c0": "two rows below"}
 OLD = {"cross_entropy": "validation_cross_entropy", "agreement": "class_accuracy"}
