@@ -15,6 +15,7 @@ from typing import Any
 from mirai_jax.config.schema import Settings
 from mirai_jax.evaluation.drawn import Protocol
 from mirai_jax.evaluation.future_runs import FutureProtocol
+from mirai_jax.evaluation.positions import PositionsProtocol
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.training import restore
 from mirai_jax.training.checkpoint import steps_in
@@ -25,7 +26,9 @@ from mirai_jax.utils.progress import duration
 FILE = Request.FILE
 _POLL_EVERY = 4 * locks.BEAT  # seconds; a run that is silent for so long is dead
 _ALL, _PROBES = ("validation", "samples"), ("probes",)
-_Todo = tuple[int, Protocol | FutureProtocol, tuple[str, ...]]  # step, how, and what is missing
+Asked = Request | FutureProtocol | PositionsProtocol
+# Step, how, and what is missing.
+_Todo = tuple[int, Protocol | FutureProtocol | PositionsProtocol, tuple[str, ...]]
 
 
 def read(workdir: str, file: str = FILE) -> list[dict[str, Any]]:
@@ -48,9 +51,7 @@ def read(workdir: str, file: str = FILE) -> list[dict[str, Any]]:
     return entries
 
 
-def missing(
-    workdir: str, settings: Settings, steps: list[int], request: Request | FutureProtocol
-) -> list[_Todo]:
+def missing(workdir: str, settings: Settings, steps: list[int], request: Asked) -> list[_Todo]:
     """What the request's file does not hold of these steps, step by step."""
     entries, found = read(workdir, request.FILE), []
     protocols = [(p, p.to_dict()) for p in request.protocols(settings, workdir)]
@@ -75,9 +76,7 @@ def latest(workdirs: list[str], protocol: FutureProtocol) -> dict[str, dict[str,
     return found
 
 
-def assess(
-    workdirs: list[str], which: str, request: Request | FutureProtocol, follow: bool = False
-) -> None:
+def assess(workdirs: list[str], which: str, request: Asked, follow: bool = False) -> None:
     """Measures the missing checkpoints of all runs; if `follow`, until every run is finished or dead.
 
     A run is dead that nobody has been at work in from one look to the next.
@@ -115,7 +114,7 @@ def assess(
 
 
 def _todo(
-    workdirs: list[str], which: str, request: Request | FutureProtocol, follow: bool
+    workdirs: list[str], which: str, request: Asked, follow: bool
 ) -> tuple[list[tuple[str, Settings, list[_Todo]]], dict[str, str]]:
     """What is missing of each run, and {workdir: what is still to come}."""
     todo, waiting = [], {}
@@ -150,7 +149,7 @@ def _steps(settings: Settings, there: list[int], which: str, follow: bool) -> li
 def _assess(
     todo: list[tuple[str, Settings, list[_Todo]]],
     count: int,
-    request: Request | FutureProtocol,
+    request: Asked,
     assessors: dict[tuple, Any],
 ) -> None:
     def images_of(settings: Settings) -> tuple:
