@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         print(*plan.lines(), sep="\n")
         if chip := predict.TPUS.get(_CHIP.value.split(":")[0]):
             operations = flops.step_flops(compiled.recipe, settings.batch_size).total
-            prediction = predict.predict(compiled.run.as_text(), chip)
+            prediction = predict.predict(compiled.run.as_text(), chip, len(devices))
             work = operations / len(devices), settings.batch_size, settings.num_steps
             print(*prediction.lines(chip, *work), sep="\n")
         if _CHIP.value in chips.GPUS:

@@ -31,14 +31,14 @@ ENTRY %main (p: f32[1000000]) -> f32[1000000] {
   %scores = f32[16,10,20]{2,1,0} convolution(%q, %k), window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0io->0bf, metadata={op_name="jit(step)/jvp(Generator)/bhtd,bhsd->bhts/dot_general"}
   %q = f32[16,10,50]{2,1,0:T(8,128)S(1)} parameter(1)
   %k = f32[16,50,20]{2,1,0:T(8,128)S(1)} parameter(2)
-  %sum = f32[1000000]{0:T(1024)} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+  %sum = f32[1000000]{0:T(1024)} all-reduce(%p), replica_groups=mesh['axis_0'=4] {'axis_0'}, to_apply=%add
   ROOT %new = f32[1000000]{0:T(1024)} add(%p, %sum), metadata={op_name="jit(step)/add"}, backend_config={"estimated_cycles":"500"}
 }
 """
 
 
 def test_a_step_by_class_of_work():
-    classes = predict.predict(TEXT, CHIP).classes
+    classes = predict.predict(TEXT, CHIP, 4).classes
     # Three times 1 GFLOP, where the compiler says 4 ms.
     assert classes["products"] == pytest.approx((3 * 1.0, 3 * 4.0))
     # 2 * 16 * 10 * 20 * 50 operations, and as many bytes as leave the fast memory.

@@ -24,21 +24,13 @@ _INSTRUCTION = re.compile(
     r"\((?P<arguments>.*?)\)(?P<rest>.*)$"
 )
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = (
-    *(
-        "get-tuple-element",
-        "tuple",
-        "bitcast",
-        "parameter",
-        "constant",
-        "after-all",
-        "partition-id",
-    ),
-    *("copy-start", "copy-done", "slice-start", "slice-done", "opt-barrier"),
+_FREE = re.compile(
+    "get-tuple-element|tuple|bitcast|parameter|constant|after-all|partition-id|opt-barrier"
+    "|(copy|slice)-start|.*-done"
 )
 CLASSES = ("products", "attention", "optimizer", "collectives", "rest")
-# Attention kernels carry no cycles: the share of the peak rate that their schedule reaches at 256 tokens.
-_KERNEL_SHARE = 0.17
+# Attention kernels carry no cycles: what their schedule on v5e reaches at 256 tokens (50 on v6e).
+_KERNEL_TFLOPS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +100,10 @@ class _Operation:
         return self.arguments
 
     @property
+    def is_alias(self) -> bool:
+        return self.kind == "custom-call" and "tpu_custom_call" not in self.rest
+
+    @property
     def scope(self) -> str:
         """Where in the model it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
@@ -119,13 +115,14 @@ class _Operation:
         return int(found[1]) if found else 0
 
 
-def predict(text: str, chip: Tpu) -> Prediction:
+def predict(text: str, chip: Tpu, chips: int) -> Prediction:
     """The time of a program that the compiler for TPUs has made.
 
     Args:
         text: of the compiled step, `compiled.as_text()`.
+        chips: how many share the step.
     """
-    program = _Program(text)
+    program = _Program(text, chips)
     times: dict[str, list[float]] = {name: [0.0, 0.0] for name in CLASSES}
     for operation, repeats in program.executed():
         low, high = program.milliseconds(operation, chip)
@@ -138,7 +135,8 @@ def predict(text: str, chip: Tpu) -> Prediction:
 class _Program:
     """An HLO module by its text."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, chips: int):
+        self.chips = chips
         self.computations: dict[str, list[_Operation]] = {}
         current: list[_Operation] = []
         for line in text.splitlines():
@@ -163,7 +161,7 @@ class _Program:
                 elif op.kind == "conditional":
                     branches = re.findall(r"%([^\s,)}]+)", op.rest.split("metadata=")[0])
                     queue.extend((branch, repeats / len(branches)) for branch in branches)
-                elif op.kind not in _FREE and not op.kind.endswith("-done"):
+                elif not (_FREE.fullmatch(op.kind) or op.is_alias):
                     yield op, repeats
 
     def _trips(self, loop: _Operation) -> int:
@@ -181,8 +179,7 @@ class _Program:
             # What is begun early runs beside other work.
             return (0.0 if op.kind.endswith("-start") else time), time
         flops = self.flops(op)
-        share = _KERNEL_SHARE if op.kind == "custom-call" else 1
-        compute = flops / (1e9 * chip.tflops * share)
+        compute = flops / (1e9 * (_KERNEL_TFLOPS if op.kind == "custom-call" else chip.tflops))
         low = max(compute, self._bytes(op) / (1e6 * chip.bandwidth))
         return low, max(low, op.cycles / (1e6 * chip.clock))
 
@@ -190,8 +187,8 @@ class _Program:
         """Bytes through the links of each chip, which has two: a sum goes around a ring twice."""
         given = sum(_size(self.by_name[name].type) for name in op.operands if name in self.by_name)
         size = max(given, _size(op.type) - given * op.kind.endswith("-start"))
-        groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", op.rest)
-        ways = int(groups[1] or 1 + groups[2].count(",")) if groups else 2
+        groups = re.search(r"replica_groups=\[\d+,(\d+)\]", op.rest)
+        ways = int(groups[1]) if groups else self.chips
         twice = 2 if "all-reduce" in op.kind + op.name else 1
         return size * twice * (ways - 1) / ways
 
@@ -215,10 +212,10 @@ class _Program:
             op.type,
             *(self.by_name[name].type for name in op.operands if name in self.by_name),
         ]
-        if op.kind == "custom-call" and "splash" in op.scope:
+        if op.kind == "custom-call" and "splash" in op.name:
             # Queries and keys by heads lead; five products backward, two forward.
             *lead, length, width = max(map(_dimensions, types), key=len)
-            return (10 if "dkv" in op.scope else 4) * math.prod(lead) * length**2 * width
+            return (10 if "dkv" in op.name else 4) * math.prod(lead) * length**2 * width
         if op.kind not in ("convolution", "dot"):
             return 0
         # A size stands in two of the three arrays; that of a batch of products, in all.
@@ -238,7 +235,7 @@ class _Program:
     def class_of(self, op: _Operation) -> str:
         if self._collective(op):
             return "collectives"
-        if re.search(r"splash|bht[sd]", op.scope):
+        if re.search(r"splash|bht[sd]", op.name + op.scope):
             return "attention"
         if self.flops(op):
             return "products"
