@@ -11,11 +11,12 @@ import pytest
 
 from configs import llamagen, mirai_e, mirai_i
 from mirai_jax import evaluate, sample
+from mirai_jax import step as step_lib
 from mirai_jax.config import schema
 from mirai_jax.evaluation import assessments, drawn, during, runs, samples, small, validation
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.models.generator import Generator, init_params
-from mirai_jax.training import guards, restore, train
+from mirai_jax.training import components, guards, restore, train
 from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.utils import distributed
 from mirai_jax.utils.errors import Preempted
@@ -175,6 +176,25 @@ def held_out():
     images = validation.HeldOut(codes, rng.randint(10, size=71))
     saved = {"params": {"generator": params, "foresight": {}}, "ema": params}
     return settings, saved, images
+
+
+def test_the_loss_of_each_head_is_that_of_the_step():
+    settings, rng = schema.read(helpers.tiny(mirai_e), 1), np.random.RandomState(0)
+    recipe = components.make_recipe(settings, settings.terms, (), None, None, 1)
+    params = step_lib.init_params(recipe, jax.random.key(0))
+    ema = jax.tree.map(lambda x: x + 0.02 * rng.normal(size=x.shape), params["generator"])
+    codes, labels = rng.randint(16, size=(5, 64)), rng.randint(10, size=5)
+    batch = {"codes": codes, "label": labels}
+    targets = step_lib.teacher_targets(recipe, ema, {}, batch, recipe.terms)
+    active = (True,) * len(recipe.terms)
+    _, wanted = step_lib.loss_fn(params, recipe, targets, batch, 0, active, None)
+    images = validation.HeldOut(codes, labels)
+    made = validation.Validation(settings, images, None, print, jax.devices()[:1])
+    found = made.measure({"params": params, "ema": ema})
+    heads = [name for name in wanted if name.startswith("foresight")]
+    assert len(heads) == 3
+    for name in heads:
+        np.testing.assert_allclose(found[f"validation_{name}"], wanted[name], rtol=1e-4)
 
 
 @pytest.mark.parametrize("devices", [1, 3])

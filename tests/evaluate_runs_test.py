@@ -172,6 +172,7 @@ def test_following_ends_when_the_run_has_died(workdir, tmp_path, monkeypatch, ca
 
 
 def test_another_protocol_is_another_line(workdir):
+    (workdir / assessments.FILE).unlink(missing_ok=True)  # of the slow test
     settings = restore.read_settings("", str(workdir))
     first, second = (p.to_dict() for p in QUICK.protocols(settings, ""))
     for line in ({"step": 4, "protocol": first}, {"step": 2, "protocol": second}):
