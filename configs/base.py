@@ -112,8 +112,11 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.exif = "ignore"  # ignore, as officially, or apply: photos of cameras and phones are turned
     #                       upright. Of a folder or online; stored codes have it from extract
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
-    data.held_out_share = 0.0  # of a folder or online: share of the images kept out of training,
-    #                            by a hash of their names, so that more images move no other
+    data.held_out_share = (
+        0.0  # share of the images kept out of training by a hash of their names, so
+    )
+    #                            that more images move no other; not of mnist, fashion_mnist. Of stored
+    #                            codes every record is read at the start
     data.min_images = 1  # of a folder or online: classes with fewer images are left out
     data.balanced = False  # whether all classes are drawn equally often
     data.num_workers = 8  # processes that read and decode; 0: threads of this process

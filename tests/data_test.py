@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import http.server
 import itertools
 import json
@@ -187,6 +188,33 @@ def open_records(folder, grid=GRID, vocab_size=64, num_classes=5):
     return records_lib.CodeRecords(
         str(folder), grid=grid, vocab_size=vocab_size, num_classes=num_classes
     )
+
+
+def test_a_share_of_the_records_is_held_out_by_their_keys(tmp_path):
+    """The same images in other shards, or among more images, are held out again."""
+
+    def keys(folder, sizes, which, share=0.3):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write_shards(tmp_path / folder, sizes, crops=1)
+        part = open_records(tmp_path / folder, vocab_size=512).split(share, which)
+        part = pickle.loads(pickle.dumps(part))
+        found = [part[k] for k in range(len(part))]
+        assert all((r["codes"] == int(r["key"].split()[1]) * 8).all() for r in found)
+        return [record["key"] for record in found]
+
+    hashes = [hashlib.sha256(f"image {k}".encode()).digest()[:8] for k in range(40)]
+    bound = (int(0.3 * 2**64)).to_bytes(8, "big")
+    expected = [f"image {k}" for k in range(40) if hashes[k] < bound]
+    assert 0 < len(expected) < 40
+    held_out, train = keys("a", (23, 17), "held_out"), keys("a", (23, 17), "train")
+    assert held_out == expected and sorted(held_out + train) == sorted(
+        f"image {k}" for k in range(40)
+    )
+    more = keys("b", (31, 4, 20), "held_out")
+    assert set(more) & {f"image {k}" for k in range(40)} == set(held_out) and len(more) > len(
+        held_out
+    )
+    assert "held_out_share" in refusal(keys, "c", (2,), "held_out", 1e-9)
 
 
 def test_records_are_read_in_order_and_pickle(tmp_path):

@@ -1,5 +1,6 @@
 """What a run measures while it trains is what its checkpoints give afterwards, whatever stops it."""
 
+import dataclasses
 import itertools
 import json
 
@@ -195,6 +196,26 @@ def test_the_loss_of_each_head_is_that_of_the_step():
     assert len(heads) == 3
     for name in heads:
         np.testing.assert_allclose(found[f"validation_{name}"], wanted[name], rtol=1e-4)
+
+
+def test_shards_give_the_share_that_is_not_trained_on(tmp_path):
+    from data_test import write_shards
+
+    from mirai_jax.data import records
+
+    write_shards(tmp_path, (20, 20), crops=4)
+    sizes = {"grid": (2, 3), "vocab_size": 512, "num_classes": 5}
+    settings = schema.read(helpers.tiny(llamagen), 1)
+    data = dataclasses.replace(settings.data, name="images", path=str(tmp_path), held_out_share=0.3)
+    generator = dataclasses.replace(settings.generator, **sizes)
+    settings = dataclasses.replace(settings, data=data, generator=generator)
+    of_run = lambda path: validation.of_run(settings, path, None, None, None, tuple("01234"))
+    trained_on = records.CodeRecords(str(tmp_path), **sizes).split(0.3, "train")
+    numbers = [trained_on[k]["codes"][0, 0] // 8 for k in range(len(trained_on))]
+    got = of_run("")
+    assert sorted([*numbers, *(got.codes[:, 0] // 8)]) == list(range(40))
+    assert (got.codes[:, 0] % 8 == 1).all() and (got.labels == got.codes[:, 0] // 8 % 5).all()
+    assert len(of_run(str(tmp_path)).labels) == 40  # whole shards that are named
 
 
 @pytest.mark.parametrize("devices", [1, 3])

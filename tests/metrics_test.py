@@ -317,6 +317,18 @@ def test_memory_does_not_grow_with_the_number_of_images(monkeypatch):
     assert peak(precision_recall, features, features[:400].copy()) < 4 * features.nbytes
 
 
+def test_many_features_are_not_in_memory():
+    part = np.ones((1000, 2048), np.float32)
+
+    def collect():
+        rows = Rows()
+        for _ in range(24):
+            rows.add(part)
+        return rows[23_000:]
+
+    assert peak(collect) < 24 * part.nbytes / 1.5
+
+
 @pytest.mark.parametrize("batch", [1, 33, 500])
 def test_features_on_the_disk_give_the_same_digits(monkeypatch, batch):
     monkeypatch.setattr(metrics, "_ROWS", 32)

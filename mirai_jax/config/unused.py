@@ -17,8 +17,8 @@ _LISTED = (
 # A field: what must hold of the config (`c`), or of the term (`t`), for it to take effect.
 RUN = {
     "data.held_out": ("data.name 'mnist'", lambda c: c.data.name == "mnist"),
-    **dict.fromkeys(("data.images", "data.crops", "data.flip"), _LARGE),
-    **dict.fromkeys(("data.held_out_share", "data.min_images", "data.exif"), _LISTED),
+    **dict.fromkeys(("data.images", "data.crops", "data.flip", "data.held_out_share"), _LARGE),
+    **dict.fromkeys(("data.min_images", "data.exif"), _LISTED),
     "data.crop_range": (
         "data.crops 'stored' of a folder or with data.codes 'online'",
         lambda c: _LISTED[1](c) and c.data.crops == "stored",
@@ -27,13 +27,17 @@ RUN = {
     "init_rows": ("init_from", lambda c: c.init_from),
     "lora.alpha": ("lora.rank above 0", lambda c: c.lora.rank > 0),
     "validate_every": (
-        "validation_path, or images that are held out of a data set in memory or online",
+        "validation_path, or images that are held out",
         lambda c: c.validation_path or c.data.name != "images" or c.data.held_out_share,
     ),
     "validation_path": ("validate_every above 0", lambda c: c.validate_every),
     "evaluate_every": (
         "evaluate_reference, or images that are held out",
-        lambda c: c.evaluate_reference or c.data.name != "images" or c.data.held_out_share,
+        lambda c: (
+            c.evaluate_reference
+            or c.data.name != "images"
+            or (c.data.held_out_share and c.data.codes == "online")
+        ),
     ),
     **dict.fromkeys(
         (f"evaluate_{name}" for name in ("samples", "guidance", "reference", "inception")),

@@ -5,6 +5,7 @@ A record is a msgpack map {shape, codes, label, key}. Extraction writes shards o
 """
 
 import bisect
+import copy
 import glob
 import itertools
 import os
@@ -18,6 +19,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from mirai_jax.data import manifest
+from mirai_jax.data.image_source import hashes_of
 from mirai_jax.utils import files, paths
 from mirai_jax.utils.errors import DataError, first_line
 
@@ -112,6 +114,7 @@ class CodeRecords:
         found = _find_shards(path)
         self._path, self._grid = path, tuple(grid)
         self._vocab_size, self._num_classes = vocab_size, num_classes
+        self._part: np.ndarray | None = None  # the records of a split
         with futures.ThreadPoolExecutor(16) as pool:  # many shards on network storage
             self._shards = list(pool.map(_open_shard, found))
         self._names = [os.path.basename(file) for file in found]
@@ -125,12 +128,34 @@ class CodeRecords:
         self.crops = None
         self.crops = len(self[0]["codes"])
 
+    def split(self, held_out_share: float, which: str) -> "CodeRecords":
+        """The records to train on ('train') or those kept out of training ('held_out').
+
+        By the hash of their keys, as images of a folder (`folder_sets.split`): the codes of an image are
+        held out where the image would be. Reads every record.
+
+        Raises:
+            DataError: a record is damaged, or there is none of the kind.
+        """
+        with futures.ThreadPoolExecutor(16) as pool:
+            keys = pool.map(lambda index: self[index]["key"], range(len(self)))
+            below = hashes_of(keys) < np.uint64(int(held_out_share * 2**64))
+        part = copy.copy(self)
+        part._part = np.flatnonzero(below if which == "held_out" else ~below)
+        if not len(part):
+            raise DataError(
+                f"data.held_out_share is {held_out_share}; it must leave and hold out some of the "
+                f"{len(self):,} records of {self._path}"
+            )
+        return part
+
     def __len__(self) -> int:
-        return self._totals[-1]
+        return self._totals[-1] if self._part is None else len(self._part)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        index = index if self._part is None else int(self._part[index])
         shard = bisect.bisect_right(self._totals, index)
         position = index - (self._totals[shard - 1] if shard else 0)
         try:

@@ -46,14 +46,11 @@ class Measurer:
 
     def _validate_on(self, held_out: Any, log: Log) -> validation.Validation | None:
         settings, made = self._settings, self._made
-        if settings.validation_path:
-            args = settings.validation_path, settings, made.tokenizer_params, made.class_names
-            images = validation.of_shards(*args)
-        elif held_out is None:
+        parts = made.tokenizer, made.tokenizer_params, made.class_names
+        images = validation.of_run(settings, settings.validation_path, held_out, *parts)
+        if images is None:
             log("no validation: validation_path is unset, and no images are held out")
             return None
-        else:
-            images = validation.of_images(held_out, made.tokenizer, made.tokenizer_params)
         self.every["validation"] = settings.validate_every
         log(f"validation: {len(images.labels):,} images every {settings.validate_every:,} steps")
         return validation.Validation(settings, images, made.tokenizer_params, log, self._devices)

@@ -132,12 +132,10 @@ class Assessor:
 
     def _tokenizer_of(self, settings: Settings, workdir: str) -> tuple[Any, Any]:
         """The run's tokenizer and its parameters, where it has one that is there."""
-        if settings.tokenizer.name == "patch":
-            return frozen.load_codebook(settings, workdir)
-        if not settings.tokenizer.path:
+        if settings.tokenizer.name != "patch" and not settings.tokenizer.path:
             return None, None
         try:
-            return frozen.load_vq(settings)
+            return frozen.load_tokenizer(settings, workdir)
         except ConfigError as error:
             self._log(f"{workdir}: {error}")
             return None, None
@@ -148,16 +146,13 @@ class Assessor:
         if self._validated[0] is saved and self._validated[1] == key:
             return self._validated[2]
         if key not in kept:
-            if protocol.validation:
-                names = restore.class_names(workdir)
-                images = validation.of_shards(protocol.validation, settings, params, names)
-            elif self._held_out is None or tokenizer is None:
+            parts = tokenizer, params, restore.class_names(workdir)
+            images = validation.of_run(settings, protocol.validation, self._held_out, *parts)
+            if images is None:
                 raise ConfigError(
                     "--validation is ''; it must be a folder of shards for a run that holds no images "
                     "out (data.held_out, data.held_out_share)"
                 )
-            else:
-                images = validation.of_images(self._held_out, tokenizer, params)
             images = images.first(protocol.held_out)
             kept[key] = validation.Validation(settings, images, params, self._log)
         self._validated = saved, key, kept[key].measure(saved)

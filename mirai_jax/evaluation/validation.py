@@ -53,14 +53,41 @@ class HeldOut:
         return HeldOut(self.codes[some], self.labels[some], images)
 
 
-def of_images(held_out: LabelledImages, tokenizer: Any, params: Any) -> HeldOut:
-    """Images in memory, with their codes."""
-    codes = batched.encode_images(tokenizer, params, held_out.images)
-    return HeldOut(codes, held_out.labels, held_out.images)
+def of_run(
+    settings: Settings,
+    path: str,
+    images: LabelledImages | None,
+    tokenizer: Any,
+    params: Any,
+    class_names: tuple[str, ...],
+) -> HeldOut | None:
+    """What the loss of a run is measured on; None where there is nothing.
+
+    Args:
+        path: shards of held-out codes, or ''.
+        images: those that the run holds out.
+        tokenizer, params: of the run, or None.
+        class_names: as in `of_shards`.
+    """
+    data = settings.data
+    if path or not (data.in_memory or data.online or not data.held_out_share):
+        share = 0.0 if path else data.held_out_share
+        return of_shards(path or data.path, settings, params, class_names, share)
+    if images is None or tokenizer is None:
+        return None
+    return HeldOut(
+        batched.encode_images(tokenizer, params, images.images), images.labels, images.images
+    )
 
 
-def of_shards(path: str, settings: Settings, params: Any, class_names: tuple[str, ...]) -> HeldOut:
-    """The middle crop of each image of a folder of shards.
+def of_shards(
+    path: str,
+    settings: Settings,
+    params: Any,
+    class_names: tuple[str, ...],
+    held_out_share: float = 0.0,
+) -> HeldOut:
+    """The middle crop of each image of a folder of shards, or of a share of them (`CodeRecords.split`).
 
     Args:
         params: the run's tokenizer; None where it has none, but shards to train on.
@@ -75,6 +102,8 @@ def of_shards(path: str, settings: Settings, params: Any, class_names: tuple[str
         records = CodeRecords(path, **sizes)
     except DataError as error:
         raise DataError(str(error).replace("data.path", "validation_path", 1)) from error
+    if held_out_share:
+        records = records.split(held_out_share, "held_out")
     if records.manifest is not None:
         theirs = records.manifest.tokenizer.get("checksum")
         mine = pretrained.checksum(params) if params is not None else None

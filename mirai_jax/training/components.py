@@ -292,6 +292,9 @@ def _on_disk(
         vocab_size=settings.generator.vocab_size,
         num_classes=settings.generator.num_classes,
     )
+    if share := settings.data.held_out_share:
+        log(f"reading the keys of {len(source):,} records, to hold out {share:g} of them")
+        source = source.split(share, "train")
     manifest = source.manifest
     if manifest is not None:
         _check_manifest(settings, manifest, tokenizer_params)
