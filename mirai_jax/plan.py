@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
             ) from error
         plan = compiled.plan
         print(*plan.lines(), sep="\n")
-        if chip := predict.TPUS.get(_CHIP.value.split(":")[0]):
+        chip = predict.TPUS.get(_CHIP.value.split(":")[0])
+        if chip and slices == 1:  # the links between slices are not modelled
             operations = flops.step_flops(compiled.recipe, settings.batch_size).total
             prediction = predict.predict(compiled.run.as_text(), chip, len(devices))
             work = operations / len(devices), settings.batch_size, settings.num_steps
