@@ -112,11 +112,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.exif = "ignore"  # ignore, as officially, or apply: photos of cameras and phones are turned
     #                       upright. Of a folder or online; stored codes have it from extract
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
-    data.held_out_share = (
-        0.0  # share of the images kept out of training by a hash of their names, so
-    )
-    #                            that more images move no other; not of mnist, fashion_mnist. Of stored
-    #                            codes every record is read at the start
+    data.held_out_share = 0.0  # share of the images kept out of training by a hash of their names,
+    #                            so that more images move no other; not of mnist, fashion_mnist.
+    #                            Of stored codes every record is read at the start
     data.min_images = 1  # of a folder or online: classes with fewer images are left out
     data.balanced = False  # whether all classes are drawn equally often
     data.num_workers = 8  # processes that read and decode; 0: threads of this process
@@ -148,10 +146,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     #                    of the raster; 0: everything
     teacher.zscore = 0.0  # alpha of (x - alpha * mean) / deviation over the image's places; 0: off
     teacher.stage = 5  # stage whose feature map is used (efficientnet_lite0: 1 to 7)
-    teacher.dtype = (
-        "auto"  # of every teacher's products: float32 (official: outside autocast), bfloat16,
-    )
-    # or auto: bfloat16 on TPUs, where float32 takes three times as long, else float32
+    teacher.dtype = "auto"  # of every teacher's products: float32 (official: outside autocast),
+    #                         bfloat16, or auto: bfloat16 on TPUs, where float32 takes three times
+    #                         as long, else float32
     teacher.cached = False  # compute all features once, before training (data sets in memory)
 
     # Devices: the product must be their number; one entry may be -1, "what is left".

@@ -89,7 +89,9 @@ _TEACHER = _define.string("teacher", "", "With --future: a run whose encoder is 
 _POSITIONS = _define.bool(
     "positions", False, "The cross-entropy by grid position (and nothing else)."
 )
-_FOLLOW = _define.bool("follow", False, "Wait for what the runs add, until all are finished.")
+_FOLLOW = _define.bool(
+    "follow", False, "Wait for what the runs add, until all are finished or dead."
+)
 
 _OF_SAMPLES = (_OUT, _BATCH, _SAVE, _TRAINING, _CLASSES)
 _OF_RUNS = (

@@ -48,8 +48,8 @@ MEASURES = {  # column: title, digits, factor
     "frechet_classifier": ("Fréchet, classifier", 4, 1), "class_accuracy": ("class accuracy, %", 1, 100),
 }  # fmt: skip
 AHEAD = {"r0c1": "next token", "r1c0": "one row below", "r2c0": "two rows below"}
-OLD = {"cross_entropy": "validation_cross_entropy", "agreement": "class_accuracy"}
-OLD |= {"real_agreement": "real_class_accuracy"}
+OLD, RENAMED = {"cross_entropy": "validation_cross_entropy"}, ("agreement", "class_accuracy")
+PROTOCOL = "guidance", "samples", "pixels", "temperature", "top_k", "top_p"
 COLOURS, MARKERS = ("#000000", "#0072b2", "#d55e00", "#009e73"), "osD^v"
 DASHES = ("-", "--", ":", "-.", (0, (1, 3)))
 INTRODUCTION = """# Tables
@@ -93,8 +93,8 @@ def read(runs):
             means = {weights: grid.mean() for weights, grid in grids.items()}
             found[entry["step"], 1.0] = means | {"grid": grids["ema"]}
         for entry in lines(path.with_name("assessment.jsonl")):
-            entry = {OLD.get(k, k): v for k, v in entry.items()}
-            guidance, *how = (entry["protocol"][k] for k in ("guidance", "samples", "pixels"))
+            entry = {OLD.get(k, k).replace(*RENAMED): v for k, v in entry.items()}
+            guidance, *how = (entry["protocol"].get(k) for k in PROTOCOL)
             if protocols.setdefault((about["sweep"], guidance), how) != how:
                 raise ValueError(f"{path.parent} has numbers of another protocol than its sweep")
             row = found.setdefault((entry["step"], guidance), {})

@@ -34,6 +34,14 @@ def test_each_class_has_the_distance_of_its_images(monkeypatch):
         by_class.by_class(labels, fake[1:], theirs, real, list("abcd"))
 
 
+def test_where_all_classes_are_too_small_there_is_no_picture(tmp_path):
+    rows = [{"class": "a", "samples": 9, "reference": 9}]
+    assert not by_class.figure(tmp_path / "a.png", rows, "FID")
+    assert not (tmp_path / "a.png").exists() and "| a | 9 | 9 | - | - |" in by_class.table(
+        rows, "FID"
+    )
+
+
 def test_classes_are_matched_by_name(tmp_path):
     def stream(name, folders):
         for folder in folders:
@@ -46,6 +54,9 @@ def test_classes_are_matched_by_name(tmp_path):
     assert labels.tolist() == [{"a": 0, "c": 2}[samples.classes[i]] for i in samples.labels]
     with pytest.raises(DataError, match="no class 'd'"):
         by_class.common_labels(stream("other", "ad"), real)
+    np.savez(tmp_path / "numbers.npz", arr_0=pictures(2), arr_1=np.array([0, 700]))
+    with pytest.raises(DataError, match="class 700"):
+        by_class.common_labels(image_streams.open_stream(str(tmp_path / "numbers.npz")), real)
     save_folder(tmp_path / "flat", pictures(3))
     with pytest.raises(DataError, match="no labels"):
         by_class.common_labels(image_streams.open_stream(str(tmp_path / "flat")), real)

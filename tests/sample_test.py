@@ -502,7 +502,7 @@ def test_a_row_of_the_grid_is_a_class_where_images_suffice():
         ]
 
     both = ["crane", "owl", "crane"]  # two classes of one name
-    assert rows([2, 0, 2, 0, 1, 2], both) == [("crane", [1, 3]), ("crane", [0, 2])]
+    assert rows([2, 0, 2, 0, 2], both) == [("crane", [1, 3]), ("crane", [0, 2])]
     assert rows([2, 0, 2, 0]) == [("class 0", [1, 3]), ("class 2", [0, 2])]
     assert rows([0, 1, 2, 0], both) == [("image 0: crane, owl", [0, 1]), ("image 2: crane", [2, 3])]
     assert rows([1, 1, 1, 1], both) == [("image 0: owl", [0, 1]), ("image 2: owl", [2, 3])]

@@ -95,11 +95,6 @@ class _Operation:
         return found[1] if found else ""
 
     @property
-    def value(self) -> str:
-        """Of a constant."""
-        return self.arguments
-
-    @property
     def is_alias(self) -> bool:
         return self.kind == "custom-call" and "tpu_custom_call" not in self.rest
 
@@ -169,7 +164,11 @@ class _Program:
         if known:
             return int(known[1])
         condition = self.computations.get(loop.attribute("condition"), ())
-        bounds = [int(op.value) for op in condition if op.kind == "constant" and op.value.isdigit()]
+        bounds = [
+            int(op.arguments)
+            for op in condition
+            if op.kind == "constant" and op.arguments.isdigit()
+        ]
         return max(bounds, default=1)
 
     def milliseconds(self, op: _Operation, chip: Tpu) -> tuple[float, float]:

@@ -115,6 +115,7 @@ class CodeRecords:
         self._path, self._grid = path, tuple(grid)
         self._vocab_size, self._num_classes = vocab_size, num_classes
         self._part: np.ndarray | None = None  # the records of a split
+        self.held_out_share = 0.0  # of the split, which changes what is drawn
         with futures.ThreadPoolExecutor(16) as pool:  # many shards on network storage
             self._shards = list(pool.map(_open_shard, found))
         self._names = [os.path.basename(file) for file in found]
@@ -141,6 +142,7 @@ class CodeRecords:
             keys = pool.map(lambda index: self[index]["key"], range(len(self)))
             below = hashes_of(keys) < np.uint64(int(held_out_share * 2**64))
         part = copy.copy(self)
+        part.held_out_share = held_out_share
         part._part = np.flatnonzero(below if which == "held_out" else ~below)
         if not len(part):
             raise DataError(

@@ -36,7 +36,13 @@ def common_labels(samples: ImageStream, real: ImageStream) -> tuple[np.ndarray, 
         if unknown := set(samples.classes) - set(real.classes):
             raise DataError(f"{real.name} has no class {min(unknown)!r}, which {samples.name} has")
         labels = np.array([real.classes.index(name) for name in samples.classes])[labels]
-    return labels, list(theirs) or [str(i) for i in range(max(*labels, *real.labels) + 1)]
+    names = list(theirs) or [str(i) for i in range(max(*labels, *real.labels) + 1)]
+    if max(*labels, *real.labels) >= len(names):
+        raise DataError(
+            f"{samples.name} or {real.name} has class {max(*labels, *real.labels)}; there are names "
+            f"of {len(names)} classes"
+        )
+    return labels, names
 
 
 def by_class(
@@ -108,11 +114,16 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
     return "\n".join(lines)
 
 
-def figure(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Bars for each class, the largest distance first; of many classes the first ones."""
+def figure(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> bool:
+    """Bars for each class, the largest distance first; of many classes the first ones.
+
+    Returns whether there was anything to draw.
+    """
     shown = _sorted(rows)[:_SHOWN]
     titles = {"distance": title, "class_accuracy": "class accuracy"}
     titles = {n: t for n, t in titles.items() if any(n in row for row in rows)}
+    if not titles:
+        return False
     size = 2.5 + 4 * len(titles), 1.2 + 0.25 * len(shown)
     drawn, axes = pictures.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
     for axis, (name, label) in zip(axes[0], titles.items(), strict=True):
@@ -126,6 +137,7 @@ def figure(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
     if len(shown) < len(rows):
         drawn.suptitle(f"{len(shown)} of {len(rows)} classes: the largest distances")
     pictures.save_figure(path, drawn)
+    return True
 
 
 def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

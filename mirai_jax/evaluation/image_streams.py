@@ -163,7 +163,10 @@ def _labels_beside(
     """`labels` of our samples, `arr_1` of ADM's, and the class names of our protocol.json."""
     with np.load(local, allow_pickle=False) as file:
         names = [name for name in ("labels", "arr_1") if name in file.files]
-        labels = file[names[0]] if names else None
+        try:
+            labels = file[names[0]] if names else None
+        except (ValueError, OSError, zipfile.BadZipFile):  # objects, or damaged
+            labels = None
     if labels is None or labels.shape != (count,) or labels.dtype.kind not in "iu":
         return None, ()
     try:
@@ -226,7 +229,8 @@ def _of_folder(spec: str) -> ImageStream:
 
     inside = [file.relative_to(path).parts for file in files]
     classes = tuple(sorted({parts[0] for parts in inside}))
-    labels = np.array([classes.index(parts[0]) for parts in inside])
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[parts[0]] for parts in inside])
     if min(map(len, inside)) < 2:  # not a folder for each class
         labels, classes = None, ()
     count = len(files) + len(failed)

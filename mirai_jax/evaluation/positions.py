@@ -48,7 +48,8 @@ class PositionsAssessor:
         held_out = components.held_out_images(settings)
         if held_out is None:
             raise DataError(
-                "--positions needs a run that holds images out (data.held_out, data.held_out_share)"
+                "--positions needs a run that holds images out in memory or online (data.held_out, "
+                "data.held_out_share); this one has none, or stored codes"
             )
         self._images = held_out.images[: count or None]
         self._labels = held_out.labels[: count or None]

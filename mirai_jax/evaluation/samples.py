@@ -114,9 +114,10 @@ def evaluate(
         if classes:
             name = next(iter(row["metrics"]))
             row["by_class"] = by_class.measure(stream, fake, reference, opened.images, real)
+            print(by_class.table(row["by_class"], TITLES[name]), flush=True)
             path = out / f"by_class{len(rows) or ''}.png"
-            by_class.figure(path, row["by_class"], TITLES[name])
-            print(f"{by_class.table(row['by_class'], TITLES[name])}\nby class: {path}", flush=True)
+            if by_class.figure(path, row["by_class"], TITLES[name]):
+                print(f"by class: {path}", flush=True)
         rows.append(row)
         files.write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     print(table(rows))

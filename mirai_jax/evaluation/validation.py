@@ -27,6 +27,7 @@ from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models import batched
 from mirai_jax.models.adapters import LoraConfig
 from mirai_jax.models.generator import Generator, hidden_states
+from mirai_jax.models.teacher import precision
 from mirai_jax.step import Recipe, foresight_loss, taps, teacher_targets
 from mirai_jax.training import components
 from mirai_jax.utils import distributed
@@ -96,12 +97,12 @@ def of_shards(
     Raises:
         DataError: no such shards, other tokens, or other classes.
     """
-    generator = settings.generator
+    generator, name = settings.generator, "data.path" if held_out_share else "validation_path"
     sizes = {name: getattr(generator, name) for name in ("grid", "vocab_size", "num_classes")}
     try:
         records = CodeRecords(path, **sizes)
     except DataError as error:
-        raise DataError(str(error).replace("data.path", "validation_path", 1)) from error
+        raise DataError(str(error).replace("data.path", name, 1)) from error
     if held_out_share:
         records = records.split(held_out_share, "held_out")
     if records.manifest is not None:
@@ -111,13 +112,13 @@ def of_shards(
             mine = trained_on.tokenizer.get("checksum")
         if mine not in (None, theirs):
             raise DataError(
-                f"validation_path is {path!r}, codes of another tokenizer (checksum {theirs[:12]}); "
+                f"{name} is {path!r}, codes of another tokenizer (checksum {theirs[:12]}); "
                 f"it must be that of the run ({mine[:12]})"
             )
         unnamed = tuple(map(str, range(len(class_names))))
         if class_names not in (unnamed, records.manifest.class_names):
             raise DataError(
-                f"validation_path is {path!r}; its {len(records.manifest.class_names)} classes must "
+                f"{name} is {path!r}; its {len(records.manifest.class_names)} classes must "
                 f"be the {len(class_names)} of the run, in their order"
             )
     crop = max(0, records.crops // 2 - 1)
@@ -220,7 +221,7 @@ def _values(recipe: Recipe, weights: Any, batch: dict[str, jax.Array]) -> dict[s
     batch, config, labels_B = {**batch, "codes": codes_BxL}, recipe.generator, batch["label"]
     # One pass of the EMA gives the logits and its states as targets, under the teacher's precision.
     shared = [t for t in recipe.terms if t.level == "internal" and t.source == "ema"]
-    if recipe.teacher_dtype != config.dtype:
+    if precision(recipe.teacher_dtype, jax.default_backend()) != config.dtype:
         shared = []
     layers = tuple(sorted({term.teacher_layer for term in shared}))
     with jax.default_matmul_precision("tensorfloat32"):

@@ -143,12 +143,12 @@ class SamplingJob:
     ) -> list[tuple[str, np.ndarray]]:
         """Names of the grid's rows, and the numbers, of the first `count`, of the images in each.
 
-        A row is a class where several have images enough for one.
+        A row is a class where all, or as many as there are rows, have images enough for one.
         """
         labels = self.labels[:count]
         found = {y: np.flatnonzero(labels == y)[:columns] for y in np.unique(labels)}
         full = {y: chosen for y, chosen in found.items() if len(chosen) == columns}
-        if len(full) > 1:
+        if len(full) >= min(_GRID, len(found)) > 1:
             some = list(full)[:: -(-len(full) // _GRID)]
             return [(names[y][:48] if names else f"class {y}", full[y]) for y in some]
         starts = range(0, min(count, _GRID * columns) // columns * columns, columns)

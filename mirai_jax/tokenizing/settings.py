@@ -43,7 +43,7 @@ class LossFields:
     reconstruction_weight: float = field(1.0, at_least=0)
     perceptual_weight: float = field(0.0, at_least=0)
     perceptual_stages: tuple[int, ...] = field((1, 2, 3))
-    lpips: tuple[str, ...] = field(())
+    lpips: tuple[str, ...] = field((), resumable=True)
     commit_weight: float = field(0.25, at_least=0)
     entropy_weight: float = field(0.0, at_least=0)
 

@@ -69,6 +69,7 @@ def _build(
                 f"say {recipe.network}"
             )
         identity["init_from"] = pretrained.checksum(initial)
+    identity["loss.lpips"] = "none"
     if recipe.perceptual_weight and recipe.lpips:
         perceptual = lpips.load(settings.lpips)
         identity["loss.lpips"] = pretrained.checksum(perceptual)

@@ -183,6 +183,8 @@ def _data_identity(source: Any, load_crop: pipeline.CropLoader | None) -> str:
         message = {"images": load_crop.describe()}
     else:
         message = {"records": len(source)}
+    if share := getattr(source, "held_out_share", 0.0):
+        message = {**message, "held_out_share": share}
     return hashlib.sha256(json.dumps(message, sort_keys=True).encode()).hexdigest()
 
 

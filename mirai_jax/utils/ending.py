@@ -64,9 +64,8 @@ def protect() -> None:
             setattr(sys, name, Screen(stream))
     signal.signal(signal.SIGTERM, _stop)
     for number, handle in ((signal.SIGINT, _interrupt), (signal.SIGHUP, _stop)):
-        if (
-            signal.getsignal(number) != signal.SIG_IGN
-        ):  # as nohup, and a script's background jobs, have it
+        # Ignored, as under nohup and in a script's background jobs, it stays so.
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
 
 
