@@ -4,6 +4,7 @@ The buckets are emulators on loopback. What needs neither network nor packages u
 """
 
 import contextlib
+import http.server
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -479,3 +481,31 @@ def test_images_of_a_folder_in_a_bucket(bucket, local):
     for mine, wanted in zip(made, other, strict=True):
         assert mine.keys() == wanted.keys() and mine["key"] == wanted["key"]
         np.testing.assert_array_equal(mine["codes"], wanted["codes"])
+
+
+@pytest.mark.slow
+def test_a_large_file_may_take_long_if_it_does_not_stand_still(tmp_path, monkeypatch):
+    pytest.importorskip("gcsfs")
+    about = b'{"name": "x", "bucket": "b", "size": "8", "generation": "1", "storageClass": "S"}'
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            is_data = "alt=media" in self.path
+            self.send_header("Content-Length", "8" if is_data else str(len(about)))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            for part in [b"x"] * 8 if is_data else [about]:
+                self.wfile.write(part)
+                time.sleep(0.5)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(remote, "_SILENCE", 2.0)
+    remote._system.cache_clear()
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
+    remote.Remote("gs://b/x").get(str(tmp_path / "x"), 8)  # in 4 seconds
+    assert (tmp_path / "x").read_bytes() == b"x" * 8
+    remote._system.cache_clear()
