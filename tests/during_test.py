@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import helpers
 import jax
@@ -317,6 +318,18 @@ def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
     (row,) = json.loads((out / "results.json").read_text())["rows"]
     assert "frechet_efficientnet_lite0" in row["metrics"]
     assert row["metrics"].items() <= lines[4].items()
+    # Without other shards: a share of those to train on.
+    share = [f"--config.{f}=" for f in ("validation_path", "evaluate_reference")]
+    share += ["--config.data.held_out_share=0.3", "--config.evaluate_every=0"]
+    log = helpers.output(
+        "mirai_jax.main", *arguments, f"--workdir={tmp_path / 'b'}", *share, **helpers.QUICK
+    )
+    helpers.output("mirai_jax.evaluate", f"--workdir={tmp_path / 'b'}", **helpers.QUICK)
+    *_, line = read_metrics(tmp_path / "b")
+    *_, entry = assessments.read(tmp_path / "b")
+    assert measured(entry) == measured(line) and measured(line).keys() <= lines[4].keys()
+    counts = re.search(r"data: images, (\d+) images(?s:.*)validation: (\d+) images", log).groups()
+    assert sum(map(int, counts)) == 48 and min(map(int, counts)) > 0
     # Codes of other classes would be another number.
     (tmp_path / "codes" / "val" / "manifest.json").write_text(
         (tmp_path / "codes" / "val" / "manifest.json").read_text().replace('"bb"', '"cc"')
