@@ -188,10 +188,11 @@ def indices(
     paths: Sequence[str],
     make: Callable[[str], Index],
     check: Callable[[Sequence[str]], None] = lambda missing: None,
+    threads: int = 8,
 ) -> list[Index]:
     """The index of every file; those that are not kept are made, by one process of a host at a time.
 
-    `check` takes the files whose indices are missing before any is made.
+    `check` takes the files whose indices are missing before any is made; `threads` make them.
 
     Raises:
         DataError: the cache cannot be written.
@@ -209,8 +210,8 @@ def indices(
                 _keep(path, make(path))
                 progress.advance(1)
 
-            with contextlib.closing(progress):
-                list(pool.map(keep, missing))
+            with contextlib.closing(progress), futures.ThreadPoolExecutor(threads) as makers:
+                list(makers.map(keep, missing))
         return list(pool.map(_kept, paths))
 
 
