@@ -11,7 +11,12 @@ from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.evaluation import probe
 from mirai_jax.evaluation.metrics import Moments, distance
 from mirai_jax.models import batched
-from mirai_jax.sampling.classifier import class_accuracy, decision_values, fit_classifier
+from mirai_jax.sampling.classifier import (
+    class_accuracy,
+    decision_values,
+    fit_classifier,
+    fitted_on,
+)
 from mirai_jax.utils.errors import ConfigError
 from mirai_jax.weights import frozen
 
@@ -70,7 +75,8 @@ class SmallSet:
             The moments of the held-out images through the tokenizer, the same of the classifier's
             decision values, and: real_frechet, real_frechet_classifier and real_frechet_images, distances
             of training images through the tokenizer to these and to the held-out images as they are; and
-            real_class_accuracy, of held-out ones through it.
+            real_class_accuracy, of held-out ones through it. The classifier knows the images that it was
+            fitted to too well: they are left out of its distance, which is missing if no others are there.
         """
 
         def again(images: np.ndarray) -> np.ndarray:
@@ -82,20 +88,18 @@ class SmallSet:
         some = spread_evenly(len(self.train.labels), count)
         train = again(self.train.images[some])
         real, judged = moments(train), self.judge()(reconstructed, self.held_out.labels).moments
-        labels = self.held_out.labels[:count]
-        return (
-            of_reconstructed,
-            judged,
-            {
-                "real_frechet": distance(real, of_reconstructed),
-                "real_frechet_classifier": distance(
-                    self.judge()(train, self.train.labels[some]).moments, judged
-                ),
-                "real_frechet_images": distance(real, moments(self.held_out.images)),
-                "real_class_accuracy": self.judge()(reconstructed[:count], labels).hits
-                / len(labels),
-            },
-        )
+        labels, asked = self.held_out.labels[:count], self.train.labels[some]
+        found = {
+            "real_frechet": distance(real, of_reconstructed),
+            "real_frechet_images": distance(real, moments(self.held_out.images)),
+            "real_class_accuracy": self.judge()(reconstructed[:count], labels).hits / len(labels),
+        }
+        everything = np.arange(len(self.train.labels))
+        new = ~np.isin(some, everything[fitted_on(len(everything))])
+        if new.sum() > 1:
+            moments_of_new = self.judge()(train[new], asked[new]).moments
+            found["real_frechet_classifier"] = distance(moments_of_new, judged)
+        return of_reconstructed, judged, found
 
     def probes(
         self, settings: Settings, tokenizer: Any, params: Any, ema: Any, count: int

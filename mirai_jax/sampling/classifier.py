@@ -13,10 +13,15 @@ def fit_classifier(images_NxHxWxC: np.ndarray, labels_N: np.ndarray):
     from sklearn.dummy import DummyClassifier  # here: slow to import, and only the end needs it
     from sklearn.svm import SVC
 
-    some = slice(None, None, max(1, len(labels_N) // _FITTED_ON))
+    some = fitted_on(len(labels_N))
     if len(np.unique(labels_N[some])) < 2:  # a folder of one class is no problem for the rest
         return DummyClassifier().fit(_pixels(images_NxHxWxC[some]), labels_N[some])
     return SVC(C=10, gamma="scale").fit(_pixels(images_NxHxWxC[some]), labels_N[some])
+
+
+def fitted_on(count: int) -> slice:
+    """Those of `count` training images that the classifier is fitted to."""
+    return slice(None, None, max(1, count // _FITTED_ON))
 
 
 def _pixels(images_NxHxWxC: np.ndarray) -> np.ndarray:
