@@ -481,6 +481,7 @@ def test_a_generator_learns_its_codes(tmp_path, finished):
     assert "tokenizer.path is ''" in helpers.refusal(train.train, made, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_pytorch_gets_the_official_names_and_the_same_numbers_back(tmp_path, finished):
     conversion.to_torch(str(finished[0] / "tokenizer"), str(tmp_path / "out.pt"), None)
     back = pretrained.load("--tokenizer", str(tmp_path / "out.pt"), "tokenizer")
