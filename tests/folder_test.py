@@ -341,7 +341,7 @@ def test_a_folder_of_one_class(pictures, tmp_path):
     assert np.isfinite(run(config, tmp_path / "run")).all()
     assert json.loads((tmp_path / "run" / "agreement.json").read_text())["samples"] == 1
     helpers.output(
-        "mirai_jax.assess", f"--workdir={tmp_path / 'run'}", "--samples=8", "--pixels=32"
+        "mirai_jax.evaluate", f"--workdir={tmp_path / 'run'}", "--num_samples=8", "--pixels=32"
     )
 
 
@@ -415,7 +415,7 @@ def test_a_trained_tokenizer_at_a_wide_grid(pictures, tmp_path, where):
         assert samples["arr_0"].shape == (2, *WIDE, 3)
     if where == "folder":
         helpers.output(
-            "mirai_jax.assess", f"--workdir={tmp_path / 'run'}", "--future=20", "--held_out=4"
+            "mirai_jax.evaluate", f"--workdir={tmp_path / 'run'}", "--future=20", "--held_out=4"
         )  # fmt: skip
         line = json.loads((tmp_path / "run" / "future.jsonl").read_text())
         assert line["ema"]["0"]["tokens"]["r2"]["r0c0"] > 0.5  # the token itself, of the codebook
