@@ -110,7 +110,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.crop_range = 1.1  # online: stored crops are taken from the centre image_size * this
     data.flip = True  # whether mirrored crops take part
     data.exif = "ignore"  # ignore, as officially, or apply: photos of cameras and phones are turned
-    #                       upright. Of a folder or online; stored codes have it from extract
+    #                       upright. It acts on a folder and on online codes; for stored codes,
+    #                       extract --exif decides
     data.held_out = 0  # images kept out of training (mnist; fashion_mnist has its own 10,000)
     data.held_out_share = 0.0  # share of the images kept out of training by a hash of their names,
     #                            so that more images move no other; not of mnist, fashion_mnist.

@@ -65,7 +65,8 @@ def settings_of(variant, count, *more):
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_plan_by_simulated_devices():
     one, two = (
-        memory_plan.plan(settings_of("llamagen", count), jax.devices()[:count]) for count in (1, 2)
+        memory_plan.compile_step(settings_of("llamagen", count), jax.devices()[:count]).plan
+        for count in (1, 2)
     )
     assert two.total < one.total and two.parameters == one.parameters
     assert one.frozen == 0
@@ -102,7 +103,7 @@ import chips_test
 from mirai_jax.benchmark import chips, memory_plan
 chip, count, *more = sys.argv[1:]
 devices = chips.devices(chip, int(count))
-plan = memory_plan.plan(chips_test.settings_of("mirai_e", len(devices), *more), devices)
+plan = memory_plan.compile_step(chips_test.settings_of("mirai_e", len(devices), *more), devices).plan
 print(json.dumps(dataclasses.asdict(plan)))
 """
 

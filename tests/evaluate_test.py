@@ -277,12 +277,12 @@ def test_samples_that_differ_in_more_than_guidance_are_different_curves():
 
     one = [row(guidance=g, workdir="e", seed=0, weights_sha256="1") for g in (1.0, 2.0)]
     other = [row(guidance=g, workdir="i", seed=0, weights_sha256="2") for g in (1.0, 2.0)]
-    assert figures._curves(one) == {"(1)": one}
+    assert figures._curves(one, "guidance") == {"(1)": one}
     mixed = [one[0], other[0], one[1], other[1]]
-    assert figures._curves(mixed) == {"workdir e": one, "workdir i": other}
+    assert figures._curves(mixed, "guidance") == {"workdir e": one, "workdir i": other}
     third = row(guidance=1.0, workdir="i", seed=0, weights_sha256="3")  # trained again
     labels = ["workdir e", "workdir i (2)", "workdir i (3)"]
-    assert list(figures._curves([*mixed, third])) == labels
+    assert list(figures._curves([*mixed, third], "guidance")) == labels
 
 
 # Inception ----------------------------------------------------------------------------------------

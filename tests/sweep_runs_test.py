@@ -120,5 +120,5 @@ def test_every_run_of_a_sweep_compiles_for_imagenet(sweep, tmp_path):
         if (program := program_of(settings)) in DONE:
             continue
         DONE.add(program)
-        needed = memory_plan.plan(settings, jax.devices()[:1])
+        needed = memory_plan.compile_step(settings, jax.devices()[:1]).plan
         assert needed.temporary > needed.parameters > 4 * 110e6, run.name

@@ -472,7 +472,7 @@ def test_memory_of_a_run_is_planned_without_its_files():
         config.teacher.update(name="dinov2_vits14", path="not there")
         config.data.images = "not there either"
         config.mesh.update(mesh)
-        return memory_plan.plan(schema.read(config, 8), jax.devices())
+        return memory_plan.compile_step(schema.read(config, 8), jax.devices()).plan
 
     plan = planned(mirai_i, data=1, fsdp=8)
     # Parameters (the heads' too), EMA and Adam's two moments, an eighth each; DINOv2-S whole.

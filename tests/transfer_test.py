@@ -131,7 +131,7 @@ def test_memory_of_adapters_is_planned():
         config.batch_size, config.lora.rank = 1, rank
         config.model.update(size="", num_layers=8, num_heads=8, width=512, remat="full", unroll=1)
         settings = schema.read(memory_plan.without_files(config), 1)
-        return memory_plan.plan(settings, jax.devices()[:1])
+        return memory_plan.compile_step(settings, jax.devices()[:1]).plan
 
     whole, low = planned(0), planned(4)
     width, hidden = 512, 1536

@@ -120,11 +120,6 @@ def compile_step(settings: Settings, devices: list[jax.Device]) -> CompiledStep:
     return CompiledStep(mesh, recipe, state, fixed, batch, run, time.perf_counter() - begun)
 
 
-def plan(settings: Settings, devices: list[jax.Device]) -> Plan:
-    """The memory of a config's step on each of `devices`; see `compile_step`."""
-    return compile_step(settings, devices).plan
-
-
 def recipe_and_frozen(settings: Settings) -> tuple[step.Recipe, dict]:
     """The recipe of a config and the shapes of its frozen networks (or their weights, where read)."""
     shapes, teacher, tokenizer = {}, None, None

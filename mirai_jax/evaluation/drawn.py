@@ -20,7 +20,8 @@ from mirai_jax.sampling.sampler import SampleOptions
 from mirai_jax.utils import distributed
 
 ROWS = 64  # images at once on each device: the default of `sample` and `evaluate`
-SWEPT = "guidance", "temperature", "top_k"  # options that one evaluation may take several values of
+# Options that one evaluation may take several values of, and how figures name them.
+SWEPT = {"guidance": "guidance scale", "temperature": "temperature", "top_k": "top-k (0: all)"}
 LABELS = "random"  # as `mirai_jax.sample` draws them by default
 
 

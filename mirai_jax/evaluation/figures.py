@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from mirai_jax.evaluation import future, future_runs
+from mirai_jax.evaluation.drawn import SWEPT
 from mirai_jax.utils import pictures
-
-_OPTIONS = {"guidance": "guidance scale", "temperature": "temperature", "top_k": "top-k (0: all)"}
 
 
 def sweep_figure(
@@ -43,14 +42,14 @@ def sweep_figure(
     stars += [(best["metrics"][recall], best["metrics"][precision])] if precision else []
     for axis, star in zip(axes, stars, strict=True):
         axis.plot(*star, "*", color="black", markersize=16, zorder=3)
-    axes[0].set(xlabel=_OPTIONS[option], ylabel=titles[names[0]], title="Distance: less is better")
+    axes[0].set(xlabel=SWEPT[option], ylabel=titles[names[0]], title="Distance: less is better")
     if len(curves) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     if precision:
         axes[1].set(
             xlabel=titles[recall],
             ylabel=titles[precision],
-            title=f"Each point: a {_OPTIONS[option]}",
+            title=f"Each point: a {SWEPT[option]}",
         )
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -60,16 +59,14 @@ def sweep_figure(
 def swept(rows: Sequence[dict[str, Any]]) -> str:
     """The option of the sampler with the most values; '' where each has one, or some row none."""
     counts = {}
-    for option in _OPTIONS:
+    for option in SWEPT:
         values = {row["protocol"].get(option) for row in rows}
         counts[option] = 0 if None in values else len(values)
     most = max(counts, key=counts.__getitem__)
     return most if counts[most] > 1 else ""
 
 
-def _curves(
-    rows: Sequence[dict[str, Any]], option: str = "guidance"
-) -> dict[str, list[dict[str, Any]]]:
+def _curves(rows: Sequence[dict[str, Any]], option: str) -> dict[str, list[dict[str, Any]]]:
     """{label: rows whose protocols differ only in the option}."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
