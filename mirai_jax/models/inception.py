@@ -56,10 +56,10 @@ class InceptionV3(nn.Module):
             raise ValueError(f"images must be uint8, not {images_BxHxWx3.dtype}")
         x = (resize(images_BxHxWx3) - 128) / 128
         x = _conv(x, "Conv2d_1a_3x3", 32, 3, 3, stride=2)
-        x = _conv(x, "Conv2d_2a_3x3", 32, 3, 3, padding="VALID")
+        x = _conv(x, "Conv2d_2a_3x3", 32, 3, 3, crop=1)
         x = _max_pool(_conv(x, "Conv2d_2b_3x3", 64, 3, 3), stride=2)
         x = _conv(x, "Conv2d_3b_1x1", 80)
-        x = _max_pool(_conv(x, "Conv2d_4a_3x3", 192, 3, 3, padding="VALID"), stride=2)
+        x = _max_pool(_conv(x, "Conv2d_4a_3x3", 192, 3, 3, crop=1), stride=2)
         for name, channels in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = _Block(functools.partial(_block_a, channels), name=name)(x)
         x = _Block(_block_b, name="Mixed_6a")(x)
@@ -106,14 +106,16 @@ def _conv(
     width: int = 1,
     *,
     stride: int = 1,
-    padding: str = "SAME",
+    crop: int = 0,
 ) -> jax.Array:
-    """Inside a compact method: a convolution and a ReLU; with a stride there is no padding."""
-    if stride > 1:
-        padding = "VALID"
-    kernel = (height, width)
+    """Inside a compact method: a convolution and a ReLU; with a stride there is no padding.
+
+    `crop` drops the padding's share: on a CPU XLA's unpadded convolution takes two to four times as long.
+    """
+    kernel, padding = (height, width), "VALID" if stride > 1 else "SAME"
     conv = nn.Conv(channels, kernel, stride, padding, precision=_PRECISION, name=name)
-    return nn.relu(conv(x))
+    x = conv(x)
+    return nn.relu(x[:, crop : x.shape[1] - crop, crop : x.shape[2] - crop])
 
 
 def _chain(x: jax.Array, name: str, *layers: tuple[int, int, int], stride: int = 1) -> jax.Array:
