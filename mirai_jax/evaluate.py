@@ -115,7 +115,7 @@ def _evaluate_samples() -> None:
 def _evaluate_runs() -> None:
     workdirs = paths.several(_WORKDIR.value)
     if _POSITIONS.value:
-        protocol = PositionsProtocol(_HELD_OUT.value)
+        protocol = PositionsProtocol(_HELD_OUT.value, _VALIDATION.value)
         assessments.assess(workdirs, _STEPS.value, protocol, _FOLLOW.value)
         return
     if _FUTURE.value:

@@ -104,6 +104,19 @@ def test_a_checkpoint_gives_the_same_digits_afterwards(
     assert "0 measurements of 1 runs to make" in capsys.readouterr().out
 
 
+def mean_by_position(folder):
+    """Of the EMA, of the last line of positions.jsonl."""
+    *_, entry = assessments.read(folder, "positions.jsonl")
+    return np.mean(entry["ema"])
+
+
+def test_positions_have_the_mean_of_the_validation(finished):
+    folder, lines = finished
+    program(evaluate, f"--workdir={folder}", "--positions")
+    wanted = lines[8]["validation_cross_entropy"]
+    np.testing.assert_allclose(mean_by_position(folder), wanted, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_so_do_sample_and_evaluate(finished, quick_network, tmp_path):
     """As a user would do it by hand, on as many devices as there are."""
@@ -214,13 +227,15 @@ def test_shards_give_the_share_that_is_not_trained_on(tmp_path):
     data = dataclasses.replace(settings.data, name="images", path=str(tmp_path), held_out_share=0.3)
     generator = dataclasses.replace(settings.generator, **sizes)
     settings = dataclasses.replace(settings, data=data, generator=generator)
-    of_run = lambda path: validation.of_run(settings, path, None, None, None, tuple("01234"))
-    trained_on = records.CodeRecords(str(tmp_path), **sizes).split(0.3, "train")
+    of_run = lambda *given: validation.of_run(settings, *given)
+    rest = None, None, None, tuple("01234")
+    trained_on, held_out = records.CodeRecords(str(tmp_path), **sizes).split(0.3)
     numbers = [trained_on[k]["codes"][0, 0] // 8 for k in range(len(trained_on))]
-    got = of_run("")
+    got = of_run("", *rest)
     assert sorted([*numbers, *(got.codes[:, 0] // 8)]) == list(range(40))
     assert (got.codes[:, 0] % 8 == 1).all() and (got.labels == got.codes[:, 0] // 8 % 5).all()
-    assert len(of_run(str(tmp_path)).labels) == 40  # whole shards that are named
+    assert (of_run("", *rest, held_out).codes == got.codes).all()  # not read again
+    assert len(of_run(str(tmp_path), *rest, held_out).labels) == 40  # whole shards that are named
 
 
 @pytest.mark.parametrize("devices", [1, 3])
@@ -328,6 +343,10 @@ def test_on_a_folder_with_a_tokenizer_and_shards(tmp_path):
     *_, line = read_metrics(tmp_path / "b")
     *_, entry = assessments.read(tmp_path / "b")
     assert measured(entry) == measured(line) and measured(line).keys() <= lines[4].keys()
+    flags = f"--workdir={tmp_path / 'b'}", "--positions"
+    helpers.output("mirai_jax.evaluate", *flags, **helpers.QUICK)
+    wanted = measured(line)["validation_cross_entropy"]
+    np.testing.assert_allclose(mean_by_position(tmp_path / "b"), wanted, rtol=1e-6)
     counts = re.search(r"data: images, (\d+) images(?s:.*)validation: (\d+) images", log).groups()
     assert sum(map(int, counts)) == 48 and min(map(int, counts)) > 0
     # Codes of other classes would be another number.

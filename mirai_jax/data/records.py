@@ -129,27 +129,30 @@ class CodeRecords:
         self.crops = None
         self.crops = len(self[0]["codes"])
 
-    def split(self, held_out_share: float, which: str) -> "CodeRecords":
-        """The records to train on ('train') or those kept out of training ('held_out').
+    def split(self, held_out_share: float) -> tuple["CodeRecords", "CodeRecords"]:
+        """The records to train on, and those kept out of training.
 
         By the hash of their keys, as images of a folder (`folder_sets.split`): the codes of an image are
         held out where the image would be. Reads every record.
 
         Raises:
-            DataError: a record is damaged, or there is none of the kind.
+            DataError: a record is damaged, or one of the two has no record.
         """
         with futures.ThreadPoolExecutor(16) as pool:
             keys = pool.map(lambda index: self[index]["key"], range(len(self)))
             below = hashes_of(keys) < np.uint64(int(held_out_share * 2**64))
-        part = copy.copy(self)
-        part.held_out_share = held_out_share
-        part._part = np.flatnonzero(below if which == "held_out" else ~below)
-        if not len(part):
+        if below.all() or not below.any():
             raise DataError(
                 f"data.held_out_share is {held_out_share}; it must leave and hold out some of the "
                 f"{len(self):,} records of {self._path}"
             )
-        return part
+
+        def part(chosen: np.ndarray) -> "CodeRecords":
+            made = copy.copy(self)
+            made.held_out_share, made._part = held_out_share, np.flatnonzero(chosen)
+            return made
+
+        return part(~below), part(below)
 
     def __len__(self) -> int:
         return self._totals[-1] if self._part is None else len(self._part)

@@ -47,7 +47,8 @@ class Measurer:
     def _validate_on(self, held_out: Any, log: Log) -> validation.Validation | None:
         settings, made = self._settings, self._made
         parts = made.tokenizer, made.tokenizer_params, made.class_names
-        images = validation.of_run(settings, settings.validation_path, held_out, *parts)
+        path = settings.validation_path
+        images = validation.of_run(settings, path, held_out, *parts, made.held_out)
         if images is None:
             log("no validation: validation_path is unset, and no images are held out")
             return None

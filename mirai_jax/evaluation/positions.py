@@ -15,54 +15,74 @@ import numpy as np
 
 from mirai_jax import foresight
 from mirai_jax.config.schema import Settings
-from mirai_jax.models import batched
+from mirai_jax.evaluation import validation
+from mirai_jax.evaluation.runs import tokenizer_of
 from mirai_jax.models.generator import Generator, GeneratorConfig
-from mirai_jax.training import components
+from mirai_jax.training import components, restore
 from mirai_jax.utils.errors import DataError
-from mirai_jax.weights import frozen
 
 _CHUNK = 100  # images at once; fixed, since another number rounds differently
 
 
 @dataclasses.dataclass(frozen=True)
 class PositionsProtocol:
-    """`held_out`: how many held-out images, from the first on; 0: all."""
+    """How a checkpoint is measured. Compare only numbers of one protocol.
+
+    Attributes:
+        held_out: how many held-out images, from the first on; 0: all.
+        validation: shards of held-out codes; '': what the run's config says.
+    """
 
     FILE: ClassVar[str] = "positions.jsonl"
     held_out: int = 0
+    validation: str = ""
 
     def protocols(self, settings: Settings, workdir: str) -> list["PositionsProtocol"]:
-        return [self]
+        return [dataclasses.replace(self, validation=self.validation or settings.validation_path)]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As a line of positions.jsonl holds it."""
+        made = dataclasses.asdict(self)
+        return made if self.validation else {"held_out": self.held_out}
 
     def assessor(self, settings: Settings, log: Callable[[str], None]) -> "PositionsAssessor":
-        return PositionsAssessor(settings, self.held_out)
+        return PositionsAssessor(settings, log)
 
 
 class PositionsAssessor:
     """Measures runs on one data set, as `runs.Assessor` does."""
 
-    def __init__(self, settings: Settings, count: int):
-        held_out = components.held_out_images(settings)
-        if held_out is None:
-            raise DataError(
-                "--positions needs a run that holds images out in memory or online (data.held_out, "
-                "data.held_out_share); this one has none, or stored codes"
-            )
-        self._images = held_out.images[: count or None]
-        self._labels = held_out.labels[: count or None]
+    def __init__(self, settings: Settings, log: Callable[[str], None]):
+        self._images, self._log = components.held_out_images(settings), log
+        self._codes: tuple[Any, Any] = (None, None)  # of the last run and protocol
 
     def measure(
-        self, settings: Settings, workdir: str, saved: Mapping[str, Any], *_: Any
+        self,
+        settings: Settings,
+        workdir: str,
+        saved: Mapping[str, Any],
+        protocol: PositionsProtocol,
+        *_: Any,
     ) -> dict[str, Any]:
-        """{weights: nats (rows, columns), as lists} of a run's checkpoint."""
-        codes_NxL = batched.encode_images(*frozen.load_tokenizer(settings, workdir), self._images)
+        """{weights: nats (rows, columns), as lists} of a run's checkpoint.
+
+        Raises:
+            DataError: the run holds nothing out.
+        """
+        if self._codes[0] != (workdir, protocol):
+            parts = *tokenizer_of(settings, workdir, self._log), restore.class_names(workdir)
+            found = validation.of_run(settings, protocol.validation, self._images, *parts)
+            if found is None:
+                raise DataError(
+                    f"--positions needs what {workdir} does not hold: held-out images or codes "
+                    "(data.held_out, data.held_out_share), or --validation=SHARDS"
+                )
+            self._codes = (workdir, protocol), found.first(protocol.held_out)
+        codes_NxL, labels_N = self._codes[1].codes, self._codes[1].labels
         generators = {"ema": saved["ema"], "trained": saved["params"]["generator"]}
         config = dataclasses.replace(settings.generator, attention="xla")
         return {
-            weights: by_position(config, params, codes_NxL, self._labels).tolist()
+            weights: by_position(config, params, codes_NxL, labels_N).tolist()
             for weights, params in generators.items()
         }
 

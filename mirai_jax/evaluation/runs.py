@@ -75,6 +75,17 @@ class Request:
         return Assessor(settings, log)
 
 
+def tokenizer_of(settings: Settings, workdir: str, log: Callable[[str], None]) -> tuple[Any, Any]:
+    """A run's tokenizer and its parameters; None, None where it has none that is there."""
+    if settings.tokenizer.name != "patch" and not settings.tokenizer.path:
+        return None, None
+    try:
+        return frozen.load_tokenizer(settings, workdir)
+    except ConfigError as error:
+        log(f"{workdir}: {error}")
+        return None, None
+
+
 class Assessor:
     """Measures runs on one data set; computes once whatever does not depend on the run."""
 
@@ -105,7 +116,7 @@ class Assessor:
         What cannot be had is left out, with a line to the log.
         """
         if self._run[0] != workdir:
-            self._run = (workdir, *self._tokenizer_of(settings, workdir), {})
+            self._run = (workdir, *tokenizer_of(settings, workdir, self._log), {})
         made: dict[str, Callable] = {
             "validation": self._validate,
             "samples": self._compare,
@@ -129,16 +140,6 @@ class Assessor:
             "class_accuracy": "class accuracy {:.1%}",
         }
         return "  ".join(text.format(measures[k]) for k, text in shown.items() if k in measures)
-
-    def _tokenizer_of(self, settings: Settings, workdir: str) -> tuple[Any, Any]:
-        """The run's tokenizer and its parameters, where it has one that is there."""
-        if settings.tokenizer.name != "patch" and not settings.tokenizer.path:
-            return None, None
-        try:
-            return frozen.load_tokenizer(settings, workdir)
-        except ConfigError as error:
-            self._log(f"{workdir}: {error}")
-            return None, None
 
     def _validate(self, settings: Settings, saved: Any, protocol: Protocol) -> dict[str, float]:
         workdir, tokenizer, params, kept = self._run

@@ -61,6 +61,7 @@ def of_run(
     tokenizer: Any,
     params: Any,
     class_names: tuple[str, ...],
+    records: CodeRecords | None = None,
 ) -> HeldOut | None:
     """What the loss of a run is measured on; None where there is nothing.
 
@@ -69,11 +70,12 @@ def of_run(
         images: those that the run holds out.
         tokenizer, params: of the run, or None.
         class_names: as in `of_shards`.
+        records: those that the run holds out, where they were read before.
     """
     data = settings.data
     if path or not (data.in_memory or data.online or not data.held_out_share):
-        share = 0.0 if path else data.held_out_share
-        return of_shards(path or data.path, settings, params, class_names, share)
+        share, records = (0.0, None) if path else (data.held_out_share, records)
+        return of_shards(path or data.path, settings, params, class_names, share, records)
     if images is None or tokenizer is None:
         return None
     return HeldOut(
@@ -87,24 +89,26 @@ def of_shards(
     params: Any,
     class_names: tuple[str, ...],
     held_out_share: float = 0.0,
+    records: CodeRecords | None = None,
 ) -> HeldOut:
     """The middle crop of each image of a folder of shards, or of a share of them (`CodeRecords.split`).
 
     Args:
         params: the run's tokenizer; None where it has none, but shards to train on.
         class_names: of the run; numbers where they have no names.
+        records: the share, where it was read before.
 
     Raises:
         DataError: no such shards, other tokens, or other classes.
     """
     generator, name = settings.generator, "data.path" if held_out_share else "validation_path"
     sizes = {name: getattr(generator, name) for name in ("grid", "vocab_size", "num_classes")}
-    try:
-        records = CodeRecords(path, **sizes)
-    except DataError as error:
-        raise DataError(str(error).replace("data.path", name, 1)) from error
-    if held_out_share:
-        records = records.split(held_out_share, "held_out")
+    if records is None:
+        try:
+            records = CodeRecords(path, **sizes)
+        except DataError as error:
+            raise DataError(str(error).replace("data.path", name, 1)) from error
+        records = records.split(held_out_share)[1] if held_out_share else records
     if records.manifest is not None:
         theirs = records.manifest.tokenizer.get("checksum")
         mine = pretrained.checksum(params) if params is not None else None

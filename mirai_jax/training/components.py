@@ -53,6 +53,7 @@ class Components:
     frozen: Any  # parameters of teachers, and of an online tokenizer, as `train_step` takes them
     batches: pipeline.Batches
     identity: dict[str, str]  # of what files hold; see `workdir.check_same`
+    held_out: records.CodeRecords | None  # stored codes that the run does not train on
 
 
 def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log) -> Components:
@@ -63,7 +64,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
     Raises:
         ConfigError, DataError: one line.
     """
-    images = tokenizer = tokenizer_params = None
+    images = tokenizer = tokenizer_params = held_out = None
     if settings.data.in_memory:
         images = labelled_images(settings, "train")
         for problem in images.unread[:3]:
@@ -92,7 +93,9 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         load_crop, class_names = None, images.class_names
         source = _in_memory(settings, images, tokenizer, tokenizer_params, teacher, frozen_params)
     else:
-        source, load_crop, class_names = _on_disk(settings, tokenizer, tokenizer_params, log)
+        source, load_crop, class_names, held_out = _on_disk(
+            settings, tokenizer, tokenizer_params, log
+        )
     if class_names and len(class_names) != settings.generator.num_classes:
         raise ConfigError(
             f"model.num_classes is {settings.generator.num_classes}; it must be "
@@ -130,7 +133,7 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         identity["image_keys"] = keys
     names = class_names or tuple(str(i) for i in range(settings.generator.num_classes))
     parts = recipe, images, names, tokenizer, tokenizer_params, frozen_params, batches, identity
-    return Components(settings, *parts)
+    return Components(settings, *parts, held_out)
 
 
 def make_recipe(
@@ -280,29 +283,29 @@ def _in_memory(
 
 def _on_disk(
     settings: Settings, tokenizer: nn.Module | None, tokenizer_params: Any, log: Log
-) -> tuple[Any, pipeline.CropLoader | None, tuple[str, ...]]:
-    """The source of a large image set, what loads its crops if the step sees them, its classes."""
+) -> tuple[Any, pipeline.CropLoader | None, tuple[str, ...], records.CodeRecords | None]:
+    """Of a large image set: the source, what loads crops if the step sees them, classes, held-out codes."""
     seen = settings.step_sees_images
     images = open_images(settings.data.images).prepare() if seen else None
     if settings.data.online:
         spec, share = crop_spec(settings), _share(settings, images)
         source = pipeline.OnlineImages(images, spec, settings.generator.num_classes, share)
-        return source, pipeline.CropLoader(images, spec), share.class_names
+        return source, pipeline.CropLoader(images, spec), share.class_names, None
     source = records.CodeRecords(
         settings.data.path,
         grid=settings.generator.grid,
         vocab_size=settings.generator.vocab_size,
         num_classes=settings.generator.num_classes,
     )
+    manifest, held_out = source.manifest, None
     if share := settings.data.held_out_share:
         log(f"reading the keys of {len(source):,} records, to hold out {share:g} of them")
-        source = source.split(share, "train")
-    manifest = source.manifest
+        source, held_out = source.split(share)
     if manifest is not None:
         _check_manifest(settings, manifest, tokenizer_params)
     names = () if manifest is None else manifest.class_names
     if images is None:
-        return source, None, names
+        return source, None, names, held_out
     if manifest is None:
         raise ConfigError(
             f"data.path is {settings.data.path!r}; it must be a folder with the manifest.json of "
@@ -316,7 +319,7 @@ def _on_disk(
         )
     loader = pipeline.CropLoader(images, manifest.crops)
     _check_crops(source, loader, tokenizer, tokenizer_params, settings.data.images, log)
-    return source, loader, names
+    return source, loader, names, held_out
 
 
 def _check_manifest(settings: Settings, manifest: Any, tokenizer_params: Any) -> None:
