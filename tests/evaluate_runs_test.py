@@ -147,10 +147,11 @@ def test_what_is_there_is_not_measured_again(workdir, capsys, monkeypatch):
 
 
 def test_following_ends_when_the_run_has_died(workdir, tmp_path, monkeypatch, capsys):
-    """Not while its owner touches the lock; a run that has not begun is waited for."""
+    """Not while its owner touches the lock; runs that have not begun, or were preempted, are waited for."""
     config = json.loads((workdir / "config.json").read_text()) | {"num_steps": 8}
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "lock.json").touch()
+    (tmp_path / "events.jsonl").write_text('{"event": "preempted"}\n')
     waits = []
 
     def sleep(seconds):
@@ -159,12 +160,14 @@ def test_following_ends_when_the_run_has_died(workdir, tmp_path, monkeypatch, ca
             (tmp_path / "config.json").write_text(json.dumps(config))
         if len(waits) < 6:
             os.utime(tmp_path / "lock.json", ns=(len(waits), len(waits)))
-        assert len(waits) < 9
+        if len(waits) == 8:
+            (tmp_path / "events.jsonl").write_text('{"event": "resumed"}\n')
+        assert len(waits) < 11
 
     monkeypatch.setattr(assessments.time, "sleep", sleep)
     monkeypatch.setattr(assessments, "_assess", lambda *_: None)
     assessments.assess([str(tmp_path), str(workdir)], "kept", QUICK, follow=True)
-    assert len(waits) == 6
+    assert len(waits) == 8
     lines = capsys.readouterr().out.splitlines()
     assert "to begin" in lines[0] and "step 0 of 8" in lines[1]
     assert lines[3:] == [f"nobody is at work in {tmp_path} (step 0 of 8)"]

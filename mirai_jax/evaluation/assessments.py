@@ -18,6 +18,7 @@ from mirai_jax.evaluation.future_runs import FutureProtocol
 from mirai_jax.evaluation.positions import PositionsProtocol
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.training import restore
+from mirai_jax.training import workdir as workdir_lib
 from mirai_jax.training.checkpoint import steps_in
 from mirai_jax.utils import files, locks, paths
 from mirai_jax.utils.errors import ConfigError, DataError
@@ -79,7 +80,8 @@ def latest(workdirs: list[str], protocol: FutureProtocol) -> dict[str, dict[str,
 def assess(workdirs: list[str], which: str, request: Asked, follow: bool = False) -> None:
     """Measures the missing checkpoints of all runs; if `follow`, until every run is finished or dead.
 
-    A run is dead that nobody has been at work in from one look to the next.
+    A run is dead that nobody has been at work in from one look to the next, unless it was preempted and
+    waits for its turn.
 
     Args:
         which: 'kept' checkpoints (those of `keep_every`), or the 'last' one.
@@ -94,7 +96,8 @@ def assess(workdirs: list[str], which: str, request: Asked, follow: bool = False
         begun = [w for w in workdirs if (paths.at(w) / "config.json").exists()]
         beats = {workdir: locks.touched(paths.at(workdir)) for workdir in begun}
         todo, awaited = _todo(workdirs, which, request, follow)
-        dead = [w for w in awaited if w in beats and seen.get(w, 0) == beats[w]]
+        silent = [w for w in awaited if w in beats and seen.get(w, 0) == beats[w]]
+        dead = [w for w in silent if not workdir_lib.is_preempted(paths.at(w))]
         seen, waiting = beats, [text for w, text in awaited.items() if w not in dead]
         count = sum(len(of_run) for _, _, of_run in todo)
         line = f"{count} measurements of {len(workdirs)} runs to make"

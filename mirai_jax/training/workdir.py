@@ -141,3 +141,12 @@ def note_event(workdir: pathlib.Path, event: str, **fields: Any) -> None:
     name = f"events-{jax.process_index()}.jsonl" if jax.process_index() else "events.jsonl"
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
     files.append(workdir / name, json.dumps(line) + "\n")
+
+
+def is_preempted(workdir: files.AnyPath) -> bool:
+    """Whether a run was asked to stop, saved its step and was not started again since."""
+    try:
+        *_, line = (workdir / "events.jsonl").read_text().splitlines()
+        return json.loads(line)["event"] == "preempted"
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a line that a kill cut off
+        return False
