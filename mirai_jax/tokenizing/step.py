@@ -6,6 +6,7 @@ discriminator has weight 0 in both; its running statistics and the step counter 
 the same.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -126,18 +127,25 @@ def _fresh(recipe: Recipe, params: Any, key: jax.Array) -> Any:
     'official': as PyTorch makes them, uniform within 1 / sqrt(inputs of a kernel). 'identity': as Flax
     makes `params`, with zeros in the last convolution of each block.
     """
-    flat = traverse_util.flatten_dict(params)
+    flat, alike = traverse_util.flatten_dict(params), collections.defaultdict(list)
     for i, (path, old) in enumerate(sorted(flat.items())):
         kernel = flat.get((*path[:-1], "kernel"))
         if path[-1] == "embedding":
-            flat[path] = unit(jax.random.uniform(jax.random.fold_in(key, i), old.shape, minval=-1))
+            alike[old.shape].append((path, i, 1.0))
         elif kernel is not None and recipe.init == "official":
             most = 1 / math.sqrt(math.prod(kernel.shape[:-1]))
-            flat[path] = jax.random.uniform(
-                jax.random.fold_in(key, i), old.shape, minval=-most, maxval=most
-            )
+            alike[old.shape].append((path, i, most))
         elif path[-2] in ("conv2", "proj_out"):
             flat[path] = jnp.zeros_like(old)
+    # Arrays of one shape at once: a program with a generator for each takes minutes to compile.
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(flat)))
+    for shape, several in alike.items():
+        paths, numbers, most = zip(*several, strict=True)
+        draw = lambda key, most: jax.random.uniform(key, shape, minval=-most, maxval=most)  # noqa: B023 (at once)
+        drawn = jax.vmap(draw)(keys[jnp.array(numbers)], jnp.array(most))
+        flat |= {
+            p: unit(x) if p[-1] == "embedding" else x for p, x in zip(paths, drawn, strict=True)
+        }
     return traverse_util.unflatten_dict(flat)
 
 
