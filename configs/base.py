@@ -170,6 +170,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
         "constant"  # of the guidance: constant, or growing from 1: linear, power_cosine
     )
     sample.power = 2.75  # of power_cosine; see SampleOptions in mirai_jax/sampling/sampler.py
+    sample.cache_dtype = "model"  # of the keys and values kept: model.dtype, or int8: half the
+    #                               memory of bfloat16, rounded (docs/performance.md)
     sample.classes = 10  # rows of the grid: the first classes, at most all of them
     sample.per_class = 8  # images of each
 
