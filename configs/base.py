@@ -75,7 +75,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     model.unroll = 1  # blocks an iteration of the layer loop: more compiles longer; all: no loop
     model.remat = "none"  # what the backward pass computes again, for less memory: none, dots (all
     #                       but products with weights) or full (all but a block's input)
-    model.attention = "auto"  # fused kernels where the platform has them: auto or xla
+    model.attention = "auto"  # xla, or auto: fused kernels where the platform has them; a long run
+    #                           times both at its start (docs/performance.md)
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 1e-4  # at its highest
