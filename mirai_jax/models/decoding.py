@@ -51,7 +51,7 @@ def empty_cache(
     heads_in_row: int = 1,
     dtype: str = "model",
 ) -> Cache:
-    """Zero keys and values for `places` positions; `dtype` is of kv_cache.DTYPES."""
+    """Zero keys and values for `places` positions, in a dtype of kv_cache.DTYPES."""
     shape = batch_size, config.num_heads, places, config.head_dim
     dtype = config.dtype if dtype == "model" else dtype
     return (kv_cache.empty(shape, heads_in_row, dtype),) * config.num_layers
