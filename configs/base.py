@@ -75,7 +75,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     model.unroll = 1  # blocks an iteration of the layer loop: more compiles longer; all: no loop
     model.remat = "none"  # what the backward pass computes again, for less memory: none, dots (all
     #                       but products with weights) or full (all but a block's input)
-    model.attention = "auto"  # fused kernels where the platform has them: auto or xla
+    model.attention = "auto"  # xla, or auto: fused kernels where the platform has them; a long run
+    #                           times both at its start (docs/performance.md)
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 1e-4  # at its highest
@@ -170,6 +171,8 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
         "constant"  # of the guidance: constant, or growing from 1: linear, power_cosine
     )
     sample.power = 2.75  # of power_cosine; see SampleOptions in mirai_jax/sampling/sampler.py
+    sample.cache_dtype = "model"  # of the keys and values kept: model.dtype, or int8: half the
+    #                               memory of bfloat16, rounded (docs/performance.md)
     sample.classes = 10  # rows of the grid: the first classes, at most all of them
     sample.per_class = 8  # images of each
 

@@ -13,6 +13,7 @@ Images are kept in parts of 500: after any stop the same command resumes, and en
 on the same kind of device. Several hosts share the work with `--process_index` of `--process_count`.
 """
 
+from mirai_jax.models.kv_cache import DTYPES
 from mirai_jax.sampling import job
 from mirai_jax.sampling.painter import Given, Source
 from mirai_jax.sampling.sampler import GUIDANCE_SCHEDULES, SampleOptions
@@ -57,6 +58,9 @@ _INTERVAL = _define.integer("interval", -1, "Guide tokens up to this one only; -
 _TEMPERATURE = _define.float("temperature", 1.0, "Divides the logits.")
 _TOP_K = _define.integer("top_k", 0, "Keep the k likeliest tokens; 0: all.")
 _TOP_P = _define.float("top_p", 1.0, "Keep the likeliest tokens that make up p; 1: all.")
+_CACHE = _define.enum(
+    "cache_dtype", "model", DTYPES, "Of the keys and values kept; see SampleOptions."
+)
 _SEED = _define.integer("seed", 0, "Of labels and tokens.", lower_bound=0, upper_bound=2**32 - 1)
 _SIZE = _define.integer(
     "resize", 0, "Pixels a side of the images kept; 0: as decoded.", lower_bound=0
@@ -67,7 +71,7 @@ _COUNT = _define.integer("process_count", None, "How many hosts share the work."
 
 
 def _options(guidance: str) -> SampleOptions:
-    fields = (_INTERVAL, _TEMPERATURE, _TOP_K, _TOP_P, _SCHEDULE, _POWER)
+    fields = (_INTERVAL, _TEMPERATURE, _TOP_K, _TOP_P, _SCHEDULE, _POWER, _CACHE)
     try:
         return SampleOptions(float(guidance), **{flag.name: flag.value for flag in fields})
     except ValueError as error:

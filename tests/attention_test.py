@@ -111,6 +111,14 @@ def test_an_unknown_kernel_is_refused():
         attention.attend(*arrays(1, 2, 1, 4)[:3], causal=True, kernel="flash")
 
 
+def test_where_there_is_a_fused_kernel():
+    with on_mesh():
+        has = lambda length, *more: attention.has_fused((2, length, 12, 64), *more)
+        assert has(256, "bfloat16", "tpu") != has(256, "bfloat16", "gpu")  # that of the plugin
+        assert not has(64, "bfloat16", "tpu") and not has(256, "float32", "tpu")
+        assert not has(256, "bfloat16", "cpu")
+
+
 # The TPU's kernel, interpreted --------------------------------------------------------------------
 
 

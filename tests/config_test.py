@@ -346,7 +346,7 @@ RESUMABLE = {
     "teacher.path": "moved", "teacher.dtype": "bfloat16", "model.unroll": 1, "model.remat": "full", "model.attention": "xla",
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "sample.guidance": 1.0, "sample.interval": 1,
     "sample.temperature": 0.5, "sample.top_k": 9, "sample.top_p": 0.5, "sample.greedy": True,
-    "sample.schedule": "linear", "sample.power": 2.0,
+    "sample.schedule": "linear", "sample.power": 2.0, "sample.cache_dtype": "int8",
     "sample.classes": 2, "sample.per_class": 1, TERM + "checkpoint": "moved",
 }  # fmt: skip
 

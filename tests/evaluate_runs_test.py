@@ -189,6 +189,10 @@ def test_another_protocol_is_another_line(workdir):
     more = dataclasses.replace(QUICK, probes=True, guidance=(1.0,))
     assert missing(more) == [(2, 1.0, both), (4, 1.0, ("probes",))]
     assert len(missing(dataclasses.replace(QUICK, seed=1))) == 4
+    assert "cache_dtype" not in first  # nor in lines of before the option existed
+    sample = dataclasses.replace(settings.sample, cache_dtype="int8")
+    settings = dataclasses.replace(settings, sample=sample)
+    assert len(missing(QUICK)) == 4
 
 
 def test_the_best_of_a_sweep_is_that_of_the_last_step_measured(workdir, tmp_path, capsys):

@@ -215,5 +215,7 @@ def test_decode_moves_the_weights_and_half_the_cache():
     assert weights == pytest.approx(97.5e6, rel=1e-3)
     assert got == pytest.approx(4 * (weights + cache / 2), rel=1e-3)
     assert flops.decode_bytes(GPT_B, 2, 2) == got // 2
+    of_int8 = flops.decode_bytes(GPT_B, 2, 4, "int8")
+    assert of_int8 == pytest.approx(4 * weights + (1 + 4 / 64) * cache / 2, rel=1e-3)
     more = flops.decode_bytes(GPT_B, 64, 4) - got
     assert more == pytest.approx(4 * 31 * cache / 2, rel=1e-2)  # the weights are read once

@@ -158,15 +158,23 @@ def test_rope_by_a_product_as_on_tpus_is_the_same(dtype):
     np.testing.assert_allclose(*np.float32((*to_x(ours), *other_to_x(ours))), rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("heads, in_row, places", [(6, 2, 32), (4, 4, 8), (3, 1, 7)])
-def test_a_cache_with_several_heads_a_row_as_on_tpus_is_the_same(heads, in_row, places):
+def test_a_cache_with_several_heads_a_row_as_on_tpus_is_the_same(heads, in_row, places, dtype):
     x_3xTxBxHxd = np.random.RandomState(0).normal(size=(3, places, 2, heads, 8)).astype(np.float32)
-    for n, rows, tile in ((in_row, kv_cache._ROWS, kv_cache._TILE), (1, 1, 1)):
+    x_3xTxBxHxd[1, 0] = 0  # the key of the class position
+    kept = x_3xTxBxHxd[1:]
+    if dtype == "int8":
+        scales = abs(kept).max(axis=-1, keepdims=True) / 127
+        kept = np.round(kept / np.maximum(scales, 1e-30)) * scales
+    for n, rows, tile in ((in_row, kv_cache._ROWS, kv_cache._TILES[1]), (1, 1, 1)):
         attend = jax.jit(functools.partial(kv_cache._attend, rows=rows, tile=tile))
-        cache = (jnp.zeros((2, heads // n, places, n * 8)),) * 2
+        cache = kv_cache.empty((2, heads, places // 2, 8), n, dtype)
         for t in range(places):
+            if t == places // 2:
+                cache = kv_cache.grow(cache, places)
             got, cache = attend(*x_3xTxBxHxd[:, t], cache, t)
-            q, (k, v) = x_3xTxBxHxd[0, t], x_3xTxBxHxd[1:, : t + 1]
+            q, (k, v) = x_3xTxBxHxd[0, t], kept[:, : t + 1]
             scores = np.einsum("bhd,tbhd->bht", q, k) / math.sqrt(8)
             weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
             want = np.einsum("bht,tbhd->bhd", weights, v)

@@ -296,6 +296,16 @@ def paint(painter, start, stop):
     return next(painter.stream([(labels[start:], np.arange(start, stop))]))
 
 
+def test_images_of_a_cache_of_int8_depend_on_neither_batch_nor_devices(source):
+    options = dataclasses.replace(GUIDED, cache_dtype="int8")
+    one, devices = jax.devices()[:1], jax.devices()
+    whole = paint(Painter(source, options, 0, 64, devices=one), 0, 64)
+    assert (whole != paint(Painter(source, GUIDED, 0, 64, devices=one), 0, 64)).any()
+    np.testing.assert_array_equal(
+        whole, paint(Painter(source, options, 0, 6, devices=devices), 0, 64)
+    )
+
+
 def test_images_depend_on_neither_batch_nor_devices_nor_how_many(source, painter):
     one, devices = jax.devices()[:1], jax.devices()
     large = Painter(source, GUIDED, 0, 64, devices=one)
@@ -423,6 +433,11 @@ def test_a_folder_of_another_protocol_is_refused(workdir, tmp_path):
     for flag in ("seed=1", "step=1", "batch_size=4", "state=model"):
         assert f"{flag.partition('=')[0]} was" in error(*arguments, f"--{flag}")
     assert digest(tmp_path) == before
+    found = protocol(tmp_path)
+    del found["cache_dtype"]  # as before the option existed
+    (tmp_path / "protocol.json").write_text(json.dumps(found))
+    draw(*arguments)
+    assert "cache_dtype was" in error(*arguments, "--cache_dtype=int8")
     (tmp_path / "protocol.json").unlink()
     assert "samples.npz" in error(*arguments)
 

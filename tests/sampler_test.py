@@ -159,8 +159,9 @@ def test_interval_guides_the_first_token_and_those_within_it(params):
     assert (always != draw(-1, guidance=1.0)).any()
 
 
-def test_an_image_does_not_depend_on_the_batch_it_is_in(params):
-    options = SampleOptions(guidance=2.0, top_p=0.9)
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+def test_an_image_does_not_depend_on_the_batch_it_is_in(params, cache_dtype):
+    options = SampleOptions(guidance=2.0, top_p=0.9, cache_dtype=cache_dtype)
     eight = sampler.generate(CONFIG, params, labels(8), keys(8), options)
     two = sampler.generate(CONFIG, params, labels(2), keys(2), options)
     np.testing.assert_array_equal(two, eight[:2])
@@ -270,6 +271,7 @@ def test_guidance_without_a_null_class_is_refused(params):
         ("top_p", 1.1, "more than 0, at most 1 (all)"),
         ("schedule", "rising", "one of constant, linear, power_cosine"),
         ("power", 0.0, "more than 0"),
+        ("cache_dtype", "int4", "one of model, int8"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(field, value, allowed):

@@ -19,10 +19,12 @@ from absl import flags
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
+from mirai_jax import sharding
 from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import schema
 from mirai_jax.data import pipeline, records, small_sets
-from mirai_jax.training import loop, metrics_writer, train
+from mirai_jax.models import attention
+from mirai_jax.training import attention_choice, loop, metrics_writer, train, workdir
 from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.utils import progress
 from mirai_jax.utils.errors import ConfigError, DataError, Preempted, TrainingError
@@ -290,6 +292,53 @@ def test_a_run_does_not_resume_with_other_images_of_the_same_names(copied, monke
     monkeypatch.setattr(small_sets, "load_images", other)
     with pytest.raises(ConfigError, match="began with another image_set"):
         run(tiny(llamagen, num_steps=9), copied)
+
+
+# The attention kernel ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("faster, slower", [("auto", "xla"), ("xla", "auto")])
+def test_a_long_run_times_attention_and_keeps_the_answer(tmp_path, monkeypatch, faster, slower):
+    times, settings = {faster: 1e-3, slower: 2e-3}, schema.read(tiny(llamagen), 1)
+    monkeypatch.setattr(attention_choice, "measure", lambda *_: times)
+
+    def choose(begin, attention="auto"):
+        generator = dataclasses.replace(settings.generator, attention=attention)
+        given = dataclasses.replace(settings, generator=generator)
+        return attention_choice.choose(given, None, tmp_path, begin, lambda line: None)
+
+    assert choose(0) == "auto" and not list(tmp_path.iterdir())  # a short run
+    monkeypatch.setattr(attention_choice, "LONG", settings.num_steps)
+    assert choose(4) == "auto"  # the run of a version that did not choose
+    assert choose(0) == faster
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert (event["event"], event["kernel"], event[f"{slower}_ms"]) == ("attention", faster, 2.0)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "started"}\n{"event": "atten')  # cut off
+    times[slower] = 0.0  # not asked again
+    assert choose(4) == faster and choose(4, "xla") == "xla"
+
+
+def test_the_step_has_the_kernel_that_the_start_of_the_run_chose(copied, monkeypatch):
+    def stop(recipe, *rest):
+        raise InterruptedError(recipe.generator.attention)
+
+    monkeypatch.setattr(train, "jit_train_step", stop)
+    workdir.note_event(copied, "attention", kernel="xla")
+    with pytest.raises(TrainingError, match="xla"):
+        run(tiny(llamagen, num_steps=9), copied)
+
+
+def test_both_kernels_are_timed_where_there_are_two(monkeypatch):
+    settings = schema.read(tiny(llamagen), 2)
+    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:2])
+    assert attention_choice.measure(settings, mesh) == {}
+    monkeypatch.setattr(attention_choice, "_RUNS", 2)
+    monkeypatch.setattr(attention, "has_fused", lambda *_: True)
+    taken = attention_choice.measure(settings, mesh)
+    assert taken.keys() == {"auto", "xla"} and min(taken.values()) > 0
+    monkeypatch.setattr(attention_choice, "_SHARE", -1)  # too little memory for XLA's
+    assert attention_choice.measure(settings, mesh) == {}
 
 
 @pytest.mark.slow

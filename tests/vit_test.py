@@ -305,3 +305,24 @@ def test_auto_is_bfloat16_on_tpus_alone():
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert ["bf16" in text(platform) for platform in ("cpu", "cuda", "tpu")] == [False, False, True]
+
+
+def test_gelu_in_bfloat16_on_tpus_is_as_near_as_bfloat16_allows():
+    x = jnp.concatenate([jnp.linspace(-7, 7, 5001), jnp.array([-1e30, -100, 100, 1e30])])
+    exact = jax.vmap(jax.value_and_grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
+    other = jax.vmap(jax.value_and_grad(vit._gelu_by_tanh))(x)
+    np.testing.assert_allclose(other[0], exact[0], rtol=1e-6, atol=2.6e-5)
+    np.testing.assert_allclose(other[1], exact[1], atol=2e-4)
+    x = x.astype(jnp.bfloat16)
+    errors = [
+        jnp.abs(gelu(x).astype(jnp.float32) - jax.nn.gelu(x.astype(jnp.float32), approximate=False))
+        for gelu in (vit._gelu_by_tanh, vit._gelu)
+    ]
+    assert errors[0][:-4].mean() < errors[1][:-4].mean()
+
+    def text(dtype, platform):
+        traced = jax.jit(vit._gelu).trace(x.astype(dtype))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "tanh" in text("bfloat16", "tpu") and "tanh" not in text("bfloat16", "cuda")
+    assert "tanh" not in text("float32", "tpu")

@@ -78,7 +78,9 @@ def generator_forward(
     return blocks + head * 2 * tokens * config.width * config.vocab_size
 
 
-def decode_bytes(config: GeneratorConfig, batch: int, itemsize: int) -> int:
+def decode_bytes(
+    config: GeneratorConfig, batch: int, itemsize: int, cache_dtype: str = "model"
+) -> int:
     """The fewest bytes that a step of cached generation moves through memory, mean over positions.
 
     A step reads each weight of the blocks and of the output head once, and `batch` rows of the token
@@ -87,11 +89,12 @@ def decode_bytes(config: GeneratorConfig, batch: int, itemsize: int) -> int:
 
     Args:
         batch: sequences, the unconditional half of guidance too.
-        itemsize: bytes of a weight and of a number in the cache.
+        itemsize: bytes of a weight and, unless `cache_dtype` is int8, of a number in the cache.
     """
+    kept = 1 + 4 / config.head_dim if cache_dtype == "int8" else itemsize  # with the scales
     cache = config.num_layers * batch * (config.length + 1) * config.width
     weights = config.num_layers * _block_weights(config) + config.width * config.vocab_size
-    return itemsize * (weights + batch * config.width + cache)
+    return int(itemsize * (weights + batch * config.width) + kept * cache)
 
 
 def _block_weights(config: GeneratorConfig) -> int:

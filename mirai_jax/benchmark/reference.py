@@ -112,6 +112,7 @@ def _is_official(settings: Settings) -> bool:
     return (
         all(getattr(config, name) == getattr(official, name) for name in dropouts)
         and (sample.temperature, sample.top_k, sample.top_p, sample.greedy) == (1, 0, 1, False)
+        and sample.cache_dtype == "model"
         and settings.accumulate == 1
         and all(
             (term.source, term.level, len(term.offsets), term.projector_width)

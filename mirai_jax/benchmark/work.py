@@ -184,12 +184,12 @@ class SamplerWork:
     def facts(self) -> dict[str, Any]:
         """What is known before a timed run."""
         sequences = self._batch * (2 if self._options.guidance > 1 else 1)
-        itemsize = jnp.dtype(self._config.dtype).itemsize
+        widths = jnp.dtype(self._config.dtype).itemsize, self._options.cache_dtype
         return {
             "images": self._batch,
             "tokens": self._config.length,
             "compile_seconds": self._compile_seconds,
-            "bytes_a_token": flops.decode_bytes(self._config, sequences, itemsize),
+            "bytes_a_token": flops.decode_bytes(self._config, sequences, *widths),
         }
 
     def draw(self) -> float:

@@ -18,7 +18,7 @@ from mirai_jax.config import fields
 from mirai_jax.config.encoders import TeacherSettings, check_teacher
 from mirai_jax.config.fields import DTYPES, Check, field, fill
 from mirai_jax.config.terms import LAST_EPOCH, read_terms
-from mirai_jax.models import adapters, attention
+from mirai_jax.models import adapters, attention, kv_cache
 from mirai_jax.models import generator as generator_lib
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.models.vq import MULTIPLIERS, VQConfig
@@ -184,6 +184,7 @@ class SampleFields:
     greedy: bool = field(False, resumable=True)
     schedule: str = field("constant", choices=GUIDANCE_SCHEDULES, resumable=True)
     power: float = field(2.75, resumable=True)
+    cache_dtype: str = field("model", choices=kv_cache.DTYPES, resumable=True)
     classes: int = field(10, at_least=1, at_most=100, resumable=True)
     per_class: int = field(8, at_least=1, at_most=100, resumable=True)
 

@@ -54,6 +54,8 @@ class Protocol:
         """As a line of assessment.jsonl holds it."""
         made = dataclasses.asdict(self)
         made |= made.pop("options")
+        if made["cache_dtype"] == "model":
+            del made["cache_dtype"]  # lines of before it existed have none
         return {**made, "weights": "ema", "labels": LABELS, "batch_size": ROWS}
 
 

@@ -62,6 +62,12 @@ def attend(
     return jax.lax.platform_dependent(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, default=xla, **fused)
 
 
+def has_fused(shape: tuple[int, int, int, int], dtype: str, platform: str) -> bool:
+    """Whether "auto" is a fused kernel for causal attention of (B, T, H, d) on `jax.Device.platform`."""
+    name = {"gpu": "cuda"}.get(platform, platform)
+    return name in _fused(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), causal=True)
+
+
 def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
     """{platform: its fused kernel} of this installation of JAX; empty where no kernel fits.
 

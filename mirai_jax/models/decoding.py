@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mirai_jax.models import kv_cache
 from mirai_jax.models.generator import Block, Generator, GeneratorConfig
 
-Cache = tuple[kv_cache.Cache, ...]  # of each block, in the compute dtype
+Cache = tuple[kv_cache.Cache, ...]  # of each block
 
 _SEGMENTS = 4  # steps read 5/8 of a whole cache on average; more segments compile longer for little
 _SHORTEST = 64  # positions of a segment: shorter ones are not worth a compilation
@@ -45,21 +45,21 @@ def heads_in_row(config: GeneratorConfig, platform: str) -> int:
 
 
 def empty_cache(
-    config: GeneratorConfig, batch_size: int, places: int, heads_in_row: int = 1
+    config: GeneratorConfig,
+    batch_size: int,
+    places: int,
+    heads_in_row: int = 1,
+    dtype: str = "model",
 ) -> Cache:
-    """Zero keys and values for `places` positions."""
-    groups, width = config.num_heads // heads_in_row, config.head_dim * heads_in_row
-    zeros = jnp.zeros((batch_size, groups, places, width), config.dtype)
-    return tuple((zeros, zeros) for _ in range(config.num_layers))
+    """Zero keys and values for `places` positions, in a dtype of kv_cache.DTYPES."""
+    shape = batch_size, config.num_heads, places, config.head_dim
+    dtype = config.dtype if dtype == "model" else dtype
+    return (kv_cache.empty(shape, heads_in_row, dtype),) * config.num_layers
 
 
 def grow(cache: Cache, places: int) -> Cache:
     """The cache with room for `places` positions."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, places - x.shape[2]), (0, 0)))
-
-    return jax.tree.map(pad, cache)
+    return tuple(kv_cache.grow(of_block, places) for of_block in cache)
 
 
 def decode(

@@ -14,6 +14,7 @@ head, N layers.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -199,9 +200,28 @@ class FeedForward(nn.Module):
             gate, value = jnp.split(_dense(2 * inner, self.dtype, "w12")(x), 2, axis=-1)
             out = _dense(width, self.dtype, "w3")(nn.silu(gate) * value)
         else:
-            hidden = nn.gelu(_dense(inner, self.dtype, "fc1")(x), approximate=False)
+            hidden = _gelu(_dense(inner, self.dtype, "fc1")(x))
             out = _dense(width, self.dtype, "fc2")(hidden)
         return out.reshape(x_BxTxD.shape)
+
+
+def _gelu(x):
+    """GELU with the error function; on TPUs in bfloat16 with a hyperbolic tangent in its place.
+
+    There the error function takes longer than the product before it, and the tangent one instruction.
+    """
+    exact = functools.partial(nn.gelu, approximate=False)
+    if x.dtype != jnp.bfloat16:
+        return exact(x)
+    return jax.lax.platform_dependent(x, tpu=_gelu_by_tanh, default=exact)
+
+
+def _gelu_by_tanh(x):
+    """In float32 within 2.6e-5 of the exact value; a rounding to bfloat16 moves 0.02 by more."""
+    y = x.astype(jnp.float32)
+    square = jnp.minimum(y * y, 36.0)  # beyond it the tangent is 1 in size
+    inner = 0.79750659 + square * (0.03700683 - 0.00035170864 * square)
+    return (0.5 * y * (1 + jnp.tanh(y * inner))).astype(x.dtype)
 
 
 class LayerScale(nn.Module):

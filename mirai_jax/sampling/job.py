@@ -75,10 +75,12 @@ class SamplingJob:
         file = out / "protocol.json"
         if file.exists():
             try:
-                old = json.loads(file.read_text())
-                # Folders of earlier versions lack some fields.
+                # Folders of earlier versions lack some fields; options that they lack had no other value.
+                defaults = dataclasses.asdict(SampleOptions()).items()
+                old = {k: value for k, value in defaults if k in protocol}
+                old |= json.loads(file.read_text())
                 changed = trees.differences(old, {k: protocol.get(k) for k in old})
-            except (ValueError, AttributeError) as error:
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{file} is damaged; use another --out") from error
             if changed:
                 listed = trees.was_is(changed)

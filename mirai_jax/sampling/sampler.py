@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mirai_jax.models import decoding
+from mirai_jax.models import decoding, kv_cache
 from mirai_jax.models.generator import GeneratorConfig
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
@@ -35,6 +35,7 @@ class SampleOptions:
             samples (bytedance/1d-tokenizer, modeling/rar.py).
         power: of 'power_cosine': a larger one leaves more of the first tokens unguided. RAR has scales of
             16, 15.5, 6.9 and 8 with powers of 2.75, 2.5, 1.5 and 1.2 (B, L, XL, XXL).
+        cache_dtype: of the keys and values that are kept: 'model' (as computed), or 'int8', rounded.
     """
 
     guidance: float = 1.0
@@ -45,6 +46,7 @@ class SampleOptions:
     greedy: bool = False
     schedule: str = "constant"
     power: float = 2.75
+    cache_dtype: str = "model"
 
     def __post_init__(self):
         for name, value, good, allowed in (
@@ -60,6 +62,12 @@ class SampleOptions:
                 f"one of {', '.join(GUIDANCE_SCHEDULES)}",
             ),
             ("power", self.power, 0 < self.power < float("inf"), "more than 0"),
+            (
+                "cache_dtype",
+                self.cache_dtype,
+                self.cache_dtype in kv_cache.DTYPES,
+                f"one of {', '.join(kv_cache.DTYPES)}",
+            ),
         ):
             if not good:
                 raise ValueError(f"sample.{name} is {value}; it must be {allowed}")
@@ -158,7 +166,8 @@ def generate(
     codes, cache, drawn = jnp.zeros(count, jnp.int32), None, []
     for start, stop in decoding.segments(config.length):
         if cache is None:
-            cache = decoding.empty_cache(config, labels_B.shape[0], stop, heads_in_row)
+            size = labels_B.shape[0], stop, heads_in_row
+            cache = decoding.empty_cache(config, *size, options.cache_dtype)
         cache = decoding.grow(cache, stop)
         given = None if given_BxL is None else given_BxL[:, start:stop].T
         at = jnp.arange(start, stop), given

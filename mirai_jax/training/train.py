@@ -1,6 +1,7 @@
 """Trains a generator: `python -m mirai_jax.main` calls `train`; loop.py has the loop."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -16,7 +17,16 @@ from mirai_jax.config import schema
 from mirai_jax.config.fields import fill
 from mirai_jax.models import adapters
 from mirai_jax.step import ema_params, jit_train_step
-from mirai_jax.training import components, figures, loop, previews, start, transfer, workdir
+from mirai_jax.training import (
+    attention_choice,
+    components,
+    figures,
+    loop,
+    previews,
+    start,
+    transfer,
+    workdir,
+)
 from mirai_jax.training.checkpoint import Checkpoints
 from mirai_jax.training.components import Components
 from mirai_jax.training.follow import resolve
@@ -86,6 +96,11 @@ def train(
             kind = mesh.devices.flat[0].device_kind
             processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             log(f"devices: {mesh.size} x {kind}{processes}, mesh {dict(mesh.shape)}")
+            guard.heartbeat("timing attention kernels")
+            kernel = attention_choice.choose(settings, mesh, folder, begin, log)
+            generator = dataclasses.replace(made.recipe.generator, attention=kernel)
+            recipe = dataclasses.replace(made.recipe, generator=generator)
+            made = dataclasses.replace(made, recipe=recipe)
             task = GeneratorTask(made, mesh, summary, initial, measuring)
             loop.Run(task, folder, guard, log).run()
 
