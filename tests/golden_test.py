@@ -419,7 +419,8 @@ def test_sampling(path):
         options = sampler.SampleOptions(
             guidance=float(guidance), interval=int(interval or -1), greedy=True
         )
-        codes = sampler.generate(config, params, labels, keys, options)
+        scales = options.scales(config.length)
+        codes = sampler.generate(config, params, labels, keys, options.form, scales_L=scales)
         np.testing.assert_array_equal(codes, data[name], err_msg=name)
     for name in filtered:  # probs_topk20_topp0.9_temp1.3
         fields = dict(zip(("top_k", "top_p", "temperature"), name.split("_")[1:], strict=True))

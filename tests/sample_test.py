@@ -318,6 +318,17 @@ def test_images_depend_on_neither_batch_nor_devices_nor_how_many(source, painter
     assert (other != images[:64]).any(axis=(1, 2, 3)).all()
 
 
+def test_one_program_draws_at_every_scale(source):
+    sizes, scales = (0, 10, 0, jax.devices()[:1]), (1.5, 4.0)
+    several = [dataclasses.replace(GUIDED, guidance=scale) for scale in scales]
+    one, other = (Painter(source, options, *sizes) for options in several)
+    images, compiled = paint(one, 0, 10), one._draw._cache_size()
+    assert (images != paint(other, 0, 10)).any()
+    assert other._draw._cache_size() == compiled and other._draw is one._draw
+    unguided = Painter(source, dataclasses.replace(GUIDED, guidance=1.0), *sizes)
+    assert unguided._draw is not one._draw and unguided._decode is one._decode
+
+
 def test_a_batch_is_begun_before_the_one_before_is_fetched(painter, monkeypatch):
     events = []
     for name in ("begin", "fetch"):

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mirai_jax.models import batched, decoding
@@ -66,12 +67,10 @@ class Painter:
         # another number would round differently.
         sides = (tokens * source.tokenizer.downsample for tokens in source.config.grid)
         chunk = min(16, batched.images_at_once(*sides))
-        split = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("batch"), check_vma=False)
         in_row = decoding.heads_in_row(source.config, mesh.devices.flat[0].platform)
-        draw = functools.partial(_codes, source.config, options, seed, chunk, given, in_row)
-        self._draw = jax.jit(split(draw, in_specs=(P(), P("batch"), P("batch"))))
-        decode = functools.partial(_pixels, source.tokenizer, resize)
-        self._decode = jax.jit(split(decode, in_specs=(P(), P("batch"))))
+        self._draw = _drawing(mesh, source.config, options.form, seed, chunk, in_row)
+        self._decode = _decoding(mesh, source.tokenizer, resize)
+        self._scales = options.scales(source.config.length), given and given.codes_L
 
     @property
     def batch(self) -> int:
@@ -103,7 +102,7 @@ class Painter:
     def begin(self, labels: np.ndarray, indices: np.ndarray) -> list[jax.Array]:
         """Starts to draw a batch for `fetch`, filled up if it is smaller: one shape, one compilation."""
         filled = [np.resize(x, self._batch).astype(np.int32) for x in (labels, indices)]
-        chunks = self._draw(self._params, *self._devices.split(filled))
+        chunks = self._draw(self._params, *self._devices.split(filled), *self._scales)
         images = [self._decode(self._tokenizer_params, chunk) for chunk in chunks]
         for some in images:
             some.copy_to_host_async()
@@ -125,21 +124,41 @@ def _one_ahead(begun: Iterable[Any]) -> Iterator[Any]:
     yield from before
 
 
+# Painters share programs: a sweep over scales of guidance compiles one.
+@functools.lru_cache(maxsize=8)
+def _drawing(mesh: Mesh, *fixed: Any) -> Callable:
+    specs = P(), P("batch"), P("batch"), P(), P()
+    return _split(functools.partial(_codes, *fixed), mesh, specs)
+
+
+@functools.lru_cache(maxsize=8)
+def _decoding(mesh: Mesh, *fixed: Any) -> Callable:
+    return _split(functools.partial(_pixels, *fixed), mesh, (P(), P("batch")))
+
+
+def _split(program: Callable, mesh: Mesh, in_specs: tuple) -> Callable:
+    specs = {"in_specs": in_specs, "out_specs": P("batch")}
+    return jax.jit(jax.shard_map(program, mesh=mesh, **specs, check_vma=False))
+
+
 def _codes(
     config: GeneratorConfig,
-    options: sampler.SampleOptions,
+    form: sampler.SampleOptions,
     seed: int,
     chunk: int,
-    given: Given | None,
     heads_in_row: int,
     params: Any,
     labels_B: jax.Array,
     indices_B: jax.Array,
+    scales_L: jax.Array,
+    given_L: jax.Array | None,
 ) -> list[jax.Array]:
     """One device's codes, in chunks of (chunk, L): the last is filled up."""
     keys_B = keys.image_keys(seed, keys.SAMPLES, indices_B)
-    codes_BxL = given and jnp.broadcast_to(given.codes_L, (len(labels_B), config.length))
-    codes_BxL = sampler.generate(config, params, labels_B, keys_B, options, codes_BxL, heads_in_row)
+    shape = len(labels_B), config.length
+    given_BxL = None if given_L is None else jnp.broadcast_to(given_L, shape)
+    generate = functools.partial(sampler.generate, config, params, labels_B, keys_B, form)
+    codes_BxL = generate(given_BxL, heads_in_row, scales_L)
     count = len(codes_BxL)
     return [codes_BxL[np.arange(k, k + chunk) % count] for k in range(0, count, chunk)]
 

@@ -72,6 +72,14 @@ class SampleOptions:
             if not good:
                 raise ValueError(f"sample.{name} is {value}; it must be {allowed}")
 
+    @property
+    def form(self) -> "SampleOptions":
+        """What a program is compiled for: all but how strong the guidance is, which `scales` gives."""
+        like = SampleOptions(guidance=2.0 if self.guidance > 1 else 1.0)
+        return dataclasses.replace(
+            self, guidance=like.guidance, schedule=like.schedule, power=like.power
+        )
+
     def scales(self, length: int) -> np.ndarray:
         """The guidance of each of `length` tokens, float32; `interval` is apart from it."""
         t = np.arange(length)
@@ -113,6 +121,7 @@ def generate(
     options: SampleOptions = SampleOptions(),
     given_BxL: jax.Array | None = None,
     heads_in_row: int = 1,
+    scales_L: jax.Array | None = None,
 ) -> jax.Array:
     """Draws whole images of tokens.
 
@@ -123,6 +132,7 @@ def generate(
         given_BxL: int32 codes that stand in place of drawn ones, -1 where one is drawn; None: all are.
             A drawn code depends on the given ones before it alone.
         heads_in_row: how the cache lies in memory, from `decoding.heads_in_row`.
+        scales_L: in place of `options.scales`: with `options.form` one program serves many scales.
 
     Returns:
         int32 (B, L) codes in raster order.
@@ -139,7 +149,8 @@ def generate(
     count = labels_B.shape[0]
     if guided:
         labels_B = jnp.concatenate([labels_B, jnp.full_like(labels_B, config.null_class)])
-    prepared, scales = decoding.prepare(config, params), jnp.asarray(options.scales(config.length))
+    prepared = decoding.prepare(config, params)
+    scales = jnp.asarray(options.scales(config.length)) if scales_L is None else scales_L
 
     def step(carry, at):
         codes, cache = carry
