@@ -2,9 +2,10 @@
 
 import pytest
 
-from mirai_jax.benchmark import predict
+from mirai_jax.benchmark import hlo, predict, predict_sampler
 
-CHIP = predict.Tpu(tflops=1, clock=1, bandwidth=1, link=1)  # a GFLOP, a MB or 1e6 cycles take 1 ms
+# A GFLOP, a MB or 1e6 cycles take 1 ms.
+CHIP = predict.Chip({"bfloat16": 1, "default": 1}, bandwidth=1, link=1, clock=1)
 TEXT = """HloModule jit_step
 
 %product (a: bf16[1000,500], b: bf16[500,1000]) -> bf16[1000,1000] {
@@ -47,6 +48,62 @@ def test_a_step_by_class_of_work():
     # 4 MB around a ring twice, a quarter of which stays, over two links.
     assert classes["collectives"] == pytest.approx((2 * 0.75 * 4 / 2,) * 2)
     assert classes["rest"] == (0, 0)
+
+
+GPU = """HloModule jit_step
+
+%scores (a: f32[2,12,100,64], b: f32[2,12,100,64]) -> f32[2,12,100,100] {
+  %a = f32[2,12,100,64]{3,2,1,0} parameter(0)
+  %b = f32[2,12,100,64]{3,2,1,0} parameter(1)
+  ROOT %d = f32[2,12,100,100]{3,2,1,0} dot(%a, %b), lhs_batch_dims={0,1}, lhs_contracting_dims={3}, rhs_batch_dims={0,1}, rhs_contracting_dims={3}, operand_precision={high,high}
+}
+
+ENTRY %main (q: bf16[8,256,12,64]) -> f32[] {
+  %q = bf16[8,256,12,64]{3,2,1,0} parameter(0)
+  %x = f32[2,12,100,64]{3,2,1,0} parameter(1)
+  %s = f32[2,12,100,100]{3,2,1,0} fusion(%x, %x), kind=kCustom, calls=%scores
+  %t = (bf16[100,200]{1,0}, s8[4]{0}) custom-call(%u, %v), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[]}}}
+  %u = bf16[100,300]{1,0} parameter(2)
+  %v = bf16[300,200]{1,0} parameter(3)
+  %f = (bf16[8,12,256,64]{3,1,2,0}, f32[8,12,256]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["8", "12", "256", "256"]}}
+  %g = (bf16[8,12,256,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["8", "12", "256", "256"]}}
+}
+"""
+
+
+def test_the_products_of_a_program_for_gpus():
+    program = hlo.Program(GPU)
+    found = {op.name: product for op, _ in program.executed() for product in program.products(op)}
+    assert found["s"] == (pytest.approx(2 * 2 * 12 * 100**2 * 64), "high")
+    assert found["t"] == (pytest.approx(2 * 100 * 300 * 200), "bfloat16")
+    pairs = 8 * 12 * 256**2 * 64
+    assert found["f"] == (4 * pairs, "bfloat16") and found["g"] == (10 * pairs, "bfloat16")
+    # TensorFloat-32 at half the rate.
+    h100 = predict.CHIPS["h100"]
+    assert h100.tflops["bfloat16"] == 2 * h100.tflops["high"] > 10 * h100.tflops["highest"]
+
+
+SAMPLER = """HloModule jit_draw
+
+%turn (t: (s32[], bf16[1000,500])) -> (s32[], bf16[1000,500]) {
+  %t = (s32[], bf16[1000,500]{1,0}) parameter(0)
+  %cache = bf16[1000,500]{1,0:T(8,128)} get-tuple-element(%t), index=1
+  %near = (bf16[1000,500]{1,0:T(8,128)S(1)}, bf16[1000,500]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%cache)
+  %sum = f32[] fusion(%done), kind=kLoop, calls=%add, backend_config={"estimated_cycles":"3000000"}
+  %done = bf16[1000,500]{1,0:T(8,128)S(1)} copy-done(%near)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %first = (s32[], bf16[1000,500]) while(%a), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"64"}}
+  %second = (s32[], bf16[1000,500]) while(%first), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"36"}}
+}
+"""
+
+
+def test_a_token_takes_at_least_what_is_copied_into_the_fast_memory():
+    first, second = predict_sampler.segments(SAMPLER, CHIP, 100)
+    assert (first.places, second.places, second.tokens) == (64, 100, 36)
+    assert first.milliseconds == second.milliseconds == pytest.approx((1.0, 3.0), rel=1e-4)
 
 
 def test_the_lines_for_the_screen():
