@@ -1,6 +1,10 @@
 """The predicted time of a step: a small program by hand."""
 
+import subprocess
+import sys
+
 import pytest
+from helpers import QUICK, ROOT, environment, output
 
 from mirai_jax.benchmark import hlo, predict, predict_sampler
 
@@ -112,3 +116,40 @@ def test_the_lines_for_the_screen():
     assert "not run" not in lines[1] and "3.0 .. 12.0" in lines[1]
     text = "MFU 12% .. 50%, 500 .. 2,000 images/s, 86,400,000 steps in 4.0 .. 16.0 days"
     assert text in "\n".join(lines)
+
+
+CLOCK = """
+import time
+from mirai_jax.utils import host_memory
+host_memory.keep_freed()
+import jax
+from mirai_jax.benchmark import predict, run, work
+(settings,) = run.read_settings("configs/mirai_e.py", False, []).values()
+step = work.StepWork(settings, jax.devices())
+step.first_steps()
+text, ratios = step._compiled.run.as_text(), []
+for _ in range(3):
+    chip, taken = predict.measured(jax.devices()[0], time.process_time), []
+    for _ in range(5):
+        begun = time.process_time()
+        step.step()
+        taken.append(time.process_time() - begun)
+    ratios.append(predict.predict(text, chip, 1).total[0] / 1e3 / min(taken))
+print(sorted(ratios)[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_step_of_this_cpu_takes_about_the_predicted_processor_time():
+    optimized = {name: value for name, value in environment().items() if name not in QUICK}
+    done = subprocess.run(
+        [sys.executable, "-c", CLOCK], cwd=ROOT, env=optimized, capture_output=True, text=True
+    )
+    assert 0.6 < float(done.stdout.split()[-1]) < 1.4, done.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_predicts_this_cpu_and_its_sampler():
+    printed = output("mirai_jax.plan", "--config=configs/llamagen.py", "--sampler=4")
+    for words in ("GFLOP/s", "products", "images/s", "4 images at once", "64 places", "hours"):
+        assert words in printed

@@ -87,7 +87,11 @@ def measured(device: jax.Device, clock: Callable[[], float] = time.perf_counter)
         clock: with `time.process_time` predictions are in processor time, of all cores together.
     """
     products = measure.matmul_rate("float32", device, clock)
-    memory = measure.memory_rate(device, clock)
+    return of_rates(products, measure.memory_rate(device, clock))
+
+
+def of_rates(products: float, memory: float) -> Chip:
+    """What reaches `products` operations and `memory` bytes a second."""
     rates = dict.fromkeys(("bfloat16", "default", "high", "highest"), products / 1e12)
     basis = f"at the rates of this moment: {products / 1e9:,.0f} GFLOP/s, {memory / 1e9:,.1f} GB/s"
     return Chip(rates, memory / 1e9, 1.0, basis=basis)
@@ -120,7 +124,7 @@ class Prediction:
         return [
             f"milliseconds of a step, predicted {chip.basis}",
             *(f"  {name:<12}{between(*ends, '8.1f')}" for name, ends in rows.items()),
-            f"  MFU {between(*mfu, '.0%')}, {between(*images, ',.0f')} images/s, "
+            f"  MFU{' at most' * (chip.basis == _BY_ROOFLINE)} {between(*mfu, '.0%')}, {between(*images, ',.0f')} images/s, "
             f"{steps:,} steps in {between(*days, '.1f')} days",
             "left out: waits between operations, input, checkpoints, measurements",
         ]
