@@ -72,6 +72,8 @@ def main(argv: list[str]) -> None:
         elif not _CHIP.value:
             print("by XLA's compiler for CPUs; benchmark/memory_plan.py says how far it holds")
         chip = _chip(devices)
+        if chip and chip.memory:
+            print(f"of {chip.memory} GiB: it fits, for the compiler refuses what does not")
         if chip and slices == 1:  # the links between slices are not modelled
             operations = flops.step_flops(compiled.recipe, settings.batch_size).total
             prediction = predict.predict(compiled.run.as_text(), chip, len(devices))
