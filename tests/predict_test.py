@@ -87,6 +87,36 @@ def test_the_products_of_a_program_for_gpus():
     assert h100.tflops["bfloat16"] == 2 * h100.tflops["high"] > 10 * h100.tflops["highest"]
 
 
+STACK = """HloModule jit_step
+
+%of_stack (s: f32[10,1000], x: f32[1000], i: s32[]) -> (f32[1000], f32[10,1000]) {
+  %s = f32[10,1000]{1,0} parameter(0)
+  %x = f32[1000]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %flat = f32[10000]{0} bitcast(%s)
+  %layer = f32[1,1000]{1,0} dynamic-slice(%flat, %i, %zero), dynamic_slice_sizes={1,1000}
+  %y = f32[1,1000]{1,0} add(%layer, %x)
+  %stored = f32[10,1000]{1,0} dynamic-update-slice(%s, %y, %i, %zero)
+  ROOT %t = (f32[1000], f32[10,1000]) tuple(%y, %stored)
+}
+
+ENTRY %main (a: f32[10,1000]) -> f32[] {
+  %a = f32[10,1000]{1,0} parameter(0)
+  %b = f32[1000]{0} parameter(1)
+  %n = s32[] parameter(2)
+  %f = (f32[1000]{0}, f32[10,1000]{1,0}) fusion(%a, %b, %n), kind=kLoop, calls=%of_stack
+  %g = f32[10,1000]{1,0} dynamic-update-slice(%a, %b, %n, %n)
+}
+"""
+
+
+def test_a_layer_of_a_stack_is_read_and_written_without_the_others():
+    fused, alone = hlo.Program(STACK).executed()
+    # The layer and x in, y and the layer out, and the index; then the update in and out, and two indices.
+    assert hlo.Program(STACK).bytes(fused[0]) == 4 * 4000 + 4
+    assert hlo.Program(STACK).bytes(alone[0]) == 2 * 4000 + 2 * 4
+
+
 SAMPLER = """HloModule jit_draw
 
 %turn (t: (s32[], bf16[1000,500])) -> (s32[], bf16[1000,500]) {

@@ -146,17 +146,36 @@ class Program:
 
     def bytes(self, op: Operation) -> float:
         """Bytes of results and operands in main memory; of what is sliced or updated, the slice."""
-        arrays = _arrays(op.type)
+        results = _arrays(op.type)
         if op.is_prefetch:  # the result names both sides, of a slice the whole source
-            return min(size for size, _ in arrays[:2]) * sum(outside for _, outside in arrays[:2])
-        for name in op.operands:
+            return min(size for size, _ in results[:2]) * sum(outside for _, outside in results[:2])
+        inside = self._called(op) if op.kind == "fusion" else [op]
+        parameters = {x.arguments: x.name for x in inside if x.kind == "parameter"}
+        total = sum(size for size, outside in results if outside)
+        # An array updated in place is read and written where it changes.
+        for update in (x for x in inside if x.kind == "dynamic-update-slice"):
+            size, change = _size(update.type), _size(self.by_name[update.operands[1]].type)
+            total -= max(0, size - change) * ((size, True) in results)
+        for place, name in enumerate(op.operands):
             given = self.by_name.get(name)
-            arrays += _arrays(given.type)[:1] if given and given.kind != "tuple" else []
-        sizes = [size for size, outside in arrays if outside]
-        if re.search("gather|dynamic|slice", op.name) or op.kind.startswith("dynamic"):
-            whole = max(sizes, default=0)  # read or written in part
-            sizes = [size for size in sizes if size < whole]
-        return sum(sizes)
+            if not given or given.kind == "tuple" or not (arrays := _arrays(given.type)):
+                continue
+            size, outside = arrays[0]
+            known_as = name if inside == [op] else parameters.get(str(place), "")
+            total += outside * min(size, self._read(inside, known_as, size))
+        return total
+
+    def _read(self, inside: list[Operation], name: str, size: float) -> float:
+        """Bytes read of an array of `size` bytes: all, unless every use takes a part."""
+        total = 0.0
+        for op in (x for x in inside if name in x.operands):
+            if op.kind in ("slice", "dynamic-slice", "gather") and op.operands[0] == name:
+                total += _size(op.type)
+            elif op.kind == "bitcast":
+                total += self._read(inside, op.name, size)
+            elif not (op.kind == "dynamic-update-slice" and op.operands[0] == name):
+                return size
+        return total
 
     def products(self, op: Operation) -> list[tuple[float, str]]:
         """(operations, precision) of each matrix product, convolution and attention kernel in it.
