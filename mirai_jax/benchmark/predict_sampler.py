@@ -68,5 +68,5 @@ def lines(text: str, chip: predict.Chip, settings: Settings, batch_size: int) ->
         f"sampling on one chip, {batch_size} images at once, guidance {settings.sample.guidance:g}: "
         f"milliseconds a token, predicted {chip.basis}",
         *(f"  {x.places:>5} places{between(*x.milliseconds, '8.2f')}" for x in found),
-        f"  50,000 images in {between(*hours, '.2f')} hours, without the tokenizer's decoder",
+        f"  50,000 images in {between(*hours, '.2g')} hours, without the tokenizer's decoder",
     ]
