@@ -89,12 +89,18 @@ def test_the_products_of_a_program_for_gpus():
 
 STACK = """HloModule jit_step
 
+%slice (s: f32[10000], i: s32[]) -> f32[1,1000] {
+  %s.1 = f32[10000]{0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  ROOT %layer.1 = f32[1,1000]{1,0} dynamic-slice(%s.1, %i.1, %zero), dynamic_slice_sizes={1,1000}
+}
+
 %of_stack (s: f32[10,1000], x: f32[1000], i: s32[]) -> (f32[1000], f32[10,1000]) {
   %s = f32[10,1000]{1,0} parameter(0)
   %x = f32[1000]{0} parameter(1)
   %i = s32[] parameter(2)
   %flat = f32[10000]{0} bitcast(%s)
-  %layer = f32[1,1000]{1,0} dynamic-slice(%flat, %i, %zero), dynamic_slice_sizes={1,1000}
+  %layer = f32[1,1000]{1,0} fusion(%flat, %i), kind=kLoop, calls=%slice
   %y = f32[1,1000]{1,0} add(%layer, %x)
   %stored = f32[10,1000]{1,0} dynamic-update-slice(%s, %y, %i, %zero)
   ROOT %t = (f32[1000], f32[10,1000]) tuple(%y, %stored)

@@ -149,33 +149,43 @@ class Program:
         results = _arrays(op.type)
         if op.is_prefetch:  # the result names both sides, of a slice the whole source
             return min(size for size, _ in results[:2]) * sum(outside for _, outside in results[:2])
-        inside = self._called(op) if op.kind == "fusion" else [op]
-        parameters = {x.arguments: x.name for x in inside if x.kind == "parameter"}
         total = sum(size for size, outside in results if outside)
         # An array updated in place is read and written where it changes.
-        for update in (x for x in inside if x.kind == "dynamic-update-slice"):
-            size, change = _size(update.type), _size(self.by_name[update.operands[1]].type)
-            total -= max(0, size - change) * ((size, True) in results)
+        for update in self._inside(op):
+            if update.kind == "dynamic-update-slice" and len(update.operands) > 1:
+                size, change = _size(update.type), _size(self.by_name[update.operands[1]].type)
+                total -= max(0, size - change) * ((size, True) in results)
         for place, name in enumerate(op.operands):
             given = self.by_name.get(name)
-            if not given or given.kind == "tuple" or not (arrays := _arrays(given.type)):
-                continue
-            size, outside = arrays[0]
-            known_as = name if inside == [op] else parameters.get(str(place), "")
-            total += outside * min(size, self._read(inside, known_as, size))
+            arrays = _arrays(given.type) if given and given.kind != "tuple" else []
+            if arrays and arrays[0][1]:
+                total += min(arrays[0][0], self._read(op, place, arrays[0][0]))
         return total
 
-    def _read(self, inside: list[Operation], name: str, size: float) -> float:
-        """Bytes read of an array of `size` bytes: all, unless every use takes a part."""
+    def _read(self, op: Operation, place: int, size: float) -> float:
+        """Bytes that an operation reads of an operand of `size` bytes: all, or the parts it takes."""
+        if op.kind in ("slice", "dynamic-slice", "gather") and place == 0:
+            return _size(op.type)
+        if op.kind == "dynamic-update-slice" and place == 0:
+            return 0.0
+        if op.kind != "fusion":
+            return size
+        inside = self._called(op)
+        names = [x.name for x in inside if x.kind == "parameter" and x.arguments == str(place)]
         total = 0.0
-        for op in (x for x in inside if name in x.operands):
-            if op.kind in ("slice", "dynamic-slice", "gather") and op.operands[0] == name:
-                total += _size(op.type)
-            elif op.kind == "bitcast":
-                total += self._read(inside, op.name, size)
-            elif not (op.kind == "dynamic-update-slice" and op.operands[0] == name):
-                return size
+        for name in names:  # grows by the names of bitcasts
+            for user in (x for x in inside if name in x.operands):
+                if user.kind == "bitcast":
+                    names.append(user.name)
+                else:
+                    total += self._read(user, user.operands.index(name), size)
         return total
+
+    def _inside(self, op: Operation) -> list[Operation]:
+        """The operation, or those of a fusion, of fusions within it too."""
+        if op.kind != "fusion":
+            return [op]
+        return [x for inner in self._called(op) for x in self._inside(inner)]
 
     def products(self, op: Operation) -> list[tuple[float, str]]:
         """(operations, precision) of each matrix product, convolution and attention kernel in it.

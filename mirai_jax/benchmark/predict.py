@@ -186,7 +186,6 @@ def class_of(program: hlo.Program, op: hlo.Operation) -> str:
         return "attention"
     if program.products(op):
         return "products"
-    # What belongs to a network or to the gradient of the loss says so: its module begins with a capital,
-    # or a teacher's precision was chosen by platform.
-    outside = op.scope and not re.search(r"jvp|[A-Z]\w*[/.)]|branch_\d", op.scope)
+    # Networks, the gradient of the loss and choices by platform stand in the path to an operation.
+    outside = op.scope and "/" not in re.sub(r"jit\([^)]*\)/|_gradients/", "", op.scope)
     return "optimizer" if outside else "rest"
