@@ -106,21 +106,34 @@ STACK = """HloModule jit_step
   ROOT %t = (f32[1000], f32[10,1000]) tuple(%y, %stored)
 }
 
+%same (s: f32[10,1000]) -> f32[10000] {
+  %s.2 = f32[10,1000]{1,0} parameter(0)
+  ROOT %flat.2 = f32[10000]{0} bitcast(%s.2)
+}
+
+%whole (s: f32[10,1000]) -> f32[] {
+  %s.3 = f32[10,1000]{1,0} parameter(0)
+  %flat.3 = f32[10000]{0} fusion(%s.3), kind=kLoop, calls=%same
+  ROOT %sum.3 = f32[] reduce(%flat.3, %zero), dimensions={0}, to_apply=%add
+}
+
 ENTRY %main (a: f32[10,1000]) -> f32[] {
   %a = f32[10,1000]{1,0} parameter(0)
   %b = f32[1000]{0} parameter(1)
   %n = s32[] parameter(2)
   %f = (f32[1000]{0}, f32[10,1000]{1,0}) fusion(%a, %b, %n), kind=kLoop, calls=%of_stack
   %g = f32[10,1000]{1,0} dynamic-update-slice(%a, %b, %n, %n)
+  %h = f32[] fusion(%a), kind=kLoop, calls=%whole
 }
 """
 
 
 def test_a_layer_of_a_stack_is_read_and_written_without_the_others():
-    fused, alone = hlo.Program(STACK).executed()
+    fused, alone, whole = hlo.Program(STACK).executed()
     # The layer and x in, y and the layer out, and the index; then the update in and out, and two indices.
     assert hlo.Program(STACK).bytes(fused[0]) == 4 * 4000 + 4
     assert hlo.Program(STACK).bytes(alone[0]) == 2 * 4000 + 2 * 4
+    assert hlo.Program(STACK).bytes(whole[0]) == 40_000 + 4
 
 
 SAMPLER = """HloModule jit_draw

@@ -172,14 +172,26 @@ class Program:
             return size
         inside = self._called(op)
         names = [x.name for x in inside if x.kind == "parameter" and x.arguments == str(place)]
-        total = 0.0
-        for name in names:  # grows by the names of bitcasts
-            for user in (x for x in inside if name in x.operands):
-                if user.kind == "bitcast":
+        total = size * (inside[-1].kind == "bitcast" and self._passes(op, place))
+        for name in names:  # grows by what shares its memory
+            for user in (x for x in inside if name in x.operands and x.kind != "tuple"):
+                at = user.operands.index(name)
+                if self._passes(user, at):
                     names.append(user.name)
                 else:
-                    total += self._read(user, user.operands.index(name), size)
+                    total += self._read(user, at, size)
         return total
+
+    def _passes(self, op: Operation, place: int) -> bool:
+        """Whether the result is that operand's memory."""
+        if op.kind in ("bitcast", "dynamic-update-slice"):
+            return place == 0
+        if op.kind != "fusion":
+            return False
+        root = self._called(op)[-1]
+        while self._passes(root, 0) and root.operands[0] in self.by_name:
+            root = self.by_name[root.operands[0]]
+        return root.kind == "parameter" and root.arguments == str(place)
 
     def _inside(self, op: Operation) -> list[Operation]:
         """The operation, or those of a fusion, of fusions within it too."""
