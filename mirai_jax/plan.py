@@ -1,17 +1,20 @@
 """Plans a run: `python -m mirai_jax.plan --config=configs/mirai_e.py:imagenet_3b --devices=16`.
 
 Compiles the train step for 16 simulated devices, or with --chip for chips that need not be here, and
-prints the memory that each device needs; of TPUs also how long a step is predicted to take. Trains
-nothing, and reads neither data nor published weights.
+prints the memory that each device needs and how long a step is predicted to take (--chip, or one
+device of this CPU); with --sampler also sampling. Trains nothing, and reads neither data nor
+published weights.
 Exit status: 0 planned; 1 an error to mend.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 
 from mirai_jax import sharding
-from mirai_jax.benchmark import chips, flops, memory_plan, predict
+from mirai_jax.benchmark import chips, flops, memory_plan, predict, predict_sampler
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.training import follow
@@ -30,6 +33,9 @@ _CHIP = _define.string(
     "jax[tpu]); '': for simulated devices of this CPU.",
 )
 _SLICES = _define.integer("slices", 1, "How many of the TPU slices of --chip.", 1)
+_SAMPLER = _define.integer(
+    "sampler", 0, "Predict sampling on one device too, this many images at once; 0: do not.", 0
+)
 
 parse_flags = functools.partial(cli.parse_known, _FLAGS)
 
@@ -57,25 +63,44 @@ def main(argv: list[str]) -> None:
             + f", mesh {mesh}, batch {settings.batch_size} in {settings.accumulate} part(s), "
             f"model.remat {settings.generator.remat}; compiling"
         )
-        try:
+        with _compiling("step"):
             compiled = memory_plan.compile_step(settings, devices)
-        except jax.errors.JaxRuntimeError as error:  # compilers for TPUs refuse what does not fit
-            raise TrainingError(
-                f"the compiler refuses the step ({first_line(error)[:300]}); if memory is the reason, "
-                f"{LESS_MEMORY}"
-            ) from error
         plan = compiled.plan
         print(*plan.lines(), sep="\n")
-        chip = predict.TPUS.get(_CHIP.value.split(":")[0])
+        if _CHIP.value in chips.GPUS:
+            print(chips.verdict(_CHIP.value, plan.total))
+        elif not _CHIP.value:
+            print("by XLA's compiler for CPUs; benchmark/memory_plan.py says how far it holds")
+        chip = _chip(devices)
+        if chip and chip.memory:
+            print(f"of {chip.memory} GiB: it fits, for the compiler refuses what does not")
         if chip and slices == 1:  # the links between slices are not modelled
             operations = flops.step_flops(compiled.recipe, settings.batch_size).total
             prediction = predict.predict(compiled.run.as_text(), chip, len(devices))
             work = operations / len(devices), settings.batch_size, settings.num_steps
             print(*prediction.lines(chip, *work), sep="\n")
-        if _CHIP.value in chips.GPUS:
-            print(chips.verdict(_CHIP.value, plan.total))
-        elif not _CHIP.value:
-            print("by XLA's compiler for CPUs; benchmark/memory_plan.py says how far it holds")
+        if chip and _SAMPLER.value:
+            with _compiling("sampler"):
+                text = predict_sampler.compile_sampler(settings, _SAMPLER.value, devices[0])
+            print(*predict_sampler.lines(text, chip, settings, _SAMPLER.value), sep="\n")
+
+
+@contextlib.contextmanager
+def _compiling(what: str) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:  # compilers for TPUs refuse what does not fit
+        raise TrainingError(
+            f"the compiler refuses the {what} ({first_line(error)[:300]}); if memory is the reason, "
+            f"{LESS_MEMORY}"
+        ) from error
+
+
+def _chip(devices: list[jax.Device]) -> predict.Chip | None:
+    """What to predict for; None: simulated devices."""
+    if _CHIP.value:
+        return predict.CHIPS.get(_CHIP.value.split(":")[0])
+    return predict.measured(devices[0]) if len(devices) == 1 else None
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def test_a_run_measures_all(quick_run):
     assert list(found["part_seconds"]) == ["student", "optimizer"]
     assert found["compile_seconds"] > 0
     assert found["peak_bytes"] is None or found["peak_bytes"] > 0
+    assert min(found["predicted_seconds"]) > 0
     assert results["sampler"]["seconds"] and results["input"]["images_per_second"] > 0
     assert report.sampler_share(results) > 0
     lines = report.lines(results)
@@ -74,7 +75,7 @@ def test_the_program(tmp_path):
     assert tuple(found["part_seconds"]) == report.PARTS
     assert found["peak_bytes"] > found["plan"]["parameters"]
     assert results["roofs"]["memory_bytes"] > 1e8
-    for line in ("teacher alone", "MFU of", "memory, planned", "sampler, guidance"):
+    for line in ("predicted", "teacher alone", "MFU of", "memory, planned", "sampler, guidance"):
         assert line in printed
     assert picture.stat().st_size > 10_000
 

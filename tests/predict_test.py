@@ -1,10 +1,15 @@
 """The predicted time of a step: a small program by hand."""
 
+import subprocess
+import sys
+
 import pytest
+from helpers import QUICK, ROOT, environment, output
 
-from mirai_jax.benchmark import predict
+from mirai_jax.benchmark import hlo, predict, predict_sampler
 
-CHIP = predict.Tpu(tflops=1, clock=1, bandwidth=1, link=1)  # a GFLOP, a MB or 1e6 cycles take 1 ms
+# A GFLOP, a MB or 1e6 cycles take 1 ms.
+CHIP = predict.Chip({"bfloat16": 1, "default": 1}, bandwidth=1, link=1, clock=1)
 TEXT = """HloModule jit_step
 
 %product (a: bf16[1000,500], b: bf16[500,1000]) -> bf16[1000,1000] {
@@ -49,9 +54,151 @@ def test_a_step_by_class_of_work():
     assert classes["rest"] == (0, 0)
 
 
+GPU = """HloModule jit_step
+
+%scores (a: f32[2,12,100,64], b: f32[2,12,100,64]) -> f32[2,12,100,100] {
+  %a = f32[2,12,100,64]{3,2,1,0} parameter(0)
+  %b = f32[2,12,100,64]{3,2,1,0} parameter(1)
+  ROOT %d = f32[2,12,100,100]{3,2,1,0} dot(%a, %b), lhs_batch_dims={0,1}, lhs_contracting_dims={3}, rhs_batch_dims={0,1}, rhs_contracting_dims={3}, operand_precision={high,high}
+}
+
+ENTRY %main (q: bf16[8,256,12,64]) -> f32[] {
+  %q = bf16[8,256,12,64]{3,2,1,0} parameter(0)
+  %x = f32[2,12,100,64]{3,2,1,0} parameter(1)
+  %s = f32[2,12,100,100]{3,2,1,0} fusion(%x, %x), kind=kCustom, calls=%scores
+  %t = (bf16[100,200]{1,0}, s8[4]{0}) custom-call(%u, %v), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[]}}}
+  %u = bf16[100,300]{1,0} parameter(2)
+  %v = bf16[300,200]{1,0} parameter(3)
+  %f = (bf16[8,12,256,64]{3,1,2,0}, f32[8,12,256]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["8", "12", "256", "256"]}}
+  %g = (bf16[8,12,256,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["8", "12", "256", "256"]}}
+}
+"""
+
+
+def test_the_products_of_a_program_for_gpus():
+    program = hlo.Program(GPU)
+    found = {op.name: product for op, _ in program.executed() for product in program.products(op)}
+    assert found["s"] == (pytest.approx(2 * 2 * 12 * 100**2 * 64), "high")
+    assert found["t"] == (pytest.approx(2 * 100 * 300 * 200), "bfloat16")
+    pairs = 8 * 12 * 256**2 * 64
+    assert found["f"] == (4 * pairs, "bfloat16") and found["g"] == (10 * pairs, "bfloat16")
+    # TensorFloat-32 at half the rate.
+    h100 = predict.CHIPS["h100"]
+    assert h100.tflops["bfloat16"] == 2 * h100.tflops["high"] > 10 * h100.tflops["highest"]
+
+
+STACK = """HloModule jit_step
+
+%slice (s: f32[10000], i: s32[]) -> f32[1,1000] {
+  %s.1 = f32[10000]{0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  ROOT %layer.1 = f32[1,1000]{1,0} dynamic-slice(%s.1, %i.1, %zero), dynamic_slice_sizes={1,1000}
+}
+
+%of_stack (s: f32[10,1000], x: f32[1000], i: s32[]) -> (f32[1000], f32[10,1000]) {
+  %s = f32[10,1000]{1,0} parameter(0)
+  %x = f32[1000]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %flat = f32[10000]{0} bitcast(%s)
+  %layer = f32[1,1000]{1,0} fusion(%flat, %i), kind=kLoop, calls=%slice
+  %y = f32[1,1000]{1,0} add(%layer, %x)
+  %stored = f32[10,1000]{1,0} dynamic-update-slice(%s, %y, %i, %zero)
+  ROOT %t = (f32[1000], f32[10,1000]) tuple(%y, %stored)
+}
+
+%same (s: f32[10,1000]) -> f32[10000] {
+  %s.2 = f32[10,1000]{1,0} parameter(0)
+  ROOT %flat.2 = f32[10000]{0} bitcast(%s.2)
+}
+
+%whole (s: f32[10,1000]) -> f32[] {
+  %s.3 = f32[10,1000]{1,0} parameter(0)
+  %flat.3 = f32[10000]{0} fusion(%s.3), kind=kLoop, calls=%same
+  ROOT %sum.3 = f32[] reduce(%flat.3, %zero), dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: f32[10,1000]) -> f32[] {
+  %a = f32[10,1000]{1,0} parameter(0)
+  %b = f32[1000]{0} parameter(1)
+  %n = s32[] parameter(2)
+  %f = (f32[1000]{0}, f32[10,1000]{1,0}) fusion(%a, %b, %n), kind=kLoop, calls=%of_stack
+  %g = f32[10,1000]{1,0} dynamic-update-slice(%a, %b, %n, %n)
+  %h = f32[] fusion(%a), kind=kLoop, calls=%whole
+}
+"""
+
+
+def test_a_layer_of_a_stack_is_read_and_written_without_the_others():
+    fused, alone, whole = hlo.Program(STACK).executed()
+    # The layer and x in, y and the layer out, and the index; then the update in and out, and two indices.
+    assert hlo.Program(STACK).bytes(fused[0]) == 4 * 4000 + 4
+    assert hlo.Program(STACK).bytes(alone[0]) == 2 * 4000 + 2 * 4
+    assert hlo.Program(STACK).bytes(whole[0]) == 40_000 + 4
+
+
+SAMPLER = """HloModule jit_draw
+
+%turn (t: (s32[], bf16[1000,500])) -> (s32[], bf16[1000,500]) {
+  %t = (s32[], bf16[1000,500]{1,0}) parameter(0)
+  %cache = bf16[1000,500]{1,0:T(8,128)} get-tuple-element(%t), index=1
+  %near = (bf16[1000,500]{1,0:T(8,128)S(1)}, bf16[1000,500]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%cache)
+  %sum = f32[] fusion(%done), kind=kLoop, calls=%add, backend_config={"estimated_cycles":"3000000"}
+  %done = bf16[1000,500]{1,0:T(8,128)S(1)} copy-done(%near)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %first = (s32[], bf16[1000,500]) while(%a), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"64"}}
+  %second = (s32[], bf16[1000,500]) while(%first), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"36"}}
+}
+"""
+
+
+def test_a_token_takes_at_least_what_is_copied_into_the_fast_memory():
+    first, second = predict_sampler.segments(SAMPLER, CHIP, 100)
+    assert (first.places, second.places, second.tokens) == (64, 100, 36)
+    assert first.milliseconds == second.milliseconds == pytest.approx((1.0, 3.0), rel=1e-4)
+
+
 def test_the_lines_for_the_screen():
     prediction = predict.Prediction({"products": (3.0, 12.0), "rest": (1.0, 4.0)})
     lines = prediction.lines(CHIP, flops=2e9, batch_size=8, steps=86_400_000)
     assert "not run" not in lines[1] and "3.0 .. 12.0" in lines[1]
     text = "MFU 12% .. 50%, 500 .. 2,000 images/s, 86,400,000 steps in 4.0 .. 16.0 days"
     assert text in "\n".join(lines)
+
+
+CLOCK = """
+import time
+from mirai_jax.utils import host_memory
+host_memory.keep_freed()
+import jax
+from mirai_jax.benchmark import predict, run, work
+(settings,) = run.read_settings("configs/mirai_e.py", False, []).values()
+step = work.StepWork(settings, jax.devices())
+step.first_steps()
+text, ratios = step._compiled.run.as_text(), []
+for _ in range(3):
+    chip, taken = predict.measured(jax.devices()[0], time.process_time), []
+    for _ in range(5):
+        begun = time.process_time()
+        step.step()
+        taken.append(time.process_time() - begun)
+    ratios.append(predict.predict(text, chip, 1).total[0] / 1e3 / min(taken))
+print(sorted(ratios)[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_step_of_this_cpu_takes_about_the_predicted_processor_time():
+    optimized = {name: value for name, value in environment().items() if name not in QUICK}
+    done = subprocess.run(
+        [sys.executable, "-c", CLOCK], cwd=ROOT, env=optimized, capture_output=True, text=True
+    )
+    assert 0.6 < float(done.stdout.split()[-1]) < 1.4, done.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_predicts_this_cpu_and_its_sampler():
+    printed = output("mirai_jax.plan", "--config=configs/llamagen.py", "--sampler=4")
+    for words in ("GFLOP/s", "products", "images/s", "4 images at once", "64 places", "hours"):
+        assert words in printed

@@ -1,269 +1,191 @@
-"""How long a TPU takes for a compiled train step: a prediction, for chips that are not here.
+"""How long a chip takes for a compiled program: a prediction, for chips that are not here.
 
-The compiler writes into its program how many cycles each operation will take by its model of the chip. That
-is the upper end of the range. The model takes every operand from main memory, and in the end many lie in the
-chip's fast memory; so the lower end is what arithmetic and main memory alone allow: the larger of an
-operation's multiplications at the peak rate and of its bytes outside the fast memory at full bandwidth.
-Collectives have no cycles: they are counted by bytes on both links of a ring, those begun early in the
-upper end alone.
+The lower end of the range is what arithmetic and main memory alone allow: the larger of an operation's
+products at the peak rate and of its bytes outside the fast memory at full bandwidth.
+
+The upper end exists for TPUs, whose compiler writes into its program how many cycles each operation will take
+by its model of the chip. The model takes every operand from main memory, and in the end many lie in the
+fast memory. Collectives have no cycles: they are counted by bytes on both links of a ring, those begun
+early in the upper end alone.
+
+For GPUs there is the lower end only. On a CPU the two rates are measured first (`measured`).
 
 Left out: waits between operations, the input pipeline, checkpoints and measurements. Nothing here was
-compared with a chip.
+compared with an accelerator; docs/performance.md compares it with the clock on a CPU.
 """
 
-import collections
 import dataclasses
-import math
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable
 
-_BYTES = {"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
-_TYPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[^{}]|\{[^}]*\})*))?\})?")
-_INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<kind>[\w\-]+)"
-    r"\((?P<arguments>.*?)\)(?P<rest>.*)$"
-)
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = re.compile(
-    "get-tuple-element|tuple|bitcast|parameter|constant|after-all|partition-id|opt-barrier"
-    "|(copy|slice)-start|.*-done"
-)
+import jax
+
+from mirai_jax.benchmark import chips, hlo, measure
+
 CLASSES = ("products", "attention", "optimizer", "collectives", "rest")
-# Attention kernels carry no cycles: what their schedule on v5e reaches at 256 tokens (50 on v6e).
-_KERNEL_TFLOPS = 40
+_BY_COMPILER = "by the compiler's model of the chip; nothing was run"
+_BY_ROOFLINE = "at the least, if products and memory reached the datasheet's rates; nothing was run"
 
 
 @dataclasses.dataclass(frozen=True)
-class Tpu:
-    """A chip: peak bfloat16 TFLOP/s, clock in GHz, GB/s of main memory and of one link."""
+class Chip:
+    """What bounds a chip.
 
-    tflops: float
-    clock: float
+    Attributes:
+        tflops: TFLOP/s of products by `hlo.Program.products`' precisions.
+        bandwidth: GB/s of main memory.
+        link: GB/s of one of the two links of a ring.
+        clock: GHz of the compiler's cycles; 0: it gives none.
+        kernels: TFLOP/s that fused attention reaches at 256 tokens by its schedule; 0: not known.
+        memory: GiB; 0: not known.
+        basis: what a prediction rests on, for the screen.
+    """
+
+    tflops: dict[str, float]
     bandwidth: float
     link: float
+    clock: float = 0.0
+    kernels: float = 0.0
+    memory: int = 0
+    basis: str = ""
 
 
-# Cloud TPU's documentation; the clock is what makes its matrix units reach the peak.
-TPUS = {
-    "v4": Tpu(275, 1.05, 1228, 50),
-    "v5e": Tpu(197, 1.5, 819, 45),
-    "v5p": Tpu(459, 1.75, 2765, 90),
-    "v6e": Tpu(918, 1.75, 1640, 90),
+def _tpu(
+    tflops: float, clock: float, bandwidth: float, link: float, memory: int, kernels: float
+) -> Chip:
+    # A float32 product of 'high' takes three passes over bfloat16 parts, 'highest' six.
+    rates = {"bfloat16": tflops, "default": tflops, "high": tflops / 3, "highest": tflops / 6}
+    return Chip(rates, bandwidth, link, clock, kernels, memory, _BY_COMPILER)
+
+
+def _gpu(name: str, tflops: float, single: float, link: float) -> Chip:
+    # TensorFloat-32 at half of bfloat16's rate, unless 'highest' asks for float32 units.
+    half = tflops / 2
+    rates = {"bfloat16": tflops, "default": half, "high": half, "highest": single}
+    return Chip(rates, chips.GPUS[name].bandwidth, link, basis=_BY_ROOFLINE)
+
+
+# Cloud TPU's documentation, NVIDIA's datasheets (NVLink: half of what both directions carry, over two
+# links). A TPU's clock is what makes its matrix units reach the peak; the rates of attention kernels are
+# known of v5e and v6e.
+CHIPS = {
+    "v4": _tpu(275, 1.05, 1228, 50, 32, 40),
+    "v5e": _tpu(197, 1.5, 819, 45, 16, 40),
+    "v5p": _tpu(459, 1.75, 2765, 90, 95, 40),
+    "v6e": _tpu(918, 1.75, 1640, 90, 32, 50),
+    "a100": _gpu("a100", 312, 19.5, 150),
+    "h100": _gpu("h100", 989, 67, 225),
+    "h200": _gpu("h200", 989, 67, 225),
 }
+
+
+def measured(device: jax.Device, clock: Callable[[], float] = time.perf_counter) -> Chip:
+    """This machine's CPU: float32 products and reading of memory, measured in some seconds.
+
+    Args:
+        clock: with `time.process_time` predictions are in processor time, of all cores together.
+    """
+    products = measure.matmul_rate("float32", device, clock)
+    return of_rates(products, measure.memory_rate(device, clock))
+
+
+def of_rates(products: float, memory: float) -> Chip:
+    """What reaches `products` operations and `memory` bytes a second."""
+    rates = dict.fromkeys(("bfloat16", "default", "high", "highest"), products / 1e12)
+    basis = f"at the rates of this moment: {products / 1e9:,.0f} GFLOP/s, {memory / 1e9:,.1f} GB/s"
+    return Chip(rates, memory / 1e9, 1.0, basis=basis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Milliseconds of a step by class of work: the lower and the upper end."""
+    """Milliseconds by class of work: the lower and the upper end.
+
+    Attributes:
+        traffic: milliseconds of all bytes through main memory, those of copies next to other work too:
+            no program takes less.
+    """
 
     classes: dict[str, tuple[float, float]]
+    traffic: float = 0.0
 
     @property
     def total(self) -> tuple[float, float]:
         low, high = zip(*self.classes.values(), strict=True)
-        return sum(low), sum(high)
+        return max(sum(low), self.traffic), max(sum(high), self.traffic)
 
-    def lines(self, chip: Tpu, flops: float, batch_size: int, steps: int) -> list[str]:
-        """A table for the screen; `flops` by formula, of one chip's share of a step."""
+    def lines(self, chip: Chip, flops: float, batch_size: int, steps: int) -> list[str]:
+        """A table of a train step for the screen; `flops` by formula, of one chip's share of it."""
         rows = {**self.classes, "in all": self.total}
         low, high = self.total
-        mfu = [flops / (1e9 * chip.tflops * ms) for ms in (high, low)]
+        mfu = [flops / (1e9 * chip.tflops["bfloat16"] * ms) for ms in (high, low)]
+        images = [1e3 * batch_size / ms for ms in (high, low)]
+        days = [steps * ms / 864e5 for ms in (low, high)]
         return [
-            "milliseconds of a step, predicted by the compiler's model (nothing was run)",
-            *(f"  {name:<12}{a:8.1f} .. {b:.1f}" for name, (a, b) in rows.items()),
-            f"  MFU {mfu[0]:.0%} .. {mfu[1]:.0%}, {1e3 * batch_size / high:,.0f} .. "
-            f"{1e3 * batch_size / low:,.0f} images/s, {steps:,} steps in {steps * low / 864e5:.1f} .. "
-            f"{steps * high / 864e5:.1f} days",
+            f"milliseconds of a step, predicted {chip.basis}",
+            *(f"  {name:<12}{between(*ends, '8.1f')}" for name, ends in rows.items()),
+            f"  MFU{' at most' * (chip.basis == _BY_ROOFLINE)} {between(*mfu, '.0%')}, {between(*images, ',.0f')} images/s, "
+            f"{steps:,} steps in {between(*days, '.1f')} days",
             "left out: waits between operations, input, checkpoints, measurements",
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Operation:
-    name: str
-    type: str
-    kind: str
-    arguments: str
-    rest: str
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([^\s,)]+)", self.arguments)
-
-    def attribute(self, name: str) -> str:
-        found = re.search(rf"\b{name}=%([^\s,)]+)", self.rest)
-        return found[1] if found else ""
-
-    @property
-    def is_alias(self) -> bool:
-        return self.kind == "custom-call" and "tpu_custom_call" not in self.rest
-
-    @property
-    def scope(self) -> str:
-        """Where in the model it comes from."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
-
-    @property
-    def cycles(self) -> int:
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return int(found[1]) if found else 0
+def between(low: float, high: float, form: str) -> str:
+    """Both ends, or one where they read the same."""
+    first, last = f"{low:{form}}", f"{high:{form}}".strip()
+    return first if first.strip() == last else f"{first} .. {last}"
 
 
-def predict(text: str, chip: Tpu, chips: int) -> Prediction:
-    """The time of a program that the compiler for TPUs has made.
+def predict(text: str, chip: Chip, count: int) -> Prediction:
+    """The time of a compiled step.
 
     Args:
-        text: of the compiled step, `compiled.as_text()`.
-        chips: how many share the step.
+        text: of it, `compiled.as_text()`.
+        count: how many chips share the step.
     """
-    program = _Program(text, chips)
+    program = hlo.Program(text, count)
+    return of_operations(program, program.executed(), chip)
+
+
+def of_operations(
+    program: hlo.Program, operations: Iterable[tuple[hlo.Operation, float]], chip: Chip
+) -> Prediction:
+    """The time of some of a program's operations, each with how often it runs."""
     times: dict[str, list[float]] = {name: [0.0, 0.0] for name in CLASSES}
-    for operation, repeats in program.executed():
-        low, high = program.milliseconds(operation, chip)
-        entry = times[program.class_of(operation)]
+    traffic = 0.0
+    for operation, repeats in operations:
+        traffic += repeats * program.bytes(operation) / (1e6 * chip.bandwidth)
+        low, high = milliseconds(program, operation, chip)
+        entry = times[class_of(program, operation)]
         entry[0] += repeats * low
         entry[1] += repeats * high
-    return Prediction({name: (low, high) for name, (low, high) in times.items()})
+    return Prediction({name: (low, high) for name, (low, high) in times.items()}, traffic)
 
 
-class _Program:
-    """An HLO module by its text."""
-
-    def __init__(self, text: str, chips: int):
-        self.chips = chips
-        self.computations: dict[str, list[_Operation]] = {}
-        current: list[_Operation] = []
-        for line in text.splitlines():
-            begun = re.match(r"^(ENTRY )?%(\S+) \(", line)
-            if begun:
-                current = self.computations[begun[2]] = []
-                self.entry = begun[2] if begun[1] else getattr(self, "entry", "")
-            elif found := _INSTRUCTION.match(line):
-                current.append(_Operation(**found.groupdict()))
-        self.by_name = {op.name: op for ops in self.computations.values() for op in ops}
-
-    def executed(self) -> Iterator[tuple[_Operation, float]]:
-        """Yields (operation, how often it runs), of loops the operations of their bodies."""
-        queue = collections.deque([(self.entry, 1)])
-        while queue:
-            name, repeats = queue.popleft()
-            for op in self.computations.get(name, ()):
-                if op.kind == "while":
-                    queue.append((op.attribute("body"), repeats * self._trips(op)))
-                elif op.kind in ("call", "async-start"):
-                    queue.append((op.attribute("to_apply") or op.attribute("calls"), repeats))
-                elif op.kind == "conditional":
-                    branches = re.findall(r"%([^\s,)}]+)", op.rest.split("metadata=")[0])
-                    queue.extend((branch, repeats / len(branches)) for branch in branches)
-                elif not (_FREE.fullmatch(op.kind) or op.is_alias):
-                    yield op, repeats
-
-    def _trips(self, loop: _Operation) -> int:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-        if known:
-            return int(known[1])
-        condition = self.computations.get(loop.attribute("condition"), ())
-        bounds = [
-            int(op.arguments)
-            for op in condition
-            if op.kind == "constant" and op.arguments.isdigit()
-        ]
-        return max(bounds, default=1)
-
-    def milliseconds(self, op: _Operation, chip: Tpu) -> tuple[float, float]:
-        """The lower and the upper end."""
-        if self._collective(op):
-            time = self._moved(op) / (2e6 * chip.link)
-            # What is begun early runs beside other work.
-            return (0.0 if op.kind.endswith("-start") else time), time
-        flops = self.flops(op)
-        compute = flops / (1e9 * (_KERNEL_TFLOPS if op.kind == "custom-call" else chip.tflops))
-        low = max(compute, self._bytes(op) / (1e6 * chip.bandwidth))
-        return low, max(low, op.cycles / (1e6 * chip.clock))
-
-    def _moved(self, op: _Operation) -> float:
-        """Bytes through the links of each chip, which has two: a sum goes around a ring twice."""
-        given = sum(_size(self.by_name[name].type) for name in op.operands if name in self.by_name)
-        size = max(given, _size(op.type) - given * op.kind.endswith("-start"))
-        groups = re.search(r"replica_groups=\[\d+,(\d+)\]", op.rest)
-        ways = int(groups[1]) if groups else self.chips
-        twice = 2 if "all-reduce" in op.kind + op.name else 1
-        return size * twice * (ways - 1) / ways
-
-    def _bytes(self, op: _Operation) -> float:
-        """Bytes of results and operands in main memory; of what is sliced or updated, the slice."""
-        arrays = _arrays(op.type)
-        for name in op.operands:
-            given = self.by_name.get(name)
-            arrays += _arrays(given.type)[:1] if given and given.kind != "tuple" else []
-        sizes = [size for size, outside in arrays if outside]
-        if re.search("gather|dynamic|slice", op.name) or op.kind.startswith("dynamic"):
-            whole = max(sizes, default=0)  # read or written in part
-            sizes = [size for size in sizes if size < whole]
-        return sum(sizes)
-
-    def flops(self, op: _Operation) -> float:
-        """Of its convolutions, which is what products become, and of attention kernels."""
-        if op.kind == "fusion":
-            return sum(map(self.flops, self._called(op)))
-        types = [
-            op.type,
-            *(self.by_name[name].type for name in op.operands if name in self.by_name),
-        ]
-        if op.kind == "custom-call" and "splash" in op.name:
-            # Queries and keys by heads lead; five products backward, two forward.
-            *lead, length, width = max(map(_dimensions, types), key=len)
-            return (10 if "dkv" in op.name else 4) * math.prod(lead) * length**2 * width
-        if op.kind not in ("convolution", "dot"):
-            return 0
-        # A size stands in two of the three arrays; that of a batch of products, in all.
-        sizes = math.prod(math.prod(_dimensions(of)) for of in types[:3])
-        return 2 * math.sqrt(sizes / _products(op))
-
-    def _called(self, op: _Operation) -> list[_Operation]:
-        return self.computations.get(op.attribute("calls"), [])
-
-    def _collective(self, op: _Operation) -> bool:
-        """A fusion with one, too: unless it is hidden behind a product."""
-        if op.kind == "fusion":
-            inside = self._called(op)
-            return any(map(self._collective, inside)) and not self.flops(op)
-        return op.kind.removesuffix("-start") in _COLLECTIVES
-
-    def class_of(self, op: _Operation) -> str:
-        if self._collective(op):
-            return "collectives"
-        if re.search(r"splash|bht[sd]", op.name + op.scope):
-            return "attention"
-        if self.flops(op):
-            return "products"
-        # What belongs to a network or to the gradient of the loss says so: its module begins with a capital.
-        outside = op.scope and not re.search(r"jvp|[A-Z]\w*[/.)]", op.scope)
-        return "optimizer" if outside else "rest"
+def milliseconds(program: hlo.Program, op: hlo.Operation, chip: Chip) -> tuple[float, float]:
+    """The lower and the upper end of one run of an operation."""
+    if program.is_collective(op):
+        time = program.moved(op) / (2e6 * chip.link)
+        # What is begun early runs next to other work.
+        return (0.0 if op.kind.endswith("-start") else time), time
+    if op.is_prefetch:
+        return 0.0, 0.0
+    kernel = chip.kernels if op.is_attention else 0.0
+    compute = sum(
+        flops / (1e9 * (kernel or chip.tflops[precision]))
+        for flops, precision in program.products(op)
+    )
+    low = max(compute, program.bytes(op) / (1e6 * chip.bandwidth))
+    return low, max(low, op.cycles / (1e6 * chip.clock) if chip.clock else 0.0)
 
 
-def _products(op: _Operation) -> int:
-    """How many products a convolution is: a batch is a window as long as its dilation."""
-    size, dilation = (re.search(rf"\b{name}=([\dx]+)", op.rest) for name in ("size", "lhs_dilate"))
-    if not (size and dilation):
-        return 1
-    pairs = zip(size[1].split("x"), dilation[1].split("x"), strict=True)
-    return math.prod(int(a) for a, b in pairs if a == b)
-
-
-def _dimensions(type_: str) -> list[int]:
-    found = _TYPE.search(type_)
-    return [int(n) for n in found[2].split(",") if n] if found else []
-
-
-def _arrays(type_: str) -> list[tuple[int, bool]]:
-    """Of each array of a type: bytes, and whether they lie in main memory."""
-    return [
-        (_BYTES.get(kind, 1) * math.prod(int(n) for n in sizes.split(",") if n), "S(" not in layout)
-        for kind, sizes, _, layout in _TYPE.findall(type_)
-    ]
-
-
-def _size(type_: str) -> int:
-    return sum(size for size, _ in _arrays(type_))
+def class_of(program: hlo.Program, op: hlo.Operation) -> str:
+    if program.is_collective(op):
+        return "collectives"
+    if op.is_attention or re.search(r"splash|bht[sd]", op.name + op.scope):
+        return "attention"
+    if program.products(op):
+        return "products"
+    # Networks, the gradient of the loss and choices by platform stand in the path to an operation.
+    outside = op.scope and "/" not in re.sub(r"jit\([^)]*\)/|_gradients/", "", op.scope)
+    return "optimizer" if outside else "rest"

@@ -75,6 +75,9 @@ def _cells(results: Results, name: str) -> dict[str, str]:
         return _NOT_RUN if value is None else form.format(value * factor)
 
     cells = {"train step": _time(step)}
+    if "predicted_seconds" in found:
+        low, high = (_time([seconds]) for seconds in found["predicted_seconds"])
+        cells["  predicted"] = low if low == high else f"{low} .. {high}"
     if len(variants) > 1:
         cells["  over llamagen's"] = _ratio(step, variants.get("llamagen", {}).get("step_seconds"))
     if any("part_seconds" in other for other in variants.values()):

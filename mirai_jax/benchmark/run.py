@@ -118,6 +118,10 @@ def run(
         # Once more: other programs may have slowed the first measurement.
         before = results["roofs"]
         results["roofs"] = rooflines(first, devices, peak_tflops, before)
+    for name, step in steps.items() if "roofs" in results else ():
+        roofs = results["roofs"]
+        rates = roofs["matmul_flops"], roofs["memory_bytes"]
+        results["variants"][name]["predicted_seconds"] = step.predicted(*rates)
     if trace and ours:
         with jax.profiler.trace(trace):
             for task in ours.values():

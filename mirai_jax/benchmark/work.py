@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mirai_jax import sharding, step
-from mirai_jax.benchmark import flops, measure, memory_plan
+from mirai_jax.benchmark import flops, measure, memory_plan, predict
 from mirai_jax.config.schema import Settings
 from mirai_jax.data import pipeline, records
 from mirai_jax.models import decoding
@@ -32,6 +32,10 @@ from mirai_jax.models import generator as generator_lib
 from mirai_jax.sampling import sampler
 
 _WARM_UP = 2  # steps before any is timed
+_KINDS = {  # of devices, parts of their names, and the chips of predict.py
+    "A100": "a100", "H100": "h100", "H200": "h200",
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e",
+}  # fmt: skip
 
 
 def _random(shapes: Any, limits: Mapping[str, int], seed: int = 0) -> Any:
@@ -67,6 +71,19 @@ class StepWork:
             "plan": {**dataclasses.asdict(self.plan), "total": self.plan.total},
             "flops": dataclasses.asdict(counted),
         }
+
+    def predicted(self, products: float, memory: float) -> list[float]:
+        """Seconds of a step by `benchmark/predict.py`, the lower and the upper end.
+
+        Args:
+            products, memory: measured operations and bytes a second, for devices without a datasheet.
+        """
+        kind = self._device.device_kind
+        known = (predict.CHIPS[name] for part, name in _KINDS.items() if part in kind)
+        chip = next(known, None) or predict.of_rates(products, memory)
+        count = self._compiled.mesh.size
+        found = predict.predict(self._compiled.run.as_text(), chip, count)
+        return [ms / 1e3 for ms in found.total]
 
     def first_steps(self) -> int | None:
         """Makes state and batch and runs the first steps; returns the peak memory in bytes."""

@@ -1,0 +1,268 @@
+"""A compiled program by its text: which operations run how often, what they multiply, read and send.
+
+One reading for XLA's compilers for TPUs, GPUs and CPUs. The compiler for TPUs also writes how many cycles
+it takes an operation to need, and which arrays lie in the chip's fast memory.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_BYTES = {"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
+_TYPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[^{}]|\{[^}]*\})*))?\})?")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<kind>[\w\-]+)"
+    r"\((?P<arguments>.*?)\)(?P<rest>.*)$"
+)
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = re.compile(
+    "get-tuple-element|tuple|bitcast|parameter|constant|after-all|partition-id|opt-barrier|.*-done"
+)
+_PREFETCHES = ("copy-start", "slice-start")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    name: str
+    type: str
+    kind: str
+    arguments: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([^\s,)]+)", self.arguments)
+
+    def attribute(self, name: str) -> str:
+        found = re.search(rf"\b{name}=%([^\s,)]+)", self.rest)
+        return found[1] if found else ""
+
+    @property
+    def is_alias(self) -> bool:
+        """A custom call that names memory; kernels are those of Pallas and of NVIDIA's libraries."""
+        return self.kind == "custom-call" and not re.search("tpu_custom_call|__cu", self.rest)
+
+    @property
+    def is_prefetch(self) -> bool:
+        """A copy, mostly into fast memory, that runs next to other work."""
+        return self.kind in _PREFETCHES
+
+    @property
+    def is_attention(self) -> bool:
+        """A fused kernel of attention."""
+        return self.kind == "custom-call" and bool(re.search("splash|fmha", self.name + self.rest))
+
+    @property
+    def scope(self) -> str:
+        """Where in the model it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    @property
+    def cycles(self) -> int:
+        """By the compiler's model; 0 where it says nothing."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(found[1]) if found else 0
+
+
+class Program:
+    """An HLO module.
+
+    Args:
+        text: of a compiled function, `compiled.as_text()`.
+        chips: how many run it together.
+    """
+
+    def __init__(self, text: str, chips: int = 1):
+        self.chips = chips
+        self.computations: dict[str, list[Operation]] = {}
+        current: list[Operation] = []
+        for line in text.splitlines():
+            begun = re.match(r"^(ENTRY )?%(\S+) \(", line)
+            if begun:
+                current = self.computations[begun[2]] = []
+                self.entry = begun[2] if begun[1] else getattr(self, "entry", "")
+            elif found := _INSTRUCTION.match(line):
+                current.append(Operation(**found.groupdict()))
+        self.by_name = {op.name: op for ops in self.computations.values() for op in ops}
+
+    def loops(self) -> list[tuple[str, int]]:
+        """(body, turns) of each loop of the main program."""
+        return [
+            (op.attribute("body"), self._trips(op))
+            for op in self.computations[self.entry]
+            if op.kind == "while"
+        ]
+
+    def executed(self, start: str = "") -> Iterator[tuple[Operation, float]]:
+        """Yields (operation, how often it runs), of loops the operations of their bodies.
+
+        Args:
+            start: the computation that runs; '': the main program.
+        """
+        queue = collections.deque([(start or self.entry, 1)])
+        while queue:
+            name, repeats = queue.popleft()
+            for op in self.computations.get(name, ()):
+                if op.kind == "while":
+                    queue.append((op.attribute("body"), repeats * self._trips(op)))
+                elif op.kind in ("call", "async-start"):
+                    queue.append((op.attribute("to_apply") or op.attribute("calls"), repeats))
+                elif op.kind == "conditional":
+                    branches = re.findall(r"%([^\s,)}]+)", op.rest.split("metadata=")[0])
+                    queue.extend((branch, repeats / len(branches)) for branch in branches)
+                elif not (_FREE.fullmatch(op.kind) or op.is_alias):
+                    yield op, repeats
+
+    def _trips(self, loop: Operation) -> int:
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known[1])
+        condition = self.computations.get(loop.attribute("condition"), ())
+        bounds = [
+            int(op.arguments)
+            for op in condition
+            if op.kind == "constant" and op.arguments.isdigit()
+        ]
+        return max(bounds, default=1)
+
+    def is_collective(self, op: Operation) -> bool:
+        """A fusion with one, too: unless it is hidden behind a product."""
+        if op.kind == "fusion":
+            inside = self._called(op)
+            return any(map(self.is_collective, inside)) and not self.products(op)
+        return op.kind.removesuffix("-start") in _COLLECTIVES
+
+    def moved(self, op: Operation) -> float:
+        """Bytes through the links of each chip by a collective: a sum goes around a ring twice."""
+        given = sum(_size(self.by_name[name].type) for name in op.operands if name in self.by_name)
+        size = max(given, _size(op.type) - given * op.kind.endswith("-start"))
+        groups = re.search(r"replica_groups=\[\d+,(\d+)\]", op.rest)
+        ways = int(groups[1]) if groups else self.chips
+        twice = 2 if "all-reduce" in op.kind + op.name else 1
+        return size * twice * (ways - 1) / ways
+
+    def bytes(self, op: Operation) -> float:
+        """Bytes of results and operands in main memory; of what is sliced or updated, the slice."""
+        results = _arrays(op.type)
+        if op.is_prefetch:  # the result names both sides, of a slice the whole source
+            return min(size for size, _ in results[:2]) * sum(outside for _, outside in results[:2])
+        total = sum(size for size, outside in results if outside)
+        # An array updated in place is read and written where it changes.
+        for update in self._inside(op):
+            if update.kind == "dynamic-update-slice" and len(update.operands) > 1:
+                size, change = _size(update.type), _size(self.by_name[update.operands[1]].type)
+                total -= max(0, size - change) * ((size, True) in results)
+        for place, name in enumerate(op.operands):
+            given = self.by_name.get(name)
+            arrays = _arrays(given.type) if given and given.kind != "tuple" else []
+            if arrays and arrays[0][1]:
+                total += min(arrays[0][0], self._read(op, place, arrays[0][0]))
+        return total
+
+    def _read(self, op: Operation, place: int, size: float) -> float:
+        """Bytes that an operation reads of an operand of `size` bytes: all, or the parts it takes."""
+        if op.kind in ("slice", "dynamic-slice", "gather") and place == 0:
+            return _size(op.type)
+        if op.kind == "dynamic-update-slice" and place == 0:
+            return 0.0
+        if op.kind != "fusion":
+            return size
+        inside = self._called(op)
+        names = [x.name for x in inside if x.kind == "parameter" and x.arguments == str(place)]
+        total = size * (inside[-1].kind == "bitcast" and self._passes(op, place))
+        for name in names:  # grows by what shares its memory
+            for user in (x for x in inside if name in x.operands and x.kind != "tuple"):
+                at = user.operands.index(name)
+                if self._passes(user, at):
+                    names.append(user.name)
+                else:
+                    total += self._read(user, at, size)
+        return total
+
+    def _passes(self, op: Operation, place: int) -> bool:
+        """Whether the result is that operand's memory."""
+        if op.kind in ("bitcast", "dynamic-update-slice"):
+            return place == 0
+        if op.kind != "fusion":
+            return False
+        root = self._called(op)[-1]
+        while self._passes(root, 0) and root.operands[0] in self.by_name:
+            root = self.by_name[root.operands[0]]
+        return root.kind == "parameter" and root.arguments == str(place)
+
+    def _inside(self, op: Operation) -> list[Operation]:
+        """The operation, or those of a fusion, of fusions within it too."""
+        if op.kind != "fusion":
+            return [op]
+        return [x for inner in self._called(op) for x in self._inside(inner)]
+
+    def products(self, op: Operation) -> list[tuple[float, str]]:
+        """(operations, precision) of each matrix product, convolution and attention kernel in it.
+
+        The precision is 'bfloat16', or of float32 numbers what was asked for: 'default', 'high' or 'highest'.
+        """
+        if op.kind == "fusion":
+            return [product for inside in self._called(op) for product in self.products(inside)]
+        types = [self.by_name[name].type for name in op.operands if name in self.by_name]
+        if op.is_attention:
+            return [(_attention(op, types), "bfloat16")]
+        if op.kind not in ("convolution", "dot") and "__cublas$gemm" not in op.rest:
+            return []
+        # A size stands in two of the three arrays; that of a batch of products, in all.
+        dimensions = [_dimensions(of) for of in (op.type, *types[:2])]
+        sizes = math.prod(math.prod(of) for of in dimensions)
+        asked = re.search(r"operand_precision=\{(\w+)", op.rest)
+        single = any(of.startswith("f32") for of in types[:2])
+        precision = (asked[1] if asked else "default") if single else "bfloat16"
+        return [(2 * math.sqrt(sizes / _batch(op, dimensions[1])), precision)]
+
+    def _called(self, op: Operation) -> list[Operation]:
+        return self.computations.get(op.attribute("calls"), [])
+
+
+def _attention(op: Operation, types: list[str]) -> float:
+    """Operations of a fused kernel: two products forward, five backward, over all pairs of places."""
+    products = 5 if re.search("dkv|Backward", op.name + op.rest) else 2
+    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\[([^\]]*)\]', op.rest)
+    if scores:  # cuDNN: (B, H, T, S), and the first operand has the queries
+        sizes = [int(n) for n in re.findall(r"\d+", scores[1])]
+        return 2 * products * math.prod(_dimensions(types[0])) * sizes[-1]
+    *lead, length, width = max(map(_dimensions, (op.type, *types)), key=len)
+    return 2 * products * math.prod(lead) * length**2 * width
+
+
+def _batch(op: Operation, left: list[int]) -> int:
+    """How many products an operation is. A convolution's batch is a window as long as its dilation.
+
+    Args:
+        left: the sizes of its first operand.
+    """
+    batch = re.search(r'lhs_batch_dim(?:s=\{|ensions":\[)([\d,"]+)', op.rest)
+    if batch:
+        return math.prod(left[int(i)] for i in re.findall(r"\d+", batch[1]))
+    size, dilation = (re.search(rf"\b{name}=([\dx]+)", op.rest) for name in ("size", "lhs_dilate"))
+    if not (size and dilation):
+        return 1
+    pairs = zip(size[1].split("x"), dilation[1].split("x"), strict=True)
+    return math.prod(int(a) for a, b in pairs if a == b)
+
+
+def _dimensions(type_: str) -> list[int]:
+    """Of its first array."""
+    found = _TYPE.search(type_)
+    return [int(n) for n in found[2].split(",") if n] if found else []
+
+
+def _arrays(type_: str) -> list[tuple[int, bool]]:
+    """Of each array of a type: bytes, and whether they lie in main memory."""
+    return [
+        (_BYTES.get(kind, 1) * math.prod(int(n) for n in sizes.split(",") if n), "S(" not in layout)
+        for kind, sizes, _, layout in _TYPE.findall(type_)
+    ]
+
+
+def _size(type_: str) -> int:
+    return sum(size for size, _ in _arrays(type_))
