@@ -25,9 +25,14 @@ FOLDER = pathlib.Path(os.environ.get("MIRAI_GOLDEN", pathlib.Path(__file__).pare
 GRID = (16, 16)
 
 
+_SLOW = ("tokenizer_training_a",)  # tokenizer_training_gan_a does all that it does, and more
+
+
 def cases(kind: str) -> list:
     """The files of a kind as test parameters; one that always fails if a whole folder has none."""
-    return [pytest.param(p, id=p.stem) for p in sorted(FOLDER.glob(f"{kind}_*.npz"))]
+    marks = lambda path: [pytest.mark.slow] * (path.stem in _SLOW)
+    found = sorted(FOLDER.glob(f"{kind}_*.npz"))
+    return [pytest.param(path, id=path.stem, marks=marks(path)) for path in found]
 
 
 KINDS = ("generator", "sampling", "trajectory_e", "trajectory_i", "trajectory_static", "llamagen_repa",

@@ -68,7 +68,12 @@ def apply(params, images):
 # The network --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES)
+_QUICK = "32x32", "300x300"  # a smaller and a larger image than the network's input
+
+
+@pytest.mark.parametrize(
+    "size", [pytest.param(s, marks=[] if s in _QUICK else pytest.mark.slow) for s in SIZES]
+)
 def test_matches_torch_fidelity(params, size):
     image = random_image(*map(int, size.split("x")))
     got = jax.jit(apply)(params, image[None])
