@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _BYTES = {"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 _TYPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[^{}]|\{[^}]*\})*))?\})?")
@@ -121,12 +121,19 @@ class Program:
         if known:
             return int(known[1])
         condition = self.computations.get(loop.attribute("condition"), ())
-        bounds = [
-            int(op.arguments)
-            for op in condition
-            if op.kind == "constant" and op.arguments.isdigit()
-        ]
-        return max(bounds, default=1)
+        bound = max(map(_number, condition), default=0)
+        return max(1, math.ceil(bound / self._stride(loop, condition)))
+
+    def _stride(self, loop: Operation, condition: Sequence[Operation]) -> int:
+        """What a turn adds to the number that is compared: products in pieces take two in a turn."""
+        body = self.computations.get(loop.attribute("body"), ())
+        for op in condition:
+            place = re.search(r"index=(\d+)", op.rest) if op.kind == "get-tuple-element" else None
+            if place and body and len(body[-1].operands) > int(place[1]):
+                new = self.by_name[body[-1].operands[int(place[1])]]
+                if new.kind == "add":
+                    return max(1, *(_number(self.by_name[name]) for name in new.operands))
+        return 1
 
     def is_collective(self, op: Operation) -> bool:
         """A fusion with one, too: unless it is hidden behind a product."""
@@ -221,6 +228,11 @@ class Program:
 
     def _called(self, op: Operation) -> list[Operation]:
         return self.computations.get(op.attribute("calls"), [])
+
+
+def _number(op: Operation) -> int:
+    """Of a constant; 0 for all else."""
+    return int(op.arguments) if op.kind == "constant" and op.arguments.isdigit() else 0
 
 
 def _attention(op: Operation, types: list[str]) -> float:
