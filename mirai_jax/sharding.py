@@ -9,6 +9,7 @@ gradients and metrics crosses it.
 
 import functools
 import math
+import os
 import re
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -46,6 +47,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"output/kernel", P("fsdp", "tensor")),  # D V
     (r".*", P()),  # norms, biases, counters, keys
 )
+
+# A compiler for TPUs cuts a product with split weights into pieces, one for each chip, which travel while
+# others are multiplied. Weights of less than this are better gathered whole: see docs/performance.md.
+_PIECES = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "32"}
 
 
 def num_slices(devices: list[jax.Device]) -> int:
@@ -120,6 +125,22 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches are split over `data` and `fsdp` on their first axis."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+@functools.lru_cache
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What `jax.jit` needs for a step over the mesh; {} leaves all to the compiler and LIBTPU_INIT_ARGS."""
+    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    by_user = any(name in os.environ.get("LIBTPU_INIT_ARGS", "") for name in _PIECES)
+    if mine[0].platform != "tpu" or mesh.shape["fsdp"] == 1 or by_user:
+        return {}
+    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=SingleDeviceSharding(mine[0]))
+    try:  # releases of the compiler differ in what they know
+        jax.jit(lambda x: x, compiler_options=_PIECES).lower(scalar).compile()
+    except jax.errors.JaxRuntimeError as error:
+        logging.warning("split weights are multiplied in pieces: %s", error)
+        return {}
+    return _PIECES
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

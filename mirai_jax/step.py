@@ -32,6 +32,7 @@ from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.models.teacher import with_precision
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer, overlay, trained
+from mirai_jax.sharding import compiler_options
 
 # label (B,) int; codes (B, L) int, unless the step makes them; for a bidirectional teacher image
 # (B, H, W, C) uint8, or features (B, L, Z) computed before training.
@@ -295,9 +296,8 @@ def train_step(
     params, opt_state, ema = update(recipe, state, gradients)
     metrics["grad_norm"] = optax.tree.norm(gradients)
     # As the optimizer counts: a skipped update does not move the schedule.
-    metrics["learning_rate"] = jnp.asarray(
-        learning_rate(recipe.optimizer)(state.step - state.skipped)
-    )
+    rate = learning_rate(recipe.optimizer)(state.step - state.skipped)
+    metrics["learning_rate"] = jnp.asarray(rate)
     new = state.replace(params=params, ema=ema, opt_state=opt_state)
     if recipe.skip_nonfinite:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
@@ -315,9 +315,8 @@ def train_step(
 def update(recipe: Recipe, state: TrainState, gradients: Any) -> tuple[Any, Any, Any]:
     """The optimizer and the EMA: (params, opt_state, ema) after the step."""
     learned = trained(state.params, recipe.frozen)
-    updates, opt_state = make_optimizer(recipe.optimizer).update(
-        gradients, state.opt_state, learned
-    )
+    optimizer = make_optimizer(recipe.optimizer)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, learned)
     learned = optax.apply_updates(learned, updates)
     ema = optax.incremental_update(learned["generator"], state.ema, 1 - recipe.ema_decay)
     return overlay(state.params, learned), opt_state, ema
@@ -375,6 +374,7 @@ def jit_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: A
         donate_argnums=0,
         in_shardings=(state_sharding, None, batch_sharding),
         out_shardings=(state_sharding, None),
+        compiler_options=compiler_options(batch_sharding.mesh) if batch_sharding else None,
     )
     def jitted(state, teacher_params, batch, active):
         return train_step(recipe, state, teacher_params, batch, active)

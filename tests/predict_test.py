@@ -91,6 +91,33 @@ def test_the_products_of_a_program_for_gpus():
     assert h100.tflops["bfloat16"] == 2 * h100.tflops["high"] > 10 * h100.tflops["highest"]
 
 
+ASYNC = """HloModule jit_step
+
+%begin (own: bf16[250,1000]) -> (bf16[250,1000], bf16[1000,1000]) {
+  %own = bf16[250,1000]{1,0} parameter(0)
+  %gathered = bf16[1000,1000]{1,0} all-gather(%own), dimensions={0}
+  ROOT %both = (bf16[250,1000], bf16[1000,1000]) custom-call(%gathered)
+}
+
+%end (all: bf16[1000,1000]) -> bf16[1000,1000] {
+  %all = bf16[1000,1000]{1,0} parameter(0)
+  ROOT %again = bf16[1000,1000]{1,0} all-gather(%all), dimensions={0}
+}
+
+ENTRY %main (w: bf16[250,1000]) -> bf16[1000,1000] {
+  %w = bf16[250,1000]{1,0} parameter(0)
+  %async-collective-start.1 = (bf16[250,1000], bf16[1000,1000]) fusion(%w), kind=kCustom, calls=%begin
+  %whole = bf16[1000,1000]{1,0} get-tuple-element(%async-collective-start.1), index=1
+  ROOT %async-collective-done.1 = bf16[1000,1000]{1,0} fusion(%whole), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_transfer_that_other_work_hides_counts_once_and_at_the_upper_end():
+    classes = predict.predict(ASYNC, CHIP, 4).classes
+    assert classes["collectives"] == pytest.approx((0, 0.75 * 2 / 2))
+
+
 STACK = """HloModule jit_step
 
 %slice (s: f32[10000], i: s32[]) -> f32[1,1000] {

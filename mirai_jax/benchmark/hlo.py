@@ -50,6 +50,11 @@ class Operation:
         return self.kind in _PREFETCHES
 
     @property
+    def is_begun(self) -> bool:
+        """A transfer that runs next to other work, and ends with an operation of its own."""
+        return self.kind.endswith("-start") or self.name.startswith("async-collective-start")
+
+    @property
     def is_attention(self) -> bool:
         """A fused kernel of attention."""
         return self.kind == "custom-call" and bool(re.search("splash|fmha", self.name + self.rest))
@@ -113,6 +118,8 @@ class Program:
                 elif op.kind == "conditional":
                     branches = re.findall(r"%([^\s,)}]+)", op.rest.split("metadata=")[0])
                     queue.extend((branch, repeats / len(branches)) for branch in branches)
+                elif op.name.startswith("async-collective-done"):
+                    continue  # a fusion that waits for its start
                 elif not (_FREE.fullmatch(op.kind) or op.is_alias):
                     yield op, repeats
 
@@ -145,7 +152,7 @@ class Program:
     def moved(self, op: Operation) -> float:
         """Bytes through the links of each chip by a collective: a sum goes around a ring twice."""
         given = sum(_size(self.by_name[name].type) for name in op.operands if name in self.by_name)
-        size = max(given, _size(op.type) - given * op.kind.endswith("-start"))
+        size = max(given, _size(op.type) - given * op.is_begun)
         groups = re.search(r"replica_groups=\[\d+,(\d+)\]", op.rest)
         ways = int(groups[1]) if groups else self.chips
         twice = 2 if "all-reduce" in op.kind + op.name else 1

@@ -167,7 +167,7 @@ def milliseconds(program: hlo.Program, op: hlo.Operation, chip: Chip) -> tuple[f
     if program.is_collective(op):
         time = program.moved(op) / (2e6 * chip.link)
         # What is begun early runs next to other work.
-        return (0.0 if op.kind.endswith("-start") else time), time
+        return (0.0 if op.is_begun else time), time
     if op.is_prefetch:
         return 0.0, 0.0
     kernel = chip.kernels if op.is_attention else 0.0

@@ -132,8 +132,16 @@ class GeneratorTask(loop.Task):
         state, placement, step = start.begin(
             self._made, self._mesh, checkpoints, log, warn, initial
         )
+        recipe, last = self._made.recipe, self.settings.num_steps
+        for i, term in enumerate(recipe.terms):
+            first = foresight.start_step(term, recipe.steps_per_epoch)
+            if first >= last:
+                warn(
+                    f"the foresight term {term.name} would start at step {first:,}, and the run ends at "
+                    f"{last:,}: raise num_steps, or lower foresight[{i}].start_epoch"
+                )
         rows = sharding.batch_sharding(self._mesh)
-        self._train_step = jit_train_step(self._made.recipe, placement, rows)
+        self._train_step = jit_train_step(recipe, placement, rows)
         return state, step
 
     def writer(self, run: loop.Run, step: int) -> MetricsWriter:
