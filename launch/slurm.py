@@ -70,7 +70,7 @@ def submit(
     try:
         import submitit
     except ImportError:
-        raise ConfigError("--slurm needs submitit: pip install 'mirai-jax[slurm]'") from None
+        raise ConfigError("--slurm needs submitit: pip install -e '.[slurm]'") from None
     path = out / "jobs.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     found, missing = {}, []

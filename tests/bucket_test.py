@@ -173,7 +173,7 @@ def test_a_lost_bucket_and_a_missing_extra_are_errors_of_one_line(memory, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     remote._system.cache_clear()
-    assert "mirai-jax[gcs]" in refusal(train.train, tiny(llamagen), "gs://bucket/run")
+    assert ".[gcs]" in refusal(train.train, tiny(llamagen), "gs://bucket/run")
     assert not list(tmp_path.iterdir())
 
 

@@ -108,14 +108,19 @@ print(json.dumps(dataclasses.asdict(plan)))
 """
 
 
-def plan(chip, count, *more):
-    """The plan by a chip's own compiler, in a process that has not looked for devices."""
+def elsewhere(code, *arguments):
+    """What code prints in a process that has not looked for devices."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, chip, str(count), *more],
+        [sys.executable, "-c", code, *arguments],
         cwd=ROOT / "tests", env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return memory_plan.Plan(**json.loads(done.stdout))
+    return done.stdout
+
+
+def plan(chip, count, *more):
+    """The plan by a chip's own compiler."""
+    return memory_plan.Plan(**json.loads(elsewhere(PROGRAM, chip, str(count), *more)))
 
 
 @pytest.mark.slow
@@ -132,6 +137,29 @@ def test_the_step_compiles_for_a_tpu_slice():
     assert 0 < plan("v5e:2x2", 4).temporary < 1000 * 2**20
     with pytest.raises(AssertionError, match="v5e:2x2.*4 devices"):
         plan("v5e:2x2", 8)
+
+
+OPTIONS = """
+import os
+from mirai_jax import sharding
+from mirai_jax.benchmark import chips
+
+split, replicated = (sharding.make_mesh(x, chips.devices("v5e:2x2")) for x in ((1, 4, 1), (4, 1, 1)))
+found = sharding.compiler_options(split)
+assert found and not sharding.compiler_options(replicated)
+sharding.compiler_options.cache_clear()
+os.environ["LIBTPU_INIT_ARGS"] = f"--{next(iter(found))}=0"
+assert not sharding.compiler_options(split)  # the user's own
+sharding.compiler_options.cache_clear()
+del os.environ["LIBTPU_INIT_ARGS"]
+sharding._PIECES = {"xla_of_another_release": "1"}
+assert not sharding.compiler_options(split)  # the compiler refuses it
+"""
+
+
+@pytest.mark.skipif(not HAS_TPU, reason="the compiler for TPUs is not installed")
+def test_weights_that_are_split_need_an_option_of_the_compiler():
+    elsewhere(OPTIONS)
 
 
 @pytest.mark.slow

@@ -260,7 +260,7 @@ def test_the_program(tmp_path, imagenet, capsys, monkeypatch):
     exit_message(report.main, ["report"])
     monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    assert "mirai-jax[report]" in refusal(page.make, [str(imagenet[0])])
+    assert ".[report]" in refusal(page.make, [str(imagenet[0])])
 
 
 def test_it_starts_without_jax():

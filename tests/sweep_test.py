@@ -449,7 +449,7 @@ def test_slurm_gets_the_parameters_and_keeps_its_jobs(tmp_path, monkeypatch, set
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "srun" in refusal(slurm.submit, runs[1:2], tmp_path, {}, print)
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert "mirai-jax[slurm]" in refusal(slurm.submit, runs, tmp_path, {}, print)
+    assert ".[slurm]" in refusal(slurm.submit, runs, tmp_path, {}, print)
 
 
 # Reports ------------------------------------------------------------------------------------------

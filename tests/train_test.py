@@ -19,7 +19,7 @@ from absl import flags
 from PIL import Image
 
 from configs import llamagen, mirai_e, mirai_i
-from mirai_jax import sharding
+from mirai_jax import sharding, step
 from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import schema
 from mirai_jax.data import pipeline, records, small_sets
@@ -292,6 +292,14 @@ def test_a_run_does_not_resume_with_other_images_of_the_same_names(copied, monke
     monkeypatch.setattr(small_sets, "load_images", other)
     with pytest.raises(ConfigError, match="began with another image_set"):
         run(tiny(llamagen, num_steps=9), copied)
+
+
+def test_a_term_that_would_start_after_the_end_is_named():
+    settings = schema.read(tiny(), 1)
+    recipe = step.Recipe(settings.generator, settings.terms, steps_per_epoch=281)
+    assert not train.terms_without_steps(recipe, 3)  # its third step is the first with foresight
+    (line,) = train.terms_without_steps(recipe, 2)
+    assert "foresight[0].start_epoch" in line and "num_steps" in line
 
 
 # The attention kernel ------------------------------------------------------------------------------

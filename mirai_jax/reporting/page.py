@@ -41,7 +41,7 @@ def make(workdirs: Sequence[str]) -> tuple[str, int]:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ConfigError("the page needs the extra: pip install mirai-jax[report]") from error
+        raise ConfigError("the page needs the extra: pip install -e '.[report]'") from error
     folders = {str(paths.at(workdir).absolute()): workdir for workdir in workdirs}
     shown = dict(zip(_names([*folders]), map(runs.read, folders.values()), strict=True))
     plotly, data = get_plotlyjs(), _data(shown)

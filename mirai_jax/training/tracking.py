@@ -56,7 +56,7 @@ class TrackedWriter(MetricsWriter):
         try:
             import wandb
         except ImportError:
-            why = "wandb.project needs the extra: pip install mirai-jax[wandb]"
+            why = "wandb.project needs the extra: pip install -e '.[wandb]'"
             raise ImportError(why) from None
         found = json.loads(self._file.read_text()) if self._file.exists() else {}
         self._id = found.get("id") or secrets.token_hex(4)

@@ -16,7 +16,7 @@ from mirai_jax import foresight, sharding
 from mirai_jax.config import schema
 from mirai_jax.config.fields import fill
 from mirai_jax.models import adapters
-from mirai_jax.step import ema_params, jit_train_step
+from mirai_jax.step import Recipe, ema_params, jit_train_step
 from mirai_jax.training import (
     attention_choice,
     components,
@@ -105,6 +105,17 @@ def train(
             loop.Run(task, folder, guard, log).run()
 
 
+def terms_without_steps(recipe: Recipe, num_steps: int) -> list[str]:
+    """A line for each foresight term that would start when the run has ended."""
+    starts = [foresight.start_step(term, recipe.steps_per_epoch) for term in recipe.terms]
+    return [
+        f"foresight[{i}] ({recipe.terms[i].name}) would start at step {start:,}, and the run has "
+        f"{num_steps:,}: raise num_steps, or lower foresight[{i}].start_epoch"
+        for i, start in enumerate(starts)
+        if start >= num_steps
+    ]
+
+
 class GeneratorTask(loop.Task):
     """The generator with its foresight terms; `summary` is the figure that marks a finished run."""
 
@@ -132,14 +143,9 @@ class GeneratorTask(loop.Task):
         state, placement, step = start.begin(
             self._made, self._mesh, checkpoints, log, warn, initial
         )
-        recipe, last = self._made.recipe, self.settings.num_steps
-        for i, term in enumerate(recipe.terms):
-            first = foresight.start_step(term, recipe.steps_per_epoch)
-            if first >= last:
-                warn(
-                    f"the foresight term {term.name} would start at step {first:,}, and the run ends at "
-                    f"{last:,}: raise num_steps, or lower foresight[{i}].start_epoch"
-                )
+        recipe = self._made.recipe
+        for line in terms_without_steps(recipe, self.settings.num_steps):
+            warn(line)
         rows = sharding.batch_sharding(self._mesh)
         self._train_step = jit_train_step(recipe, placement, rows)
         return state, step

@@ -55,7 +55,7 @@ def _fetch(path: Any, function: str, *arguments: str, **options: Any) -> str:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ConfigError(f"{path} needs the extra: pip install mirai-jax[hub]") from error
+        raise ConfigError(f"{path} needs the extra: pip install -e '.[hub]'") from error
     try:
         return getattr(huggingface_hub, function)(*arguments, **options)
     except Exception as error:  # of the network, the Hub and its cache: a dozen kinds

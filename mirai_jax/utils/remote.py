@@ -48,7 +48,7 @@ def _system(scheme: str) -> Any:
         extra = _EXTRAS.get(scheme)
         if extra:
             raise ConfigError(
-                f"{scheme}:// needs the extra: pip install 'mirai-jax[{extra}]'"
+                f"{scheme}:// needs the extra: pip install -e '.[{extra}]'"
             ) from error
         raise ConfigError(f"{scheme}:// cannot be read ({first_line(error)})") from error
 
