@@ -48,9 +48,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*", P()),  # norms, biases, counters, keys
 )
 
-# A compiler for TPUs cuts a product with split weights into pieces, one for each chip, which travel while
-# others are multiplied. Weights of less than this are better gathered whole: see docs/performance.md.
-_PIECES = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "32"}
+# The compiler for TPUs cuts a product with split weights into pieces, which travel while others are
+# multiplied, unless the weights have fewer MiB than this: then they are gathered whole.
+_WHOLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def num_slices(devices: list[jax.Device]) -> int:
@@ -127,20 +127,30 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-@functools.lru_cache
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What `jax.jit` needs for a step over the mesh; {} leaves all to the compiler and LIBTPU_INIT_ARGS."""
-    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    by_user = any(name in os.environ.get("LIBTPU_INIT_ARGS", "") for name in _PIECES)
-    if mine[0].platform != "tpu" or mesh.shape["fsdp"] == 1 or by_user:
+def whole_products(rows: NamedSharding | None) -> dict[str, str]:
+    """The compiler's options for products with whole weights.
+
+    Where blocks are no loop these are predicted to be faster (docs/performance.md).
+
+    Args:
+        rows: `batch_sharding` of the mesh of a step.
+
+    Returns:
+        {} where no weights are split, not on TPUs, and where LIBTPU_INIT_ARGS has the option.
+    """
+    by_user = any(name in os.environ.get("LIBTPU_INIT_ARGS", "") for name in _WHOLE)
+    if rows is None or rows.mesh.shape["fsdp"] == 1 or by_user:
+        return {}
+    mine = [d for d in rows.mesh.devices.flat if d.process_index == jax.process_index()]
+    if mine[0].platform != "tpu":
         return {}
     scalar = jax.ShapeDtypeStruct((), np.float32, sharding=SingleDeviceSharding(mine[0]))
     try:  # releases of the compiler differ in what they know
-        jax.jit(lambda x: x, compiler_options=_PIECES).lower(scalar).compile()
+        jax.jit(lambda x: x, compiler_options=_WHOLE).lower(scalar).compile()
     except jax.errors.JaxRuntimeError as error:
         logging.warning("split weights are multiplied in pieces: %s", error)
         return {}
-    return _PIECES
+    return _WHOLE
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

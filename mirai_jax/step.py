@@ -32,7 +32,7 @@ from mirai_jax.models.activation_sharding import shard_activation
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.models.teacher import with_precision
 from mirai_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer, overlay, trained
-from mirai_jax.sharding import compiler_options
+from mirai_jax.sharding import whole_products
 
 # label (B,) int; codes (B, L) int, unless the step makes them; for a bidirectional teacher image
 # (B, H, W, C) uint8, or features (B, L, Z) computed before training.
@@ -374,7 +374,7 @@ def jit_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: A
         donate_argnums=0,
         in_shardings=(state_sharding, None, batch_sharding),
         out_shardings=(state_sharding, None),
-        compiler_options=compiler_options(batch_sharding.mesh) if batch_sharding else None,
+        compiler_options=None if recipe.generator.is_loop else whole_products(batch_sharding),
     )
     def jitted(state, teacher_params, batch, active):
         return train_step(recipe, state, teacher_params, batch, active)

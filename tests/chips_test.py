@@ -144,16 +144,18 @@ import os
 from mirai_jax import sharding
 from mirai_jax.benchmark import chips
 
-split, replicated = (sharding.make_mesh(x, chips.devices("v5e:2x2")) for x in ((1, 4, 1), (4, 1, 1)))
-found = sharding.compiler_options(split)
-assert found and not sharding.compiler_options(replicated)
-sharding.compiler_options.cache_clear()
+def rows(*shape):
+    return sharding.batch_sharding(sharding.make_mesh(shape, devices))
+
+devices = chips.devices("v5e:2x2")
+split, replicated = rows(1, 4, 1), rows(4, 1, 1)
+found = sharding.whole_products(split)
+assert found and not sharding.whole_products(replicated)
 os.environ["LIBTPU_INIT_ARGS"] = f"--{next(iter(found))}=0"
-assert not sharding.compiler_options(split)  # the user's own
-sharding.compiler_options.cache_clear()
+assert not sharding.whole_products(split)  # the user's own
 del os.environ["LIBTPU_INIT_ARGS"]
-sharding._PIECES = {"xla_of_another_release": "1"}
-assert not sharding.compiler_options(split)  # the compiler refuses it
+sharding._WHOLE = {"xla_of_another_release": "1"}
+assert not sharding.whole_products(split)  # the compiler refuses it
 """
 
 

@@ -51,7 +51,7 @@ class Operation:
 
     @property
     def is_begun(self) -> bool:
-        """A transfer that runs next to other work, and ends with an operation of its own."""
+        """A transfer that runs next to other work; another operation ends it."""
         return self.kind.endswith("-start") or self.name.startswith("async-collective-start")
 
     @property

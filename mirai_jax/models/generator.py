@@ -87,6 +87,11 @@ class GeneratorConfig:
         return -(-int(8 * self.width / 3) // 256) * 256
 
     @property
+    def is_loop(self) -> bool:
+        """Whether blocks are iterations of a loop in the compiled program."""
+        return self.unroll < self.num_layers
+
+    @property
     def has_null_class(self) -> bool:
         return self.class_dropout > 0
 
