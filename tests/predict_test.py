@@ -1,8 +1,11 @@
 """The predicted time of a step: a small program by hand."""
 
+import functools
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from helpers import QUICK, ROOT, environment, output
 
@@ -89,6 +92,85 @@ def test_the_products_of_a_program_for_gpus():
     # TensorFloat-32 at half the rate.
     h100 = predict.CHIPS["h100"]
     assert h100.tflops["bfloat16"] == 2 * h100.tflops["high"] > 10 * h100.tflops["highest"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "SAME"},
+        {"padding": [(2, 0), (0, 1)], "window_strides": (2, 3)},
+        {"padding": [(1, 2), (-1, 0)], "lhs_dilation": (2, 3), "rhs_dilation": (1, 2)},
+        {"padding": "SAME", "feature_group_count": 4},
+    ],
+    ids=str,
+)
+def test_a_convolution_multiplies_where_its_window_is_on_the_image(options):
+    images, kernels = np.ones((2, 9, 12, 8), np.float32), np.ones((3, 3, 8, 16), np.float32)
+    kernels = kernels[:, :, : 8 // options.get("feature_group_count", 1)]
+    options = {"window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC"), **options}
+    convolve = jax.jit(functools.partial(jax.lax.conv_general_dilated, **options))
+    program = hlo.Program(convolve.lower(images, kernels).compile().as_text())
+    found = [x for op, _ in program.executed() for x, _ in program.products(op)]
+    # Of ones, each result is the number of its products.
+    assert found == [2 * float(convolve(images, kernels).sum())]
+
+
+CUDNN = """HloModule m
+
+ENTRY %main (x: f32[2,9,12,8]) -> f32[] {
+  %x = f32[2,9,12,8]{3,2,1,0} parameter(0)
+  %w = f32[16,3,3,8]{3,2,1,0} parameter(1)
+  %y = f32[2,9,12,16]{3,2,1,0} parameter(2)
+  %forward = (f32[2,9,12,16]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %of_input = (f32[2,9,12,8]{3,2,1,0}, u8[0]{0}) custom-call(%y, %w), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %of_filter = (f32[16,3,3,8]{3,2,1,0}, u8[0]{0}) custom-call(%x, %y), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+}
+"""
+
+
+def test_a_convolution_of_cudnn_and_its_gradients():
+    program = hlo.Program(CUDNN)
+    one = 2 * 2 * (3 * 9 - 2) * (3 * 12 - 2) * 8 * 16
+    assert [program.products(op) for op, _ in program.executed()] == 3 * [[(one, "default")]]
+
+
+@pytest.mark.parametrize(
+    "groups, ways",
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups=[4,2]<=[8]", 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0':(2)2}", 2),
+        ("replica_groups={}", 8),
+    ],
+)
+def test_a_sum_goes_around_the_ring_of_its_group(groups, ways):
+    text = f"""HloModule m
+
+%inside (own: f32[1000]) -> f32[1000] {{
+  %own = f32[1000]{{0}} parameter(0)
+  ROOT %add = f32[1000]{{0}} all-reduce(%own), channel_id=1, {groups}, to_apply=%add
+}}
+
+%part (all: f32[1000]) -> f32[10] {{
+  %all = f32[1000]{{0}} parameter(0)
+  %sum = f32[1000]{{0}} all-reduce(%all), channel_id=2, {groups}, to_apply=%add
+  ROOT %own.1 = f32[10]{{0}} dynamic-slice(%sum, %i), dynamic_slice_sizes={{10}}
+}}
+
+ENTRY %main (a: f32[1000]) -> f32[1000] {{
+  %a = f32[1000]{{0}} parameter(0)
+  %alone = f32[1000]{{0}} all-reduce(%a), channel_id=3, {groups}, use_global_device_ids=true, to_apply=%add
+  %fused = f32[1000]{{0}} fusion(%a), kind=kCustom, calls=%inside
+  %scattered = f32[10]{{0}} fusion(%a), kind=kCustom, calls=%part
+}}
+"""
+    program = hlo.Program(text, 8)
+    moved = [program.moved(op) for op, _ in program.executed() if program.is_collective(op)]
+    once = 4000 * (ways - 1) / ways
+    assert moved == pytest.approx([2 * once, 2 * once, once])
 
 
 ASYNC = """HloModule jit_step
