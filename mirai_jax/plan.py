@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import jax
 
 from mirai_jax import sharding
-from mirai_jax.benchmark import chips, flops, memory_plan, predict, predict_sampler
+from mirai_jax.benchmark import chips, flops, memory_plan, predict, predict_sampler, rates
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.training import follow
@@ -56,6 +56,13 @@ def main(argv: list[str]) -> None:
         config = follow.resolve(config, print)
         slices = sharding.num_slices(devices)
         settings = schema.read(memory_plan.without_files(config), len(devices), slices)
+        chip = _chip(devices)
+        if _SAMPLER.value and chip is None:
+            known = (name for name, of in rates.CHIPS.items() if name in chips.GPUS or of.clock)
+            raise ConfigError(
+                f"--sampler is {_SAMPLER.value}; it must be 0 unless --chip is of {', '.join(known)}, or "
+                "--devices is 1 without --chip"
+            )
         mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
         print(
             f"memory of each of {len(devices)} x {devices[0].device_kind}"
@@ -71,10 +78,11 @@ def main(argv: list[str]) -> None:
             print(chips.verdict(_CHIP.value, plan.total))
         elif not _CHIP.value:
             print("by XLA's compiler for CPUs; benchmark/memory_plan.py says how far it holds")
-        chip = _chip(devices)
         if chip and chip.memory:
             print(f"of {chip.memory} GiB: it fits, for the compiler refuses what does not")
-        if chip and slices == 1:  # the links between slices are not modelled
+        if why := predict.obstacle(chip, devices):
+            print(f"the time of a step is not predicted: {why}")
+        else:
             operations = flops.step_flops(compiled.recipe, settings.batch_size).total
             prediction = predict.predict(compiled.run.as_text(), chip, len(devices))
             work = operations / len(devices), settings.batch_size, settings.num_steps
@@ -96,10 +104,10 @@ def _compiling(what: str) -> Iterator[None]:
         ) from error
 
 
-def _chip(devices: list[jax.Device]) -> predict.Chip | None:
-    """What to predict for; None: simulated devices."""
+def _chip(devices: list[jax.Device]) -> rates.Chip | None:
+    """What to predict for; None: several simulated devices, or a chip whose rates are not known."""
     if _CHIP.value:
-        return predict.CHIPS.get(_CHIP.value.split(":")[0])
+        return rates.CHIPS.get(_CHIP.value.split(":")[0])
     return predict.measured(devices[0]) if len(devices) == 1 else None
 
 

@@ -106,6 +106,30 @@ def test_bfloat16_is_close_on_a_cpu(length, causal, kernel):
         check(run(attend, *inputs), *inputs, causal, 0.01)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("grid", [(16, 16), (19, 20)])
+def test_the_weights_that_the_backward_pass_needs(grid, dtype):
+    config = generator.GeneratorConfig(
+        num_layers=3, num_heads=4, width=64, vocab_size=8, num_classes=2, grid=grid, dtype=dtype,
+        attention="xla",
+    )  # fmt: skip
+
+    def loss(params, codes, labels):
+        logits = generator.Generator(config).apply({"params": params}, codes, labels)[0]
+        return logits.astype(np.float32).sum()
+
+    params = jax.eval_shape(lambda: generator.init_params(config, jax.random.key(0)))
+    shapes = (jax.ShapeDtypeStruct(x, np.int32) for x in ((2, config.length - 1), (2,)))
+    program = jax.make_jaxpr(jax.grad(loss))(params, *shapes)
+    stacks = [out.aval for x in program.eqns if x.primitive.name == "scan" for out in x.outvars]
+    # (blocks of the generator, B, H, queries, keys); heads have 16 numbers, and are left out.
+    weights = [x for x in stacks if x.ndim == 5 and x.shape[2] == 4 and x.shape[-1] > 16]
+    shape = 2, config.length, 4, 16
+    assert sum(x.size * x.dtype.itemsize for x in weights) == 3 * attention.stored_bytes(
+        shape, dtype
+    )
+
+
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(ValueError, match="flash"):
         attention.attend(*arrays(1, 2, 1, 4)[:3], causal=True, kernel="flash")

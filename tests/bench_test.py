@@ -5,6 +5,7 @@ import json
 import pathlib
 import shlex
 import sys
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from helpers import ROOT, TINY, exit_message, output, refusal
 
 from mirai_jax import bench
-from mirai_jax.benchmark import measure, memory_plan, reference, report
+from mirai_jax.benchmark import measure, memory_plan, reference, report, work
 from mirai_jax.benchmark import run as run_lib
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
@@ -171,6 +172,20 @@ def test_tasks_are_interleaved_and_their_first_run_is_not_timed():
     assert order == ["a", "a", "b", "b"] * 2 and rounds == [4, 8]
     assert taken == {"a": [2.0, 6.0], "b": [4.0, 8.0]}
     assert measure.paired_ratio(taken["b"], taken["a"]) == pytest.approx((2 + 8 / 6) / 2)
+
+
+def test_a_step_on_devices_that_one_cpu_simulates_is_not_predicted():
+    devices = jax.devices()[:2]
+    step = types.SimpleNamespace(_devices=devices, _device=devices[0])
+    assert work.StepWork.predicted(step, 1e11, 1e10) is None
+
+
+def test_a_cpus_memory_is_measured_on_as_many_bytes_whatever_its_cores(monkeypatch):
+    monkeypatch.setattr(measure, "_READ", 2**24)
+    monkeypatch.setattr(measure, "_best_rate", lambda work, *_, **__: work)
+    for cores in (1, 2, 64):
+        monkeypatch.setattr(measure, "cpu_count", lambda cores=cores: cores)
+        assert measure.memory_rate(jax.devices()[0]) == 2**24
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux alone")

@@ -1,15 +1,22 @@
 """The predicted time of a step: a small program by hand."""
 
+import functools
 import subprocess
 import sys
+import types
 
+import jax
+import numpy as np
 import pytest
-from helpers import QUICK, ROOT, environment, output
+from helpers import QUICK, ROOT, environment, error_line, output, refusal
 
-from mirai_jax.benchmark import hlo, predict, predict_sampler
+from mirai_jax.benchmark import hlo, predict, predict_sampler, rates
+from mirai_jax.models.generator import GeneratorConfig
+from mirai_jax.sampling import sampler
+from mirai_jax.utils.errors import TrainingError
 
 # A GFLOP, a MB or 1e6 cycles take 1 ms.
-CHIP = predict.Chip({"bfloat16": 1, "default": 1}, bandwidth=1, link=1, clock=1)
+CHIP = rates.Chip({"bfloat16": 1, "default": 1}, bandwidth=1, link=1, clock=1)
 TEXT = """HloModule jit_step
 
 %product (a: bf16[1000,500], b: bf16[500,1000]) -> bf16[1000,1000] {
@@ -87,8 +94,87 @@ def test_the_products_of_a_program_for_gpus():
     pairs = 8 * 12 * 256**2 * 64
     assert found["f"] == (4 * pairs, "bfloat16") and found["g"] == (10 * pairs, "bfloat16")
     # TensorFloat-32 at half the rate.
-    h100 = predict.CHIPS["h100"]
+    h100 = rates.CHIPS["h100"]
     assert h100.tflops["bfloat16"] == 2 * h100.tflops["high"] > 10 * h100.tflops["highest"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "SAME"},
+        {"padding": [(2, 0), (0, 1)], "window_strides": (2, 3)},
+        {"padding": [(1, 2), (-1, 0)], "lhs_dilation": (2, 3), "rhs_dilation": (1, 2)},
+        {"padding": "SAME", "feature_group_count": 4},
+    ],
+    ids=str,
+)
+def test_a_convolution_multiplies_where_its_window_is_on_the_image(options):
+    images, kernels = np.ones((2, 9, 12, 8), np.float32), np.ones((3, 3, 8, 16), np.float32)
+    kernels = kernels[:, :, : 8 // options.get("feature_group_count", 1)]
+    options = {"window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC"), **options}
+    convolve = jax.jit(functools.partial(jax.lax.conv_general_dilated, **options))
+    program = hlo.Program(convolve.lower(images, kernels).compile().as_text())
+    found = [x for op, _ in program.executed() for x, _ in program.products(op)]
+    # Of ones, each result is the number of its products.
+    assert found == [2 * float(convolve(images, kernels).sum())]
+
+
+CUDNN = """HloModule m
+
+ENTRY %main (x: f32[2,9,12,8]) -> f32[] {
+  %x = f32[2,9,12,8]{3,2,1,0} parameter(0)
+  %w = f32[16,3,3,8]{3,2,1,0} parameter(1)
+  %y = f32[2,9,12,16]{3,2,1,0} parameter(2)
+  %forward = (f32[2,9,12,16]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %of_input = (f32[2,9,12,8]{3,2,1,0}, u8[0]{0}) custom-call(%y, %w), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %of_filter = (f32[16,3,3,8]{3,2,1,0}, u8[0]{0}) custom-call(%x, %y), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+}
+"""
+
+
+def test_a_convolution_of_cudnn_and_its_gradients():
+    program = hlo.Program(CUDNN)
+    one = 2 * 2 * (3 * 9 - 2) * (3 * 12 - 2) * 8 * 16
+    assert [program.products(op) for op, _ in program.executed()] == 3 * [[(one, "default")]]
+
+
+@pytest.mark.parametrize(
+    "groups, ways",
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups=[4,2]<=[8]", 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0':(2)2}", 2),
+        ("replica_groups={}", 8),
+    ],
+)
+def test_a_sum_goes_around_the_ring_of_its_group(groups, ways):
+    text = f"""HloModule m
+
+%inside (own: f32[1000]) -> f32[1000] {{
+  %own = f32[1000]{{0}} parameter(0)
+  ROOT %add = f32[1000]{{0}} all-reduce(%own), channel_id=1, {groups}, to_apply=%add
+}}
+
+%part (all: f32[1000]) -> f32[10] {{
+  %all = f32[1000]{{0}} parameter(0)
+  %sum = f32[1000]{{0}} all-reduce(%all), channel_id=2, {groups}, to_apply=%add
+  ROOT %own.1 = f32[10]{{0}} dynamic-slice(%sum, %i), dynamic_slice_sizes={{10}}
+}}
+
+ENTRY %main (a: f32[1000]) -> f32[1000] {{
+  %a = f32[1000]{{0}} parameter(0)
+  %alone = f32[1000]{{0}} all-reduce(%a), channel_id=3, {groups}, use_global_device_ids=true, to_apply=%add
+  %fused = f32[1000]{{0}} fusion(%a), kind=kCustom, calls=%inside
+  %scattered = f32[10]{{0}} fusion(%a), kind=kCustom, calls=%part
+}}
+"""
+    program = hlo.Program(text, 8)
+    moved = [program.moved(op) for op, _ in program.executed() if program.is_collective(op)]
+    once = 4000 * (ways - 1) / ways
+    assert moved == pytest.approx([2 * once, 2 * once, once])
 
 
 ASYNC = """HloModule jit_step
@@ -188,6 +274,63 @@ def test_a_token_takes_at_least_what_is_copied_into_the_fast_memory():
     first, second = predict_sampler.segments(SAMPLER, CHIP, 100)
     assert (first.places, second.places, second.tokens) == (64, 100, 36)
     assert first.milliseconds == second.milliseconds == pytest.approx((1.0, 3.0), rel=1e-4)
+
+
+def test_loops_of_random_numbers_draw_no_tokens():
+    # 65 tokens: a loop of 64, and one token that the compiler writes out with a loop of its own.
+    config = GeneratorConfig(
+        num_layers=1, num_heads=2, width=16, vocab_size=32, num_classes=4, grid=(5, 13)
+    )
+    settings = types.SimpleNamespace(generator=config, sample=sampler.SampleOptions(guidance=2.0))
+    text = predict_sampler.compile_sampler(settings, 2, jax.devices()[0])
+    (segment,) = predict_sampler.segments(text, CHIP, 65)
+    assert (segment.places, segment.tokens) == (64, 64) and segment.milliseconds[0] > 0
+    assert "the last token" in predict_sampler.lines(text, CHIP, settings, 2)[-1]
+    assert "64 turns" in refusal(predict_sampler.segments, text, CHIP, 128, error=TrainingError)
+
+
+# Chips and devices ---------------------------------------------------------------------------------
+
+
+def test_a_chip_is_known_by_its_exact_name_alone():
+    assert rates.of_kind("NVIDIA H100 80GB HBM3") == rates.CHIPS["h100"]
+    assert rates.of_kind("NVIDIA H100 PCIe").tflops["bfloat16"] == 756
+    assert rates.of_kind("TPU v5 lite").tflops["bfloat16"] == 197
+    for kind in ("TPU v4 lite", "NVIDIA H100", "NVIDIA A100", "TPU7x", "cpu", ""):
+        assert rates.of_kind(kind) is None
+    kinds = [kind for chip in rates.CHIPS.values() for kind in chip.kinds]
+    assert len(kinds) == len(set(kinds))
+
+
+def test_where_a_step_has_no_prediction():
+    def devices(count, platform, kind, slices=1):
+        return [
+            types.SimpleNamespace(platform=platform, device_kind=kind, slice_index=i % slices)
+            for i in range(count)
+        ]
+
+    tpu, card = rates.CHIPS["v5e"], rates.of_kind("NVIDIA H100 PCIe")
+    for chip, count, *given in (
+        (tpu, 8, "tpu", "TPU v5 lite"),
+        (card, 1, "gpu", "NVIDIA H100 PCIe"),
+        (predict.of_rates(1e11, 1e10), 1, "cpu", "cpu"),
+    ):
+        assert not predict.obstacle(chip, devices(count, *given))
+    for why, chip, count, *given in (
+        ("simulates", predict.of_rates(1e11, 1e10), 2, "cpu", "cpu"),
+        ("slices", tpu, 8, "tpu", "TPU v5 lite", 2),
+        ("TPU7x", None, 8, "tpu", "TPU7x"),
+        ("links", card, 2, "gpu", "NVIDIA H100 PCIe"),
+    ):
+        assert why in predict.obstacle(chip, devices(count, *given))
+
+
+def test_several_simulated_devices_have_no_predicted_sampler():
+    given = "--config=configs/llamagen.py", "--devices=2", "--sampler=4"
+    assert "--sampler is 4" in error_line("mirai_jax.plan", *given)
+
+
+# For the screen, and against the clock ---------------------------------------------------------------
 
 
 def test_the_lines_for_the_screen():

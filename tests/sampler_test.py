@@ -147,6 +147,21 @@ def test_guidance_grows_as_its_schedule_says():
     np.testing.assert_allclose(scales["power_cosine"][[64, 128, 192, 255]], expected, rtol=1e-6)
 
 
+def test_one_program_draws_at_any_scale_and_at_none_of_its_own(params):
+    draw = jax.jit(sampler.draw, static_argnames=("config", "form"))
+    weak, strong = SampleOptions(guidance=2.0), SampleOptions(guidance=4.0, schedule="linear")
+    form, images = weak.form, (CONFIG, params, labels(4), keys(4))
+    assert form == strong.form != SampleOptions().form
+    for options in (weak, strong):
+        np.testing.assert_array_equal(
+            draw(*images, form, options.scales(CONFIG.length)), sampler.generate(*images, options)
+        )
+    with pytest.raises(TypeError, match="scales_L"):
+        draw(*images, form)
+    with pytest.raises(AttributeError, match="scales"):
+        sampler.generate(*images, form)
+
+
 def test_interval_guides_the_first_token_and_those_within_it(params):
     def draw(interval, guidance=4.0):
         options = SampleOptions(guidance=guidance, interval=interval, greedy=True)
@@ -250,7 +265,7 @@ def test_ties_at_the_edge_stay_as_in_the_official_filter():
 def test_guidance_without_a_null_class_is_refused(params):
     config = dataclasses.replace(CONFIG, class_dropout=0.0)
     given = {**params, "cls_embedding": {"embedding": params["cls_embedding"]["embedding"][:-1]}}
-    with pytest.raises(ValueError, match="sample.guidance is 2.0, but the generator has no null"):
+    with pytest.raises(ValueError, match="sample.guidance .* no null class"):
         sampler.generate(config, given, labels(2), keys(2), SampleOptions(guidance=2.0))
     codes = sampler.generate(config, given, labels(2), keys(2), SampleOptions())
     np.testing.assert_array_equal(

@@ -323,8 +323,29 @@ def test_a_long_run_times_attention_and_keeps_the_answer(tmp_path, monkeypatch, 
     assert (event["event"], event["kernel"], event[f"{slower}_ms"]) == ("attention", faster, 2.0)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "started"}\n{"event": "atten')  # cut off
-    times[slower] = 0.0  # not asked again
-    assert choose(4) == faster and choose(4, "xla") == "xla"
+    times[slower] = 0.0  # not asked again, before the first checkpoint either
+    assert choose(0) == choose(4) == faster and choose(4, "xla") == "xla"
+    monkeypatch.setattr(attention_choice, "LONG", settings.num_steps + 1)  # the run became shorter
+    assert choose(0) == faster
+
+
+def test_a_kernel_that_fails_is_too_slow(tmp_path, monkeypatch):
+    def attend(*qkv, kernel, **options):
+        if kernel == "xla":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return real(*qkv, kernel=kernel, **options)
+
+    real, settings = attention.attend, schema.read(tiny(llamagen), 1)
+    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(attention, "has_fused", lambda *_: True)
+    monkeypatch.setattr(attention_choice, "_RUNS", 2)
+    monkeypatch.setattr(attention_choice, "LONG", settings.num_steps)
+    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:1])
+    generator = dataclasses.replace(settings.generator, attention="auto")
+    settings = dataclasses.replace(settings, generator=generator)
+    assert attention_choice.choose(settings, mesh, tmp_path, 0, lambda line: None) == "auto"
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert event["auto_ms"] > 0 and event["xla_ms"] is None
 
 
 def test_the_step_has_the_kernel_that_the_start_of_the_run_chose(copied, monkeypatch):

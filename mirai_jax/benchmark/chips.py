@@ -12,6 +12,7 @@ import re
 import jax
 from jax.experimental import topologies
 
+from mirai_jax.benchmark.rates import CHIPS
 from mirai_jax.utils.errors import ConfigError, first_line
 
 
@@ -60,9 +61,11 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu("NVIDIA A100 80GB", (8, 0), 108, 64, 1.41, 79, 2039, 40, 164),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 79, 3350, 50, 228),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 140, 4800, 50, 228),
+    "a100": Gpu("NVIDIA A100 80GB", (8, 0), 108, 64, 1.41, 79, CHIPS["a100"].bandwidth, 40, 164),
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 79, CHIPS["h100"].bandwidth, 50, 228
+    ),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 140, CHIPS["h200"].bandwidth, 50, 228),
 }
 
 

@@ -6,9 +6,12 @@ it takes an operation to need, and which arrays lie in the chip's fast memory.
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 _BYTES = {"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 _TYPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[^{}]|\{[^}]*\})*))?\})?")
@@ -153,10 +156,11 @@ class Program:
         """Bytes through the links of each chip by a collective: a sum goes around a ring twice."""
         given = sum(_size(self.by_name[name].type) for name in op.operands if name in self.by_name)
         size = max(given, _size(op.type) - given * op.is_begun)
-        groups = re.search(r"replica_groups=\[\d+,(\d+)\]", op.rest)
-        ways = int(groups[1]) if groups else self.chips
-        twice = 2 if "all-reduce" in op.kind + op.name else 1
-        return size * twice * (ways - 1) / ways
+        inside, kept = self._inside(op), _size(op.type)
+        ways = next(filter(None, (_ways(x.rest) for x in inside)), self.chips)
+        # A sum of which each chip keeps its part goes around once.
+        twice = any(x.kind.startswith("all-reduce") for x in inside) and kept >= given
+        return size * (1 + twice) * (ways - 1) / ways
 
     def bytes(self, op: Operation) -> float:
         """Bytes of results and operands in main memory; of what is sliced or updated, the slice."""
@@ -223,15 +227,19 @@ class Program:
         types = [self.by_name[name].type for name in op.operands if name in self.by_name]
         if op.is_attention:
             return [(_attention(op, types), "bfloat16")]
-        if op.kind not in ("convolution", "dot") and "__cublas$gemm" not in op.rest:
+        if op.kind == "convolution" or "__cudnn$conv" in op.rest:
+            operations = _convolution(op, types)
+        elif op.kind == "dot" or re.search(r"__cublas\$(gemm|lt\$matmul)", op.rest):
+            # A size stands in two of the three arrays; that of a batch of products, in all.
+            dimensions = [_dimensions(of) for of in (op.type, *types[:2])]
+            sizes = math.prod(math.prod(of) for of in dimensions)
+            operations = 2 * math.sqrt(sizes / _batch(op, dimensions[1]))
+        else:
             return []
-        # A size stands in two of the three arrays; that of a batch of products, in all.
-        dimensions = [_dimensions(of) for of in (op.type, *types[:2])]
-        sizes = math.prod(math.prod(of) for of in dimensions)
         asked = re.search(r"operand_precision=\{(\w+)", op.rest)
         single = any(of.startswith("f32") for of in types[:2])
         precision = (asked[1] if asked else "default") if single else "bfloat16"
-        return [(2 * math.sqrt(sizes / _batch(op, dimensions[1])), precision)]
+        return [(operations, precision)]
 
     def _called(self, op: Operation) -> list[Operation]:
         return self.computations.get(op.attribute("calls"), [])
@@ -254,19 +262,72 @@ def _attention(op: Operation, types: list[str]) -> float:
 
 
 def _batch(op: Operation, left: list[int]) -> int:
-    """How many products an operation is. A convolution's batch is a window as long as its dilation.
+    """How many products an operation is; `left` has the sizes of its first operand."""
+    batch = re.search(r'lhs_batch_dim(?:s=\{|ensions":\[)([\d,"]+)', op.rest)
+    return math.prod(left[int(i)] for i in re.findall(r"\d+", batch[1])) if batch else 1
+
+
+def _convolution(op: Operation, types: list[str]) -> float:
+    """Operations of a convolution, of which only those count whose place of the window is on the input.
+
+    So a matrix product that is written as a convolution has its own number: its batch and what it
+    sums over may be windows, most of whose places are beside the input, or between its elements.
+    """
+    # cuDNN's gradients have the labels and the window of the convolution that they belong to.
+    if "convBackwardInput" in op.rest:
+        arrays = op.type, types[1], types[0]
+    elif "convBackwardFilter" in op.rest:
+        arrays = types[0], op.type, types[1]
+    else:
+        arrays = types[0], types[1], op.type
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", op.rest).groups()
+    image, kernel, result = (
+        dict(zip(label, _dimensions(array), strict=True))
+        for label, array in zip(labels, arrays, strict=True)
+    )
+    window = re.search(r"\bwindow=\{([^}]*)\}", op.rest)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    operations = 2 * result["b"] * result["f"] * kernel["i"]
+    for dimension in filter(str.isdigit, labels[2]):
+        take = lambda name, i=int(dimension): fields[name].split("x")[i] if name in fields else "1"
+        before = int(take("pad").split("_")[0]) if "pad" in fields else 0
+        steps = (int(take(name)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        sizes = image[dimension], kernel[dimension], result[dimension]
+        operations *= _meetings(*sizes, before, *steps)
+    return operations
+
+
+@functools.cache
+def _meetings(
+    image: int, kernel: int, result: int, before: int, stride: int, spread: int, dilation: int
+) -> int:
+    """How many pairs of a place of the result and one of the window have an element of the input.
 
     Args:
-        left: the sizes of its first operand.
+        image, kernel, result: sizes in one dimension.
+        before: padding.
+        stride, spread, dilation: steps of the window, of the input's elements and of the window's places.
     """
-    batch = re.search(r'lhs_batch_dim(?:s=\{|ensions":\[)([\d,"]+)', op.rest)
-    if batch:
-        return math.prod(left[int(i)] for i in re.findall(r"\d+", batch[1]))
-    size, dilation = (re.search(rf"\b{name}=([\dx]+)", op.rest) for name in ("size", "lhs_dilate"))
-    if not (size and dilation):
-        return 1
-    pairs = zip(size[1].split("x"), dilation[1].split("x"), strict=True)
-    return math.prod(int(a) for a, b in pairs if a == b)
+    starts = stride * np.arange(result) - before
+    found = 0
+    for place in range(kernel):
+        at = starts + dilation * place
+        found += np.count_nonzero((at >= 0) & (at < spread * image) & (at % spread == 0))
+    return int(found)
+
+
+def _ways(rest: str) -> int | None:
+    """How many chips a collective joins, of whose three forms of `replica_groups` one is in `rest`."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        # A part of an axis has its own size: 'x':(2)4.
+        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[name]) for name, part in named)
+    return None
 
 
 def _dimensions(type_: str) -> list[int]:

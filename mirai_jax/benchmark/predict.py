@@ -17,67 +17,29 @@ compared with an accelerator; docs/performance.md compares it with the clock on 
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
-from mirai_jax.benchmark import chips, hlo, measure
+from mirai_jax import sharding
+from mirai_jax.benchmark import hlo, measure
+from mirai_jax.benchmark.rates import BY_ROOFLINE, Chip
 
 CLASSES = ("products", "attention", "optimizer", "collectives", "rest")
-_BY_COMPILER = "by the compiler's model of the chip; nothing was run"
-_BY_ROOFLINE = "at the least, if products and memory reached the datasheet's rates; nothing was run"
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What bounds a chip.
-
-    Attributes:
-        tflops: TFLOP/s of products by `hlo.Program.products`' precisions.
-        bandwidth: GB/s of main memory.
-        link: GB/s of one of the two links of a ring.
-        clock: GHz of the compiler's cycles; 0: it gives none.
-        kernels: TFLOP/s that fused attention reaches at 256 tokens by its schedule; 0: not known.
-        memory: GiB; 0: not known.
-        basis: what a prediction rests on, for the screen.
-    """
-
-    tflops: dict[str, float]
-    bandwidth: float
-    link: float
-    clock: float = 0.0
-    kernels: float = 0.0
-    memory: int = 0
-    basis: str = ""
-
-
-def _tpu(
-    tflops: float, clock: float, bandwidth: float, link: float, memory: int, kernels: float
-) -> Chip:
-    # A float32 product of 'high' takes three passes over bfloat16 parts, 'highest' six.
-    rates = {"bfloat16": tflops, "default": tflops, "high": tflops / 3, "highest": tflops / 6}
-    return Chip(rates, bandwidth, link, clock, kernels, memory, _BY_COMPILER)
-
-
-def _gpu(name: str, tflops: float, single: float, link: float) -> Chip:
-    # TensorFloat-32 at half of bfloat16's rate, unless 'highest' asks for float32 units.
-    half = tflops / 2
-    rates = {"bfloat16": tflops, "default": half, "high": half, "highest": single}
-    return Chip(rates, chips.GPUS[name].bandwidth, link, basis=_BY_ROOFLINE)
-
-
-# Cloud TPU's documentation, NVIDIA's datasheets (NVLink: half of what both directions carry, over two
-# links). A TPU's clock is what makes its matrix units reach the peak; the rates of attention kernels are
-# known of v5e and v6e.
-CHIPS = {
-    "v4": _tpu(275, 1.05, 1228, 50, 32, 40),
-    "v5e": _tpu(197, 1.5, 819, 45, 16, 40),
-    "v5p": _tpu(459, 1.75, 2765, 90, 95, 40),
-    "v6e": _tpu(918, 1.75, 1640, 90, 32, 50),
-    "a100": _gpu("a100", 312, 19.5, 150),
-    "h100": _gpu("h100", 989, 67, 225),
-    "h200": _gpu("h200", 989, 67, 225),
-}
+def obstacle(chip: Chip | None, devices: Sequence[jax.Device]) -> str:
+    """Why a step on these devices, of this chip, has no prediction; '' where it has one."""
+    kind = devices[0].device_kind
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        return "one CPU simulates these devices"
+    if sharding.num_slices(devices) > 1:
+        return "the links between slices are not known"
+    if chip is None:
+        return f"the rates of a {kind} are not known"
+    if len(devices) > 1 and not chip.link:
+        return f"the links of a {kind} are not known"
+    return ""
 
 
 def measured(device: jax.Device, clock: Callable[[], float] = time.perf_counter) -> Chip:
@@ -94,7 +56,7 @@ def of_rates(products: float, memory: float) -> Chip:
     """What reaches `products` operations and `memory` bytes a second."""
     rates = dict.fromkeys(("bfloat16", "default", "high", "highest"), products / 1e12)
     basis = f"at the rates of this moment: {products / 1e9:,.0f} GFLOP/s, {memory / 1e9:,.1f} GB/s"
-    return Chip(rates, memory / 1e9, 1.0, basis=basis)
+    return Chip(rates, memory / 1e9, basis=basis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +86,7 @@ class Prediction:
         return [
             f"milliseconds of a step, predicted {chip.basis}",
             *(f"  {name:<12}{between(*ends, '8.1f')}" for name, ends in rows.items()),
-            f"  MFU{' at most' * (chip.basis == _BY_ROOFLINE)} {between(*mfu, '.0%')}, {between(*images, ',.0f')} images/s, "
+            f"  MFU{' at most' * (chip.basis == BY_ROOFLINE)} {between(*mfu, '.0%')}, {between(*images, ',.0f')} images/s, "
             f"{steps:,} steps in {between(*days, '.1f')} days",
             "left out: waits between operations, input, checkpoints, measurements",
         ]

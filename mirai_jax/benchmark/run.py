@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from mirai_jax import sharding
-from mirai_jax.benchmark import measure, memory_plan, reference, work
+from mirai_jax.benchmark import measure, memory_plan, rates, reference, work
 from mirai_jax.config import schema
 from mirai_jax.config.flags import parse_config
 from mirai_jax.models.teacher import precision
@@ -120,8 +120,9 @@ def run(
         results["roofs"] = rooflines(first, devices, peak_tflops, before)
     for name, step in steps.items() if "roofs" in results else ():
         roofs = results["roofs"]
-        rates = roofs["matmul_flops"], roofs["memory_bytes"]
-        results["variants"][name]["predicted_seconds"] = step.predicted(*rates)
+        found = step.predicted(roofs["matmul_flops"], roofs["memory_bytes"])
+        if found:
+            results["variants"][name]["predicted_seconds"] = found
     if trace and ours:
         with jax.profiler.trace(trace):
             for task in ours.values():
@@ -187,13 +188,13 @@ def rooflines(
     device, dtype, before = devices[0], settings.generator.dtype, before or {}
     # Simulated devices of a CPU share what it has.
     ways = 1 if device.platform == "cpu" else len(devices)
-    datasheet = measure.datasheet_rate(device, dtype)
+    chip = rates.of_kind(device.device_kind)
     reached = max(measure.matmul_rate(dtype, device) * ways, before.get("matmul_flops", 0))
     memory = max(measure.memory_rate(device), before.get("memory_bytes", 0))
     if peak_tflops:
         peak, by = peak_tflops * 1e12, "given by --peak_tflops"
-    elif datasheet:
-        peak, by = datasheet * len(devices), "by its datasheet"
+    elif chip and dtype == "bfloat16":
+        peak, by = chip.tflops[dtype] * 1e12 * len(devices), "by its datasheet"
     else:
         peak, by = reached, "reached by matrix products"
     return {"matmul_flops": reached, "peak_flops": peak, "peak_by": by, "memory_bytes": memory}

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mirai_jax import sharding, step
-from mirai_jax.benchmark import flops, measure, memory_plan, predict
+from mirai_jax.benchmark import flops, measure, memory_plan, predict, rates
 from mirai_jax.config.schema import Settings
 from mirai_jax.data import pipeline, records
 from mirai_jax.models import decoding
@@ -32,10 +32,6 @@ from mirai_jax.models import generator as generator_lib
 from mirai_jax.sampling import sampler
 
 _WARM_UP = 2  # steps before any is timed
-_KINDS = {  # of devices, parts of their names, and the chips of predict.py
-    "A100": "a100", "H100": "h100", "H200": "h200",
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e",
-}  # fmt: skip
 
 
 def _random(shapes: Any, limits: Mapping[str, int], seed: int = 0) -> Any:
@@ -57,7 +53,7 @@ class StepWork:
     """A variant's train step, compiled, and its parts."""
 
     def __init__(self, settings: Settings, devices: list[jax.Device]):
-        self._settings, self._device = settings, devices[0]
+        self._settings, self._devices, self._device = settings, devices, devices[0]
         self._compiled = memory_plan.compile_step(settings, devices)
         self.recipe, self.plan = self._compiled.recipe, self._compiled.plan
 
@@ -72,17 +68,19 @@ class StepWork:
             "flops": dataclasses.asdict(counted),
         }
 
-    def predicted(self, products: float, memory: float) -> list[float]:
-        """Seconds of a step by `benchmark/predict.py`, the lower and the upper end.
+    def predicted(self, products: float, memory: float) -> list[float] | None:
+        """Seconds of a step by `benchmark/predict.py`, the lower and the upper end; None: no prediction.
 
         Args:
-            products, memory: measured operations and bytes a second, for devices without a datasheet.
+            products, memory: measured operations and bytes a second, for a CPU.
         """
-        kind = self._device.device_kind
-        known = (predict.CHIPS[name] for part, name in _KINDS.items() if part in kind)
-        chip = next(known, None) or predict.of_rates(products, memory)
-        count = self._compiled.mesh.size
-        found = predict.predict(self._compiled.run.as_text(), chip, count)
+        if self._device.platform == "cpu":
+            chip = predict.of_rates(products, memory)
+        else:
+            chip = rates.of_kind(self._device.device_kind)
+        if predict.obstacle(chip, self._devices):
+            return None
+        found = predict.predict(self._compiled.run.as_text(), chip, len(self._devices))
         return [ms / 1e3 for ms in found.total]
 
     def first_steps(self) -> int | None:

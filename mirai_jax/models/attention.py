@@ -90,16 +90,31 @@ def _fused(q_BxTxHxd: jax.Array, causal: bool) -> dict[str, Any]:
 # XLA ----------------------------------------------------------------------------------------------
 
 
+def stored_bytes(shape: tuple[int, int, int, int], dtype: str) -> int:
+    """Bytes of weights that "xla" stores for the backward pass of causal attention of (B, T, H, d).
+
+    The exponentials are stored in float32, and in `dtype` for the product with the values.
+    """
+    batch, length, heads, _ = shape
+    pairs = sum((end - start) * end for start, end in _query_blocks(length))
+    width = sum(each.itemsize for each in {jnp.dtype(dtype), jnp.dtype(jnp.float32)})
+    return width * batch * heads * pairs
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    """Equal blocks [start, end) of queries; the last may be shorter."""
+    size = math.ceil(length / max(1, round(length / _QUERY_BLOCK)))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 def _xla(q_BxTxHxd, k_BxTxHxd, v_BxTxHxd, *, mask):
     # Heads lead the matrix products: about twice as fast on CPU as with T leading.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxd, k_BxTxHxd, v_BxTxHxd))
     length, scale = q.shape[2], q.shape[-1] ** -0.5
-    # Equal blocks of queries. Masked blocks read only the keys up to the last that they see; without a mask
-    # blocks are three times as fast as the whole at 257 positions (DINOv2), which XLA on CPU fuses badly.
-    size = math.ceil(length / max(1, round(length / _QUERY_BLOCK)))
+    # Masked blocks read only the keys up to the last that they see; without a mask blocks are three times
+    # as fast as the whole at 257 positions (DINOv2), which XLA on CPU fuses badly.
     blocks = []
-    for start in range(0, length, size):
-        end = min(start + size, length)
+    for start, end in _query_blocks(length):
         seen = length if mask is None else 1 + np.flatnonzero(mask[start:end].any(axis=0))[-1]
         scores = scale * jnp.einsum(
             "bhtd,bhsd->bhts", q[:, :, start:end], k[:, :, :seen],

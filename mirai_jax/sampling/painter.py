@@ -70,7 +70,8 @@ class Painter:
         in_row = decoding.heads_in_row(source.config, mesh.devices.flat[0].platform)
         self._draw = _drawing(mesh, source.config, options.form, seed, chunk, in_row)
         self._decode = _decoding(mesh, source.tokenizer, resize)
-        self._scales = options.scales(source.config.length), given and given.codes_L
+        self._scales_L = options.scales(source.config.length)
+        self._given_L = given.codes_L if given else None
 
     @property
     def batch(self) -> int:
@@ -102,7 +103,8 @@ class Painter:
     def begin(self, labels: np.ndarray, indices: np.ndarray) -> list[jax.Array]:
         """Starts to draw a batch for `fetch`, filled up if it is smaller: one shape, one compilation."""
         filled = [np.resize(x, self._batch).astype(np.int32) for x in (labels, indices)]
-        chunks = self._draw(self._params, *self._devices.split(filled), *self._scales)
+        filled = self._devices.split(filled)
+        chunks = self._draw(self._params, *filled, self._scales_L, self._given_L)
         images = [self._decode(self._tokenizer_params, chunk) for chunk in chunks]
         for some in images:
             some.copy_to_host_async()
@@ -126,14 +128,23 @@ def _one_ahead(begun: Iterable[Any]) -> Iterator[Any]:
 
 # Painters share programs: a sweep over scales of guidance compiles one.
 @functools.lru_cache(maxsize=8)
-def _drawing(mesh: Mesh, *fixed: Any) -> Callable:
-    specs = P(), P("batch"), P("batch"), P(), P()
-    return _split(functools.partial(_codes, *fixed), mesh, specs)
+def _drawing(
+    mesh: Mesh,
+    config: GeneratorConfig,
+    form: sampler.SampleForm,
+    seed: int,
+    chunk: int,
+    heads_in_row: int,
+) -> Callable:
+    """`_codes` for each device's share of the labels and indices."""
+    codes = functools.partial(_codes, config, form, seed, chunk, heads_in_row)
+    return _split(codes, mesh, (P(), P("batch"), P("batch"), P(), P()))
 
 
 @functools.lru_cache(maxsize=8)
-def _decoding(mesh: Mesh, *fixed: Any) -> Callable:
-    return _split(functools.partial(_pixels, *fixed), mesh, (P(), P("batch")))
+def _decoding(mesh: Mesh, tokenizer: Any, resize: int) -> Callable:
+    """`_pixels` for each device's share of the codes."""
+    return _split(functools.partial(_pixels, tokenizer, resize), mesh, (P(), P("batch")))
 
 
 def _split(program: Callable, mesh: Mesh, in_specs: tuple) -> Callable:
@@ -143,7 +154,7 @@ def _split(program: Callable, mesh: Mesh, in_specs: tuple) -> Callable:
 
 def _codes(
     config: GeneratorConfig,
-    form: sampler.SampleOptions,
+    form: sampler.SampleForm,
     seed: int,
     chunk: int,
     heads_in_row: int,
@@ -157,8 +168,8 @@ def _codes(
     keys_B = keys.image_keys(seed, keys.SAMPLES, indices_B)
     shape = len(labels_B), config.length
     given_BxL = None if given_L is None else jnp.broadcast_to(given_L, shape)
-    generate = functools.partial(sampler.generate, config, params, labels_B, keys_B, form)
-    codes_BxL = generate(given_BxL, heads_in_row, scales_L)
+    images = config, params, labels_B, keys_B
+    codes_BxL = sampler.draw(*images, form, scales_L, given_BxL, heads_in_row)
     count = len(codes_BxL)
     return [codes_BxL[np.arange(k, k + chunk) % count] for k in range(0, count, chunk)]
 

@@ -18,6 +18,24 @@ GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleForm:
+    """What a program that draws tokens is compiled for: `SampleOptions` without the scales of its guidance.
+
+    Attributes:
+        guided: whether logits are `uncond + scale * (cond - uncond)`; False runs no unconditional half.
+        others: as those of `SampleOptions`.
+    """
+
+    guided: bool
+    interval: int
+    temperature: float
+    top_k: int
+    top_p: float
+    greedy: bool
+    cache_dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """How tokens are drawn from logits (official file: autoregressive/models/generate.py).
 
@@ -73,12 +91,11 @@ class SampleOptions:
                 raise ValueError(f"sample.{name} is {value}; it must be {allowed}")
 
     @property
-    def form(self) -> "SampleOptions":
-        """What a program is compiled for: all but how strong the guidance is, which `scales` gives."""
-        like = SampleOptions(guidance=2.0 if self.guidance > 1 else 1.0)
-        return dataclasses.replace(
-            self, guidance=like.guidance, schedule=like.schedule, power=like.power
-        )
+    def form(self) -> SampleForm:
+        """All but how strong the guidance is, which `scales` gives: one program serves many scales."""
+        shared = {field.name for field in dataclasses.fields(SampleForm)} - {"guided"}
+        fields = {name: getattr(self, name) for name in shared}
+        return SampleForm(guided=self.guidance > 1, **fields)
 
     def scales(self, length: int) -> np.ndarray:
         """The guidance of each of `length` tokens, float32; `interval` is apart from it."""
@@ -91,7 +108,7 @@ class SampleOptions:
         return np.float32(1 + (self.guidance - 1) * share)
 
 
-def filter_logits(logits_BxV: jax.Array, options: SampleOptions) -> jax.Array:
+def filter_logits(logits_BxV: jax.Array, options: SampleOptions | SampleForm) -> jax.Array:
     """Temperature, then top-k, then top-p; what is dropped becomes -inf. float32 in and out."""
     logits = logits_BxV / options.temperature
     if options.top_k:
@@ -121,18 +138,33 @@ def generate(
     options: SampleOptions = SampleOptions(),
     given_BxL: jax.Array | None = None,
     heads_in_row: int = 1,
-    scales_L: jax.Array | None = None,
 ) -> jax.Array:
-    """Draws whole images of tokens.
+    """`draw`, as `options` say; compiled for each of them."""
+    scales_L = jnp.asarray(options.scales(config.length))
+    return draw(config, params, labels_B, keys_B, options.form, scales_L, given_BxL, heads_in_row)
+
+
+def draw(
+    config: GeneratorConfig,
+    params: Any,
+    labels_B: jax.Array,
+    keys_B: jax.Array,
+    form: SampleForm,
+    scales_L: jax.Array,
+    given_BxL: jax.Array | None = None,
+    heads_in_row: int = 1,
+) -> jax.Array:
+    """Draws whole images of tokens, to be traced.
 
     Args:
         config, params: of the generator (the EMA's parameters, as a rule).
         labels_B: int, classes in [0, num_classes).
         keys_B: typed PRNG keys, one an image.
+        scales_L: float32, the guidance of each token, from `SampleOptions.scales`; it has no part where
+            `form` is not guided.
         given_BxL: int32 codes that stand in place of drawn ones, -1 where one is drawn; None: all are.
             A drawn code depends on the given ones before it alone.
         heads_in_row: how the cache lies in memory, from `decoding.heads_in_row`.
-        scales_L: in place of `options.scales`: with `options.form` one program serves many scales.
 
     Returns:
         int32 (B, L) codes in raster order.
@@ -140,31 +172,28 @@ def generate(
     Raises:
         ValueError: guidance is asked of a generator without a null class.
     """
-    guided = options.guidance > 1
-    if guided and not config.has_null_class:
+    if form.guided and not config.has_null_class:
         raise ValueError(
-            f"sample.guidance is {options.guidance}, but the generator has no null class "
-            "(model.class_dropout is 0); it must be 1"
+            "sample.guidance must be 1, for the generator has no null class (model.class_dropout is 0)"
         )
     count = labels_B.shape[0]
-    if guided:
+    if form.guided:
         labels_B = jnp.concatenate([labels_B, jnp.full_like(labels_B, config.null_class)])
     prepared = decoding.prepare(config, params)
-    scales = jnp.asarray(options.scales(config.length)) if scales_L is None else scales_L
 
     def step(carry, at):
         codes, cache = carry
         position, given = at
-        twice = jnp.concatenate([codes, codes]) if guided else codes
+        twice = jnp.concatenate([codes, codes]) if form.guided else codes
         logits, cache = decoding.decode(config, prepared, twice, labels_B, cache, position)
-        if guided:
+        if form.guided:
             conditional, unconditional = logits[:count], logits[count:]
-            logits = unconditional + scales[position] * (conditional - unconditional)
-            if options.interval >= 0:
+            logits = unconditional + scales_L[position] * (conditional - unconditional)
+            if form.interval >= 0:
                 # Token t after the first is drawn at position t: guided while t - 1 <= interval.
-                logits = jnp.where(position - 1 <= options.interval, logits, conditional)
-        logits = filter_logits(logits, options)
-        if options.greedy:
+                logits = jnp.where(position - 1 <= form.interval, logits, conditional)
+        logits = filter_logits(logits, form)
+        if form.greedy:
             codes = jnp.argmax(logits, axis=-1)
         else:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, position)
@@ -178,7 +207,7 @@ def generate(
     for start, stop in decoding.segments(config.length):
         if cache is None:
             size = labels_B.shape[0], stop, heads_in_row
-            cache = decoding.empty_cache(config, *size, options.cache_dtype)
+            cache = decoding.empty_cache(config, *size, form.cache_dtype)
         cache = decoding.grow(cache, stop)
         given = None if given_BxL is None else given_BxL[:, start:stop].T
         at = jnp.arange(start, stop), given

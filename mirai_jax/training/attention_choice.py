@@ -38,28 +38,46 @@ def choose(
         folder: the workdir, which belongs to this run.
         begin: how many steps the run has done.
     """
-    if settings.generator.attention != "auto" or not (begin or settings.num_steps >= LONG):
+    if settings.generator.attention != "auto":
         return settings.generator.attention
-    taken = {} if begin else measure(settings, mesh)
+    # A run that was stopped before its first checkpoint has an answer, too.
+    recorded = _recorded(folder) if distributed.is_first() else None
+    if known := _from_first(recorded):
+        return known
+    if begin or settings.num_steps < LONG:
+        return "auto"
+    taken = measure(settings, mesh)
+    if distributed.worst(int(taken.get("xla") == math.inf)):  # in any process
+        taken["xla"] = math.inf
     # Where nothing was measured, "auto" is the first of them and stands.
-    found = min(KERNELS, key=lambda name: taken.get(name, 0))
-    if begin and distributed.is_first():
-        found = _recorded(folder)
-    found = KERNELS[int(distributed.from_first(np.asarray(KERNELS.index(found))))]
+    found = _from_first(min(KERNELS, key=lambda name: taken.get(name, 0)))
     if taken and distributed.is_first():
         times = {f"{name}_ms": round(1000 * seconds, 4) for name, seconds in taken.items()}
+        times = {name: ms if math.isfinite(ms) else None for name, ms in times.items()}
         note_event(folder, "attention", kernel=found, **times)
         log(f"attention: {found}; timed {times}, auto being the fused kernel")
     return found
 
 
+def _from_first(kernel: str | None) -> str | None:
+    """The first process's one of KERNELS or None, in every process; all must call it."""
+    choices = (None, *KERNELS)
+    return choices[int(distributed.from_first(np.asarray(choices.index(kernel))))]
+
+
 def measure(settings: Settings, mesh: Mesh) -> dict[str, float]:
-    """{kernel: seconds of a block's attention, forward and backward}; {} where there is no choice."""
+    """{kernel: seconds of a block's attention, forward and backward}; {} where there is no choice.
+
+    XLA's kernel takes infinite seconds where it fails: for lack of memory, as a rule.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the fused kernel fails, or another process is gone.
+    """
     config, device = settings.generator, mesh.local_devices[0]
     batch = settings.batch_size // settings.accumulate
     shape = (batch, config.length, config.num_heads, config.head_dim)
-    # XLA keeps the weights of all blocks for the backward pass, in two bytes each.
-    kept = 2 * config.num_layers * batch * config.num_heads * config.length**2 / mesh.size
+    blocks = config.num_layers if config.remat == "none" else 1  # whose weights are kept at once
+    kept = blocks * attention.stored_bytes(shape, config.dtype) / mesh.size
     memory = (device.memory_stats() or {}).get("bytes_limit", math.inf)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
 
@@ -78,22 +96,32 @@ def measure(settings: Settings, mesh: Mesh) -> dict[str, float]:
     def run(kernel):
         qkv = jax.block_until_ready(inputs())
         begun = time.perf_counter()
-        for _ in range(_RUNS):
-            qkv = step(kernel, *qkv)
-        jax.block_until_ready(qkv)
+        try:
+            for _ in range(_RUNS):
+                qkv = step(kernel, *qkv)
+            jax.block_until_ready(qkv)
+        except jax.errors.JaxRuntimeError as error:
+            if kernel != "xla" or distributed.means_lost(error):
+                raise
+            return math.inf
         return (time.perf_counter() - begun) / _RUNS
 
     with jax.set_mesh(mesh):
         has_choice = attention.has_fused(shape, config.dtype, device.platform)
-        if not has_choice or (config.remat == "none" and kept > _SHARE * memory):
+        if not has_choice or kept > _SHARE * memory:
             return {}
-        rounds = [{kernel: run(kernel) for kernel in KERNELS} for _ in range(_ROUNDS)]
-    return {kernel: min(each[kernel] for each in rounds[1:]) for kernel in KERNELS}
+        taken = {kernel: [] for kernel in KERNELS}
+        for _ in range(_ROUNDS):
+            for kernel, seconds in taken.items():
+                if math.inf not in seconds:
+                    seconds.append(run(kernel))
+    # A kernel that has failed once is out: in training there is less memory than here.
+    return {k: math.inf if math.inf in times else min(times[1:]) for k, times in taken.items()}
 
 
-def _recorded(folder: pathlib.Path) -> str:
-    """What a run's start has chosen; "auto" where it has not."""
-    found, path = "auto", folder / "events.jsonl"
+def _recorded(folder: pathlib.Path) -> str | None:
+    """What a run's start has chosen; None where it has not."""
+    found, path = None, folder / "events.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a stop cut off
             event = json.loads(line)
