@@ -103,7 +103,7 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     data.images = ""  # where the images themselves are, for a teacher that takes them and for
     #                   codes made online: a folder with a folder a class, parquet:GLOB, wds:GLOB,
     #                   hf:OWNER/NAME[@REVISION][:SPLIT], tfds:NAME[:SPLIT], or grain:MODULE:SOURCE
-    #                   (docs/your_images.md)
+    #                   (docs/image_sources.md)
     data.codes = "stored"  # stored, or online: the tokenizer runs in the step, on the crop itself
     data.crops = "stored"  # one of ten fixed crops; centre: of two, the middle and its mirror
     #                        image; random: the short side becomes image_size, then any crop along

@@ -393,6 +393,6 @@ def _check_data(settings: Settings, check: Check) -> None:
     if not small:
         why = "data.codes 'online'" if data.online else "a term of source 'bidirectional'"
         why = f"data.name {data.name!r}" if data.in_memory else why
-        allowed = f"a source of images (docs/your_images.md lists them): {why} needs images"
+        allowed = f"a source of images (docs/image_sources.md lists them): {why} needs images"
         good = data.images or not (data.in_memory or settings.step_sees_images)
         check("data.images", good, allowed)

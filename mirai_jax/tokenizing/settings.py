@@ -156,7 +156,7 @@ def read(config: Mapping[str, Any], num_devices: int) -> TokenizerRunSettings:
     check(
         "data.images",
         given.data.images or small,
-        "a source of images (docs/your_images.md lists them)",
+        "a source of images (docs/image_sources.md lists them)",
     )
     whole = given.train == "all"
     recipe = fill(
