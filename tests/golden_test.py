@@ -231,6 +231,7 @@ def test_trajectory_i(path):
     )
 
 
+@pytest.mark.slow  # trajectory_e has its step
 @pytest.mark.parametrize("path", cases("trajectory_static"))
 def test_trajectory_static(path):
     data = load(path)

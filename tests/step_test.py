@@ -383,9 +383,9 @@ def placed(recipe, mesh):
 
 
 def mesh_cases():
-    """Each variant on every mesh; E and I together on one of them is quick, as is a transformer."""
+    """Each variant on every mesh; E and I together on one of them is quick."""
     for variant, shape in itertools.product(("e_and_i", "ahead", "baseline", "e", "i"), MESHES):
-        quick = shape == QUICK and variant in ("e_and_i", "ahead")
+        quick = shape == QUICK and variant == "e_and_i"
         marks = () if quick else (pytest.mark.slow,)
         yield pytest.param(shape, variant, marks=marks, id=f"{variant}-{shape}")
 

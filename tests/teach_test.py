@@ -279,7 +279,8 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(finished):
     assert "seed was 0, is 1" in refusal(run, tiny(objective="both", seed=1), folder)
 
 
-@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.slow), "asked to stop"])
+@pytest.mark.slow  # the loop is that of train_test.py and tokenize_test.py
+@pytest.mark.parametrize("how", ["killed", "asked to stop"])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, finished, how):
     made = tiny(objective="both")
 
