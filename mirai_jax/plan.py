@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
         if _SAMPLER.value and chip is None:
             known = (name for name, of in rates.CHIPS.items() if name in chips.GPUS or of.clock)
             raise ConfigError(
-                f"--sampler is {_SAMPLER.value}; it must be 0 unless --chip is of {', '.join(known)}, or "
-                "--devices is 1 without --chip"
+                f"--sampler is {_SAMPLER.value}; it needs --chip of {', '.join(known)}, or --devices=1 "
+                "without --chip"
             )
         mesh = dict(zip(sharding.AXES, settings.mesh, strict=True))
         print(

@@ -277,7 +277,7 @@ def test_a_token_takes_at_least_what_is_copied_into_the_fast_memory():
 
 
 def test_loops_of_random_numbers_draw_no_tokens():
-    # 65 tokens: a loop of 64, and one token that the compiler writes out with a loop of its own.
+    # 65 tokens: a loop of 64, and one token, which the compiler writes out with another loop.
     config = GeneratorConfig(
         num_layers=1, num_heads=2, width=16, vocab_size=32, num_classes=4, grid=(5, 13)
     )
