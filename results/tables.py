@@ -385,7 +385,7 @@ def write(out):
     data = read(HERE / "runs")
     (out / "tables.md").write_text(tables(data))
     curves_figure(data, FIRST, [arm for _, arm in VARIANTS], out / "first.png")
-    if not paired(of(data, STUDY, "future"), of(data, STUDY, BASE), "ema").empty:
+    if len(paired(of(data, STUDY, "future"), of(data, STUDY, BASE), "ema")) > 1:
         curves_figure(data, STUDY, ["future", "past"], out / "study.png")
     groups = (
         ("Study, 11,250 steps", arms_of(data, *(s[0] for s in STAGES[1:5])), STUDY, None),
