@@ -48,6 +48,12 @@ class Operation:
         return self.kind == "custom-call" and not re.search("tpu_custom_call|__cu", self.rest)
 
     @property
+    def is_free(self) -> bool:
+        """It takes no time of its own: it names what another made, or waits for one that was begun."""
+        waits = self.name.startswith("async-collective-done")  # a fusion
+        return self.is_alias or waits or bool(_FREE.fullmatch(self.kind))
+
+    @property
     def is_prefetch(self) -> bool:
         """A copy, mostly into fast memory, that runs next to other work."""
         return self.kind in _PREFETCHES
@@ -121,9 +127,7 @@ class Program:
                 elif op.kind == "conditional":
                     branches = re.findall(r"%([^\s,)}]+)", op.rest.split("metadata=")[0])
                     queue.extend((branch, repeats / len(branches)) for branch in branches)
-                elif op.name.startswith("async-collective-done"):
-                    continue  # a fusion that waits for its start
-                elif not (_FREE.fullmatch(op.kind) or op.is_alias):
+                elif not op.is_free:
                     yield op, repeats
 
     def _trips(self, loop: Operation) -> int:
