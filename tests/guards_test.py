@@ -41,14 +41,16 @@ def test_closed_or_without_a_limit_it_never_ends_anything():
     assert statuses == []
 
 
-def test_sigterm_is_a_notice_once_and_then_what_it_was():
+def test_sigterm_is_a_notice_once_and_then_what_it_was(monkeypatch):
     caught = []
     old = signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
     try:
         preemption = guards.Preemption()
         assert not preemption.reached()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.reached() and preemption.reached() and not caught
+        for _ in range(2):  # SLURM's own, and the one that its shell passes on
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert preemption.reached() and preemption.reached() and not caught
+        monkeypatch.setattr(guards, "_ECHO", 0.0)
         os.kill(os.getpid(), signal.SIGTERM)  # who is in a hurry is heard
         assert caught
         preemption.close()

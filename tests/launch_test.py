@@ -253,7 +253,7 @@ def test_wrong_flags_are_one_line_and_status_2(world):
 # srun with a few tasks; its status is the highest of theirs.
 SRUN = """
 import os, pathlib, signal, subprocess, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: None)  # which tasks do not inherit
 command = sys.argv[sys.argv.index("bash"):]
 tasks = [subprocess.Popen(command, env={**os.environ, "STATUS": status}, start_new_session=True)
          for status in os.environ["STATUSES"].split()]
@@ -263,7 +263,13 @@ sys.exit(max(task.wait() for task in tasks))
 TASK = """
 import json, os, pathlib, signal, sys, time
 status, world = os.environ["STATUS"], pathlib.Path(os.environ["WORLD"])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(0.1)
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save)
 (world / f"ready{os.getpid()}").write_text(json.dumps(sys.argv[1:]))
 while status == "wait":
     time.sleep(0.02)
@@ -303,16 +309,17 @@ def test_slurm_status_and_requeue(tmp_path, statuses, status, restarts, requeued
         assert json.loads(given.read_text()) == ["-m", "mirai_jax.main", CONFIG, *HARD]
 
 
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
 @pytest.mark.parametrize("cancelled", [False, True])
-def test_slurm_sigterm(tmp_path, cancelled):
-    """--signal reaches the tasks with their shells; scancel also the script, which ends the job."""
+def test_slurm_sigterm(tmp_path, cancelled, kill):
+    """--signal reaches the tasks' shells, with cgroups alone; scancel also the script, which ends the job."""
     process = slurm(tmp_path, CONFIG, statuses="wait wait")
     until(lambda: len(list(tmp_path.glob("ready*"))) == 2)
     if cancelled:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
     for pid in (tmp_path / "tasks").read_text().split():
-        os.killpg(int(pid), signal.SIGTERM)
+        kill(int(pid), signal.SIGTERM)
     assert end(process)[0] == 75
     assert (tmp_path / "requeued").exists() != cancelled
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +15,20 @@ from jax.experimental import multihost_utils
 from mirai_jax.utils import distributed
 from mirai_jax.utils.errors import Lost
 
+_ECHO = 10.0  # seconds in which another SIGTERM is the same notice: SLURM's, and its shell's copy
+
 
 class Preemption:
     """Whether the run was asked to stop: SIGTERM, SIGHUP, or the platform's notice through JAX.
 
     With several processes JAX takes the signal and agrees with the others on the time; all must call
-    `reached` equally often. Alone, it is caught here; a second SIGTERM ends the process as usual.
+    `reached` equally often. Alone, it is caught here; a SIGTERM more than _ECHO s after the first
+    notice ends the process as usual.
     """
 
     def __init__(self):
-        self._notified, self._asked = False, 0
+        self._notified: float | None = None  # the time of the first notice
+        self._asked = 0
         self._jax = jax.distributed.is_initialized()
         self._old: dict[int, Any] = {}
         if not self._jax and threading.current_thread() is threading.main_thread():
@@ -32,15 +37,17 @@ class Preemption:
                     self._old[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        again, self._notified = self._notified, True
-        if again and number == signal.SIGTERM:  # a closing terminal sends SIGHUP more than once
+        now = time.monotonic()
+        self._notified = now if self._notified is None else self._notified
+        # A closing terminal sends SIGHUP more than once.
+        if number == signal.SIGTERM and now > self._notified + _ECHO:
             self.close()
             os.kill(os.getpid(), number)
 
     def reached(self) -> bool:
         """Whether now is the time to save and end, for all processes alike."""
         if not self._jax:
-            return self._notified
+            return self._notified is not None
         # By the number of the question, not of the step: JAX agrees on the next after the largest
         # asked so far, which before the first is 0, and a resumed run does not begin there.
         self._asked += 1
