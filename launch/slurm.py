@@ -1,12 +1,13 @@
 """A sweep's runs as SLURM jobs, through submitit: each job runs the command that a user would type.
 
 Before a job's time limit SLURM sends SIGUSR2. submitit then calls `checkpoint`: the program saves, and
-the job returns to the queue, where the same command resumes. Before a preemption SLURM sends SIGTERM to
-all processes of a job: the program saves, and SLURM requeues the job itself.
+the job returns to the queue, where the same command resumes. Before a preemption SLURM sends SIGTERM,
+which the job passes on: the program saves, and SLURM ends the job and requeues it.
 """
 
 import json
 import pathlib
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,15 +29,25 @@ class TrainJob:
     def __init__(self, run: SweepRun):
         self.run = run
         self._process: jobs.Process | None = None
+        self._ending = False  # after SIGTERM
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        self._ending = True
+        if self._process is not None:
+            self._process.stop()
 
     def __call__(self) -> int:
-        """Runs the program to its end and returns its exit status."""
+        """Runs the program to its end and returns its exit status.
+
+        After SIGTERM it waits for SLURM to end the job: with a result the job would have failed.
+        """
+        signal.signal(signal.SIGTERM, self._on_sigterm)  # submitit's own does nothing
         while self._process is None:
             try:
                 self._process = jobs.Process(self.run)
             except jobs.AlreadyRunning:
                 time.sleep(5)
-        while (status := self._process.poll()) is None:
+        while (status := self._process.poll()) is None or self._ending:
             time.sleep(0.5)
         return status
 

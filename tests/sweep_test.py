@@ -392,6 +392,32 @@ def test_the_dashboard_counts_and_estimates(tmp_path, monkeypatch):
 
 # SLURM jobs ---------------------------------------------------------------------------------------
 
+JOB = f"""
+import pathlib, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import sweep_test
+from launch import slurm
+slurm.TrainJob(sweep_test.fake(pathlib.Path(sys.argv[1]), "a", "sleep"))()
+"""
+
+
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_job_to_be_preempted_saves_and_waits_for_its_end(tmp_path, to_all):
+    """SLURM signals the job alone where it tracks processes by cgroups, elsewhere the program too."""
+    run = fake(tmp_path, "a")
+    job = subprocess.Popen([sys.executable, "-c", JOB, tmp_path])
+    try:
+        until(lambda: run.step() == 1, 120)
+        children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        for process in [job.pid, *(children if to_all else [])]:
+            os.kill(int(process), signal.SIGTERM)
+        until(lambda: b"exit status 75" in run.log.read_bytes(), 20)
+        time.sleep(1)
+        assert job.poll() is None and starts(run) == 1
+    finally:
+        job.kill()
+        job.wait()
+
 
 @pytest.mark.slow
 def test_jobs_run_and_a_warned_one_saves_and_returns_to_the_queue(tmp_path, monkeypatch):
