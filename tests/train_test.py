@@ -18,7 +18,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from configs import llamagen, mirai_e, mirai_i
+from configs import base, llamagen, mirai_e, mirai_i
 from mirai_jax import sharding, step
 from mirai_jax.benchmark import memory_plan
 from mirai_jax.config import schema
@@ -296,10 +296,21 @@ def test_a_run_does_not_resume_with_other_images_of_the_same_names(copied, monke
 
 def test_a_term_that_would_start_after_the_end_is_named():
     settings = schema.read(tiny(), 1)
-    recipe = step.Recipe(settings.generator, settings.terms, steps_per_epoch=281)
-    assert not train.terms_without_steps(recipe, 3)  # its third step is the first with foresight
-    (line,) = train.terms_without_steps(recipe, 2)
+    recipe = step.Recipe(settings.generator, settings.terms, ema_decay=0, steps_per_epoch=281)
+    assert not train.too_short_for(recipe, 3)  # its third step is the first with foresight
+    (line,) = train.too_short_for(recipe, 2)
     assert "foresight[0].start_epoch" in line and "num_steps" in line
+
+
+def test_an_average_that_stays_near_its_start_is_named(tmp_path):
+    recipe = step.Recipe(schema.read(tiny(llamagen), 1).generator, ema_decay=0.9999)
+    (line,) = train.too_short_for(recipe, 5_000)
+    assert "ema_decay" in line and "61%" in line
+    run(tiny(llamagen), tmp_path)
+    assert "initial weights" in (tmp_path / "events.jsonl").read_text()
+    for config in map(llamagen.get_config, base.SCALES):
+        recipe = dataclasses.replace(recipe, ema_decay=config.ema_decay)
+        assert not train.too_short_for(recipe, config.num_steps)
 
 
 # The attention kernel ------------------------------------------------------------------------------
@@ -472,6 +483,7 @@ def test_asked_to_stop_it_saves_and_resumes_without_repeating_a_step(tmp_path, f
     assert_same_run(tmp_path, finished(mirai_e)[0])
     events = (tmp_path / "events.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["event"] for line in events]
+    kinds = [kind for kind in kinds if kind != "message"]
     assert kinds == ["started", *["preempted", "resumed"] * 3, "finished"]
 
 

@@ -105,15 +105,21 @@ def train(
             loop.Run(task, folder, guard, log).run()
 
 
-def terms_without_steps(recipe: Recipe, num_steps: int) -> list[str]:
-    """A line for each foresight term that would start when the run has ended."""
+def too_short_for(recipe: Recipe, num_steps: int) -> list[str]:
+    """A line for each foresight term that would start after the run's end, and for too slow an average."""
     starts = [foresight.start_step(term, recipe.steps_per_epoch) for term in recipe.terms]
-    return [
+    lines = [
         f"foresight[{i}] ({recipe.terms[i].name}) would start at step {start:,}, and the run has "
         f"{num_steps:,}: raise num_steps, or lower foresight[{i}].start_epoch"
         for i, start in enumerate(starts)
         if start >= num_steps
     ]
+    if (rest := recipe.ema_decay**num_steps) > 0.1:
+        lines.append(
+            f"ema_decay={recipe.ema_decay:g}: after {num_steps:,} steps the average, which is sampled, is "
+            f"{rest:.0%} initial weights: raise num_steps, or lower ema_decay"
+        )
+    return lines
 
 
 class GeneratorTask(loop.Task):
@@ -144,7 +150,7 @@ class GeneratorTask(loop.Task):
             self._made, self._mesh, checkpoints, log, warn, initial
         )
         recipe = self._made.recipe
-        for line in terms_without_steps(recipe, self.settings.num_steps):
+        for line in too_short_for(recipe, self.settings.num_steps):
             warn(line)
         rows = sharding.batch_sharding(self._mesh)
         self._train_step = jit_train_step(recipe, placement, rows)
