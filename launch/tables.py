@@ -55,6 +55,7 @@ def read(run: SweepRun) -> Result:
     class_accuracy = run.workdir / "agreement.json"
     if class_accuracy.exists():
         values["agreement"] = json.loads(class_accuracy.read_text())["samples"]
+    values |= _distances(run, step)
     speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
     return Result(
         run=run,
@@ -64,6 +65,22 @@ def read(run: SweepRun) -> Result:
         values=values,
         images_per_second=float(np.mean(speeds)) if speeds else None,
     )
+
+
+def _distances(run: SweepRun, step: int) -> dict[str, float]:
+    """FID and other Fréchet distances of the last step.
+
+    Those of `evaluate --workdir` have the samples and the guidance in their names.
+    """
+    found = {}
+    for file in ("metrics.jsonl", "assessment.jsonl"):
+        for entry in read_metrics(run.workdir, file):
+            how = entry.get("protocol", {})
+            after = "_{samples}_samples_guidance_{guidance:g}".format(**how) if how else ""
+            for name, value in entry.items() if entry["step"] == step else ():
+                if name.startswith(("fid", "frechet")):
+                    found[name + after] = value
+    return found
 
 
 def write_tables(out: pathlib.Path, title: str, results: Sequence[Result]) -> list[pathlib.Path]:
@@ -103,8 +120,9 @@ def settings(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 def _measured(results: Sequence[Result]) -> list[str]:
     """The titles of numbers that some run has."""
-    titles = ("loss", "cross_entropy", "agreement")
-    return [title for title in titles if any(title in result.values for result in results)]
+    first = ("loss", "cross_entropy", "agreement")
+    found = {title for result in results for title in result.values}
+    return sorted(found, key=lambda t: (first.index(t) if t in first else len(first), t))
 
 
 def _tenths(value: float | None) -> str:

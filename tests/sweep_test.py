@@ -504,9 +504,21 @@ def test_reports_of_the_runs_so_far(tmp_path, set_flags, capsys):
             for s in range(1, 41)
         ]
         entries[5]["cross_entropy"] = float("nan")  # a skipped update
+        entries[19]["fid"], entries[39]["fid"] = 9.0, 5.0 + i
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         (run.workdir / "metrics.jsonl").write_text(text)
         (run.workdir / "agreement.json").write_text(json.dumps({"samples": 0.9 + 0.01 * i}))
+    lines = [
+        {
+            "step": step,
+            "protocol": {"samples": 100, "guidance": 1.5},
+            "frechet": float(step),
+            "sfid": 1,
+        }
+        for step in (20, 40)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (runs[0].workdir / "assessment.jsonl").write_text(text)
     (out / "llamagen-seed=0.log").write_text(
         "launch: 2030-01-01 00:00:00 python\nlaunch: exit status 0 after 12.5 s\n"
     )
@@ -519,7 +531,13 @@ def test_reports_of_the_runs_so_far(tmp_path, set_flags, capsys):
     tail = np.mean([2 / s for s in (37, 38, 39, 40)])
     assert float(rows[1]["cross_entropy"]) == pytest.approx(1 + tail)
     assert rows[2]["agreement"] == "0.92" and rows[3]["cross_entropy"] == ""
-    assert "| llamagen | 0 | 40 |" in table and "| mirai_e | 1 | 0 of 40 | - | - | - |" in table
+    assert (
+        "| llamagen | 0 | 40 |" in table
+        and "| mirai_e | 1 | 0 of 40 | - | - | - | - | - |" in table
+    )
+    assert [row["fid"] for row in rows] == ["5.0", "6.0", "7.0", ""]  # of the last step
+    assert [row["frechet_100_samples_guidance_1.5"] for row in rows] == ["40.0", "", "", ""]
+    assert "5.5000 (5.0000 to 6.0000)" in table
     mean = f"{0.5 + tail:.4f} ({tail:.4f} to {1 + tail:.4f})"
     assert f"| llamagen | 2 | {0.5 + tail / 2:.4f}" in table and mean in table
     assert "50.0" not in table  # nothing that depends on the machine

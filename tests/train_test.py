@@ -132,8 +132,9 @@ def test_a_run_leaves_its_files_and_says_when_it_is_finished(finished):
         assert len(np.unique(np.asarray(picture))) > 10
     class_accuracy = json.loads((folder / "agreement.json").read_text())
     assert class_accuracy["real"] > 0.9 and 0 <= class_accuracy["samples"] <= 1
-    again = run(tiny(judged_samples=30), folder)
+    again = run(tiny(judged_samples=30, log_every=2), folder)
     assert any("this run is finished (8 steps)" in line for line in again)
+    assert not any("log_every" in line for line in again)  # its config stays
     assert metrics_writer.read_metrics(folder) == entries
 
 

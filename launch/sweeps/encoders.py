@@ -1,7 +1,10 @@
 """Mirai-I with other frozen encoders: DINOv2, DINOv3 and MAE, all ViT-B.
 
     python -m launch.sweep --sweep=launch/sweeps/encoders.py --scale=imagenet_b --set=data.path=codes/imagenet \\
-        --set=data.images=imagenet/train --slurm --gpus=8 --partition=long
+        --set=data.images=imagenet/train --set=tokenizer.path=vq_ds16_c2i.pt \\
+        --set=evaluate_reference=VIRTUAL_imagenet256_labeled.npz \\
+        --set=evaluate_inception=pt_inception-2015-12-05-6726825d.pth \\
+        --slurm --gpus=8 --partition=long
 
 Published, ImageNet 256, B, 80 epochs, FID: DINOv2-B 4.77, DINOv3-B 5.02, MAE-B 6.34, without an encoder
 6.36. The files are looked for where the command is given, under their published names. At small scales these

@@ -3,8 +3,7 @@
     python -m launch.sweep --sweep=launch/sweeps/variants.py --parallel=2
 
 Published, ImageNet 256, B, 80 epochs, FID: LlamaGen 6.36, Mirai-E 5.22, Mirai-I 4.77; E and I together is
-not in the paper. On ImageNet (`--scale=imagenet_b`) the runs need `--set=data.path=...`, and those with
-Mirai-I `--set=data.images=...` and `--set=teacher.path=...`.
+not in the paper. docs/sweeps.md has the command for ImageNet.
 """
 
 from launch.overrides import over, product

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from tensorboardX import summary
@@ -19,9 +20,9 @@ from mirai_jax.utils.files import Appended
 _EVERY = 10.0  # seconds between two uploads to a bucket, at least
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(workdir: pathlib.Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The logged steps in order, up to a line that is none: the last, if a kill cut it off."""
-    path, entries = workdir / "metrics.jsonl", []
+    path, entries = workdir / file, []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)

@@ -36,9 +36,10 @@ def steps_done(
     """
     changed = check_workdir(workdir, config, group)
     log(f"{title} in {workdir}")
-    for field, (old, new) in changed.items():
-        log(f"continuing with {field} {new!r} (was {old!r})")
     done = max(steps_in(workdir / "checkpoints"), default=0)
+    if done < num_steps or not (workdir / "summary.png").exists():  # a finished run stays as it is
+        for field, (old, new) in changed.items():
+            log(f"continuing with {field} {new!r} (was {old!r})")
     if done > num_steps:
         raise ConfigError(
             f"num_steps is {num_steps}; workdir {workdir} is already at step {done}: it must be "
