@@ -9,6 +9,7 @@
 #   --workdir=FOLDER    the run's folder: in a bucket, or absolute, on storage that all hosts see
 #   --setup=COMMAND     a shell command for every host before each start, such as a mount, or
 #       venv/bin/wandb login KEY
+#   --env=NAME=VALUE    a variable of the program on all hosts; may be repeated
 #   --create [--spot] [--type=TYPE] [--version=VERSION]    creates the TPU VM where there is none, and
 #       again after a preemption; TYPE, of a slice, is v5litepod-16 by default, VERSION what Cloud TPU
 #       names for it
@@ -53,7 +54,7 @@ worker_setup() { # LAUNCH ATTEMPT COMMAND
   # The images' Python can be too old (3.10); uv fetches one.
   command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   [ -x venv/bin/python ] || uv venv --quiet --python '>=3.11' venv
-  uv pip install --quiet --python venv/bin/python --editable './code[tpu,gcs,wandb]'
+  uv pip install --quiet --python venv/bin/python --editable './code[tpu,gcs,hub,wandb]'
   bash -c "$3"
 }
 
@@ -134,7 +135,7 @@ again() { # WHY: waits, longer each time
 }
 
 name="" zone="" project="" workdir="" setup=":" type=v5litepod-16 version="" slices=1 max_restarts=100
-create=false spot="" dry_run=false
+create=false spot="" dry_run=false env=(env)
 while [ $# -gt 0 ]; do
   case $1 in
     --name=* | --zone=* | --project=* | --workdir=* | --setup=* | --type=* | --version=* | --slices=* | \
@@ -142,6 +143,7 @@ while [ $# -gt 0 ]; do
       flag=${1%%=*}
       printf -v "${flag#--}" %s "${1#*=}"
       ;;
+    --env=[A-Za-z_]*=*) env+=("${1#--env=}") ;;
     --create) create=true ;;
     --spot) spot=--spot ;;
     --dry_run) dry_run=true ;;
@@ -173,7 +175,7 @@ fi
 where=(--zone="$zone" --quiet)
 [ -z "$project" ] || where+=(--project="$project")
 # JAX joins the hosts of a slice only on request.
-command=(../venv/bin/python -m mirai_jax.main --distributed=on --workdir="$workdir" "$@")
+command=("${env[@]}" ../venv/bin/python -m mirai_jax.main --distributed=on --workdir="$workdir" "$@")
 launch=$(date +%Y%m%d-%H%M%S)-$$
 attempt=1 restarts=0 reached=0 running=false stopping=false follower=""
 

@@ -77,6 +77,7 @@ starts = world / f"starts{home.name}"
 k = len(starts.read_text().splitlines()) if starts.exists() else 0
 with starts.open("a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
+(world / f"set{home.name}").write_text(os.environ.get("ODD", "") + os.environ.get("TWO", ""))
 plan = json.loads((world / "plan").read_text())
 end = plan["ends"][k][int(home.name)]
 if plan["progress"]:
@@ -181,6 +182,12 @@ def test_the_programs_statuses_decide(world, ends, progress, status, starts):
         assert [json.loads(line) for line in world.lines(f"starts{i}")] == starts * [given]
 
 
+def test_variables_reach_the_program_of_every_host(world):
+    given = ['--env=ODD=a=\'b "c"\t$HOME *', "--env=TWO=2"]
+    assert world.launch(*SLICE, *given, "--", CONFIG, ends=[[0, 0]])[0] == 0
+    assert world.lines("set0") == world.lines("set1") == ['a=\'b "c"\t$HOME *2']
+
+
 def test_a_preempted_slice_is_created_again(world):
     (world.folder / "pod" / "state").write_text("PREEMPTED")
     status, printed = world.launch(*SLICE, "--", CONFIG, ends=[["preempted", 75], [0, 0]])
@@ -242,7 +249,12 @@ def test_dry_run_prints_the_commands_with_their_quotes(world):
 
 def test_wrong_flags_are_one_line_and_status_2(world):
     relative = [*SLICE[:2], "--workdir=runs/x"]
-    for flags, field in ((["--pod=3"], "--pod"), (SLICE[1:], "--name"), (relative, "--workdir")):
+    for flags, field in (
+        (["--pod=3"], "--pod"),
+        (["--env=A"], "--env"),
+        (SLICE[1:], "--name"),
+        (relative, "--workdir"),
+    ):
         status, printed = world.launch(*flags, "--", CONFIG)
         assert status == 2 and field in printed and len(printed.splitlines()) == 1
     assert world.lines("calls") == []
