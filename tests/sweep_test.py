@@ -158,9 +158,18 @@ def test_shipped_sweeps_are_valid(sweep, scale):
     assert len({run.name for run in runs}) == len(runs) > 2
     assert all(f":{scale}" in run.arguments[0] for run in runs)
     one_seed = "diagnostics", "neighbours", "teachers", "study_rates", "study_tokens"
-    seeds = 3 if (small or sweep.stem == "variants") and sweep.stem not in one_seed else 1
+    seeds = 3 if small and sweep.stem not in one_seed else 1
     seeds = 5 if sweep.stem == "study_direction" else seeds
     assert len(runs) == seeds * len({run.setting for run in runs})
+
+
+@pytest.mark.parametrize("scale, name", [("demo", "llamagen-seed=0"), ("imagenet_b", "llamagen")])
+def test_the_static_teacher_is_a_run_of_the_variants(scale, name):
+    folder, common = f"runs/sweeps/variants-{scale}", {"data.path": "x", "data.images": "x"}
+    common = {} if scale == "demo" else common | {"teacher.path": "x"}
+    assert name in [run.name for run in runs_of(SWEEPS[0].with_name("variants.py"), scale, common)]
+    entries = plan.read_sweep(str(SWEEPS[0].with_name("static.py")), scale)
+    assert {e["foresight[0].checkpoint"] for e in entries} == {f"{folder}/{name}"}
 
 
 TWO = "CONFIG = 'configs/llamagen.py'\nget_sweep = lambda scale: over('seed', [0, 1])"

@@ -8,16 +8,18 @@ teacher K = 9 is best, with the EMA K = 3 (FID 5.22 after 80 epochs); the number
 unknown. Compare with k.py, whose teacher is the EMA.
 """
 
-from launch.overrides import product, seeds
+from launch.overrides import names, product, seeds
+from launch.sweeps import variants
 from launch.sweeps.k import OFFSETS
 
 CONFIG = "configs/mirai_e.py"
 
 
 def get_sweep(scale: str):
+    (llamagen, _), *_ = names(variants.get_sweep(scale))
     teacher = {
         "foresight[0].source": "checkpoint",
-        "foresight[0].checkpoint": f"runs/sweeps/variants-{scale}/llamagen-seed=0",
+        "foresight[0].checkpoint": f"runs/sweeps/variants-{scale}/{llamagen}",
     }
     ways = [{"name": f"K={k}", "foresight[0].offsets": OFFSETS[k]} for k in (1, 3, 9)]
     return product(ways, [teacher], seeds(scale))
