@@ -42,7 +42,7 @@ _TIME = _define.integer(
     "time", 1440, "Minutes of a job, which returns to the queue until it is done.", 1
 )
 _GPUS = _define.integer("gpus", 1, "GPUs of a job.", 0)
-_CPUS = _define.integer("cpus", 0, "CPU cores of a job; 0: the cluster's default.", 0)
+_CPUS = _define.integer("cpus", 0, "CPU cores of a job; 0: 8 for each GPU.", 0)
 _SBATCH = _define.multi_string("sbatch", [], "OPTION=VALUE of sbatch beyond these (account=me).")
 _WAIT = _define.bool("wait", True, "With --slurm: wait for the jobs; --nowait returns at once.")
 
@@ -71,7 +71,7 @@ def _job_parameters() -> dict[str, Any]:
     return {
         "timeout_min": _TIME.value,
         "gpus_per_node": _GPUS.value or None,
-        "cpus_per_task": _CPUS.value or None,
+        "cpus_per_task": _CPUS.value or 8 * _GPUS.value or None,
         "slurm_partition": _PARTITION.value or None,
         "slurm_array_parallelism": _PARALLEL.value or None,
         "slurm_additional_parameters": {"requeue": True, **_pairs("sbatch", _SBATCH.value)},

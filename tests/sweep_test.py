@@ -461,14 +461,14 @@ def test_slurm_gets_the_parameters_and_keeps_its_jobs(tmp_path, monkeypatch, set
     runs = [fake(out, name, "0") for name in "abc"]
     run_all(runs[:1])
     set_flags(
-        "--slurm", "--partition=long", "--time=90", "--gpus=4", "--cpus=8", "--sbatch=account=me",
+        "--slurm", "--partition=long", "--time=90", "--gpus=4", "--sbatch=account=me",
         "--parallel=2",
     )  # fmt: skip
     printed = []
     slurm.submit(runs, out, sweep_program._job_parameters(), printed.append)
     text = (tmp_path / "submitted").read_text()
     for line in (
-        "--array=0-1%2", "--partition=long", "--time=90", "--gpus-per-node=4", "--cpus-per-task=8",
+        "--array=0-1%2", "--partition=long", "--time=90", "--gpus-per-node=4", "--cpus-per-task=32",
         "--account=me", "--requeue", "--signal=USR2@300", "--job-name=out",
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in text, line
