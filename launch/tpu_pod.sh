@@ -127,10 +127,15 @@ stop() {
 again() { # WHY: waits, longer each time
   ! $stopping || exit 130
   restarts=$((restarts + 1))
-  [ "$restarts" -le "$max_restarts" ] || fail 1 "$1; gave up after $max_restarts restarts without a new step"
-  local seconds=$((restarts > 6 ? 600 : 5 * 2 ** restarts))
-  log "$1: trying again in $seconds s (restart $restarts of $max_restarts)"
-  sleep "$seconds" &
+  [ "$restarts" -le "$max_restarts" ] ||
+    fail 1 "$1; gave up after $max_restarts restarts without a new step. $name stays until: $(dry_run=true && delete)"
+  look_again "$1 (restart $restarts of $max_restarts)" $((restarts > 6 ? 600 : 5 * 2 ** restarts))
+}
+
+look_again() { # WHY SECONDS
+  ! $stopping || exit 130
+  log "$1: trying again in $2 s"
+  sleep "$2" &
   wait $!
 }
 
@@ -205,12 +210,12 @@ while :; do
       log "$name is $now: creating $type in $zone"
       running=false
       [ "$now" = MISSING ] || delete
-      create || again "no $type could be created"
+      create || look_again "no $type could be created" 60
       continue
       ;;
     *)
       [ -n "$now" ] || $running || fail 1 "gcloud does not give the state of $name; see above"
-      again "$name is ${now:-in an unknown state}"
+      look_again "$name is ${now:-in an unknown state}" 60
       continue
       ;;
   esac

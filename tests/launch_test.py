@@ -151,7 +151,7 @@ class World:
 
 def end(process):
     """The status, and what was printed."""
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=300)  # of a busy machine
     return process.returncode, out + errors
 
 
@@ -176,6 +176,8 @@ def test_the_programs_statuses_decide(world, ends, progress, status, starts):
     arguments = [*SLICE, "--max_restarts=1", "--", CONFIG, *HARD]
     got, printed = world.launch(*arguments, ends=ends, progress=progress)
     assert got == status, printed
+    gave_up = "tpu-vm delete pod --zone=us-west4-a" in printed
+    assert gave_up == (not progress)
     assert world.calls == starts * PREPARED
     given = ["-m", "mirai_jax.main", "--distributed=on", "--workdir=/mnt/runs/one", CONFIG, *HARD]
     for i in "01":  # every argument passes the shells of two machines
@@ -193,7 +195,8 @@ def test_a_preempted_slice_is_created_again(world):
     status, printed = world.launch(*SLICE, "--", CONFIG, ends=[["preempted", 75], [0, 0]])
     assert status == 1 and world.calls == [] and "is PREEMPTED; --create" in printed
     (world.folder / "pod" / "state").write_text("READY")
-    status, printed = world.launch(*SLICE, "--create", "--type=v6e-16", "--", CONFIG)
+    created = "--create", "--type=v6e-16", "--max_restarts=1"  # of programs that ended
+    status, printed = world.launch(*SLICE, *created, "--", CONFIG)
     assert status == 0, printed
     assert world.calls == [*PREPARED, "delete", "create", "create", *PREPARED]
 
@@ -205,6 +208,16 @@ def test_several_slices_are_a_queued_resource(world):
     assert status == 0 and "is SUSPENDED: creating" in printed, printed
     assert world.calls == ["delete", "create", "create", *PREPARED]
     assert "--workdir=gs://bucket/run" in world.lines("starts0")[0]
+
+
+def test_a_queue_is_no_restart(world):
+    state = world.folder / "pod" / "state"
+    state.write_text("WAITING_FOR_RESOURCES")
+    process = world.begin(*SLICE, "--max_restarts=0", "--", CONFIG, ends=[[0, 0]])
+    until(lambda: len(world.lines("calls")) > 3 or process.poll() is not None)
+    state.write_text("READY")
+    status, printed = end(process)
+    assert status == 0 and "trying again in 60 s" in printed, printed
 
 
 def test_a_broken_connection_is_followed_again(world):
