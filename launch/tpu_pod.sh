@@ -174,7 +174,8 @@ version=${version:-$default}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 tpu=(gcloud compute tpus tpu-vm) new=(--version="$version") all=(--worker=all) format='--format=value(state)' force=""
 if [ "$slices" -gt 1 ]; then # JAX learns of the other slices from the VMs' metadata
-  tpu=(gcloud compute tpus queued-resources) all+=(--node=all) format='--format=value(state.state)' force=--force
+  # By default gcloud begins with 64 hosts, and asks the others when these have ended.
+  tpu=(gcloud compute tpus queued-resources) all+=(--node=all --batch-size=all) format='--format=value(state.state)' force=--force
   new=(--runtime-version="$version" --node-count="$slices" --node-prefix="$name")
 fi
 where=(--zone="$zone" --quiet)

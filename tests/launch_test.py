@@ -33,7 +33,8 @@ with (world / "calls").open("a") as file:
 slices = sys.argv[3] == "queued-resources"
 assert sys.argv[1:3] == ["compute", "tpus"] and (slices or sys.argv[3] == "tpu-vm")
 assert "--zone=us-west4-a" in sys.argv
-assert ("--node=all" in sys.argv) == (slices and verb in ("scp", "ssh"))
+for flag in ("--node=all", "--batch-size=all"):
+    assert (flag in sys.argv) == (slices and verb in ("scp", "ssh"))
 if verb == "describe":
     assert ("--format=value(state.state)" in sys.argv) == slices
     print((pod / "state").read_text() if pod.exists() else sys.exit("NOT_FOUND: no pod"))
