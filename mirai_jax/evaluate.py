@@ -30,8 +30,8 @@ accuracy and, with --probes, linear probes of the last step (mirai_jax/evaluatio
 exactly). Samples, guidance, reference, Inception and held-out images are by default those of the run's
 config: then the numbers are those that the run measures while it trains. What cannot be had is left out,
 with a line. A line of assessment.jsonl in the run's folder for each checkpoint and combination of these;
-lines that exist are not computed again: the same command resumes after a stop, and measures the
-checkpoints that a run has added. With --follow it waits for those until all runs are finished, or have
+what lines hold is not computed again: the same command resumes after a stop, tries again what failed, and
+measures the checkpoints that a run has added. With --follow it waits for those until all runs are finished, or have
 died. Several combinations also give a line on the best one and sweep.png in the run's folder, of its last
 measured step.
 

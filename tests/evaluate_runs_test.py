@@ -169,15 +169,16 @@ def test_following_ends_when_the_run_has_died(workdir, tmp_path, monkeypatch, ca
     assessments.assess([str(tmp_path), str(workdir)], "kept", QUICK, follow=True)
     assert len(waits) == 8
     lines = capsys.readouterr().out.splitlines()
-    assert "to begin" in lines[0] and "step 0 of 8" in lines[1]
-    assert lines[3:] == [f"nobody is at work in {tmp_path} (step 0 of 8)"]
+    assert "to begin" in lines[0] and "to begin" in lines[1] and "step 0 of 8" in lines[2]
+    assert lines[4:] == [f"nobody is at work in {tmp_path} (step 0 of 8)"]
 
 
 def test_another_protocol_is_another_line(workdir):
     (workdir / assessments.FILE).unlink(missing_ok=True)  # of the slow test
     settings = restore.read_settings("", str(workdir))
     first, second = (p.to_dict() for p in QUICK.protocols(settings, ""))
-    for line in ({"step": 4, "protocol": first}, {"step": 2, "protocol": second}):
+    whole = {"validation_cross_entropy": 1.0, "frechet_efficientnet_lite0": 9.0}
+    for line in ({"step": 4, "protocol": first} | whole, {"step": 2, "protocol": second} | whole):
         with (workdir / assessments.FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
     missing = lambda request: [
@@ -193,6 +194,42 @@ def test_another_protocol_is_another_line(workdir):
     sample = dataclasses.replace(settings.sample, cache_dtype="int8")
     settings = dataclasses.replace(settings, sample=sample)
     assert len(missing(QUICK)) == 4
+
+
+def test_what_failed_is_measured_at_the_next_start(workdir, tmp_path, monkeypatch):
+    """A file that is missing for a night: not tried again at every look, and not left out for ever."""
+    run, tried, waits = tmp_path / "run", [], []
+    shutil.copytree(workdir, run)
+    (run / assessments.FILE).unlink(missing_ok=True)
+    config = json.loads((run / "config.json").read_text()) | {"num_steps": 8}
+    (run / "config.json").write_text(json.dumps(config))
+    request = dataclasses.replace(QUICK, guidance=(1.0,))
+
+    def sleep(_):
+        waits.append(len(waits))
+        if len(waits) < 4:  # the run is alive
+            (run / "lock.json").touch()
+            os.utime(run / "lock.json", ns=(len(waits), len(waits)))
+
+    def fails(*_):
+        tried.append(len(waits))
+        raise ConfigError("no such file")
+
+    def assess(validate, compare, **how):
+        monkeypatch.setattr(runs.Assessor, "_validate", validate)
+        monkeypatch.setattr(runs.Assessor, "_compare", compare)
+        assessments.assess([str(run)], "kept", request, **how)
+        return [(e["step"], *list(e)[2:]) for e in assessments.read(run)]
+
+    monkeypatch.setattr(assessments.time, "sleep", sleep)
+    assert assess(fails, fails) == [] and not (run / assessments.FILE).exists()
+    tried.clear()
+    validated = [(2, "validation_cross_entropy"), (4, "validation_cross_entropy")]
+    found = assess(lambda *_: {"validation_cross_entropy": 1.0}, fails, follow=True)
+    assert found == validated and tried == [0, 0] and len(waits) > 3
+    assert assess(fails, lambda *_: {"fid": 2.0}) == [*validated, (2, "fid"), (4, "fid")]
+    tried.clear()
+    assert len(assess(fails, fails)) == 4 and not tried
 
 
 def test_the_best_of_a_sweep_is_that_of_the_last_step_measured(workdir, tmp_path, capsys):

@@ -17,6 +17,7 @@ from mirai_jax.evaluation.drawn import Protocol
 from mirai_jax.evaluation.future_runs import FutureProtocol
 from mirai_jax.evaluation.positions import PositionsProtocol
 from mirai_jax.evaluation.runs import Request
+from mirai_jax.evaluation.samples import DISTANCES
 from mirai_jax.training import restore
 from mirai_jax.training import workdir as workdir_lib
 from mirai_jax.training.checkpoint import steps_in
@@ -26,7 +27,9 @@ from mirai_jax.utils.progress import duration
 
 FILE = Request.FILE
 _POLL_EVERY = 4 * locks.BEAT  # seconds; a run that is silent for so long is dead
-_ALL, _PROBES = ("validation", "samples"), ("probes",)
+_UNASKED = "validation", "samples"  # the parts of a Request that are measured without a flag
+# All of them, and the measures of which lines that have the part hold one.
+_SIGNS = {"validation": {"validation_cross_entropy"}, "samples": {*DISTANCES}, "probes": {"probe"}}
 Asked = Request | FutureProtocol | PositionsProtocol
 # Step, how, and what is missing.
 _Todo = tuple[int, Protocol | FutureProtocol | PositionsProtocol, tuple[str, ...]]
@@ -59,9 +62,10 @@ def missing(workdir: str, settings: Settings, steps: list[int], request: Asked) 
     for step in steps:
         for protocol, wanted in protocols:
             known = [e for e in entries if (e["step"], e["protocol"]) == (step, wanted)]
-            parts = () if known else _ALL
-            probed = any("probe" in entry for entry in known) or step != settings.num_steps
-            parts += _PROBES if getattr(request, "probes", False) and not probed else ()
+            parts = () if known else ("all",)
+            if isinstance(request, Request):
+                asked = _SIGNS if request.probes and step == settings.num_steps else _UNASKED
+                parts = tuple(part for part in asked if not _SIGNS[part] & set().union(*known))
             if parts:
                 found.append((step, protocol, parts))
     return found
@@ -90,12 +94,13 @@ def assess(workdirs: list[str], which: str, request: Asked, follow: bool = False
     if not workdirs:
         raise ConfigError("--workdir is missing; it must be the folder of a run, or several: A,B")
     assessors: dict[tuple, Any] = {}
+    tried: set[tuple] = set()  # what failed is left to the next start, not to the next look
     before, seen = "", {}
     while True:
         # In this order: a run is locked, then has a config, and saves its last step before it ends.
         begun = [w for w in workdirs if (paths.at(w) / "config.json").exists()]
         beats = {workdir: locks.touched(paths.at(workdir)) for workdir in begun}
-        todo, awaited = _todo(workdirs, which, request, follow)
+        todo, awaited = _todo(workdirs, which, request, follow, tried)
         silent = [w for w in awaited if w in beats and seen.get(w, 0) == beats[w]]
         dead = [w for w in silent if not workdir_lib.is_preempted(paths.at(w))]
         seen, waiting = beats, [text for w, text in awaited.items() if w not in dead]
@@ -109,6 +114,7 @@ def assess(workdirs: list[str], which: str, request: Asked, follow: bool = False
             print(line, flush=True)
         before = line
         _assess(todo, count, request, assessors)
+        tried |= {(w, step, protocol) for w, _, of_run in todo for step, protocol, _ in of_run}
         if not waiting or not follow:
             if follow and dead:
                 print(f"nobody is at work in {', '.join(awaited[w] for w in dead)}", flush=True)
@@ -117,9 +123,9 @@ def assess(workdirs: list[str], which: str, request: Asked, follow: bool = False
 
 
 def _todo(
-    workdirs: list[str], which: str, request: Asked, follow: bool
+    workdirs: list[str], which: str, request: Asked, follow: bool, tried: set[tuple]
 ) -> tuple[list[tuple[str, Settings, list[_Todo]]], dict[str, str]]:
-    """What is missing of each run, and {workdir: what is still to come}."""
+    """What is missing of each run and not `tried`, and {workdir: what is still to come}."""
     todo, waiting = [], {}
     for workdir in workdirs:
         folder = paths.at(workdir)
@@ -134,6 +140,7 @@ def _todo(
             at = max(there, default=0)
             waiting[workdir] = f"{workdir} (step {at:,} of {settings.num_steps:,})"
         of_run = missing(workdir, settings, _steps(settings, there, which, follow), request)
+        of_run = [one for one in of_run if (workdir, *one[:2]) not in tried]
         if of_run:
             todo.append((workdir, settings, of_run))
     return todo, waiting
@@ -171,13 +178,9 @@ def _assess(
                 at, (_, saved, _) = step, restore.read_run("--workdir", workdir, step)
             assessor = assessors[images_of(settings)]
             measures = assessor.measure(settings, workdir, saved, protocol, parts)
-            entry = {"step": step, "protocol": protocol.to_dict(), **measures}
-            with contextlib.closing(locks.FolderLock(paths.at(workdir), "assess")) as lock:
-                while lock.acquire():  # another process adds a line
-                    time.sleep(0.1)
-                lines = *read(workdir, request.FILE), entry
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                files.write_text(paths.at(workdir) / request.FILE, text)
+            if measures:
+                entry = {"step": step, "protocol": protocol.to_dict(), **measures}
+                _add(paths.at(workdir), request.FILE, entry)
             done += 1
             left = (time.monotonic() - begun) / done * (count - done)
             print(
@@ -185,3 +188,12 @@ def _assess(
                 f"{assessor.summary(measures)}  {duration(left)} left",
                 flush=True,
             )
+
+
+def _add(folder: files.AnyPath, file: str, entry: dict[str, Any]) -> None:
+    """Adds a line to assessment.jsonl or its like."""
+    with contextlib.closing(locks.FolderLock(folder, "assess")) as lock:
+        while lock.acquire():  # another process adds a line
+            time.sleep(0.1)
+        text = "".join(json.dumps(line) + "\n" for line in (*read(folder, file), entry))
+        files.write_text(folder / file, text)

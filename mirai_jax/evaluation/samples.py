@@ -26,6 +26,7 @@ TITLES = {
     "efficientnet_lite0_precision": "precision (EfficientNet-Lite0)",
     "efficientnet_lite0_recall": "recall (EfficientNet-Lite0)",
 }
+DISTANCES = "fid", "frechet_efficientnet_lite0"  # of a set of metrics one, by the network
 
 
 def evaluate(
@@ -185,7 +186,7 @@ def compare(is_inception: bool, fake: Features, real: Features) -> dict[str, flo
     """
 
     prefix = "" if is_inception else "efficientnet_lite0_"
-    first = "fid" if is_inception else "frechet_efficientnet_lite0"
+    first = DISTANCES[not is_inception]
     wanted = {(first,): lambda: [metrics.distance(fake.moments, real.moments)]}
     if is_inception and real.spatial is not None:
         wanted["sfid",] = lambda: [metrics.distance(fake.spatial, real.spatial)]

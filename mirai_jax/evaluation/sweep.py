@@ -5,11 +5,9 @@ from typing import Any
 from mirai_jax.evaluation import assessments, figures
 from mirai_jax.evaluation.drawn import SWEPT
 from mirai_jax.evaluation.runs import Request
-from mirai_jax.evaluation.samples import TITLES
+from mirai_jax.evaluation.samples import DISTANCES, TITLES
 from mirai_jax.training import restore
 from mirai_jax.utils import paths
-
-_DISTANCES = "fid", "frechet_efficientnet_lite0"
 
 
 def measured(workdir: str, request: Request) -> tuple[int, list[dict[str, Any]]]:
@@ -21,7 +19,7 @@ def measured(workdir: str, request: Request) -> tuple[int, list[dict[str, Any]]]
     lines = [
         line
         for line in assessments.read(workdir)
-        if line["protocol"] in wanted and any(name in line for name in _DISTANCES)
+        if line["protocol"] in wanted and any(name in line for name in DISTANCES)
     ]
     step = max((line["step"] for line in lines), default=0)
     return step, [
