@@ -16,7 +16,9 @@ from PIL import Image
 
 from configs import mirai_e, mirai_i
 from mirai_jax.config import schema
-from mirai_jax.evaluation import assessments, positions, probe, runs, sweep
+from mirai_jax.data.small_sets import LabelledImages
+from mirai_jax.evaluation import assessments, positions, probe, runs, small, sweep
+from mirai_jax.evaluation.metrics import Moments
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.evaluation.small import SmallSet
 from mirai_jax.models.generator import Generator, GeneratorConfig, init_params
@@ -89,6 +91,23 @@ def workdir(tmp_path_factory):
     config.foresight[0].update(projector_width=16)
     train.train(config, folder, devices=jax.devices()[:1], log=lambda line: None)
     return folder
+
+
+def test_the_limit_of_class_accuracy_is_that_of_all_classes(monkeypatch):
+    """Data may be sorted by class; here the tokenizer spoils every class but the first two."""
+    labels = np.arange(100) // 10
+    images = np.stack([np.full((8, 8, 1), 25 * label, np.uint8) for label in labels])
+    monkeypatch.setattr(small.batched, "encode_images", lambda *given: given[2])
+    monkeypatch.setattr(small.batched, "decode_codes", lambda *given: np.minimum(given[2], 25))
+    made = LabelledImages(images, labels, tuple("0123456789"))
+
+    def moments(images):
+        found = Moments()
+        found.add(images.reshape(len(images), -1)[:, :2])
+        return found
+
+    *_, found = SmallSet(made, made, print).limits(None, None, 20, moments)
+    assert found["real_class_accuracy"] == 0.2
 
 
 @pytest.mark.slow

@@ -88,11 +88,12 @@ class SmallSet:
         some = spread_evenly(len(self.train.labels), count)
         train = again(self.train.images[some])
         real, judged = moments(train), self.judge()(reconstructed, self.held_out.labels).moments
-        labels, asked = self.held_out.labels[:count], self.train.labels[some]
+        asked, held_out = self.train.labels[some], spread_evenly(len(reconstructed), count)
+        seen = self.judge()(reconstructed[held_out], self.held_out.labels[held_out])
         found = {
             "real_frechet": distance(real, of_reconstructed),
             "real_frechet_images": distance(real, moments(self.held_out.images)),
-            "real_class_accuracy": self.judge()(reconstructed[:count], labels).hits / len(labels),
+            "real_class_accuracy": seen.hits / len(held_out),
         }
         everything = np.arange(len(self.train.labels))
         new = ~np.isin(some, everything[fitted_on(len(everything))])
