@@ -215,6 +215,16 @@ def test_another_protocol_is_another_line(workdir):
     assert len(missing(QUICK)) == 4
 
 
+def test_lines_of_the_first_held_out_images_are_of_another_protocol():
+    """Those of before they were spread over the classes; of all images no order matters."""
+    settings = schema.read(mirai_e.get_config("demo"), num_devices=1)
+    for request in (Request(held_out=50), positions.PositionsProtocol(50)):
+        for count, order in ((50, "spread"), (0, None)):
+            (one,) = dataclasses.replace(request, held_out=count).protocols(settings, "")
+            assert one.to_dict()["held_out"] == count
+            assert one.to_dict().get("held_out_order") == order
+
+
 def test_what_failed_is_measured_at_the_next_start(workdir, tmp_path, monkeypatch):
     """A file that is missing for a night: not tried again at every look, and not left out for ever."""
     run, tried, waits = tmp_path / "run", [], []

@@ -37,8 +37,7 @@ class Protocol:
         inception: the file of Inception's weights; '': EfficientNet-Lite0.
         pixels: side of EfficientNet-Lite0's input.
         validation: shards of held-out codes; '': the images that the run holds out.
-        held_out: how many held-out images, from the first on, for the loss and probes; 0: all. Those of
-            mnist are sorted by class: take all, or know which classes the first ones show.
+        held_out: how many held-out images, spread evenly, for the loss and probes; 0: all.
     """
 
     samples: int
@@ -56,7 +55,13 @@ class Protocol:
         made |= made.pop("options")
         if made["cache_dtype"] == "model":
             del made["cache_dtype"]  # lines of before it existed have none
+        made |= held_out_order(self.held_out)
         return {**made, "weights": "ema", "labels": LABELS, "batch_size": ROWS}
+
+
+def held_out_order(count: int) -> dict[str, str]:
+    """Of a protocol with `count` held-out images: lines without it have the first ones, of a few classes."""
+    return {"held_out_order": "spread"} if count else {}
 
 
 def protocol_of(settings: Settings) -> Protocol:

@@ -16,6 +16,7 @@ import numpy as np
 from mirai_jax import foresight
 from mirai_jax.config.schema import Settings
 from mirai_jax.evaluation import validation
+from mirai_jax.evaluation.drawn import held_out_order
 from mirai_jax.evaluation.runs import tokenizer_of
 from mirai_jax.models.generator import Generator, GeneratorConfig
 from mirai_jax.training import components, restore
@@ -29,7 +30,7 @@ class PositionsProtocol:
     """How a checkpoint is measured. Compare only numbers of one protocol.
 
     Attributes:
-        held_out: how many held-out images, from the first on; 0: all.
+        held_out: how many held-out images, spread evenly; 0: all.
         validation: shards of held-out codes; '': what the run's config says.
     """
 
@@ -42,8 +43,10 @@ class PositionsProtocol:
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of positions.jsonl holds it."""
-        made = dataclasses.asdict(self)
-        return made if self.validation else {"held_out": self.held_out}
+        made = dataclasses.asdict(self) | held_out_order(self.held_out)
+        if not self.validation:
+            del made["validation"]
+        return made
 
     def assessor(self, settings: Settings, log: Callable[[str], None]) -> "PositionsAssessor":
         return PositionsAssessor(settings, log)
@@ -77,7 +80,7 @@ class PositionsAssessor:
                     f"--positions needs what {workdir} does not hold: held-out images or codes "
                     "(data.held_out, data.held_out_share), or --validation=SHARDS"
                 )
-            self._codes = (workdir, protocol), found.first(protocol.held_out)
+            self._codes = (workdir, protocol), found.some(protocol.held_out)
         codes_NxL, labels_N = self._codes[1].codes, self._codes[1].labels
         generators = {"ema": saved["ema"], "trained": saved["params"]["generator"]}
         config = dataclasses.replace(settings.generator, attention="xla")

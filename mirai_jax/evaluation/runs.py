@@ -154,7 +154,7 @@ class Assessor:
                     "--validation is ''; it must be a folder of shards for a run that holds no images "
                     "out (data.held_out, data.held_out_share)"
                 )
-            images = images.first(protocol.held_out)
+            images = images.some(protocol.held_out)
             kept[key] = validation.Validation(settings, images, params, self._log)
         self._validated = saved, key, kept[key].measure(saved)
         return self._validated[2]

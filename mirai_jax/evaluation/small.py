@@ -112,7 +112,7 @@ class SmallSet:
             'teacher_probe': of the bidirectional teacher's features of real images, averaged over the
             grid, where the run has such a teacher and it can be loaded.
         """
-        some = slice(count or None)
+        some = spread_evenly(len(self.held_out.labels), count or len(self.held_out.labels))
         measured = self.held_out.images[some], self.held_out.labels[some]
         some = spread_evenly(len(self.train.labels), _PROBED_ON)
         fitted = self.train.images[some], self.train.labels[some]

@@ -24,6 +24,7 @@ from mirai_jax.config.schema import Settings
 from mirai_jax.data import manifest
 from mirai_jax.data.records import CodeRecords
 from mirai_jax.data.small_sets import LabelledImages
+from mirai_jax.evaluation.small import spread_evenly
 from mirai_jax.models import batched
 from mirai_jax.models.adapters import LoraConfig
 from mirai_jax.models.generator import Generator, hidden_states
@@ -47,9 +48,9 @@ class HeldOut:
     labels: np.ndarray  # (N,)
     images: np.ndarray | None = None  # uint8 (N, H, W, C), for teachers that take them
 
-    def first(self, count: int) -> "HeldOut":
-        """The first `count` of them; 0: all."""
-        some = slice(count or None)
+    def some(self, count: int) -> "HeldOut":
+        """`count` of them, spread evenly; 0: all."""
+        some = spread_evenly(len(self.labels), count or len(self.labels))
         images = None if self.images is None else self.images[some]
         return HeldOut(self.codes[some], self.labels[some], images)
 
