@@ -1,9 +1,11 @@
 """What a run measures while it trains is what its checkpoints give afterwards, whatever stops it."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import re
+import types
 
 import helpers
 import jax
@@ -21,7 +23,7 @@ from mirai_jax.models.generator import Generator, init_params
 from mirai_jax.training import components, guards, restore, train
 from mirai_jax.training.metrics_writer import read_metrics
 from mirai_jax.utils import distributed
-from mirai_jax.utils.errors import Preempted
+from mirai_jax.utils.errors import DataError, Preempted
 from mirai_jax.weights import inception, pretrained, torch_writer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -236,6 +238,13 @@ def test_shards_give_the_share_that_is_not_trained_on(tmp_path):
     assert (got.codes[:, 0] % 8 == 1).all() and (got.labels == got.codes[:, 0] // 8 % 5).all()
     assert (of_run("", *rest, held_out).codes == got.codes).all()  # not read again
     assert len(of_run(str(tmp_path), *rest, held_out).labels) == 40  # whole shards that are named
+    # Under a tokenizer: of shards packed under its name alone nothing else is known.
+    for tokenizer, known in (({"file": "vq16"}, False), ({"checksum": "of another"}, True)):
+        fields = {"tokenizer": tokenizer, "class_names": rest[-1]}
+        held_out.manifest = types.SimpleNamespace(**fields)
+        with pytest.raises(DataError, match="another") if known else contextlib.nullcontext():
+            again = of_run("", None, None, {"weights": np.ones(3)}, rest[-1], held_out)
+            assert (again.codes == got.codes).all()
 
 
 @pytest.mark.parametrize("devices", [1, 3])
