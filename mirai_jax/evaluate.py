@@ -16,9 +16,9 @@ its images, as in ADM's evaluator, whose definitions these are (evaluations/eval
 Without Inception's weights the distance, precision and recall are over EfficientNet-Lite0's pooled
 features: good for comparing runs here, another number than FID, and never called that.
 
---samples: FID, sFID, Inception Score, precision and recall. Writes results.json, with how the samples
-were drawn beside each number, anew after each of several samples; for samples at several guidance scales
-(or temperatures, or top-k) also sweep.png.
+--samples: FID, sFID, Inception Score, precision and recall. Adds a row to results.json for each of several
+samples, with how they were drawn; for samples at several guidance scales (or temperatures, or top-k)
+also sweep.png. Rows of earlier commands stay; one of the same samples, reference and numbers is completed.
 --training=data:RUN:train, or a folder or .npz, also looks for the training images nearest to the samples:
 the share of samples that are nearer to one than 99% of the reference images are, and nearest.png.
 --by_class also gives the distance of each class and, where the reference is data:RUN:..., its class accuracy:

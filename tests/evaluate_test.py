@@ -249,8 +249,8 @@ def test_efficientnet_compares_samples_at_two_scales(tmp_path, capsys):
     reference = save_folder(tmp_path / "real", images)
     program(f"--samples={one},{two}", f"--reference={reference}", "--batch_size=1")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["features"] == "efficientnet-lite0" and results["reference"] == reference
     first, second = results["rows"]
+    assert first["features"] == "efficientnet-lite0" and second["reference"] == reference
     assert (first["samples"], first["num_images"]) == (one, 8)
     assert first["sha256"] == pretrained.sha256_of_file(f"{one}/samples.npz")
     assert second["protocol"] == {"num_images": 8, "guidance": 4.0, "seed": 5, "step": 40}
@@ -355,9 +355,9 @@ def test_inception_metrics_are_those_of_its_outputs(use_network, tmp_path):
     assert probabilities.shape == (12, 1008) and (real_pool.std(axis=0) > 0).mean() > 0.5
 
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["features"] == "inception-v3 2015-12-05"
-    assert results["reference_sha256"] == pretrained.sha256_of_file(real)
     (row,) = results["rows"]
+    assert row["features"] == "inception-v3 2015-12-05"
+    assert row["reference_sha256"] == pretrained.sha256_of_file(real)
     found = row["metrics"]
     assert row["protocol"] == {} and row["num_images"] == 12
     distance = lambda one, other: metrics.frechet_distance(*moments_of(one), *moments_of(other))
@@ -388,6 +388,32 @@ def test_inception_metrics_are_those_of_its_outputs(use_network, tmp_path):
     program(*flags, f"--reference={saved}", f"--out={tmp_path / 'half'}")
     (row,) = json.loads((tmp_path / "half" / "results.json").read_text())["rows"]
     assert row["metrics"] == pytest.approx({n: x for n, x in stored.items() if n != "sfid"})
+
+
+def test_a_later_evaluation_loses_nothing_of_an_earlier_one(use_network, tmp_path):
+    """FID, then copies, then classes, then another reference, each by a command of its own."""
+    fake, real = tmp_path / "fake.npz", tmp_path / "real.npz"
+    np.savez(fake, arr_0=FAKE, labels=np.arange(12) % 2)
+    np.savez(real, arr_0=REAL, labels=np.arange(6) % 2)
+    flags = [f"--samples={fake}", "--inception=weights.pth"]
+    read = lambda: json.loads((tmp_path / "results.json").read_text())["rows"]
+    program(*flags, f"--reference={real}")
+    (first,) = read()
+    # As earlier versions wrote it.
+    beside = {name: first.pop(name) for name in ("features", "reference", "reference_sha256")}
+    (tmp_path / "results.json").write_text(json.dumps({**beside, "rows": [first]}))
+    program(*flags, f"--reference={real}", f"--training={real}")
+    program(*flags, f"--reference={real}", "--by_class")
+    (row,) = read()
+    assert row.items() >= (first | beside).items() and row.keys() >= {"copies", "by_class"}
+    other = save_npz(tmp_path / "other.npz", pictures(6, seed=3))
+    program(*flags, f"--reference={other}")
+    assert read()[0] == row and [r["reference"] for r in read()] == [str(real), other]
+    np.savez(fake, arr_0=FAKE[::-1] // 2)  # drawn again: what was found of the others is not theirs
+    program(*flags, f"--reference={real}")
+    assert read()[0] == row and len(read()) == 3 and "copies" not in read()[2]
+    (tmp_path / "results.json").write_text("[]")
+    assert "results.json" in error(*flags, f"--reference={real}")
 
 
 def test_what_was_evaluated_before_a_damage_is_kept(use_network, tmp_path):

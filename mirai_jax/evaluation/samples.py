@@ -26,6 +26,7 @@ TITLES = {
     "efficientnet_lite0_precision": "precision (EfficientNet-Lite0)",
     "efficientnet_lite0_recall": "recall (EfficientNet-Lite0)",
 }
+_EXTRAS = "copies", "by_class"  # of a row, on request
 DISTANCES = "fid", "frechet_efficientnet_lite0"  # of a set of metrics one, by the network
 
 
@@ -41,8 +42,8 @@ def evaluate(
 ) -> None:
     """Prints a table of the metrics of each of `samples`, and writes them to results.json.
 
-    results.json is written anew after each set. Samples at several guidance scales,
-    temperatures or top-k also give sweep.png.
+    results.json gets a row after each set, beside those that it has: see `_merged`. Samples at several
+    guidance scales, temperatures or top-k also give sweep.png.
 
     Args:
         samples: as `image_streams.open_stream` takes them.
@@ -72,6 +73,7 @@ def evaluate(
     probe = out / f"{secrets.token_hex(4)}.tmp"
     probe.touch()  # the folder can be written to
     probe.unlink()
+    _rows(out / "results.json")
     network = Network(inception, batch_size)
     print(f"reference: {reference}", flush=True)
     real = opened.features(network)
@@ -82,8 +84,8 @@ def evaluate(
         with files.atomic_write(paths.at(statistics)) as file:
             np.savez(file, **arrays)
     rows = []
-    results = {"features": "inception-v3 2015-12-05" if inception else "efficientnet-lite0"}
-    results |= {"reference": reference, "reference_sha256": _checksum(reference), "rows": rows}
+    compared = {"features": "inception-v3 2015-12-05" if inception else "efficientnet-lite0"}
+    compared |= {"reference": reference, "reference_sha256": _checksum(reference)}
     for spec, stream in zip(samples, streams, strict=True):
         print(f"samples: {spec}, {stream.count:,} images", flush=True)
         fake = network.features(stream)
@@ -96,6 +98,7 @@ def evaluate(
                 print(f"warning: {which}: {warning}", flush=True)
         row = {
             "samples": spec,
+            **compared,
             "num_images": stream.count - len(stream.failed),
             "sha256": _checksum(spec),
             "metrics": compare(network.is_inception, fake, real),
@@ -120,12 +123,35 @@ def evaluate(
             if by_class.figure(path, row["by_class"], TITLES[name]):
                 print(f"by class: {path}", flush=True)
         rows.append(row)
+        results = {"rows": _merged(_rows(out / "results.json"), row)}
         files.write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     print(table(rows))
     if figures.swept(rows):
         figures.sweep_figure(out / "sweep.png", rows, TITLES)
         print(f"curves: {out / 'sweep.png'}")
     print(f"written: {out / 'results.json'}")
+
+
+def _rows(path: files.AnyPath) -> list[dict[str, Any]]:
+    """The rows of results.json; [] where there is none. Raises DataError for another file."""
+    try:
+        results = json.loads(path.read_text())
+        # Files of earlier versions have what was compared once, beside the rows.
+        return [results | row for row in results.pop("rows")]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} holds no rows, and more cannot be added: move it away") from error
+
+
+def _merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows and one more, the newest at the end.
+
+    One of the same samples, reference and metrics lends it what it lacks, such as `by_class`, and goes.
+    """
+    same = [r for r in rows if all(r.get(k) == row[k] for k in row if k not in _EXTRAS)]
+    lent = {k: v for earlier in same for k, v in earlier.items()}
+    return [*(r for r in rows if r not in same), lent | row]
 
 
 class Reference:

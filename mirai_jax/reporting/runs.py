@@ -172,7 +172,8 @@ def _evaluated(folder: files.AnyPath) -> _Measured:
         try:
             for row in results.get("rows", ()):
                 protocol = {k: v for k, v in row["protocol"].items() if k not in _NO_PROTOCOL}
-                by = {"by": "evaluate", "reference": results.get("reference")}
+                about = results | row  # files of earlier versions have it beside the rows
+                by = {"by": "evaluate", "reference": about.get("reference")}
                 yield int(row["protocol"]["step"]), protocol | by, dict(row["metrics"])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # of images that are no samples of a run
