@@ -12,7 +12,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from helpers import exit_message, refusal
+from helpers import QuickNetwork, exit_message, refusal
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -414,6 +414,20 @@ def test_a_later_evaluation_loses_nothing_of_an_earlier_one(use_network, tmp_pat
     assert read()[0] == row and len(read()) == 3 and "copies" not in read()[2]
     (tmp_path / "results.json").write_text("[]")
     assert "results.json" in error(*flags, f"--reference={real}")
+
+
+def test_classes_are_left_out_where_images_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(samples_lib, "Network", QuickNetwork)
+    np.savez(tmp_path / "fake.npz", arr_0=FAKE, labels=np.arange(12) % 2)
+    for name in "ab":
+        save_folder(tmp_path / "real" / name, REAL)
+    broken = tmp_path / "real" / "a" / "003.png"
+    broken.write_bytes(broken.read_bytes()[:-500])
+    flags = f"--samples={tmp_path / 'fake.npz'}", f"--reference={tmp_path / 'real'}"
+    program(*flags, "--by_class")
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["metrics"]["frechet_efficientnet_lite0"] > 0 and "by_class" not in row
+    assert "003.png" in capsys.readouterr().out
 
 
 def test_what_was_evaluated_before_a_damage_is_kept(use_network, tmp_path):

@@ -116,8 +116,12 @@ def evaluate(
                 flush=True,
             )
         if classes:
+            try:
+                row["by_class"] = by_class.measure(stream, fake, reference, opened.images, real)
+            except DataError as error:
+                print(f"the classes are left out: {error}", flush=True)
+        if "by_class" in row:
             name = next(iter(row["metrics"]))
-            row["by_class"] = by_class.measure(stream, fake, reference, opened.images, real)
             print(by_class.table(row["by_class"], TITLES[name]), flush=True)
             path = out / f"by_class{len(rows) or ''}.png"
             if by_class.figure(path, row["by_class"], TITLES[name]):
