@@ -177,6 +177,28 @@ def test_assessments_and_evaluations(tmp_path):
     assert panel(data, "fid")["curves"][0]["y"] == [30] and not panel(data, "fid")["published"]
 
 
+def test_limits_stand_beside_what_they_limit(tmp_path):
+    """A line of today, and the class accuracy that the run found itself."""
+    folder = write_run(
+        tmp_path / "run", llamagen.get_config("fashion_mnist"), events=[{"event": "finished"}]
+    )
+    values = {"frechet_efficientnet_lite0": 200.0, "class_accuracy": 0.75, "frechet": 5.0}
+    floors = {"real_frechet_images": 180.0, "real_class_accuracy": 0.875, "real_frechet": 4.0}
+    line = {"step": 500, "protocol": {"reference": ""}, **values, **floors}
+    other = {"step": 500, "protocol": {"reference": "x.npz"}, **values, **floors}
+    write_lines(folder / "assessment.jsonl", [line, other])
+    (folder / "agreement.json").write_text('{"samples": 0.5, "real_through_tokenizer": 0.875}')
+    data = data_of(folder)
+    assert {p["section"] for p in data["panels"]} == {"Validation and samples"}
+    drawn = lambda name: [(c["reference"], *c["y"]) for c in panel(data, name)["curves"]]
+    to_images = "frechet_efficientnet_lite0"  # whose limit is that of the held-out images alone
+    assert drawn(to_images) == [(False, 200), (False, 200), (True, 180)]
+    assert sorted(drawn("class_accuracy")) == [
+        (False, 0.5), (False, 0.75), (False, 0.75), (True, 0.875), (True, 0.875), (True, 0.875),
+    ]  # fmt: skip
+    assert panel(data, "class_accuracy")["unit"] == "share, 0 to 1"
+
+
 def test_runs_that_have_little(tmp_path):
     """Nothing yet, one step, a loss that is none, damaged lines: a page all the same."""
     config = llamagen.get_config()

@@ -14,6 +14,13 @@ from mirai_jax.utils.errors import ConfigError
 
 _GONE = FileNotFoundError, NotADirectoryError, IsADirectoryError
 _NO_PROTOCOL = "step", "workdir", "weights_sha256", "tokenizer_sha256", "batch_size"
+_NAMES = {  # on the page, of names in assessment.jsonl: real_X is the limit of X; or of earlier versions
+    "real_frechet_images": "real_frechet_efficientnet_lite0",
+    "frechet_images": "frechet_efficientnet_lite0",
+    "agreement": "class_accuracy",
+    "real_agreement": "real_class_accuracy",
+    "cross_entropy": "held_out_cross_entropy",
+}
 _Measured = Iterator[tuple[int, dict[str, Any], Mapping[str, Any]]]  # step, protocol, {name: value}
 
 
@@ -157,12 +164,13 @@ def _logged(entries: Mapping[int, Mapping[str, Any]]) -> _Measured:
 
 
 def _assessed(folder: files.AnyPath, damaged: list[str]) -> _Measured:
-    """Of assessment.jsonl, whose cross-entropy is that of held-out images."""
+    """Of assessment.jsonl."""
     for line in _lines(folder / "assessment.jsonl", damaged):
         step, protocol = line.pop("step", None), line.pop("protocol", None)
         if type(step) is int and isinstance(protocol, dict):
-            line["held_out_cross_entropy"] = line.pop("cross_entropy", None)
-            yield step, {"by": "assess", **protocol}, line
+            # With a reference of its own, the distance to held-out images is no limit of the samples'.
+            names = {} if protocol.get("reference") else _NAMES
+            yield step, {"by": "assess", **protocol}, {names.get(k, k): v for k, v in line.items()}
 
 
 def _evaluated(folder: files.AnyPath) -> _Measured:
@@ -183,8 +191,8 @@ def _judged(folder: files.AnyPath, config: Mapping[str, Any]) -> _Measured:
     """Of agreement.json: the class accuracy of the finished run's samples."""
     found = _object(folder / "agreement.json")
     values = {
-        "agreement": found.get("samples"),
-        "real_agreement": found.get("real_through_tokenizer"),
+        "class_accuracy": found.get("samples"),
+        "real_class_accuracy": found.get("real_through_tokenizer"),
     }
     protocol = {"by": "the run", "samples": config.get("judged_samples")}
     yield config["num_steps"], protocol, values
