@@ -18,6 +18,7 @@ from mirai_jax import evaluate, sample
 from mirai_jax import step as step_lib
 from mirai_jax.config import schema
 from mirai_jax.evaluation import assessments, drawn, during, runs, samples, small, validation
+from mirai_jax.evaluation.image_streams import of_array
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.models.generator import Generator, init_params
 from mirai_jax.training import components, guards, restore, train
@@ -281,6 +282,39 @@ def test_processes_share_the_work_and_sums_do_not_depend_on_them(held_out, monke
         of_process(index, 2, lambda call, x, index=index: rows.setdefault((call, index), x))
     together = of_process(0, 2, lambda call, _: np.concatenate([rows[call, 0], rows[call, 1]]))
     assert together == alone
+
+
+def test_the_run_hears_of_every_part_of_an_evaluation():
+    """Inception over thousands of reference images may take longer than `hang_limit`."""
+    made, lines = helpers.QuickNetwork("", 8, devices=jax.devices()[:1]), []
+    images = np.random.RandomState(0).randint(256, size=(20, 4, 4, 3)).astype(np.uint8)
+    found = samples.Reference("real", False, of_array("real", images)).features(made, lines.append)
+    assert lines == [f"real from {start} of 20 on" for start in (0, 8, 16)]
+    lines.clear()
+    samples.compare(False, found, found, lines.append)
+    assert len(lines) == 5  # two metrics, the neighbours in both sets, precision and recall
+
+
+def test_the_others_follow_what_the_first_process_measures_alone(monkeypatch):
+    """A heartbeat may stop the run, so that all must call it equally often."""
+    monkeypatch.setattr(restore, "whole_generators", lambda *_: {"ema": None})
+    monkeypatch.setattr(samples, "compare", lambda *given: {"fid": float(given[-1]("c"))})
+
+    def process(fake, send):
+        me, lines = types.SimpleNamespace(_settings=None, _real=None), []
+        me._drawn = types.SimpleNamespace(features=lambda *_: fake)
+        me._network = types.SimpleNamespace(is_inception=True)
+        me._reference = types.SimpleNamespace(features=lambda _, beat: (beat("a"), beat("b")))
+        monkeypatch.setattr(distributed, "from_first", send)
+        state = types.SimpleNamespace(params=(), ema=())
+        return during.Measurer.measure(me, "evaluation", state, lines.append), lines
+
+    sent = []
+    found, lines = process("features", lambda x: (sent.append(x), x)[1])
+    assert found == {"fid": 1.0} and lines[1:] == ["a", "b", "c"]
+    rest = iter(sent)
+    found, others = process(None, lambda _: next(rest))
+    assert found == {} and len(others) == len(lines) and not list(rest)
 
 
 def test_a_term_that_cannot_be_measured_is_left_out_with_a_line(held_out):

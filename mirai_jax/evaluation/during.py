@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mirai_jax.evaluation import drawn, samples, validation
@@ -89,8 +90,19 @@ class Measurer:
         if kind == "validation":
             return self._validation.measure(saved, heartbeat)
         fake = self._drawn.features(saved["ema"], heartbeat)
+
+        def beat(what: str, more: bool = True) -> bool:
+            """The others follow process 0 here, as often as it calls: `heartbeat` is for all alike."""
+            if more := bool(distributed.from_first(np.asarray(more))):
+                heartbeat(what)
+            return more
+
         if fake is None:
+            while beat("what process 0 measures of the samples"):
+                pass
             return {}
         if self._real is None:
-            self._real = self._reference.features(self._network, quiet=True)
-        return samples.compare(self._network.is_inception, fake, self._real)
+            self._real = self._reference.features(self._network, beat)
+        found = samples.compare(self._network.is_inception, fake, self._real, beat)
+        beat("", more=False)
+        return found

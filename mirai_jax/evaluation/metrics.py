@@ -5,7 +5,7 @@ each docstring names where that program's rounding, or its way with degenerate i
 Memory beyond the arguments does not grow with the number of images times their width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,10 @@ def _p_log_p(p: np.ndarray) -> float:
 
 
 def precision_recall(
-    features_real: np.ndarray, features_fake: np.ndarray, k: int = 3
+    features_real: np.ndarray,
+    features_fake: np.ndarray,
+    k: int = 3,
+    heartbeat: Callable[[str], object] = lambda what: None,
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., 2019), by comparing every pair.
 
@@ -189,6 +192,7 @@ def precision_recall(
     Args:
         features_real, features_fake: (N, D) and (M, D).
         k: 1 or more.
+        heartbeat: takes a line now and then: of many images this takes an hour.
 
     Raises:
         DataError: wrong ranks, NaN, k images or fewer in a set.
@@ -199,9 +203,10 @@ def precision_recall(
             raise DataError(f"k is {k}, of {len(features)} {name} images; it must be less, from 1")
     sums = (real[rows].sum(axis=0, dtype=np.float64) for rows in _blocks(len(real)))
     centre = sum(sums) / len(real)
-    real_radii, fake_radii = _squared_radii(real, centre, k), _squared_radii(fake, centre, k)
+    real_radii, fake_radii = (_squared_radii(x, centre, k, heartbeat) for x in (real, fake))
     real_inside, fake_inside = np.zeros(len(real), bool), np.zeros(len(fake), bool)
     for i in _blocks(len(real)):
+        heartbeat(f"precision and recall from {i.start} of {len(real)} on")
         for j in _blocks(len(fake)):
             squared = _squared_distances(real[i] - centre, fake[j] - centre)
             real_inside[i] |= (squared <= fake_radii[j]).any(axis=1)
@@ -209,10 +214,13 @@ def precision_recall(
     return float(fake_inside.mean()), float(real_inside.mean())
 
 
-def _squared_radii(features_NxD: np.ndarray, centre_D: np.ndarray, k: int) -> np.ndarray:
+def _squared_radii(
+    features_NxD: np.ndarray, centre_D: np.ndarray, k: int, heartbeat: Callable[[str], object]
+) -> np.ndarray:
     """Each image's squared distance to the k-th nearest other one, float64 (N,)."""
     nearest = np.full((len(features_NxD), k), np.inf)
     for i in _blocks(len(features_NxD)):
+        heartbeat(f"nearest neighbours from {i.start} of {len(features_NxD)} on")
         for j in _blocks(len(features_NxD)):
             squared = _squared_distances(features_NxD[i] - centre_D, features_NxD[j] - centre_D)
             if i == j:

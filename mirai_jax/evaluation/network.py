@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,13 +67,18 @@ class Network:
         out = self._apply(self._params, self._devices.split(filled))
         return tuple(np.asarray(part)[: len(images_BxHxWx3)] for part in out)
 
-    def features(self, stream: ImageStream, quiet: bool = False) -> Features:
-        """Features of a whole stream, in bounded memory. `quiet` shows no progress."""
-        collected = Collected()
-        progress = Progress(stream.count, "images", stream=None if quiet else sys.stderr)
+    def features(
+        self, stream: ImageStream, heartbeat: Callable[[str], object] | None = None
+    ) -> Features:
+        """Features of a whole stream, in bounded memory; `heartbeat` takes lines in place of the screen."""
+        collected, done = Collected(), 0
+        progress = Progress(stream.count, "images", stream=None if heartbeat else sys.stderr)
         with contextlib.closing(progress):
             for images in stream.chunks(self.batch):
+                if heartbeat:
+                    heartbeat(f"{stream.name} from {done} of {stream.count} on")
                 collected.add(self(images))
+                done += len(images)
                 progress.advance(len(images))
         return collected.features()
 

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -196,8 +197,10 @@ class Reference:
                 f"{height}x{width}; they must be of one size"
             )
 
-    def features(self, network: Network, quiet: bool = False) -> Features:
-        real = network.features(self.images, quiet) if self.images else Features(None)
+    def features(
+        self, network: Network, heartbeat: Callable[[str], object] | None = None
+    ) -> Features:
+        real = network.features(self.images, heartbeat) if self.images else Features(None)
         if self._stored:  # they come before those of the images, as in ADM's evaluator
             moments = functools.partial(types.SimpleNamespace, warning=lambda: None)
             real.moments = moments(mean=self._stored["mu"], covariance=self._stored["sigma"])
@@ -209,10 +212,16 @@ class Reference:
         return real
 
 
-def compare(is_inception: bool, fake: Features, real: Features) -> dict[str, float]:
+def compare(
+    is_inception: bool,
+    fake: Features,
+    real: Features,
+    heartbeat: Callable[[str], object] = lambda what: None,
+) -> dict[str, float]:
     """Every metric that two sets of one network's features allow, by the names of results.json.
 
-    One that they do not allow is left out with a line on the screen.
+    One that they do not allow is left out with a line on the screen. `heartbeat` takes a line before
+    each part of the work.
     """
 
     prefix = "" if is_inception else "efficientnet_lite0_"
@@ -225,9 +234,12 @@ def compare(is_inception: bool, fake: Features, real: Features) -> dict[str, flo
         wanted[names] = lambda: metrics.inception_score(fake.probabilities)
     if real.pooled is not None:
         names = f"{prefix}precision", f"{prefix}recall"
-        wanted[names] = lambda: metrics.precision_recall(real.pooled, fake.pooled)
+        wanted[names] = lambda: metrics.precision_recall(
+            real.pooled, fake.pooled, heartbeat=heartbeat
+        )
     found = {}
     for names, values in wanted.items():
+        heartbeat(" and ".join(names))
         try:
             found |= zip(names, values(), strict=True)
         except DataError as error:

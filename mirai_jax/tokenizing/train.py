@@ -190,7 +190,8 @@ class TokenizerTask(local.LocalTask):
 
     def _moments(self, images: np.ndarray) -> metrics_lib.Moments:
         """Of the pooled features that `evaluate` takes too."""
-        return self._judge.features(of_array("held-out images", images), quiet=True).moments
+        quiet = lambda what: None
+        return self._judge.features(of_array("held-out images", images), quiet).moments
 
     def sample(self, run: loop.Run, step: int) -> None:
         pictures.save_picture(self._pictures / f"step_{step:07d}.png", self._picture)
