@@ -24,10 +24,10 @@ the share of samples that are nearer to one than 99% of the reference images are
 --by_class also gives the distance of each class and, where the reference is data:RUN:..., its class accuracy:
 in results.json, as a table and in by_class.png.
 
---workdir: of each kept checkpoint (`keep_every`) and the last one, the loss on held-out images, and the
-same metrics of samples at each guidance scale, temperature and top-k; of images in memory also class
-accuracy and, with --probes, linear probes of the last step (mirai_jax/evaluation/runs.py defines each
-exactly). Samples, guidance, reference, Inception and held-out images are by default those of the run's
+--workdir: of each kept checkpoint (`keep_every`) and the last one (of a run at work, or with --follow, only
+that of its last step), the loss on held-out images, and the same metrics of samples at each guidance scale,
+temperature and top-k; of images in memory also class accuracy and, with --probes, linear probes of the last
+step (mirai_jax/evaluation/runs.py defines each exactly). Samples, guidance, reference, Inception and held-out images are by default those of the run's
 config: then the numbers are those that the run measures while it trains. What cannot be had is left out,
 with a line. A line of assessment.jsonl in the run's folder for each checkpoint and combination of these;
 what lines hold is not computed again: the same command resumes after a stop, tries again what failed, and

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import mirai_e, mirai_i
-from mirai_jax.config import schema
+from mirai_jax.config import compare, schema
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.evaluation import assessments, positions, probe, runs, small, sweep
 from mirai_jax.evaluation.metrics import Moments
@@ -190,6 +190,27 @@ def test_following_ends_when_the_run_has_died(workdir, tmp_path, monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     assert "to begin" in lines[0] and "to begin" in lines[1] and "step 0 of 8" in lines[2]
     assert lines[4:] == [f"nobody is at work in {tmp_path} (step 0 of 8)"]
+
+
+def test_the_newest_checkpoint_of_a_stopped_run_is_measured(tmp_path, monkeypatch):
+    """Not while the run is at work and may delete it: a lock that is touched, not one left behind."""
+    config = mirai_e.get_config("demo")
+    config.update(num_steps=8, checkpoint_every=1, keep_every=2)
+    config.optimizer.warmup_steps = 2
+    (tmp_path / "config.json").write_text(compare.to_json(config))
+    monkeypatch.setattr(assessments, "steps_in", lambda _: [2, 4, 5])
+    request, asked = dataclasses.replace(QUICK, guidance=(1.0,)), []
+    monkeypatch.setattr(assessments, "_assess", lambda todo, *_: asked.append(todo[0][2]))
+
+    def steps(which):
+        assessments.assess([str(tmp_path)], which, request)
+        return [step for step, *_ in asked[-1]]
+
+    assert steps("kept") == [2, 4, 5] and steps("last") == [5]
+    (tmp_path / "lock.json").touch()
+    assert steps("kept") == [2, 4]
+    os.utime(tmp_path / "lock.json", (1, 1))
+    assert steps("kept") == [2, 4, 5]
 
 
 def test_another_protocol_is_another_line(workdir):

@@ -88,7 +88,8 @@ def assess(workdirs: list[str], which: str, request: Asked, follow: bool = False
     waits for its turn.
 
     Args:
-        which: 'kept' checkpoints (those of `keep_every`), or the 'last' one.
+        which: 'kept' checkpoints (those of `keep_every`, and the newest of a run that nobody is at work
+            in), or the 'last' one.
         follow: wait for runs that have not begun and for checkpoints that are still to come.
     """
     if not workdirs:
@@ -139,21 +140,26 @@ def _todo(
         if settings.num_steps not in there:
             at = max(there, default=0)
             waiting[workdir] = f"{workdir} (step {at:,} of {settings.num_steps:,})"
-        of_run = missing(workdir, settings, _steps(settings, there, which, follow), request)
+        steps = _steps(settings, there, which, follow, locks.is_held(folder))
+        of_run = missing(workdir, settings, steps, request)
         of_run = [one for one in of_run if (workdir, *one[:2]) not in tried]
         if of_run:
             todo.append((workdir, settings, of_run))
     return todo, waiting
 
 
-def _steps(settings: Settings, there: list[int], which: str, follow: bool) -> list[int]:
+def _steps(
+    settings: Settings, there: list[int], which: str, follow: bool, at_work: bool
+) -> list[int]:
     """Those of the checkpoints that shall be measured."""
     every = settings.keep_every
     kept = [s for s in there if s == settings.num_steps or (every and s % every == 0)]
     if follow and which == "last":
         return [s for s in kept if s == settings.num_steps]
     # While a run trains, its newest checkpoint may be deleted before it is read.
-    return kept if follow or (which == "kept" and kept) else there[-1:]
+    if follow or (which == "kept" and kept and at_work):
+        return kept
+    return sorted({*kept, *there[-1:]}) if which == "kept" else there[-1:]
 
 
 def _assess(

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,7 +70,7 @@ def read(workdir: str) -> Run:
     events.sort(key=lambda event: str(event.get("time")))
     ended = events[-1].get("event") == "finished" if events else config["num_steps"] in entries
     state = "finished" if ended else "stopped"
-    if "lock.json" in names and _beats(folder / "lock.json"):
+    if "lock.json" in names and locks.is_held(folder):
         state = "at work"
     curves: dict[str, dict[str, dict[int, float]]] = {}
     judged = _judged(folder, config) if state == "finished" else ()
@@ -196,11 +195,3 @@ def _judged(folder: files.AnyPath, config: Mapping[str, Any]) -> _Measured:
     }
     protocol = {"by": "the run", "samples": config.get("judged_samples")}
     yield config["num_steps"], protocol, values
-
-
-def _beats(lock: files.AnyPath) -> bool:
-    """Whether the owner of a lock has touched it lately."""
-    try:
-        return files.is_remote(lock) or time.time() - lock.stat().st_mtime < 4 * locks.BEAT
-    except FileNotFoundError:
-        return False

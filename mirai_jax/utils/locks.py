@@ -162,6 +162,12 @@ def touched(folder: files.AnyPath) -> int | str | None:
         return None
 
 
+def is_held(folder: files.AnyPath) -> bool:
+    """Whether the folder's owner has touched its file lately; in a bucket, whether it has one."""
+    found = touched(folder)
+    return isinstance(found, str) or (found is not None and time.time() - found / 1e9 < _LIVE)
+
+
 def _touched(path: files.AnyPath) -> int | str:
     """When the file was last touched; opening it asks the server, where a look at it may not."""
     if files.is_remote(path):
