@@ -17,7 +17,7 @@ from PIL import Image
 from configs import mirai_e, mirai_i
 from mirai_jax.config import compare, schema
 from mirai_jax.data.small_sets import LabelledImages
-from mirai_jax.evaluation import assessments, positions, probe, runs, small, sweep
+from mirai_jax.evaluation import assessments, future, positions, probe, runs, small, sweep
 from mirai_jax.evaluation.metrics import Moments
 from mirai_jax.evaluation.runs import Request
 from mirai_jax.evaluation.small import SmallSet
@@ -74,6 +74,18 @@ def test_cross_entropy_by_position(params):
     chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), codes[..., None], axis=-1)
     found = positions.by_position(CONFIG, params, codes.astype(np.uint16), labels)
     np.testing.assert_allclose(found, -chosen.mean(axis=0).reshape(4, 4), rtol=1e-5)
+
+
+def test_all_that_reads_held_out_codes_has_precise_products(params):
+    """As the validation has, on a TPU too: where products of float32 are of bfloat16 by default."""
+    codes, labels = codes_and_labels(3)
+    for lowered in (
+        positions._nats.lower(CONFIG, params, codes, labels),
+        probe._states.lower(CONFIG, params, codes),
+        future._states.lower(CONFIG, params, codes),
+    ):
+        products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+        assert products and all("HIGH" in line for line in products)
 
 
 @pytest.fixture(scope="module")

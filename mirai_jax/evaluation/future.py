@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from mirai_jax import foresight
-from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.models.generator import Generator, GeneratorConfig, read_states
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 SEEN = {"r-1c0": "one row above (seen)", "r0c0": "last token (seen)"}
@@ -81,9 +81,9 @@ def targets(grid: tuple[int, int]) -> list[Target]:
 @functools.partial(jax.jit, static_argnums=0)
 def _states(config: GeneratorConfig, params: Any, codes_BxL: jax.Array) -> list[jax.Array]:
     labels = np.full(len(codes_BxL), config.null_class)
-    generator = Generator(config, taps=tuple(range(1, config.num_layers + 1)))
-    embedded = generator.apply({"params": params}, codes_BxL[:, :-1], labels, method="embed")
-    _, states = generator.apply({"params": params}, codes_BxL[:, :-1], labels)
+    codes_BxT = codes_BxL[:, :-1]
+    embedded = Generator(config).apply({"params": params}, codes_BxT, labels, method="embed")
+    _, states = read_states(config, params, codes_BxL, labels, range(1, config.num_layers + 1))
     return [embedded, *(states[layer] for layer in sorted(states))]
 
 

@@ -18,7 +18,7 @@ from mirai_jax.config.schema import Settings
 from mirai_jax.evaluation import validation
 from mirai_jax.evaluation.drawn import held_out_order
 from mirai_jax.evaluation.runs import tokenizer_of
-from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.models.generator import GeneratorConfig, read_states
 from mirai_jax.training import components, restore
 from mirai_jax.utils.errors import DataError
 
@@ -114,5 +114,5 @@ def _nats(
     config: GeneratorConfig, params: Any, codes_BxL: jax.Array, labels_B: jax.Array
 ) -> jax.Array:
     codes_BxL = codes_BxL.astype(np.int32)
-    logits, _ = Generator(config).apply({"params": params}, codes_BxL[:, :-1], labels_B)
+    logits, _ = read_states(config, params, codes_BxL, labels_B)
     return foresight.token_nll(logits, codes_BxL)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mirai_jax.models import batched
-from mirai_jax.models.generator import Generator, GeneratorConfig
+from mirai_jax.models.generator import GeneratorConfig, read_states
 
 QUARTERS = (1, 2, 3, 4)  # of the tokens, after which the states are probed
 
@@ -25,8 +25,7 @@ def positions(config: GeneratorConfig) -> list[int]:
 @functools.partial(jax.jit, static_argnums=0)
 def _states(config: GeneratorConfig, params: Any, codes_BxL: jax.Array) -> dict[int, jax.Array]:
     labels = np.full(len(codes_BxL), config.null_class)
-    generator = Generator(config, taps=tuple(range(1, config.num_layers + 1)))
-    _, states = generator.apply({"params": params}, codes_BxL[:, :-1], labels)
+    _, states = read_states(config, params, codes_BxL, labels, range(1, config.num_layers + 1))
     return {layer: state[:, np.array(positions(config))] for layer, state in states.items()}
 
 

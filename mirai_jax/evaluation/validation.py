@@ -27,7 +27,7 @@ from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.evaluation.small import spread_evenly
 from mirai_jax.models import batched
 from mirai_jax.models.adapters import LoraConfig
-from mirai_jax.models.generator import Generator, hidden_states
+from mirai_jax.models.generator import hidden_states, read_states
 from mirai_jax.models.teacher import precision
 from mirai_jax.step import Recipe, foresight_loss, taps, teacher_targets
 from mirai_jax.training import components
@@ -229,11 +229,8 @@ def _values(recipe: Recipe, weights: Any, batch: dict[str, jax.Array]) -> dict[s
     shared = [t for t in recipe.terms if t.level == "internal" and t.source == "ema"]
     if precision(recipe.teacher_dtype, jax.default_backend()) != config.dtype:
         shared = []
-    layers = tuple(sorted({term.teacher_layer for term in shared}))
-    with jax.default_matmul_precision("tensorfloat32"):
-        logits, states = Generator(config, taps=layers).apply(
-            {"params": ema}, codes_BxL[:, :-1], labels_B
-        )
+    layers = sorted({term.teacher_layer for term in shared})
+    logits, states = read_states(config, ema, codes_BxL, labels_B, layers)
     found = {"cross_entropy": foresight.token_nll(logits, codes_BxL).mean(axis=-1)}
     if not recipe.terms:
         return found

@@ -361,6 +361,22 @@ def hidden_states(
     return x
 
 
+def read_states(
+    config: GeneratorConfig,
+    params: Any,
+    codes_BxL: jax.Array,
+    labels_B: jax.Array,
+    layers: Any = (),
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """What all measures of held-out codes read: logits (B, L, V), and the states after `layers` by layer.
+
+    Teacher-forced, without dropout. Precise products: a TPU's default for float32 is one bfloat16 pass.
+    """
+    with jax.default_matmul_precision("tensorfloat32"):
+        generator = Generator(config, taps=tuple(layers))
+        return generator.apply({"params": params}, codes_BxL[:, :-1], labels_B)
+
+
 def init_params(config: GeneratorConfig, key: jax.Array) -> Any:
     """Fresh float32 parameters: N(0, 0.02), norms one, the output head zero."""
     codes = jnp.zeros((1, config.length - 1), jnp.int32)
