@@ -79,7 +79,7 @@ _VALIDATION = _define.string(
     "validation", "", "Shards of held-out codes; default: the run's validation_path."
 )
 _HELD_OUT = _define.integer(
-    "held_out", 0, "Held-out images, spread evenly, for the loss and probes; 0: all.", lower_bound=0
+    "held_out", 0, "Held-out images, spread evenly; 0: all, for --future 5,000.", lower_bound=0
 )
 _PROBES = _define.bool("probes", False, "Also linear probes of the last step.")
 _FUTURE = _define.integer(
