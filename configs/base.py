@@ -51,8 +51,9 @@ def get_config(scale: str = "") -> ml_collections.ConfigDict:
     config.accumulate = 1  # parts of a batch computed one after the other, for less memory
     config.nonfinite = "stop"  # at a loss that is not finite: stop, or skip the update, count it,
     #                            and stop after 20 in a row
-    config.hang_limit = 1800  # seconds without a finished step after which a run reports where it
-    #                           hangs and ends (another host may be gone); 0: never
+    config.hang_limit = 1800  # seconds without a finished step (at the start: without an image read
+    #                           or encoded) after which a run reports where it hangs and ends
+    #                           (another host may be gone); 0: never
     config.profile_steps = ()  # (first, last) step of a profile in the workdir's profile/; (): none
 
     # Where foresight comes from: a tuple of terms, see `term`. () is LlamaGen.

@@ -1,7 +1,6 @@
 """A run's share of a source of images: its classes, its split, and all of it in memory."""
 
 import dataclasses
-import functools
 import os
 from concurrent import futures
 
@@ -11,7 +10,10 @@ from mirai_jax.data import crops
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.small_sets import LabelledImages
+from mirai_jax.utils import progress
 from mirai_jax.utils.errors import DataError, first_line
+
+_newest: dict[tuple, tuple] = {}  # what `_read` gave last: a run asks for both parts of a source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ def split(source: ImageSource, share: Share, held_out_share: float, which: str) 
 
 def load(
     spec: str, crop_spec: CropSpec, which: str, held_out_share: float, min_images: int,
-    flip: bool, grey: bool,
+    flip: bool, grey: bool, make_progress: progress.Maker = progress.silent,
 ) -> LabelledImages:  # fmt: skip
     """A part of a source in memory, each image as the centre crop of `crop_spec`.
 
@@ -94,11 +96,16 @@ def load(
         spec: see `data.images.open_images`.
         which: 'train', with the crops to train on (mirrored ones only if `flip`), or 'held_out'.
         grey: whether images of one channel may come of it, where every image of the source is grey.
+        make_progress: shows how many images are read.
 
     Raises:
         DataError: one line.
     """
-    source, resized, kept, problems = _read(spec, crop_spec, min_images, grey)
+    asked = spec, crop_spec, min_images, grey
+    if asked not in _newest:
+        _newest.clear()
+        _newest[asked] = _read(*asked, make_progress)
+    source, resized, kept, problems = _newest[asked]
     part = split(source, kept, held_out_share, which)
     resized = resized[np.searchsorted(kept.indices, part.indices)]
     numbers = range(crop_spec.count if flip else crop_spec.count // 2)
@@ -111,9 +118,8 @@ def load(
     )
 
 
-@functools.lru_cache(maxsize=1)
 def _read(
-    spec: str, crop_spec: CropSpec, min_images: int, grey: bool
+    spec: str, crop_spec: CropSpec, min_images: int, grey: bool, make_progress: progress.Maker
 ) -> tuple[ImageSource, np.ndarray, Share, tuple[str, ...]]:
     """The source, its images as uint8 (N, R, R, C), those that can be read, and the others' errors."""
     source = open_images(spec)
@@ -129,7 +135,9 @@ def _read(
             return None, 0, f"{key}: {first_line(error)}"
 
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        found, labels, problems = zip(*pool.map(read, map(int, share.indices)), strict=True)
+        results = pool.map(read, map(int, share.indices))
+        results = progress.counted(results, make_progress(len(share), "images read"))
+        found, labels, problems = zip(*results, strict=True)
     if share.labels is None:
         share = dataclasses.replace(share, labels=np.array(labels, np.int32))
     share = share.only(np.array([image is not None for image in found]))

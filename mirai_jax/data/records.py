@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 
 from mirai_jax.data import manifest
 from mirai_jax.data.image_source import hashes_of
-from mirai_jax.utils import files, paths
+from mirai_jax.utils import files, paths, progress
 from mirai_jax.utils.errors import DataError, first_line
 
 SHARD_SUFFIXES = (".array_record", ".arrayrecord")
@@ -102,12 +102,21 @@ class CodeRecords:
         path: a folder holding *.array_record files, or a glob pattern of files.
         grid: (height, width) of the token grid; a record's L must be height * width.
         vocab_size, num_classes: codes and labels must be below them.
+        make_progress: shows how many shards are open; those of a bucket are copied first.
 
     Raises:
         DataError: there are no shards, a shard is damaged, or the first record does not fit.
     """
 
-    def __init__(self, path: str, *, grid: tuple[int, int], vocab_size: int, num_classes: int):
+    def __init__(
+        self,
+        path: str,
+        *,
+        grid: tuple[int, int],
+        vocab_size: int,
+        num_classes: int,
+        make_progress: progress.Maker = progress.silent,
+    ):
         self.manifest = manifest.read(path) if path else None
         if self.manifest is not None:
             self.manifest.check_complete(path)
@@ -117,7 +126,8 @@ class CodeRecords:
         self._part: np.ndarray | None = None  # the records of a split
         self.held_out_share = 0.0  # of the split, which changes what is drawn
         with futures.ThreadPoolExecutor(16) as pool:  # many shards on network storage
-            self._shards = list(pool.map(_open_shard, found))
+            opened = pool.map(_open_shard, found)
+            self._shards = list(progress.counted(opened, make_progress(len(found), "shards")))
         self._names = [os.path.basename(file) for file in found]
         # Record k is in the first shard whose running total exceeds k.
         self._totals = list(itertools.accumulate(len(shard) for shard in self._shards))
@@ -129,7 +139,9 @@ class CodeRecords:
         self.crops = None
         self.crops = len(self[0]["codes"])
 
-    def split(self, held_out_share: float) -> tuple["CodeRecords", "CodeRecords"]:
+    def split(
+        self, held_out_share: float, make_progress: progress.Maker = progress.silent
+    ) -> tuple["CodeRecords", "CodeRecords"]:
         """The records to train on, and those kept out of training.
 
         By the hash of their keys, as images of a folder (`folder_sets.split`): the codes of an image are
@@ -140,6 +152,7 @@ class CodeRecords:
         """
         with futures.ThreadPoolExecutor(16) as pool:
             keys = pool.map(lambda index: self[index]["key"], range(len(self)))
+            keys = progress.counted(keys, make_progress(len(self), "keys read"))
             below = hashes_of(keys) < np.uint64(int(held_out_share * 2**64))
         if below.all() or not below.any():
             raise DataError(

@@ -58,11 +58,18 @@ def _features(module: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     return module.apply({"params": params}, images)
 
 
-def in_chunks(function: Callable, module: Any, params: Any, items: Any, chunk: int) -> Any:
+def in_chunks(
+    function: Callable,
+    module: Any,
+    params: Any,
+    items: Any,
+    chunk: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Any:
     """`function(module, params, some)` of all items, `chunk` at a time, as NumPy arrays.
 
     `items` is an array or a tree of arrays of one length, and so is the result. The last chunk is
-    filled up, so that `function` compiles once.
+    filled up, so that `function` compiles once. `advance` takes the number of items of each chunk done.
     """
     count, params = len(jax.tree.leaves(items)[0]), jax.device_put(params)
     chunk = min(chunk, count)
@@ -71,18 +78,27 @@ def in_chunks(function: Callable, module: Any, params: Any, items: Any, chunk: i
         some = jax.tree.map(lambda x: np.asarray(x[start : start + chunk]), items)
         filled = jax.tree.map(lambda x: np.resize(x, (chunk, *x.shape[1:])), some)
         out = function(module, params, filled)
-        return jax.tree.map(lambda x: np.asarray(x)[: count - start], out)
+        out = jax.tree.map(lambda x: np.asarray(x)[: count - start], out)
+        advance(min(chunk, count - start))
+        return out
 
     parts = [run(start) for start in range(0, count, chunk)]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def encode_images(
-    module: tokenizer.Tokenizer, params: Any, images_NxHxWxC: np.ndarray, chunk: int = 0
+    module: tokenizer.Tokenizer,
+    params: Any,
+    images_NxHxWxC: np.ndarray,
+    chunk: int = 0,
+    **options: Any,
 ) -> np.ndarray:
-    """uint8 images -> int32 codes (N, L), `chunk` images at a time (0: as memory allows)."""
+    """uint8 images -> int32 codes (N, L), `chunk` images at a time (0: as memory allows).
+
+    `options` are those of `in_chunks`.
+    """
     chunk = chunk or images_at_once(*images_NxHxWxC.shape[1:3])
-    return in_chunks(encode, module, params, images_NxHxWxC, chunk)
+    return in_chunks(encode, module, params, images_NxHxWxC, chunk, **options)
 
 
 def decode_codes(
@@ -94,7 +110,9 @@ def decode_codes(
     return in_chunks(_decode, module, params, codes, chunk)
 
 
-def teacher_features(module: nn.Module, params: Any, images_NxHxWxC: np.ndarray) -> np.ndarray:
-    """uint8 images -> the features of the teacher, float32 (N, L, Z)."""
+def teacher_features(
+    module: nn.Module, params: Any, images_NxHxWxC: np.ndarray, **options: Any
+) -> np.ndarray:
+    """uint8 images -> the features of the teacher, float32 (N, L, Z); `options` as of `in_chunks`."""
     chunk = max(1, images_at_once(*images_NxHxWxC.shape[1:3]) // 8)
-    return in_chunks(_features, module, params, images_NxHxWxC, chunk)
+    return in_chunks(_features, module, params, images_NxHxWxC, chunk, **options)

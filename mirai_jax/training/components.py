@@ -19,14 +19,14 @@ from mirai_jax.config.fields import fill
 from mirai_jax.config.schema import SMALL_SETS, Settings
 from mirai_jax.config.terms import two_thirds
 from mirai_jax.data import folder_sets, folders, pipeline, records, small_sets
-from mirai_jax.data.crops import CropSpec, RandomCrops, load_crop, sides
+from mirai_jax.data.crops import CropSpec, RandomCrops, load_crop
 from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.small_sets import LabelledImages
 from mirai_jax.models import batched
 from mirai_jax.optimizer import trained
 from mirai_jax.step import Recipe, init_params
-from mirai_jax.training import restore
-from mirai_jax.utils import distributed
+from mirai_jax.training import restore, stored_codes
+from mirai_jax.utils import distributed, progress
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import frozen, pretrained
 
@@ -56,23 +56,47 @@ class Components:
     held_out: records.CodeRecords | None  # stored codes that the run does not train on
 
 
-def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log) -> Components:
+def open_source(settings: Settings) -> ImageSource | None:
+    """The images on disk that a run looks at, copied from a bucket and indexed where need be; or None.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    wanted = settings.step_sees_images or settings.tokenizer.name == "patch"
+    if settings.data.in_memory or not wanted:
+        return None
+    return open_images(settings.data.images).prepare()
+
+
+def build(
+    settings: Settings,
+    mesh: Mesh,
+    tokenizer_path: pathlib.Path,
+    log: Log,
+    on_disk: ImageSource | None,
+    make_progress: progress.Maker,
+) -> Components:
     """Reads the data, fits or loads the frozen parts and fixes the recipe. Nothing is written.
 
     All processes must call it; each will read the rows of a batch that `mesh` gives its devices.
+
+    Args:
+        on_disk: what `open_source` gave.
+        make_progress: shows what is read and encoded.
 
     Raises:
         ConfigError, DataError: one line.
     """
     images = tokenizer = tokenizer_params = held_out = None
     if settings.data.in_memory:
-        images = labelled_images(settings, "train")
+        images = labelled_images(settings, "train", make_progress)
         for problem in images.unread[:3]:
             log(f"left out, for it cannot be read ({len(images.unread)} in all): {problem}")
     if settings.tokenizer.name == "patch":
-        of = (_some_images(settings) if images is None else images).images
+        some = images or _some_images(settings, "train", on_disk, make_progress)
+        vocab_size, patch = settings.generator.vocab_size, settings.tokenizer.patch
         tokenizer, tokenizer_params = frozen.make_codebook(
-            settings.generator.vocab_size, settings.tokenizer.patch, of, tokenizer_path
+            vocab_size, patch, some.images, tokenizer_path
         )
         # Fitted on each host: another processor may round another way.
         tokenizer_params = distributed.from_first(tokenizer_params)
@@ -91,11 +115,11 @@ def build(settings: Settings, mesh: Mesh, tokenizer_path: pathlib.Path, log: Log
         log(f"teacher: {settings.teacher.name}, {teacher.feature_width} features a position")
     if settings.data.in_memory:
         load_crop, class_names = None, images.class_names
-        source = _in_memory(settings, images, tokenizer, tokenizer_params, teacher, frozen_params)
+        parts = tokenizer, tokenizer_params, teacher, frozen_params
+        source = _in_memory(settings, images, *parts, make_progress)
     else:
-        source, load_crop, class_names, held_out = _on_disk(
-            settings, tokenizer, tokenizer_params, log
-        )
+        parts = on_disk, tokenizer, tokenizer_params
+        source, load_crop, class_names, held_out = _on_disk(settings, *parts, log, make_progress)
     if class_names and len(class_names) != settings.generator.num_classes:
         raise ConfigError(
             f"model.num_classes is {settings.generator.num_classes}; it must be "
@@ -191,7 +215,9 @@ def _data_identity(source: Any, load_crop: pipeline.CropLoader | None) -> str:
     return hashlib.sha256(json.dumps(message, sort_keys=True).encode()).hexdigest()
 
 
-def labelled_images(settings: Settings, split: str) -> LabelledImages:
+def labelled_images(
+    settings: Settings, split: str, make_progress: progress.Maker = progress.silent
+) -> LabelledImages:
     """The image set of the config that is in memory; `split` is 'train' or 'held_out'."""
     data, sides = settings.data, settings.tokenizer.sides
     if data.name in SMALL_SETS:
@@ -207,6 +233,7 @@ def labelled_images(settings: Settings, split: str) -> LabelledImages:
         data.min_images,
         data.flip,
         grey,
+        make_progress,
     )
 
 
@@ -234,13 +261,19 @@ def _share(settings: Settings, images: ImageSource, which: str = "train") -> fol
     return folder_sets.split(images, share, data.held_out_share, which)
 
 
-def _some_images(settings: Settings, which: str = "train") -> LabelledImages:
+def _some_images(
+    settings: Settings,
+    which: str = "train",
+    images: ImageSource | None = None,
+    make_progress: progress.Maker = progress.silent,
+) -> LabelledImages:
     """Centre crops of some images on disk, evenly spread: enough to fit a codebook."""
-    images = open_images(settings.data.images)
+    images = open_images(settings.data.images).prepare() if images is None else images
     share = _share(settings, images, which)
     spec = CropSpec(settings.tokenizer.sides, ten=False, exif=settings.data.exif)
     found, labels = [], []
-    for i in np.linspace(0, len(share) - 1, min(len(share), _SOME)).astype(int):
+    some = np.linspace(0, len(share) - 1, min(len(share), _SOME)).astype(int)
+    for i in progress.counted(some, make_progress(len(some), "images read")):
         with contextlib.suppress(DataError):
             raw, label, _ = images.example(int(share.indices[i]))
             found.append(load_crop(raw, spec.centre, spec))
@@ -268,25 +301,33 @@ def _in_memory(
     tokenizer_params: Any,
     teacher: nn.Module | None,
     frozen_params: Any,
+    make_progress: progress.Maker,
 ) -> records.CodedImages:
     codes = features = None
     pixels = images.images if images.crops is None else images.crops
     if not settings.data.online:
-        codes = batched.encode_images(tokenizer, tokenizer_params, pixels)
+        with contextlib.closing(make_progress(len(pixels), "images encoded")) as shown:
+            encode = functools.partial(batched.encode_images, advance=shown.advance)
+            codes = encode(tokenizer, tokenizer_params, pixels)
     if settings.needs_images and settings.teacher.cached:
         # No longer needed in the step, so not on the devices either.
         params = frozen_params.pop("bidirectional")
-        features = batched.teacher_features(teacher, params, pixels)
+        with contextlib.closing(make_progress(len(pixels), "images through the teacher")) as shown:
+            features = batched.teacher_features(teacher, params, pixels, advance=shown.advance)
     pixels = pixels if settings.step_sees_images else None
     return records.CodedImages(codes, images.labels, pixels, features)
 
 
 def _on_disk(
-    settings: Settings, tokenizer: nn.Module | None, tokenizer_params: Any, log: Log
+    settings: Settings,
+    images: ImageSource | None,
+    tokenizer: nn.Module | None,
+    tokenizer_params: Any,
+    log: Log,
+    make_progress: progress.Maker,
 ) -> tuple[Any, pipeline.CropLoader | None, tuple[str, ...], records.CodeRecords | None]:
     """Of a large image set: the source, what loads crops if the step sees them, classes, held-out codes."""
-    seen = settings.step_sees_images
-    images = open_images(settings.data.images).prepare() if seen else None
+    images = images if settings.step_sees_images else None
     if settings.data.online:
         spec, share = crop_spec(settings), _share(settings, images)
         source = pipeline.OnlineImages(images, spec, settings.generator.num_classes, share)
@@ -296,13 +337,14 @@ def _on_disk(
         grid=settings.generator.grid,
         vocab_size=settings.generator.vocab_size,
         num_classes=settings.generator.num_classes,
+        make_progress=make_progress,
     )
     manifest, held_out = source.manifest, None
     if share := settings.data.held_out_share:
         log(f"reading the keys of {len(source):,} records, to hold out {share:g} of them")
-        source, held_out = source.split(share)
+        source, held_out = source.split(share, make_progress)
     if manifest is not None:
-        _check_manifest(settings, manifest, tokenizer_params)
+        stored_codes.check_manifest(settings, manifest, tokenizer_params)
     names = () if manifest is None else manifest.class_names
     if images is None:
         return source, None, names, held_out
@@ -318,59 +360,9 @@ def _on_disk(
             f"{settings.data.path} were made of {dict(manifest.images)}"
         )
     loader = pipeline.CropLoader(images, manifest.crops)
-    _check_crops(source, loader, tokenizer, tokenizer_params, settings.data.images, log)
+    parts = tokenizer, tokenizer_params, settings.data.images, log
+    stored_codes.check_crops(source, loader, *parts)
     return source, loader, names, held_out
-
-
-def _check_manifest(settings: Settings, manifest: Any, tokenizer_params: Any) -> None:
-    """That the shards were made for this run's images and by its tokenizer."""
-    wanted, stored = settings.tokenizer.image_size, manifest.crops.image_size
-    if sides(stored) != settings.tokenizer.sides:
-        raise ConfigError(
-            f"tokenizer.image_size is {wanted}; it must be {stored}, the crops of {settings.data.path}"
-        )
-    theirs = manifest.tokenizer.get("checksum")
-    if tokenizer_params is None or theirs is None:  # codes made elsewhere may have a name alone
-        return
-    if pretrained.checksum(tokenizer_params) != theirs:
-        raise ConfigError(
-            f"tokenizer.path is {settings.tokenizer.path!r}, not the tokenizer that made the "
-            f"codes of {settings.data.path} ({manifest.tokenizer.get('file')}, checksum "
-            f"{str(theirs)[:12]})"
-        )
-
-
-def _check_crops(
-    source: records.CodeRecords,
-    loader: pipeline.CropLoader,
-    tokenizer: nn.Module | None,
-    tokenizer_params: Any,
-    path: str,
-    log: Log,
-) -> None:
-    """Rebuilds a few crops: an early error where `data.images` are not the images of the codes."""
-    pixels, stored = [], []
-    for i in map(int, np.unique(np.linspace(0, len(source) - 1, 4).astype(int))):
-        record, crop = source[i], i % source.crops
-        try:
-            pixels.append(loader(record["key"], crop))
-            stored.append(record["codes"][crop])
-        except DataError as error:
-            log(f"images: {error}")
-    if not pixels:
-        raise DataError(f"data.images is {path!r}; it must hold the images of the codes")
-    if tokenizer is None:
-        log(f"images: {len(pixels)} crops rebuilt; not compared, since tokenizer.path is unset")
-        return
-    codes = batched.encode_images(tokenizer, tokenizer_params, np.stack(pixels))
-    share = float((codes == np.stack(stored)).mean())
-    # Another chip or precision moves a few codes that were almost a tie; other images move all.
-    if share < 0.5:
-        raise DataError(
-            f"data.images is {path!r}, but only {share:.0%} of the codes made of its crops are the "
-            "stored ones: these are not the images that the codes were made of"
-        )
-    log(f"images: {len(pixels)} crops rebuilt, {share:.1%} of their codes are the stored ones")
 
 
 def load_generators(

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,6 +36,7 @@ from mirai_jax.training.metrics_writer import MetricsWriter, read_metrics
 from mirai_jax.training.stopwatch import progress_line
 from mirai_jax.training.tracking import TrackedWriter
 from mirai_jax.utils import distributed, files, paths, pictures
+from mirai_jax.utils.progress import Progress
 
 Log = Callable[[str], None]
 
@@ -83,10 +85,18 @@ def train(
     if finished:
         log(f"this run is finished ({begin:,} steps); its figure: {summary}")
         return
+    # Before the guard: a process may wait long for one of its host, which makes the copies and indices of
+    # both. Requests of a bucket have limits of their own.
+    on_disk = components.open_source(settings)
+    distributed.barrier("images")
     with contextlib.closing(HangGuard(settings.hang_limit)) as guard:
         guard.heartbeat("reading data and frozen networks")
         mesh = sharding.make_mesh(settings.mesh, devices)
-        made = components.build(settings, mesh, transfer.codebook_path(settings, folder), log)
+        stream = sys.stderr if distributed.is_first() else None
+        shown = functools.partial(Progress, stream=stream, heartbeat=guard.heartbeat)
+        path = transfer.codebook_path(settings, folder)
+        made = components.build(settings, mesh, path, log, on_disk, shown)
+        guard.heartbeat("what the run begins with and what measures it")
         initial = transfer.read(made) if settings.init_from and not begin else None
         codebook = made.tokenizer_params if settings.tokenizer.name == "patch" else None
         measuring = measurer(made, mesh, log) if measurer else None

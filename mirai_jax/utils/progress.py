@@ -1,8 +1,11 @@
 """Progress of long tasks and the time left."""
 
+import contextlib
+import functools
 import sys
 import time
-from typing import TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
 
 
 def duration(seconds: float) -> str:
@@ -26,12 +29,20 @@ class Progress:
     Args:
         unit: the name of the items, in the plural.
         done: items done earlier, which do not count for the speed.
+        heartbeat: takes the line after every item: work that gets further is no hang.
     """
 
-    def __init__(self, total: int, unit: str, done: int = 0, stream: TextIO | None = sys.stderr):
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        done: int = 0,
+        stream: TextIO | None = sys.stderr,
+        heartbeat: Callable[[str], None] = lambda line: None,
+    ):
         stream = sys.stderr if stream is sys.__stderr__ else stream  # as it is now
         self._total, self._unit, self._stream = total, unit, stream
-        self._first, self._done = done, done
+        self._first, self._done, self._heartbeat = done, done, heartbeat
         self._begun = self._shown = time.monotonic()
         self._live = stream is not None and stream.isatty()
         self._every = 0.5 if self._live else 30.0
@@ -39,6 +50,7 @@ class Progress:
     def advance(self, count: int) -> None:
         """Counts `count` more items as done."""
         self._done += count
+        self._heartbeat(self.line())
         if time.monotonic() - self._shown >= self._every:
             self._show("")
 
@@ -62,3 +74,16 @@ class Progress:
         text = f"\r\033[K{self.line()}{end}" if self._live else f"{self.line()}\n"
         self._stream.write(text)
         self._stream.flush()
+
+
+Maker = Callable[[int, str], Progress]  # of a total and a unit
+
+silent = functools.partial(Progress, stream=None)
+
+
+def counted(items: Iterable[Any], progress: Progress) -> Iterator[Any]:
+    """The items, each of which is done when it comes."""
+    with contextlib.closing(progress):
+        for item in items:
+            progress.advance(1)
+            yield item
