@@ -101,6 +101,32 @@ def test_the_cache_keeps_within_its_size_and_follows_changes(memory, monkeypatch
     assert {p.name for p in paths.local(memory / "c").iterdir()} == {"data"}
 
 
+def test_what_a_killed_copy_left_makes_room_for_the_next(memory, monkeypatch):
+    monkeypatch.setenv("MIRAI_CACHE_GIB", str(3000 / 2**30))
+    for name in "abcd":
+        (memory / "images" / name).write_bytes(name.encode() * 500)
+    get = remote.Remote.get
+
+    def killed(path, local, size):
+        get(path, local, size)
+        if path.name == "c":
+            os._exit(76)
+
+    if not (child := os.fork()):
+        monkeypatch.setattr(remote.Remote, "get", killed)
+        with contextlib.suppress(BaseException):
+            paths.local(memory / "images")
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 76
+    left = next(cache.root().glob("*/unfinished-*"))
+    other = left.with_name(
+        "unfinished-0123-live"
+    )  # a copy of another version, which another process makes
+    other.mkdir()
+    assert (paths.local(memory / "images") / "d").read_bytes() == b"d" * 500
+    assert other.exists() and not left.exists()
+
+
 def test_a_lock_of_a_bucket_has_one_owner(memory, monkeypatch):
     monkeypatch.setattr(locks, "BEAT", 0.05)
     monkeypatch.setattr(locks, "_LIVE", 0.6)

@@ -25,6 +25,7 @@ from mirai_jax.utils.errors import ConfigError
 from mirai_jax.utils.remote import Remote, Unreachable
 
 _IN_USE = "in_use"  # locked (shared) by each process that reads from its folder
+_UNFINISHED = "unfinished-"  # what copies are named until they are whole, before their version
 
 _held: dict[pathlib.Path, IO] = {}
 _holding = threading.Lock()
@@ -46,6 +47,8 @@ def local_copy(path: Remote) -> pathlib.Path:
     copy = unit / version / path.name
     with _locked(unit / f"{version}.lock"):
         if not _whole(copy, found):
+            for left in unit.glob(f"{_UNFINISHED}{version}-*"):  # by processes that were killed
+                shutil.rmtree(left)
             _make_room(path, sum(size for size, _ in found.values()))
             _download(path, found, copy)
     return copy
@@ -129,8 +132,8 @@ def _make_room(path: Remote, size: int) -> None:
 
 
 def _download(path: Remote, found: dict[str, tuple[int, str]], copy: pathlib.Path) -> None:
-    unit = copy.parent.parent
-    with tempfile.TemporaryDirectory(dir=unit, prefix="unfinished-") as folder:
+    unit, prefix = copy.parent.parent, f"{_UNFINISHED}{copy.parent.name}-"
+    with tempfile.TemporaryDirectory(dir=unit, prefix=prefix) as folder:
         made = pathlib.Path(folder, path.name)
 
         def get(name: str) -> None:
