@@ -15,6 +15,7 @@ from mirai_jax.data import manifest, records
 from mirai_jax.data.crops import CropSpec, load_all_crops
 from mirai_jax.data.images import open_images
 from mirai_jax.data.pipeline import CropLoader, OnlineImages, make_dataset
+from mirai_jax.extraction import encode as encode_lib
 from mirai_jax.extraction import job as jobs
 from mirai_jax.extraction import pictures, shards
 from mirai_jax.models import tokenizer, vq
@@ -176,6 +177,19 @@ def test_bad_and_odd_images_are_listed_by_name(folder, tokenizer_file, tmp_path)
     assert len(same) == 13
     for key in same:
         np.testing.assert_array_equal(found[key], whole[key])
+
+
+def test_a_batch_without_an_image_is_not_encoded(folder, tokenizer_file, tmp_path, monkeypatch):
+    calls, encode = [], encode_lib.batched.encode
+    monkeypatch.setattr(encode_lib.batched, "encode", lambda *a: calls.append(1) or encode(*a))
+    for file in (folder / "cats").iterdir():  # the first 6 of 17
+        file.write_bytes(b"?")
+    made = make(folder, tokenizer_file, tmp_path / "codes", images_per_shard=17, batch_size=2)
+    assert (made.num_failed, len(calls)) == (6, 6)
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"?")
+    refused = refusal(prepare, folder, tokenizer_file, tmp_path / "other", error=DataError)
+    assert "not an image" in refused and not (tmp_path / "other").exists()
 
 
 def test_a_lost_file_is_listed_and_a_source_that_vanishes_stops_the_work(

@@ -3,6 +3,7 @@
 Each packed source must give what the folder that it was made of gives, in the same order.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from mirai_jax.data.crops import CropSpec
 from mirai_jax.data.images import open_images
 from mirai_jax.extraction import job as jobs
 from mirai_jax.extraction import shards
+from mirai_jax.tokenizing import images as tokenizing_images
 from mirai_jax.training import metrics_writer, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -294,6 +296,28 @@ def test_bad_samples_of_tars_are_listed(folder, codes, tokenizer_file, tmp_path)
     assert "a.tar:train/x" in found["skipped"] and len(found["skipped"]) <= 2
     for got, wanted in zip(stored(tmp_path / "codes"), stored(codes) * 2, strict=False):
         np.testing.assert_array_equal(got["codes"], wanted["codes"])
+
+
+def test_without_labels_nothing_is_extracted_and_a_tokenizer_is_trained(
+    folder, tokenizer_file, tmp_path
+):
+    rows, path = list(rows_of(folder)), tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, raw, _ in rows:
+            for member, data in ((name, raw), (f"{name[:-4]}.txt", b"a caption")):
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    refused = refusal(extract, f"wds:{path}", tokenizer_file, tmp_path / "codes")
+    assert "a.tar:0" in refused and "no label" in refused and not (tmp_path / "codes").exists()
+    load = functools.partial(
+        tokenizing_images.load, "images", "", held_out=4, size=(8, 8), crop_range=1.1, flip=True,
+        exif="ignore", batch_size=4, seed=0,
+    )  # fmt: skip
+    made = load(spec=f"wds:{path}")
+    assert made.count == 19 and next(iter(made.batches))["image"].shape == (4, 8, 8, 3)
+    broken = write_tar(tmp_path / "b.tar", [(name, b"?", label) for name, _, label in rows])
+    assert "b.tar:" in refusal(load, spec=f"wds:{broken}")
 
 
 # Codes that others have made ---------------------------------------------------------------------

@@ -25,6 +25,10 @@ class ImageSource(abc.ABC):
     def about(self, index: int) -> tuple[int, str]:
         """Label (0 or more) and key of image `index`; the key stays the same."""
 
+    def key(self, index: int) -> str:
+        """The key of image `index`, also of one without a label."""
+        return self.about(index)[1]
+
     @abc.abstractmethod
     def example(self, index: int) -> tuple[bytes | np.ndarray, int, str]:
         """Image, label and key of image `index`, fetched once."""

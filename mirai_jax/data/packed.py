@@ -71,6 +71,9 @@ class PackedImages(ImageSource):
             raise self._unreadable(number, row, wanted, Damaged)
         return label, self._key(number, row)
 
+    def key(self, index: int) -> str:
+        return self._key(*self._place(index))
+
     def example(self, index: int) -> tuple[bytes, int, str]:
         label, key = self.about(index)
         return self._read(*self._place(index)), label, key
@@ -88,7 +91,7 @@ class PackedImages(ImageSource):
         return None if (labels < 0).any() else labels
 
     def hashes(self) -> np.ndarray:
-        return hashes_of(self._key(*self._place(index)) for index in range(len(self)))
+        return hashes_of(map(self.key, range(len(self))))
 
     def describe(self) -> dict[str, Any]:
         listed = "".join(

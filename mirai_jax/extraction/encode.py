@@ -46,18 +46,21 @@ def encoded_batches(
     devices, spec, size = batched.LocalDevices(), job.manifest.crops, job.manifest.batch_size
     params, rows = devices.copy(job.params), size * spec.count
     filled = -(-rows // devices.count) * devices.count
-    waiting: deque[tuple[int, list[LoadedImage], jax.Array]] = deque()
+    waiting: deque[tuple[int, list[LoadedImage], np.ndarray | jax.Array]] = deque()
 
-    def fetched(k: int, batch: list[LoadedImage], codes: jax.Array):
+    def fetched(k: int, batch: list[LoadedImage], codes: np.ndarray | jax.Array):
         return k, batch, np.asarray(codes)[:rows].astype(np.uint16).reshape(size, spec.count, -1)
 
     for k, batch in _batches(job, shards):
         # All batches have one shape: missing images are black, and their codes are dropped.
         pixels = np.zeros((filled, *sides(spec.image_size), 3), np.uint8)
+        codes = np.zeros((filled, 1), np.uint16)  # of a batch without an image
         for i, image in enumerate(batch):
             if image.crops is not None:
                 pixels[i * spec.count : (i + 1) * spec.count] = image.crops
-        waiting.append((k, batch, batched.encode(job.module, params, devices.split(pixels))))
+        if any(image.crops is not None for image in batch):
+            codes = batched.encode(job.module, params, devices.split(pixels))
+        waiting.append((k, batch, codes))
         if len(waiting) > 1:
             yield fetched(*waiting.popleft())
     for last in waiting:

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mirai_jax.data import folders, manifest
-from mirai_jax.data.crops import CropSpec, sides
+from mirai_jax.data.crops import CropSpec, load_all_crops, sides
 from mirai_jax.data.images import ImageSource, open_images
 from mirai_jax.data.manifest import Manifest
 from mirai_jax.extraction import codes as given_codes
@@ -91,11 +92,13 @@ def prepare(
         module, params, about = _load_tokenizer(tokenizer_path, crops, precision)
         grid, vocab_size = module.decoded, module.vocab_size
     source = open_images(images) if images else None
-    if source is not None and not len(source):
-        raise DataError(f"--images is {images!r}, which holds no image")
     given = given_codes.open_codes(codes, source, crops.ten) if codes else None
     if given is not None:
-        _check_codes(codes, given, grid, vocab_size)
+        read = lambda index: read_codes(given, index, grid, vocab_size)
+        _check(f"--codes is {codes!r}", given.count, read, most=0.5)
+    else:
+        read = lambda index: load_all_crops(source.example(index)[0], crops)
+        _check(f"--images is {images!r}", len(source), read, most=0.99)
     keys, class_names = ("", ()) if source is None else (source.listing(), source.class_names)
     planned = Manifest(
         images=(given if source is None else source).describe() | ({"keys": keys} if keys else {}),
@@ -141,18 +144,18 @@ def _load_tokenizer(
     return module, params, about | dataclasses.asdict(loaded.config)
 
 
-def _check_codes(path: str, given: GivenCodes, grid: tuple[int, int], vocab_size: int) -> None:
-    """Raises DataError if most of some records have other crops, codes or images, or cannot be read."""
-    if not given.count:
-        raise DataError(f"--codes is {path!r}, which holds no record")
-    some, wrong = np.unique(np.linspace(0, given.count - 1, 16).astype(int)), []
+def _check(what: str, count: int, read: Callable[[int], Any], most: float) -> None:
+    """Raises DataError if `read` does for more than this share of some records or images."""
+    if not count:
+        raise DataError(f"{what}, which holds none")
+    some, wrong = np.unique(np.linspace(0, count - 1, 16).astype(int)), []
     for index in map(int, some):
         try:
-            read_codes(given, index, grid, vocab_size)
+            read(index)
         except DataError as error:
             wrong.append(error)
-    if 2 * len(wrong) > len(some):
-        raise DataError(f"--codes is {path!r}: {first_line(wrong[0])}") from wrong[0]
+    if len(wrong) > most * len(some):
+        raise DataError(f"{what}: {first_line(wrong[0])}") from wrong[0]
 
 
 def _found_or_written(folder: pathlib.Path, planned: Manifest) -> Manifest:

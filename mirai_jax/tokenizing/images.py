@@ -1,7 +1,6 @@
 """The images that a tokenizer is trained and measured on: small sets in memory, folders of any size."""
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -82,8 +81,7 @@ class _Some:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, int | str]:
-        _, key = self._source.about(int(self._indices[index]))
-        return {"crops": _SEEDS, "key": key}
+        return {"crops": _SEEDS, "key": self._source.key(int(self._indices[index]))}
 
 
 def load(
@@ -135,8 +133,12 @@ def load(
     loader = AnyCrops(source, size, crop_range, flip, exif)
     middles, left = [], collections.deque(order)
     while left and len(middles) < held_out:
-        with contextlib.suppress(Unreadable):
-            middles.append(loader.centre(source.about(int(left.popleft()))[1]))
+        try:
+            middles.append(loader.centre(source.key(int(left.popleft()))))
+        except Unreadable as error:
+            problem = first_line(error)
+    if not left:
+        raise DataError(f"data.images is {spec!r}; its images cannot be read ({problem})")
     train = np.sort(np.array(left, int))
     batches = pipeline.make_dataset(_Some(source, train), load_crop=loader, **of_batches)
     about = {**about, "name": ""} if about["kind"] == "folder" else about  # a folder may move
