@@ -11,12 +11,14 @@ import pytest
 from helpers import refusal
 from PIL import Image
 
-from configs import mirai_e, mirai_i
+from configs import mirai_e, mirai_i, tokenizer
 from mirai_jax.config import compare, schema
 from mirai_jax.data import crops, folder_sets, pipeline, records
 from mirai_jax.data.images import open_images
 from mirai_jax.models import teacher, vit, vq
 from mirai_jax.tokenizing import images as tokenizing_images
+from mirai_jax.tokenizing import settings as tokenizing_settings
+from mirai_jax.tokenizing import train as tokenizing_train
 from mirai_jax.training import components, follow, metrics_writer, train
 from mirai_jax.training.checkpoint import restore_weights
 from mirai_jax.weights import efficientnet, pretrained
@@ -264,6 +266,29 @@ def run(config, folder, log=lambda line: None, devices=1):
     train.train(config, folder, devices=jax.devices()[:devices], log=log)
     names = "loss", "cross_entropy", "grad_norm"
     return [[entry[name] for name in names] for entry in metrics_writer.read_metrics(folder)]
+
+
+def test_files_that_are_ignored_are_named(tmp_path):
+    folder, programs = draw(tmp_path / "pictures", "a", 16, (8, 8)), []
+    for name in ("1.HEIC", "2.HEIC", "notes.txt"):
+        (folder / "a" / name).write_bytes(b"?")
+    fields = {"data__min_images": 1, "tokenizer__image_size": (8, 8)}
+    for data_crops in ("centre", "random"):
+        lines, config = [], config_of(folder, data__crops=data_crops, **fields)
+        config.model.vocab_size = 10_000  # refused, when the images are read
+        refusal(train.train, config, tmp_path / "run", log=lines.append)
+        programs.append(lines)
+    config = tokenizer.get_config("folder")
+    config.data.update(images=str(folder), held_out=2)
+    config.tokenizer.update(image_size=(8, 8), vocab_size=16)
+    config.loss.perceptual_weight = 0.0
+    built = tokenizing_train._build(
+        tokenizing_settings.read(config, 1), tmp_path, jax.devices()[:1]
+    )
+    for lines in (*programs, built.lines):
+        (line,) = (line for line in lines if "are ignored" in line)
+        assert line.startswith("3 files") and "notes.txt" in line and line.count("HEIC") == 1
+        assert "convert heic" in line
 
 
 def test_wrong_input_is_one_line(pictures, tmp_path):

@@ -113,9 +113,9 @@ def load(
     if len(numbers) > 1 and which == "train":
         cut = [crops.crop(resized, number, crop_spec) for number in numbers]
         made = np.stack(cut, axis=1).reshape(-1, *images.shape[1:])
-    return LabelledImages(
-        images, part.labels, part.class_names, None if made is images else made, problems
-    )
+    made = None if made is images else made
+    rest = problems, source.skipped
+    return LabelledImages(images, part.labels, part.class_names, made, *rest)
 
 
 def _read(

@@ -22,6 +22,15 @@ def surprise(names: Sequence[str]) -> str:
     return f"classes are in the order of text: label {moved[0]} is class {names[moved[0]]!r}"
 
 
+def ignored(names: Sequence[str]) -> str:
+    """A line about files that are left out since they are no images that can be read; '' for none."""
+    kinds = {name.rpartition(".")[2].lower(): name for name in reversed(names)}
+    line = f"{len(names):,} files are ignored, such as {', '.join(list(kinds.values())[-3:])}"
+    if unread := {"heic", "heif", "avif", "jfif"} & kinds.keys():
+        line = f"{line}: convert {' and '.join(sorted(unread))} to jpg or png"
+    return line if names else ""
+
+
 def scan(spec: str, root: str, folder: str = "") -> tuple[list[str], list[str]]:
     """Names of the folders and of the files in root/folder, each sorted; no hidden ones.
 

@@ -32,6 +32,7 @@ class LabelledImages:
     class_names: tuple[str, ...]
     crops: np.ndarray | None = None  # uint8 (N * K, H, W, C): what a run trains on, if not `images`
     unread: tuple[str, ...] = ()  # of files that are left out: their names and why
+    skipped: tuple[str, ...] = ()  # files that are no images
 
 
 def checksum(images: LabelledImages) -> str:

@@ -20,13 +20,14 @@ class Images:
     """What a run needs of its data.
 
     `held_out` is uint8 (N, H, W, C), `count` the number of training images, `identity` for
-    `workdir.check_same`.
+    `workdir.check_same`, `skipped` names files that are no images.
     """
 
     batches: pipeline.Batches
     held_out: np.ndarray
     count: int
     identity: dict[str, str]
+    skipped: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,4 +145,4 @@ def load(
     about = {**about, "name": ""} if about["kind"] == "folder" else about  # a folder may move
     listing = f"{json.dumps(about, sort_keys=True)} {source.listing()}"
     identity = {"image_keys": hashlib.sha256(listing.encode()).hexdigest()}
-    return Images(batches, np.stack(middles), len(train), identity)
+    return Images(batches, np.stack(middles), len(train), identity, source.skipped)

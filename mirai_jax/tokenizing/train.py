@@ -15,6 +15,7 @@ import numpy as np
 from clu import parameter_overview
 
 from mirai_jax import sharding
+from mirai_jax.data import folders
 from mirai_jax.evaluation import metrics as metrics_lib
 from mirai_jax.evaluation.image_streams import of_array
 from mirai_jax.evaluation.network import Network
@@ -78,6 +79,7 @@ def _build(
     judge = Network(settings.inception, _FEATURES_AT_ONCE)
     task = TokenizerTask(settings, images, initial, perceptual, judge, workdir, devices)
     lines = [
+        *filter(None, [folders.ignored(images.skipped)]),
         f"data: {data.name}, {images.count:,} images, {len(images.held_out):,} more are held out",
         f"tokens: {height}x{width} an image, {vocab_size:,} codes",
     ]

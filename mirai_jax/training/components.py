@@ -62,8 +62,7 @@ def open_source(settings: Settings) -> ImageSource | None:
     Raises:
         ConfigError, DataError: one line.
     """
-    wanted = settings.step_sees_images or settings.tokenizer.name == "patch"
-    if settings.data.in_memory or not wanted:
+    if settings.data.in_memory or not settings.step_sees_images:
         return None
     return open_images(settings.data.images).prepare()
 
@@ -92,6 +91,9 @@ def build(
         images = labelled_images(settings, "train", make_progress)
         for problem in images.unread[:3]:
             log(f"left out, for it cannot be read ({len(images.unread)} in all): {problem}")
+    listed = images or (on_disk if settings.data.online else None)  # extract reports those of codes
+    if line := folders.ignored(listed.skipped if listed else ()):
+        log(line)
     if settings.tokenizer.name == "patch":
         some = images or _some_images(settings, "train", on_disk, make_progress)
         vocab_size, patch = settings.generator.vocab_size, settings.tokenizer.patch
