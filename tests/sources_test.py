@@ -23,13 +23,15 @@ from helpers import refusal
 from PIL import Image
 
 from configs import llamagen
-from mirai_jax.data import folder_sets, records
+from mirai_jax.config import schema
+from mirai_jax.data import folder_sets, images, parquet, records
 from mirai_jax.data.crops import CropSpec
 from mirai_jax.data.images import open_images
 from mirai_jax.extraction import job as jobs
 from mirai_jax.extraction import shards
 from mirai_jax.tokenizing import images as tokenizing_images
-from mirai_jax.training import metrics_writer, train
+from mirai_jax.training import components, follow, metrics_writer, train
+from mirai_jax.utils import hub
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -207,6 +209,61 @@ def test_another_schema_is_refused_in_a_line(folder, tmp_path):
 
 def pc_bytes(table):
     return pa.array([row["bytes"] for row in table["image"].to_pylist()], pa.binary())
+
+
+def test_files_with_other_class_names_are_no_more_of_the_data_set(folder, tmp_path):
+    rows = list(rows_of(folder))
+    for name, names in (("a", NAMES), ("b", NAMES), ("c", ("cars", "ships", "trams"))):
+        schema = SCHEMA.with_metadata(features(names))
+        write_parquet(tmp_path / "of" / f"{name}.parquet", rows, schema=schema)
+    assert len(open_images(f"parquet:{tmp_path}/of/[ab].parquet")) == 46
+    refused = refusal(open_images, f"parquet:{tmp_path}/of")
+    assert "a.parquet" in refused or "b.parquet" in refused
+    assert "c.parquet" in refused
+
+
+@pytest.mark.parametrize(
+    "files, split, wanted",
+    [
+        (("data/train-0-of-2.parquet", "data/train-1-of-2.parquet", "data/test-0.parquet"), "", 2),
+        (("plain_text/train-0-of-1.parquet", "plain_text/test-0-of-1.parquet"), "", 1),
+        (
+            ("big/train-0.parquet", "small/train-0.parquet", "small/test-0.parquet"),
+            "",
+            "big, small",
+        ),
+        (("big/train/0.parquet", "small/train/0.parquet"), ":train", "big, small"),
+        (
+            ("big/train/0.parquet", "small/train/0.parquet", "small/train/1.parquet"),
+            ":small/train",
+            2,
+        ),
+        (("train/000/0.tar", "train/001/0.tar"), "", 2),
+        (("data/a-train-0.parquet", "data/b-train-0.parquet"), "", 2),
+        (("big/0.parquet", "small/0.parquet"), "", "big, small"),
+        (("big/0.parquet", "small/0.parquet"), ":small", 1),
+        (("0.tar", "1.tar"), "", 2),
+    ],
+)
+def test_of_several_subsets_of_the_hub_one_must_be_named(
+    files, split, wanted, tmp_path, monkeypatch
+):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(hub, "_fetch", lambda *_, **__: str(tmp_path))
+    find = lambda: hub.data_files(f"hf:me/photos{split}", images._packed_files)
+    if isinstance(wanted, str):
+        assert wanted in refusal(find)
+    else:
+        assert len(find()) == wanted
+
+
+def test_a_codebook_is_fitted_without_reading_groups_of_rows(folder, tmp_path, monkeypatch):
+    config = config_of(pack("snappy", folder, tmp_path), 1, 0)
+    settings = schema.read(follow.resolve(config, lambda line: None), 1)
+    monkeypatch.setattr(parquet, "_group", None)
+    assert len(components._some_images(settings).images) == 23
 
 
 # Faults ------------------------------------------------------------------------------------------

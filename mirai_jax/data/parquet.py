@@ -44,6 +44,10 @@ class ParquetImages(packed.PackedImages):
     def __init__(self, spec: str, paths: Sequence[str]):
         with futures.ThreadPoolExecutor(16) as pool:
             groups, names = zip(*pool.map(_open, paths), strict=True)
+        named = {listed: path for listed, path in zip(names, paths, strict=True) if listed}
+        if len(named) > 1:
+            one, other, *_ = named.values()
+            raise DataError(f"images {spec!r}: the class names of {one} and {other} differ")
         super().__init__(spec, paths, [int(starts[-1]) for starts in groups], names[0])
         self._groups: tuple[np.ndarray, ...] = groups  # where each group of rows starts
         # See `prepare`: the copies of each file, and int64 (rows, 3): place, start and size.

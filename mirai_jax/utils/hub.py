@@ -35,7 +35,7 @@ def data_files(spec: str, find: Callable[[str], list[str]]) -> list[str]:
             several subsets one is chosen by SUBSET/SPLIT.
 
     Raises:
-        ConfigError: as `local_file`.
+        ConfigError: as `local_file`; or files of several subsets, which may have the same images.
     """
     if not (found := _DATA.fullmatch(spec)):
         raise ConfigError(f"images {spec!r}; it must be hf:OWNER/NAME[@REVISION][:SPLIT]")
@@ -45,10 +45,24 @@ def data_files(spec: str, find: Callable[[str], list[str]]) -> list[str]:
             spec, "snapshot_download", found["repo"], repo_type="dataset",
             revision=found["revision"], allow_patterns=patterns,
         )  # fmt: skip
-        named = re.compile(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)" if split else "")
-        if files := [f for f in find(folder) if named.search(os.path.relpath(f, folder))]:
-            return files
+        subsets = {f: _subset(os.path.relpath(f, folder), split) for f in find(folder)}
+        several = sorted(set(subsets.values()) - {""})
+        if len(several) > 1:  # of the same images, perhaps
+            one = f"{several[-1]}/{split}".rstrip("/")
+            raise ConfigError(
+                f"images {spec!r} has subsets {', '.join(several)}; it must name one, such as :{one}"
+            )
+        if several:
+            return [f for f, subset in subsets.items() if subset]
     raise ConfigError(f"images {spec!r} has no parquet file and no tar; it must have some")
+
+
+def _subset(name: str, split: str) -> str:
+    """The folder of the subset of a file of the split, '.' for none; '' for a file of another split."""
+    if not split:
+        return name.rpartition("/")[0].partition("/")[0] or "."
+    match = re.search(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)", name)
+    return (os.path.dirname(name[: match.start() + 1]) or ".") if match else ""
 
 
 def _fetch(path: Any, function: str, *arguments: str, **options: Any) -> str:
