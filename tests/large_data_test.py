@@ -1,11 +1,18 @@
 """Starts on large data: what takes long is shown, and never taken for a hang."""
 
+import contextlib
+import itertools
+import os
+import threading
+import time
+
+import numpy as np
 import pytest
 from folder_test import config_of, draw, run
 from sources_test import pack, write_folder
 
 from configs import mirai_i
-from mirai_jax.data import tars
+from mirai_jax.data import pipeline, tars
 from mirai_jax.training import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -64,3 +71,28 @@ def test_indices_are_made_before_the_guard_watches(tmp_path, happened, monkeypat
     config.model.grid = (6, 10)
     begin(config, tmp_path / "run")
     assert happened[:3] == ["index", "index", "guard"]
+
+
+def test_without_worker_processes_threads_decode_and_the_batches_stay_the_same(monkeypatch):
+    records = [{"label": np.int32(i), "crops": 10, "key": str(i)} for i in range(40)]
+    together, calls = threading.Barrier(2), None
+
+    def load(key, crop):
+        call = next(calls)
+        if call < 2 <= os.cpu_count():
+            together.wait(10)  # for another thread
+        time.sleep(0.003 * (call * 7 % 5))  # so that batches are not ready in their order
+        return np.full((1, 1, 1), 10 * int(key) + crop)
+
+    def batches(threads):
+        nonlocal calls
+        calls = itertools.count()
+        monkeypatch.setattr(os, "cpu_count", lambda: threads)
+        made = iter(pipeline.make_dataset(records, load_crop=load, batch_size=4, seed=0))
+        with contextlib.closing(made):
+            return [next(made) for _ in range(25)]
+
+    one, several = batches(1), batches(4)
+    for x, y in zip(one, several, strict=True):
+        np.testing.assert_array_equal(x["image"], y["image"])
+        np.testing.assert_array_equal(x["label"], y["label"])
