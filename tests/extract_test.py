@@ -193,9 +193,10 @@ def test_a_batch_without_an_image_is_not_encoded(folder, tokenizer_file, tmp_pat
 
 
 def test_a_lost_file_is_listed_and_a_source_that_vanishes_stops_the_work(
-    folder, tokenizer_file, tmp_path
+    folder, tokenizer_file, tmp_path, monkeypatch
 ):
-    job = prepare(folder, tokenizer_file, tmp_path / "one")
+    monkeypatch.setattr(encode_lib, "_LOST", 4)
+    job = prepare(folder, tokenizer_file, tmp_path / "one", batch_size=1)
     (folder / "dogs" / "04.png").rename(tmp_path / "04.png")
     final = shards.run(job, 0, 1, reconstructions=0)
     report = json.loads((tmp_path / "one" / "report.json").read_text())

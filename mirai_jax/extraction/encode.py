@@ -17,6 +17,8 @@ from mirai_jax.extraction.job import ExtractionJob
 from mirai_jax.models import batched
 from mirai_jax.utils.errors import Damaged, DataError, Unreadable, first_line
 
+_LOST = 20  # images in a row that cannot be read: the disk is lost, perhaps
+
 
 @dataclasses.dataclass
 class LoadedImage:
@@ -37,7 +39,7 @@ def encoded_batches(
     """(shard, images, codes (B, C, L) uint16), in order; the next batch is always queued.
 
     Batches never cross a shard, so a shard's bytes depend on nothing outside it. An image that cannot
-    be read or decoded has a `problem`; a whole batch that cannot be read raises DataError.
+    be read or decoded has a `problem`; _LOST in a row that cannot be read raise DataError.
     """
     if job.codes is not None:
         for k, batch in _batches(job, shards):
@@ -68,15 +70,17 @@ def encoded_batches(
 
 
 def _batches(job: ExtractionJob, shards: list[int]) -> Iterator[tuple[int, list[LoadedImage]]]:
-    size = job.manifest.batch_size
+    size, lost = job.manifest.batch_size, 0
     stream = _loaded(job, (i for k in shards for i in job.indices(k)))
     for k in shards:
         left = len(job.indices(k))
         while left:
             batch = [next(stream) for _ in range(min(size, left))]
             left -= len(batch)
-            if len(batch) == size and all(image.unread for image in batch):
-                raise DataError(batch[-1].problem)  # the disk is lost, perhaps
+            for image in batch:
+                lost = lost + 1 if image.unread else 0
+                if lost == _LOST:
+                    raise DataError(image.problem)
             yield k, batch
 
 
