@@ -68,7 +68,8 @@ def split(source: ImageSource, share: Share, held_out_share: float, which: str) 
     """The part to train on ('train') or the part kept out of training ('held_out').
 
     An image is held out if the hash of its key lies in the lowest `held_out_share` of all hashes, so
-    adding images moves no other. The hashes are those of `mirai_jax.tokenize`.
+    adding images moves no other. `mirai_jax.tokenize` holds out a number of the lowest hashes, and so the
+    same images where both hold out equally many.
 
     Raises:
         DataError: a class has no image to train on.

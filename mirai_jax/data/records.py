@@ -145,7 +145,8 @@ class CodeRecords:
         """The records to train on, and those kept out of training.
 
         By the hash of their keys, as images of a folder (`folder_sets.split`): the codes of an image are
-        held out where the image would be. Reads every record.
+        held out where the image would be. (Not of tfds: and grain: with names: there the hash of an image
+        is that of its number, and its key has the name as well.) Reads every record.
 
         Raises:
             DataError: a record is damaged, or one of the two has no record.
