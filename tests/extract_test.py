@@ -257,7 +257,9 @@ def test_wrong_input_is_refused_before_anything_is_written(folder, tokenizer_fil
     assert not out.exists()
 
 
-def test_reconstructions_show_the_images_above_their_codes(folder, tokenizer_file, tmp_path):
+def test_reconstructions_show_the_images_above_their_codes(
+    folder, tokenizer_file, tmp_path, monkeypatch
+):
     job = prepare(folder, tokenizer_file, tmp_path / "codes")
     shards.run(job, 0, 1, reconstructions=4)
     shown = np.asarray(Image.open(tmp_path / "codes" / "reconstructions.png"))
@@ -265,6 +267,10 @@ def test_reconstructions_show_the_images_above_their_codes(folder, tokenizer_fil
     found = read_all(tmp_path / "codes")[:6]
     packed = [records.pack_record((x["codes"] + 1) % 64, 0, x["key"]) for x in found]
     records.write_shard(tmp_path / "codes" / job.shard_name(0), packed)
+    copied, local = [], pictures.paths.local
+    monkeypatch.setattr(pictures.paths, "local", lambda path: copied.append(path) or local(path))
+    pictures.draw_reconstructions(job, list(range(3)), 2)
+    assert len(copied) == 2  # of three shards no more than are shown
     pictures.draw_reconstructions(job, list(range(3)), 4)
     other = np.asarray(Image.open(tmp_path / "codes" / "reconstructions.png"))
     upper = len(shown) // 2

@@ -14,7 +14,9 @@ from mirai_jax.utils import paths, pictures
 
 def draw_reconstructions(job: ExtractionJob, shards: list[int], count: int) -> pathlib.Path | None:
     """Draws up to `count` images, evenly spread over the shards; None if the shards hold none."""
-    written = [str(paths.local(job.out / job.shard_name(k))) for k in shards]
+    some = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int)
+    # No others: those of a bucket are copied.
+    written = [str(paths.local(job.out / job.shard_name(shards[n]))) for n in some]
     with grain.sources.ArrayRecordDataSource(written) as source:
         if not len(source):
             return None
