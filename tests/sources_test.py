@@ -262,6 +262,9 @@ def test_of_several_subsets_of_the_hub_one_must_be_named(
 def test_a_codebook_is_fitted_without_reading_groups_of_rows(folder, tmp_path, monkeypatch):
     config = config_of(pack("snappy", folder, tmp_path), 1, 0)
     settings = schema.read(follow.resolve(config, lambda line: None), 1)
+    with monkeypatch.context() as patch:
+        patch.setenv("MIRAI_CACHE_GIB", "0")  # no room for copies
+        assert len(components._some_images(settings).images) == 23
     monkeypatch.setattr(parquet, "_group", None)
     assert len(components._some_images(settings).images) == 23
 

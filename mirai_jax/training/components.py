@@ -270,7 +270,10 @@ def _some_images(
     make_progress: progress.Maker = progress.silent,
 ) -> LabelledImages:
     """Centre crops of some images on disk, evenly spread: enough to fit a codebook."""
-    images = open_images(settings.data.images).prepare() if images is None else images
+    if images is None:
+        images = open_images(settings.data.images)
+        with contextlib.suppress(DataError):  # no room for copies: then by groups of rows, slowly
+            images.prepare()
     share = _share(settings, images, which)
     spec = CropSpec(settings.tokenizer.sides, ten=False, exif=settings.data.exif)
     found, labels = [], []
