@@ -1,8 +1,7 @@
 """Writes tables.md and the figures beside it from the files of runs/: `python results/tables.py`.
 
-A run is runs/SWEEP/ARM-seed=N/ with config.json, run.json, assessment.jsonl (samples; in older runs the
-cross-entropy too), positions.jsonl (cross-entropy of the EMA and the trained weights at each grid position)
-and at times future.jsonl, as `python -m launch.collect` copies them. Runs that are not there are "not run".
+A run is runs/SWEEP/ARM-seed=N/, as `python -m launch.collect` copies it: assessment.jsonl has measures of samples (in
+older runs the cross-entropy too), positions.jsonl the cross-entropy at each grid position, future.jsonl probes.
 """
 
 import json
@@ -15,8 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats
 
-HERE = pathlib.Path(__file__).parent
-STEPS_PER_EPOCH = 1_875  # 60,000 images, batches of 32
+HERE, STEPS_PER_EPOCH = pathlib.Path(__file__).parent, 1_875  # 60,000 images, batches of 32
 BASE, STUDY, FIRST, PLANNED = "llamagen", "study_direction", "variants", 5  # planned pairs
 STAGES = (  # sweep, what it settles, runs
     ("study_rates", "the learning rate of each arm", 6),
@@ -49,7 +47,6 @@ MEASURES = {  # column: title, digits, factor
 }  # fmt: skip
 AHEAD = {"r0c1": "next token", "r1c0": "one row below", "r2c0": "two rows below"}
 OLD, RENAMED = {"cross_entropy": "validation_cross_entropy"}, ("agreement", "class_accuracy")
-PROTOCOL = "guidance", "samples", "pixels", "temperature", "top_k", "top_p"
 COLOURS, MARKERS = ("#000000", "#0072b2", "#d55e00", "#009e73"), "osD^v"
 DASHES = ("-", "--", ":", "-.", (0, (1, 3)))
 INTRODUCTION = """# Tables
@@ -70,34 +67,36 @@ not pass it after the first of these. No goal is the end of a shorter run.
 """
 
 
-def lines(path):
-    return map(json.loads, path.read_text().splitlines() if path.exists() else ())
+def measured(path, about, protocols):
+    """The measurements of a run, made as all of its sweep: in the study the sampling seed is the run's."""
+    for entry in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+        how = dict(entry["protocol"])
+        if "seed" in how and about["sweep"].startswith("study"):
+            how["seed"] -= about["seed"]
+        if protocols.setdefault((about["sweep"], path.name, how.get("guidance")), how) != how:
+            raise ValueError(f"{path} has numbers of another protocol than its sweep")
+        yield entry
 
 
 def read(runs):
     """A row for each run, step and guidance: cross-entropies, and measures of samples where there are."""
     rows, protocols = [], {}
     for path in sorted(runs.glob("*/*/run.json")):
-        run = json.loads(path.read_text())
-        config = json.loads(path.with_name("config.json").read_text())
+        run, config = (json.loads(p.read_text()) for p in (path, path.with_name("config.json")))
         about = {"sweep": path.parts[-3], "arm": run["setting"], "seed": config["seed"]}
         about |= {k: run.get(k, "unknown") for k in ("seconds", "machine", "commit")}
         about |= {"last": run["steps"], "ema": np.nan, "grid": None}
         about["start"] = max([t["start_epoch"] for t in config["foresight"]] or [0.0])
-        for entry in lines(path.with_name("future.jsonl")):  # the best block of the EMA
-            blocks = [block["tokens"]["r2"] for block in entry["ema"].values()]
+        for entry in measured(path.with_name("future.jsonl"), about, protocols):
+            blocks = [block["tokens"]["r2"] for block in entry["ema"].values()]  # the best counts
             about |= {target: max(block[target] for block in blocks) for target in AHEAD}
         found = {(run["steps"], 1.0): {}}
-        for entry in lines(path.with_name("positions.jsonl")):
-            grids = {weights: np.array(entry[weights]) for weights in ("ema", "trained")}
-            means = {weights: grid.mean() for weights, grid in grids.items()}
-            found[entry["step"], 1.0] = means | {"grid": grids["ema"]}
-        for entry in lines(path.with_name("assessment.jsonl")):
+        for entry in measured(path.with_name("positions.jsonl"), about, protocols):
+            row = found[entry["step"], 1.0] = {"grid": np.array(entry["ema"])}
+            row |= {weights: np.mean(entry[weights]) for weights in ("ema", "trained")}
+        for entry in measured(path.with_name("assessment.jsonl"), about, protocols):
             entry = {OLD.get(k, k).replace(*RENAMED): v for k, v in entry.items()}
-            guidance, *how = (entry["protocol"].get(k) for k in PROTOCOL)
-            if protocols.setdefault((about["sweep"], guidance), how) != how:
-                raise ValueError(f"{path.parent} has numbers of another protocol than its sweep")
-            row = found.setdefault((entry["step"], guidance), {})
+            row = found.setdefault((entry["step"], entry["protocol"]["guidance"]), {})
             row.setdefault("ema", entry["validation_cross_entropy"])
             row |= {k: v for k, v in entry.items() if k.removeprefix("real_") in MEASURES}
         rows += [{**about, "step": s, "guidance": g, **row} for (s, g), row in found.items()]
@@ -281,8 +280,9 @@ def tables(data):
     rows = [["/".join(name), *(number(v, 3) for v in row)] for name, row in found.iterrows()]
     text += markdown(["runs", *AHEAD.values()], rows) + "## Time, machines, commits\n\n"
     groups = [*last.groupby(["sweep", "machine", "commit"]), (("all", "", ""), last)]
-    rows = [[a, len(g), f"{g.seconds.sum() / 3600:.1f}", *more] for (a, *more), g in groups]
-    return text + markdown(["sweep", "runs", "hours", "machine", "commit"], rows)[:-1]
+    timed = lambda seconds: [seconds.count(), f"{seconds.sum() / 3600:.1f}"]
+    rows = [[a, len(g), *timed(g.seconds), *more] for (a, *more), g in groups]
+    return text + markdown(["sweep", "runs", "timed", "hours", "machine", "commit"], rows)[:-1]
 
 
 def draw(axis, table, colour):

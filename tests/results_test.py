@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -108,6 +109,21 @@ def test_the_primary_test_is_made_when_all_pairs_are_there(tables):
     assert shown(-gains) in made(5, gains) and made(5, gains).endswith("future lower.\n\n")
     assert made(5, -gains).endswith("past lower.\n\n")
     assert made(5, gains - gains.mean()).endswith("undecided.\n\n")
+
+
+@pytest.mark.parametrize(
+    "name, other", [("positions", {"held_out": 5000}), ("assessment", {"seed": 9, "guidance": 1.0})]
+)
+def test_numbers_of_another_protocol_are_refused(tables, tmp_path, name, other):
+    kept = tmp_path / "study_direction"
+    shutil.copytree(RESULTS / "runs" / "study_direction", kept)
+    tables.read(tmp_path)
+    path = kept / "past-seed=1" / f"{name}.jsonl"
+    entry = json.loads(path.read_text().splitlines()[-1])
+    entry["protocol"] |= other
+    path.write_text(path.read_text() + json.dumps(entry) + "\n")
+    with pytest.raises(ValueError, match="past-seed=1.*protocol"):
+        tables.read(tmp_path)
 
 
 def test_what_the_page_says_is_in_the_tables():
