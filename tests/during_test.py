@@ -132,26 +132,31 @@ def test_so_do_sample_and_evaluate(finished, quick_network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stop_at", ["samples from", pytest.param("the held-out images", marks=pytest.mark.slow)]
+    "stop_at, step",
+    [
+        ("samples from", 4),
+        ("the held-out images", 6),  # which has no checkpoint yet
+        pytest.param("the held-out images", 4, marks=pytest.mark.slow),
+    ],
 )
-def test_a_stopped_measurement_goes_on_once(
-    finished, quick_network, tmp_path, monkeypatch, stop_at
+def test_a_stopped_measurement_is_made_once(
+    finished, quick_network, tmp_path, monkeypatch, stop_at, step
 ):
-    """A notice in the middle of step 4's measurements, whose checkpoint is there."""
+    """A notice in the middle of a step's measurements."""
     config, heartbeat, reached = config_of(), guards.HangGuard.heartbeat, [False]
 
     def beat(self, what):
         heartbeat(self, what)
-        reached[0] |= what.startswith(stop_at) and entries() == 4
+        reached[0] |= what.startswith(stop_at) and entries() == step
 
     entries = lambda: max((entry["step"] for entry in read_metrics(tmp_path)), default=0)
     with monkeypatch.context() as patch:
         patch.setattr(guards.HangGuard, "heartbeat", beat)
         patch.setattr(guards.Preemption, "reached", lambda self: reached[0])
-        with pytest.raises(Preempted, match="step 4 is saved"):
+        with pytest.raises(Preempted, match=f"step {step} is saved"):
             run(config, tmp_path)
     (*_, last) = read_metrics(tmp_path)
-    assert last["step"] == 4 and last["loss"] > 0
+    assert last["step"] == step and last["loss"] > 0
     assert ("validation_cross_entropy" in last) == (stop_at == "samples from")
     assert "frechet_efficientnet_lite0" not in last
     calls, measure = [], during.Measurer.measure
@@ -162,9 +167,9 @@ def test_a_stopped_measurement_goes_on_once(
 
     monkeypatch.setattr(during.Measurer, "measure", counted)
     assert run(config, tmp_path) == finished[1]
-    rest = [("evaluation", 4), ("validation", 6), ("validation", 8), ("evaluation", 8)]
-    first = [("validation", 4)] if stop_at == "the held-out images" else []
-    assert calls == first + rest
+    first = [("validation", step)] if stop_at == "the held-out images" else []
+    rest = [("evaluation", 4), ("validation", 6)] if step == 4 else []
+    assert calls == [*first, *rest, ("validation", 8), ("evaluation", 8)]
     texts = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(text)["step"] for text in texts] == [1, 2, 3, 4, 6, 8]
 

@@ -450,6 +450,23 @@ def test_a_data_worker_that_dies_is_named_and_started_again(tmp_path, capfd, par
         run(config, tmp_path / "dying", log=kill_at(range(40)))
 
 
+@pytest.mark.parametrize("at, saved", [("step", 2), ("_show", 3)])
+def test_what_may_need_more_memory_comes_after_a_checkpoint(tmp_path, monkeypatch, at, saved):
+    """The program of a foresight term that starts, and the first samples."""
+    real = getattr(train.GeneratorTask, at)
+
+    def too_much(self, *arguments):
+        if at == "step" and not any(arguments[-1]):
+            return real(self, *arguments)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(train.GeneratorTask, at, too_much)
+    with pytest.raises(TrainingError, match="batch_size.* need less"):
+        run(tiny(sample_every=3, checkpoint_every=8), tmp_path)
+    names = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
+    assert max(names) == f"step_{saved}"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     config = tiny(llamagen, log_every=8, checkpoint_every=2)
     config.optimizer.update(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)

@@ -65,19 +65,22 @@ class HangGuard:
 
     A host that died or hangs leaves the others waiting in a collective for ever; the report says
     what each of them was waiting for, so that the culprit is the one that waits for something else.
+
+    Attributes:
+        doing: what the run is at.
     """
 
     def __init__(self, limit: float, end: Callable[[int], None] = distributed.leave):
         """`limit` 0 watches nothing; `end` takes the exit status."""
         self._limit, self._end = limit, end
-        self._silent, self._doing = 0.0, "starting"
+        self._silent, self.doing = 0.0, "starting"
         self._closed = threading.Event()
         if limit:
             threading.Thread(target=self._watch, daemon=True, name="hang guard").start()
 
     def heartbeat(self, what: str) -> None:
         """The run got further, and now begins `what` ("step 12", "the checkpoint of step 10")."""
-        self._silent, self._doing = 0.0, what
+        self._silent, self.doing = 0.0, what
 
     def close(self) -> None:
         self._closed.set()
@@ -94,7 +97,7 @@ class HangGuard:
     def _report(self, silent: float) -> None:
         process, count = jax.process_index(), jax.process_count()
         message = f"error: no progress for {silent:.0f} s (hang_limit is {self._limit:g}): "
-        message += f"process {process} of {count} is at: {self._doing}"
+        message += f"process {process} of {count} is at: {self.doing}"
         more = "; if it waits for the devices, another process is gone or hangs: see its log"
         print(message + (more if count > 1 else ""), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)

@@ -32,6 +32,7 @@ from mirai_jax.utils.files import closing
 Log = Callable[[str], None]
 
 SKIPPED_IN_A_ROW = 20  # updates left out before the run stops all the same
+WHOLE_WEIGHTS = "measuring needs whole weights on each device (validate_every=0, evaluate_every=0: none)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +190,14 @@ class Run:
 
     def _train(self, begin: int) -> None:
         variant: Any = object()  # of no step: the first one compiles
+        sampled = False
         for i in range(begin, self.settings.num_steps):
             before, variant = variant, self.task.variant(i)
             compiles = variant != before
             if compiles:
                 self._log_waiting()
+                if i > begin:
+                    self._save(i)  # the next program may need more memory than there is
                 self.log(f"compiling the step{self.task.describe(variant)} (step {i + 1})")
                 self._watch.lap()
 
@@ -219,12 +223,13 @@ class Run:
                 self._watch.pause()
                 # First the step's line, and a check of its loss: no broken state is ever saved.
                 self._log_waiting(self.task.measure(self.state) if measures else None)
-                if stop or due:
+                if stop or due or (samples and not sampled):  # which may need more memory, too
                     self._save(i + 1)
                 if stop:
                     self._stop(i + 1)
                 if samples:
                     self.task.sample(self, i + 1)
+                    sampled = True
                 self._watch.resume()
         self._log_waiting()
 
@@ -277,8 +282,9 @@ class Run:
         self._note("message", text=line)
 
     def stop_if_asked(self, step: int) -> None:
-        """Ends the run, whose step is saved, if it was asked to stop; all processes must call."""
+        """Saves this step and ends the run if it was asked to stop; all processes must call."""
         if self._preemption.reached():
+            self._save(step)
             self._stop(step)
 
     def _stop(self, step: int) -> None:
@@ -342,7 +348,7 @@ class Run:
             return error
         found = distributed.explain(error)
         if "RESOURCE_EXHAUSTED" in str(error):
-            return TrainingError(f"{found}: {LESS_MEMORY}")
+            return TrainingError(f"{found}, at {self.guard.doing}: {LESS_MEMORY}; {WHOLE_WEIGHTS}")
         again = "; start all processes again" if isinstance(found, Lost) else ""
         return type(found)(f"{found}; the last checkpoint: {self._last_checkpoint()}{again}")
 

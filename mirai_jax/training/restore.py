@@ -13,7 +13,7 @@ from mirai_jax.models import adapters
 from mirai_jax.models.generator import GeneratorConfig
 from mirai_jax.optimizer import overlay
 from mirai_jax.training.checkpoint import restore_weights
-from mirai_jax.utils import paths
+from mirai_jax.utils import distributed, paths
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import patch_codebook, pretrained
 
@@ -55,7 +55,7 @@ def whole_generators(settings: Settings, params: Any, ema: Any) -> dict[str, Any
     """What `read_run` gives of a state's host arrays."""
     trained = params["generator"]
     # On the host, which holds them already.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(distributed.host_device()):
         trained, ema = (
             jax.device_get(adapters.merge(tree, settings.lora))
             for tree in (trained, overlay(trained, ema))

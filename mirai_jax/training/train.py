@@ -236,13 +236,11 @@ class GeneratorTask(loop.Task):
 
     def _measure(self, run: loop.Run, step: int, kinds: list[str]) -> None:
         """Adds to the step's line what is measured of it."""
-        is_saved = step % self.settings.checkpoint_every == 0 or step == self.settings.num_steps
         self._measured = step
 
         def heartbeat(what: str) -> None:
             run.guard.heartbeat(what)
-            if is_saved:  # its measurements can wait for the next start
-                run.stop_if_asked(step)
+            run.stop_if_asked(step)  # the next start measures what is missing
 
         for kind in kinds:
             begun = time.perf_counter()

@@ -152,6 +152,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def host_device() -> jax.Device | None:
+    """The CPU of this process; None, JAX's default device, where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def means_lost(error: Exception) -> bool:
     """Whether an error means that another process cannot be reached."""
     words = ("unavailable", "deadline", "gloo", "nccl", "heartbeat", "connection", "coordination")

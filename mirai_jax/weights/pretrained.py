@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from mirai_jax.models import generator, vit, vq
-from mirai_jax.utils import files, paths
+from mirai_jax.utils import distributed, files, paths
 from mirai_jax.utils.errors import ConfigError, first_line
 from mirai_jax.weights import state_dict
 from mirai_jax.weights.state_dict import Weights
@@ -84,7 +84,7 @@ def save(folder: str | os.PathLike[str], weights: Weights) -> None:
 
 
 def _on_host(tree: Any) -> Any:
-    cpu = jax.local_devices(backend="cpu")[0]
+    cpu = distributed.host_device()
     # JAX would make 64 bits narrower.
     return jax.tree.map(lambda a: a if a.dtype.itemsize > 4 else jax.device_put(a, cpu), tree)
 
