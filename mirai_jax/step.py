@@ -380,21 +380,3 @@ def jit_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: A
         return train_step(recipe, state, teacher_params, batch, active)
 
     return jitted
-
-
-def make_train_step(recipe: Recipe, state_sharding: Any = None, batch_sharding: Any = None):
-    """The step of a run: `(state, teacher_params, batch, step) -> (state, metrics)`.
-
-    `step` is `state.step` as a Python int. It determines the active terms: a run compiles once more
-    at the step at which a term starts.
-    """
-    jitted = jit_train_step(recipe, state_sharding, batch_sharding)
-
-    def run(state: TrainState, teacher_params: Any, batch: Batch, step: int):
-        active = foresight.active_terms(recipe.terms, step, recipe.steps_per_epoch)
-        if batch_sharding is None:
-            return jitted(state, teacher_params, batch, active)
-        with jax.set_mesh(batch_sharding.mesh):
-            return jitted(state, teacher_params, batch, active)
-
-    return run

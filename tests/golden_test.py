@@ -7,6 +7,7 @@ under the names the official code gives them; docs/faithfulness.md says how they
 import os
 import pathlib
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,7 +187,7 @@ def run_trajectory(path, term, teacher=None, **optimizer):
         "foresight": {term.name: torch_names.projectors_from_torch(state)},
     }
     train_state = step.init_state(recipe, jax.random.key(0), jax.tree.map(jnp.asarray, params))
-    train_step = step.make_train_step(recipe)
+    train_step = helpers.make_train_step(recipe)
     for i, codes in enumerate(data["codes"]):
         batch = {"codes": jnp.asarray(codes), "label": jnp.asarray(data["labels"][i], jnp.int32)}
         if "features" in data:

@@ -1,5 +1,6 @@
 """What several test files need: errors of one line, programs in a subprocess, small configs and networks."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -10,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from mirai_jax import foresight
 from mirai_jax.evaluation import network
 from mirai_jax.models import vq
+from mirai_jax.step import jit_train_step
 from mirai_jax.utils.errors import ConfigError, DataError
 from mirai_jax.weights import torch_names, torch_writer
 
@@ -105,6 +108,18 @@ def tiny(module, steps=8, **fields):
         config.foresight[i].update(projector_width=16)
     config.update(fields)
     return config
+
+
+def make_train_step(recipe, *shardings):
+    """`step.jit_train_step` as a run calls it: `(state, teacher_params, batch, step) -> (state, metrics)`."""
+    jitted = jit_train_step(recipe, *shardings)
+
+    def run(state, teacher_params, batch, step):
+        active = foresight.active_terms(recipe.terms, step, recipe.steps_per_epoch)
+        with jax.set_mesh(shardings[-1].mesh) if shardings else contextlib.nullcontext():
+            return jitted(state, teacher_params, batch, active)
+
+    return run
 
 
 def uncompiled_params(module, *inputs, seed=0):

@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ def assert_close(one, other, atol):
 def run(recipe, steps, teacher_params, batch):
     """Trains on one batch: [((params, ema), metrics)] by step, the initial state first."""
     state = initialiser(recipe.terms)()
-    train_step = step.make_train_step(recipe)
+    train_step = helpers.make_train_step(recipe)
     log = [(host((state.params, state.ema)), None)]
     for i in range(steps):
         state, metrics = train_step(state, teacher_params, batch, i)
@@ -300,7 +301,7 @@ def test_parts_of_a_batch_make_the_update_of_the_whole(variant):
     for count in (1, 4):
         recipe = make_recipe(variant, generator=config, accumulate=count)
         state = step.init_state(recipe, jax.random.key(0))
-        train_step = step.make_train_step(recipe)
+        train_step = helpers.make_train_step(recipe)
         for i in range(2):
             state, metrics = train_step(state, teachers(), make_batch(), i)
         results.append((host((state.params, state.ema)), jax.device_get(metrics)))
@@ -316,11 +317,11 @@ def test_parts_of_a_batch_over_a_mesh():
     recipe = make_recipe("baseline", accumulate=2)
     mesh = sharding.make_mesh((2, 2, 2))
     state, placement = placed(recipe, mesh)
-    train_step = step.make_train_step(recipe, placement, sharding.batch_sharding(mesh))
+    train_step = helpers.make_train_step(recipe, placement, sharding.batch_sharding(mesh))
     batch = sharding.put_batch(make_batch(), mesh)
     _, metrics = train_step(state, {}, batch, 0)
     state, _ = placed(recipe, sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
-    _, alone = step.make_train_step(recipe)(state, {}, make_batch(), 0)
+    _, alone = helpers.make_train_step(recipe)(state, {}, make_batch(), 0)
     assert float(metrics["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-5)
 
 
@@ -330,7 +331,7 @@ def test_computing_again_changes_nothing_but_memory(policy):
     config = dataclasses.replace(CONFIG, remat=policy)
     state = initialiser(VARIANTS["e"])()
     recipe = make_recipe("e", generator=config)
-    _, metrics = step.make_train_step(recipe)(state, {}, make_batch(), 0)
+    _, metrics = helpers.make_train_step(recipe)(state, {}, make_batch(), 0)
     _, expected = on_one_device("e")[1]
     for name, value in expected.items():  # the backward pass draws the same dropout again
         assert float(metrics[name]) == pytest.approx(value, rel=1e-5), name
@@ -352,7 +353,7 @@ def test_computing_again_changes_nothing_but_memory(policy):
 
 def test_an_update_that_is_not_finite_is_left_out_and_counted():
     recipe = make_recipe("e", skip_nonfinite=True)
-    train_step = step.make_train_step(recipe)
+    train_step = helpers.make_train_step(recipe)
     state, _ = train_step(initialiser(recipe.terms)(), {}, make_batch(), 0)
     before = host((state.params, state.ema, state.opt_state))
     bad = jax.tree.map(jnp.copy, state)
@@ -396,7 +397,7 @@ def test_a_mesh_computes_what_one_device_does(shape, variant):
     recipe = make_recipe(variant)
     mesh = sharding.make_mesh(shape)
     state, placement = placed(recipe, mesh)
-    train_step = step.make_train_step(recipe, placement, sharding.batch_sharding(mesh))
+    train_step = helpers.make_train_step(recipe, placement, sharding.batch_sharding(mesh))
     teacher_params = jax.device_put(teachers(), sharding.replicated(mesh))
     steps = 1 if variant == "ahead" else 3  # a fresh transformer is steep: rounding grows with each
     for i, (_, expected) in enumerate(on_one_device(variant)[1 : 1 + steps]):

@@ -61,7 +61,7 @@ def state_of(recipe):
 def trained():
     """The parameters before, and the state after three steps of Mirai-E with adapters."""
     state = state_of(RECIPE)
-    before, train_step = flat(state.params), step.make_train_step(RECIPE)
+    before, train_step = flat(state.params), helpers.make_train_step(RECIPE)
     for i in range(3):
         state, _ = train_step(state, {}, BATCH, i)
     return before, state
@@ -117,7 +117,7 @@ def test_adapters_over_a_mesh(trained):
     where, rows = sharding.shardings(state, mesh), sharding.batch_sharding(mesh)
     pair = where.params["generator"]["layers"]["attention"]["wqkv"]
     assert [pair[f"lora_{side}"].spec[i] for side, i in (("a", 1), ("b", 3))] == ["fsdp", "tensor"]
-    state, train_step = jax.device_put(state, where), step.make_train_step(RECIPE, where, rows)
+    state, train_step = jax.device_put(state, where), helpers.make_train_step(RECIPE, where, rows)
     for i in range(3):
         state, _ = train_step(state, {}, sharding.put_batch(BATCH, mesh), i)
     for one, other in ((state.params, trained[1].params), (state.ema, trained[1].ema)):

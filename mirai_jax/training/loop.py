@@ -32,7 +32,9 @@ from mirai_jax.utils.files import closing
 Log = Callable[[str], None]
 
 SKIPPED_IN_A_ROW = 20  # updates left out before the run stops all the same
-WHOLE_WEIGHTS = "measuring needs whole weights on each device (validate_every=0, evaluate_every=0: none)"
+WHOLE_WEIGHTS = (
+    "measuring needs whole weights on each device (validate_every=0, evaluate_every=0: none)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
