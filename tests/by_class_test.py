@@ -8,7 +8,7 @@ import scipy.linalg
 from evaluate_test import pictures, program, save_folder
 
 from mirai_jax.evaluation import by_class, image_streams
-from mirai_jax.sampling.classifier import class_accuracy, fit_classifier
+from mirai_jax.sampling.classifier import class_accuracy, decision_values, fit_classifier
 from mirai_jax.utils.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -90,3 +90,13 @@ def test_a_sample_is_recognised_by_the_classifier_of_the_training_images(tmp_pat
     assert hits.tolist() == [i != 3 for i in range(7)]
     assert hits.mean() == class_accuracy(fit_classifier(train, labels), images, asked)
     assert by_class.recognised_of("folder", stream, asked) is None
+
+
+def test_the_classifier_sees_large_images_shrunk():
+    """Else its time at the end of a run of photographs is longer than that of the run."""
+    images = np.random.RandomState(0).randint(0, 256, (40, 32, 32, 3), np.uint8)
+    large = images.repeat(8, axis=1).repeat(8, axis=2)
+    small, other = (fit_classifier(x, np.arange(40) % 4) for x in (images, large))
+    assert other.n_features_in_ == 32 * 32 * 3
+    expected = decision_values(small, images)
+    np.testing.assert_allclose(decision_values(other, large), expected, rtol=1e-5)

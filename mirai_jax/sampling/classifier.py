@@ -3,12 +3,13 @@
 import numpy as np
 
 _FITTED_ON = 5_000  # training images: a support-vector machine's time grows with their square
+_SIDE = 32  # pixels of what it sees at most: the time grows with their number, too
 
 
 def fit_classifier(images_NxHxWxC: np.ndarray, labels_N: np.ndarray):
-    """A support-vector classifier (scikit-learn) of small uint8 images, fitted to their raw pixels.
+    """A support-vector classifier (scikit-learn) of uint8 images, fitted to their raw pixels.
 
-    Of many images, about 5,000 spread evenly are used.
+    Of many images, about 5,000 spread evenly are used. Larger images than 32 pixels are shrunk.
     """
     from sklearn.dummy import DummyClassifier  # here: slow to import, and only the end needs it
     from sklearn.svm import SVC
@@ -25,7 +26,15 @@ def fitted_on(count: int) -> slice:
 
 
 def _pixels(images_NxHxWxC: np.ndarray) -> np.ndarray:
-    return images_NxHxWxC.reshape(len(images_NxHxWxC), -1).astype(np.float32) / 255
+    """float32 (N, pixels), each the mean of a square where images are large."""
+    count, height, width, channels = images_NxHxWxC.shape
+    step = -(-max(height, width) // _SIDE)
+    if step > 1:
+        rows, columns = height // step, width // step
+        squares = images_NxHxWxC[:, : rows * step, : columns * step]
+        squares = squares.reshape(count, rows, step, columns, step, channels)
+        images_NxHxWxC = squares.mean(axis=(2, 4), dtype=np.float32)
+    return images_NxHxWxC.reshape(count, -1).astype(np.float32) / 255
 
 
 def decision_values(classifier, images_NxHxWxC: np.ndarray) -> np.ndarray:
