@@ -98,7 +98,7 @@ def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = No
     return Mesh(found, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh, path: str) -> P:
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Drops the axes that do not divide their dimension: that dimension is replicated."""
     if len(spec) > len(shape):
         return P()  # an optimizer's scalar or placeholder under a parameter's path
@@ -106,8 +106,6 @@ def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh, path: str) -> P:
         axis if axis is None or size % mesh.shape[axis] == 0 else None
         for axis, size in zip(spec, shape, strict=False)
     ]
-    if tuple(kept) != tuple(spec):
-        logging.info("%s %s: replicated where %s does not divide it", path, shape, spec)
     return P(*kept)
 
 
@@ -117,7 +115,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def one(path: tuple, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
-        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh, name))
+        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -214,7 +214,7 @@ def test_a_notice_to_one_stops_both_and_one_alone_goes_on(tmp_path):
     assert end(alone) == [0], said(alone)
     pair = start_pair(tmp_path / "pair")
     wait_for_step(pair[0], tmp_path / "pair", 12)
-    pair[1].send_signal(signal.SIGTERM)
+    pair[1].send_signal(signal.SIGHUP)
     assert end(*pair) == [75, 75], said(pair[0]) + said(pair[1])
     at = len(entries_so_far(tmp_path / "pair"))
     rest = start(tmp_path / "pair")

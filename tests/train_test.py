@@ -298,20 +298,27 @@ def test_a_run_does_not_resume_with_other_images_of_the_same_names(copied, monke
 def test_a_term_that_would_start_after_the_end_is_named():
     settings = schema.read(tiny(), 1)
     recipe = step.Recipe(settings.generator, settings.terms, ema_decay=0, steps_per_epoch=281)
-    assert not train.too_short_for(recipe, 3)  # its third step is the first with foresight
-    (line,) = train.too_short_for(recipe, 2)
+    assert not train.doubts(recipe, 3)  # its third step is the first with foresight
+    (line,) = train.doubts(recipe, 2)
     assert "foresight[0].start_epoch" in line and "num_steps" in line
 
 
 def test_an_average_that_stays_near_its_start_is_named(tmp_path):
     recipe = step.Recipe(schema.read(tiny(llamagen), 1).generator, ema_decay=0.9999)
-    (line,) = train.too_short_for(recipe, 5_000)
+    (line,) = train.doubts(recipe, 5_000)
     assert "ema_decay" in line and "61%" in line
     run(tiny(llamagen), tmp_path)
     assert "initial weights" in (tmp_path / "events.jsonl").read_text()
     for config in map(llamagen.get_config, base.SCALES):
         recipe = dataclasses.replace(recipe, ema_decay=config.ema_decay)
-        assert not train.too_short_for(recipe, config.num_steps)
+        assert not train.doubts(recipe, config.num_steps)
+
+
+def test_heads_that_devices_cannot_share_are_named():
+    recipe = step.Recipe(schema.read(tiny(llamagen), 1).generator, ema_decay=0)  # two heads
+    assert not train.doubts(recipe, 8, tensor=2)
+    (line,) = train.doubts(recipe, 8, tensor=4)
+    assert "mesh.tensor=4" in line and "2 heads" in line
 
 
 # The attention kernel ------------------------------------------------------------------------------

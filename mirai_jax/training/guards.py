@@ -21,8 +21,8 @@ _ECHO = 10.0  # seconds in which another SIGTERM is the same notice: SLURM's, an
 class Preemption:
     """Whether the run was asked to stop: SIGTERM, SIGHUP, or the platform's notice through JAX.
 
-    With several processes JAX takes the signal and agrees with the others on the time; all must call
-    `reached` equally often. Alone, it is caught here; a SIGTERM more than _ECHO s after the first
+    With several processes JAX takes SIGTERM (SIGHUP is passed on as one) and agrees with the others on the
+    time; all must call `reached` equally often. Alone, it is caught here; a SIGTERM more than _ECHO s after the first
     notice ends the process as usual.
     """
 
@@ -31,16 +31,18 @@ class Preemption:
         self._asked = 0
         self._jax = jax.distributed.is_initialized()
         self._old: dict[int, Any] = {}
-        if not self._jax and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGHUP,) if self._jax else (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self._old[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        self._notified = now if self._notified is None else self._notified
+        now, first = time.monotonic(), self._notified is None
+        self._notified = now if first else self._notified
         # A closing terminal sends SIGHUP more than once.
-        if number == signal.SIGTERM and now > self._notified + _ECHO:
+        if first and self._jax:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif number == signal.SIGTERM and now > self._notified + _ECHO:
             self.close()
             os.kill(os.getpid(), number)
 

@@ -115,8 +115,9 @@ def train(
             loop.Run(task, folder, guard, log).run()
 
 
-def too_short_for(recipe: Recipe, num_steps: int) -> list[str]:
-    """A line for each foresight term that would start after the run's end, and for too slow an average."""
+def doubts(recipe: Recipe, num_steps: int, tensor: int = 1) -> list[str]:
+    """Lines about what is allowed and seldom meant: a foresight term that would start after the run's end,
+    too slow an average, heads that `tensor` devices do not share."""
     starts = [foresight.start_step(term, recipe.steps_per_epoch) for term in recipe.terms]
     lines = [
         f"foresight[{i}] ({recipe.terms[i].name}) would start at step {start:,}, and the run has "
@@ -128,6 +129,11 @@ def too_short_for(recipe: Recipe, num_steps: int) -> list[str]:
         lines.append(
             f"ema_decay={recipe.ema_decay:g}: after {num_steps:,} steps the average, which is sampled, is "
             f"{rest:.0%} initial weights: raise num_steps, or lower ema_decay"
+        )
+    if recipe.generator.num_heads % tensor:
+        lines.append(
+            f"mesh.tensor={tensor} does not divide the {recipe.generator.num_heads} heads of the model: "
+            "each of these devices keeps and computes the whole attention"
         )
     return lines
 
@@ -160,7 +166,7 @@ class GeneratorTask(loop.Task):
             self._made, self._mesh, checkpoints, log, warn, initial
         )
         recipe = self._made.recipe
-        for line in too_short_for(recipe, self.settings.num_steps):
+        for line in doubts(recipe, self.settings.num_steps, self._mesh.shape["tensor"]):
             warn(line)
         rows = sharding.batch_sharding(self._mesh)
         self._train_step = jit_train_step(recipe, placement, rows)
