@@ -376,6 +376,41 @@ def test_a_record_that_cannot_be_read_is_replaced_but_no_wrong_label_is(monkeypa
         next(batches("grain:flaky_photos:photos"))
 
 
+def test_a_record_of_codes_that_cannot_be_read_is_replaced_but_no_wrong_code_is(
+    tmp_path, monkeypatch
+):
+    """Record 5 is damaged, and the storage of record 2 does not answer at first."""
+    codes, path = np.arange(16, dtype=np.uint16).reshape(8, 1, 2), tmp_path / "a.array_record"
+    records.write_shard(path, [records.pack_record(c, 0, f"image {c[0, 0]}") for c in codes])
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"image 10") + 6] ^= 1
+    path.write_bytes(raw)
+    shape = dict(grid=(1, 2), num_classes=1)
+    source, tries = records.CodeRecords(str(tmp_path), vocab_size=16, **shape), []
+
+    class Shard:
+        def __getitem__(self, position):
+            tries.extend([position] * (position == 2))
+            if tries == [2]:
+                raise RuntimeError("reading: no answer")
+            return shard[position]
+
+    (shard,) = source._shards
+    source._shards = [Shard()]
+    monkeypatch.setattr(files, "_WAITS", (0.01, 0.01))
+    stream = iter(pipeline.make_dataset(source, batch_size=4, seed=0))
+    seen, replaced = set(), []
+    for _ in range(4):
+        seen |= set(next(stream)["codes"][:, 0].tolist())
+        replaced += stream.replaced
+    assert seen == set(range(0, 16, 2)) - {10} and tries[:2] == [2, 2]
+    assert len(replaced) == 2 and all("record 5 of a.array_record" in name for name in replaced)
+    source = records.CodeRecords(str(tmp_path), vocab_size=8, **shape)
+    stream = iter(pipeline.make_dataset(source, batch_size=4, seed=0))
+    with pytest.raises(DataError, match="vocab_size is 8"):
+        [next(stream) for _ in range(2)]
+
+
 def test_an_evaluation_leaves_broken_images_out_and_names_them(photos):
     broken = photos / "b" / "05.png"
     broken.write_bytes(broken.read_bytes()[:-300])

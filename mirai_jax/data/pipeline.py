@@ -183,10 +183,9 @@ class _Rows(grain.MapDataset):
             try:
                 record = self._parent[k]
                 kept = {k: v for k, v in record.items() if k not in ("crops", "crop", "key")}
-                if self._load_crop is None:
-                    return kept
-                image = self._load_crop(record["key"], int(record["crop"]))
-                return {**kept, "image": image, "replaced": np.int32(k > first)}
+                if self._load_crop is not None:
+                    kept["image"] = self._load_crop(record["key"], int(record["crop"]))
+                return {**kept, "replaced": np.int32(k > first)}
             except Unreadable as error:
                 failed = error
         raise failed

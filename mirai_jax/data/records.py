@@ -6,6 +6,8 @@ A record is a msgpack map {shape, codes, label, key}. Extraction writes shards o
 
 import bisect
 import copy
+import errno
+import functools
 import glob
 import itertools
 import os
@@ -21,7 +23,7 @@ from array_record.python import array_record_module
 from mirai_jax.data import manifest
 from mirai_jax.data.image_source import hashes_of
 from mirai_jax.utils import files, paths, progress
-from mirai_jax.utils.errors import DataError, first_line
+from mirai_jax.utils.errors import DataError, Unreadable, first_line
 
 SHARD_SUFFIXES = (".array_record", ".arrayrecord")
 
@@ -177,14 +179,16 @@ class CodeRecords:
         index = index if self._part is None else int(self._part[index])
         shard = bisect.bisect_right(self._totals, index)
         position = index - (self._totals[shard - 1] if shard else 0)
+        where = f"data.path {self._path!r}: record {position} of {self._names[shard]}"
         try:
-            record = unpack_record(self._shards[shard][position])
+            read = functools.partial(_read, self._shards[shard], position)
+            record = unpack_record(files.patiently(read))
+        except (OSError, DataError) as error:
+            raise Unreadable(f"{where}: {first_line(error)}") from error
+        try:
             self._check(record)
-        except Exception as error:  # its C++ reader's, on a damaged shard
-            raise DataError(
-                f"data.path {self._path!r}: record {position} of {self._names[shard]}: "
-                f"{first_line(error)}"
-            ) from error
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
         return {**record, "label": np.int32(record["label"])}
 
     def _check(self, record: dict[str, Any]) -> None:
@@ -198,6 +202,15 @@ class CodeRecords:
             raise DataError(f"has code {codes.max()}; model.vocab_size is {self._vocab_size}")
         if label >= self._num_classes:
             raise DataError(f"has label {label}; model.num_classes is {self._num_classes}")
+
+
+def _read(shard: Any, position: int) -> bytes:
+    try:
+        return shard[position]
+    except RuntimeError as error:  # its C++ reader's
+        line = first_line(error)
+        # Damage stays; what storage refuses may be there at the next try.
+        raise OSError(*[line] if "Corrupted" in line else [errno.EIO, line]) from error
 
 
 def _find_shards(path: str) -> list[str]:
