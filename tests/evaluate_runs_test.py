@@ -77,7 +77,7 @@ def test_cross_entropy_by_position(params):
 
 
 def test_all_that_reads_held_out_codes_has_precise_products(params):
-    """As the validation has, on a TPU too: where products of float32 are of bfloat16 by default."""
+    """As the validation has, on a TPU too, which multiplies float32 in bfloat16 by default."""
     codes, labels = codes_and_labels(3)
     for lowered in (
         positions._nats.lower(CONFIG, params, codes, labels),

@@ -391,7 +391,7 @@ def test_inception_metrics_are_those_of_its_outputs(use_network, tmp_path):
 
 
 def test_a_later_evaluation_loses_nothing_of_an_earlier_one(use_network, tmp_path):
-    """FID, then copies, then classes, then another reference, each by a command of its own."""
+    """FID, then copies, then classes, then another reference, each by another command."""
     fake, real = tmp_path / "fake.npz", tmp_path / "real.npz"
     np.savez(fake, arr_0=FAKE, labels=np.arange(12) % 2)
     np.savez(real, arr_0=REAL, labels=np.arange(6) % 2)

@@ -49,7 +49,7 @@ class Operation:
 
     @property
     def is_free(self) -> bool:
-        """It takes no time of its own: it names what another made, or waits for one that was begun."""
+        """It takes no time: it names what another operation made, or waits for one that was begun."""
         waits = self.name.startswith("async-collective-done")  # a fusion
         return self.is_alias or waits or bool(_FREE.fullmatch(self.kind))
 

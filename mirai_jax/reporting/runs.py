@@ -167,7 +167,7 @@ def _assessed(folder: files.AnyPath, damaged: list[str]) -> _Measured:
     for line in _lines(folder / "assessment.jsonl", damaged):
         step, protocol = line.pop("step", None), line.pop("protocol", None)
         if type(step) is int and isinstance(protocol, dict):
-            # With a reference of its own, the distance to held-out images is no limit of the samples'.
+            # With another reference, the distance to held-out images is no limit of the samples'.
             names = {} if protocol.get("reference") else _NAMES
             yield step, {"by": "assess", **protocol}, {names.get(k, k): v for k, v in line.items()}
 

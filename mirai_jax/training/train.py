@@ -85,8 +85,8 @@ def train(
     if finished:
         log(f"this run is finished ({begin:,} steps); its figure: {summary}")
         return
-    # Before the guard: a process may wait long for one of its host, which makes the copies and indices of
-    # both. Requests of a bucket have limits of their own.
+    # Before the guard: a process may wait long for another one on its host, which makes copies and indices
+    # for both. Requests to a bucket have other limits.
     on_disk = components.open_source(settings)
     distributed.barrier("images")
     with contextlib.closing(HangGuard(settings.hang_limit)) as guard:
