@@ -62,9 +62,7 @@ Cross-entropy of the EMA weights on held-out images at the last step, paired by 
 
 """
 SPEED = """LlamaGen's steps over the arm's to a cross-entropy (EMA), same seed, linear between assessed steps; empty where a seed does
-not pass it after the first of these. No goal is the end of a shorter run.
-
-"""
+not pass it after the first of these. No goal is the end of a shorter run.\n\n"""
 
 
 def measured(path, about, protocols):
@@ -170,14 +168,15 @@ def level(values, measure):
     return number(values.mean(), digits) + spread if len(values) else "not run"
 
 
-def difference(values, measure):
-    """Mean [95% t interval]; bold where it leaves out 0."""
+def difference(values, measure, seeds=0):
+    """Mean [95% t interval], bold where it leaves out 0; says where it is of fewer pairs than `seeds`."""
     _, digits, factor = MEASURES[measure]
     mean, half = interval(values * factor)
     if np.isnan(half):
         return "not run" if np.isnan(mean) else f"{number(mean, digits, '+')} (1 seed)"
     text, low, high = (number(v, digits, "+") for v in (mean, mean - half, mean + half))
-    return f"**{text}** [{low}, {high}]" if abs(mean) > half else f"{text} [{low}, {high}]"
+    text = f"**{text}**" if abs(mean) > half else text
+    return f"{text} [{low}, {high}]" + f" ({len(values)} seeds)" * (len(values) < seeds)
 
 
 def compared(data, arms, base, step=None, guidance=1.0, measures=tuple(MEASURES)):
@@ -193,7 +192,7 @@ def compared(data, arms, base, step=None, guidance=1.0, measures=tuple(MEASURES)
         mine = of(data, *arm, step, guidance)
         cells = [NAMES.get(arm[1], arm[1]), len(mine)]
         for m in used:
-            cells += [level(mine[m], m), difference(paired(mine, rows, m), m)]
+            cells += [level(mine[m], m), difference(paired(mine, rows, m), m, len(mine))]
         body.append(cells)
     body[0][3::2] = [""] * len(used)
     return markdown(titles, body + [floors] * any(floors[1:])) if used else "Not run.\n\n"
@@ -249,8 +248,8 @@ def tables(data):
     text += markdown(["arm", "cross-entropy, EMA", "Fréchet"], rows)
     arms = [(STUDY, "future"), (STUDY, "past"), *arms_of(data, *(s[0] for s in STAGES[2:5]))]
     text += "### Stages 1 to 4, last step\n\n" + compared(data, arms, (STUDY, BASE))
-    some = [*MEASURES][2:]
-    text += "### With guidance 2\n\n" + compared(data, arms, (STUDY, BASE), None, 2.0, some)
+    guided = None, 2.0, [*MEASURES][2:]
+    text += "### With guidance 2\n\n" + compared(data, arms, (STUDY, BASE), *guided)
     text += "### Stage 5, last step\n\n"
     text += compared(data, arms_of(data, "study_tokens"), ("study_tokens", BASE))
     text += "### By row and column of the grid, stage 1\n\n" + grid_table(data)
@@ -312,8 +311,9 @@ def frechet_panel(axis, rows, start):
 def row_panel(axis, data, arms):
     base = of(data, STUDY, BASE).grid
     for colour, arm in zip(COLOURS[1:], arms, strict=False):
-        found = (of(data, STUDY, arm).grid - base).dropna()
-        draw(axis, pd.DataFrame({s: g.mean(1) for s, g in found.items()}, range(1, 9)), colour)
+        found = (of(data, STUDY, arm).grid - base).items()
+        table = pd.DataFrame({seed: grid.mean(1) for seed, grid in found}, range(1, 9))
+        draw(axis, table.dropna(axis=1), colour)
     axis.axhline(0, color="black", lw=1)
     axis.set(xlabel="row of the token grid", ylabel="nats a token − LlamaGen's")
     axis.set_title("The same at the last step, by row", fontsize=11)
