@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -107,21 +108,25 @@ def test_what_a_killed_copy_left_makes_room_for_the_next(memory, monkeypatch):
         (memory / "images" / name).write_bytes(name.encode() * 500)
     get = remote.Remote.get
 
+    class Killed(BaseException):
+        pass
+
     def killed(path, local, size):
         get(path, local, size)
         if path.name == "c":
-            os._exit(76)
+            raise Killed
 
-    if not (child := os.fork()):
-        monkeypatch.setattr(remote.Remote, "get", killed)
-        with contextlib.suppress(BaseException):
-            paths.local(memory / "images")
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 76
+    @contextlib.contextmanager
+    def nobody_removes(**options):
+        yield tempfile.mkdtemp(**options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(remote.Remote, "get", killed)
+        patch.setattr(cache.tempfile, "TemporaryDirectory", nobody_removes)
+        paths.local(memory / "images")
     left = next(cache.root().glob("*/unfinished-*"))
-    other = left.with_name(
-        "unfinished-0123-live"
-    )  # a copy of another version, which another process makes
+    # A copy of another version, which another process makes.
+    other = left.with_name("unfinished-0123-live")
     other.mkdir()
     assert (paths.local(memory / "images") / "d").read_bytes() == b"d" * 500
     assert other.exists() and not left.exists()

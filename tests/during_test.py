@@ -134,7 +134,7 @@ def test_so_do_sample_and_evaluate(finished, quick_network, tmp_path):
 @pytest.mark.parametrize(
     "stop_at, step",
     [
-        ("samples from", 4),
+        pytest.param("samples from", 4, marks=pytest.mark.slow),
         ("the held-out images", 6),  # which has no checkpoint yet
         pytest.param("the held-out images", 4, marks=pytest.mark.slow),
     ],
