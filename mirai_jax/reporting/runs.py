@@ -179,7 +179,7 @@ def _evaluated(folder: files.AnyPath) -> _Measured:
         try:
             for row in results.get("rows", ()):
                 protocol = {k: v for k, v in row["protocol"].items() if k not in _NO_PROTOCOL}
-                about = results | row  # files of earlier versions have it beside the rows
+                about = results | row  # in files of earlier versions it stands beside the rows
                 by = {"by": "evaluate", "reference": about.get("reference")}
                 yield int(row["protocol"]["step"]), protocol | by, dict(row["metrics"])
         except (ValueError, KeyError, TypeError, AttributeError):
