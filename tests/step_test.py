@@ -234,7 +234,10 @@ def test_variants_start_alike():
         assert set(state.params["foresight"]) == {term.name for term in VARIANTS[variant]}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=[pytest.mark.slow] * (v == "ahead")) for v in VARIANTS],
+)
 def test_every_variant_learns_and_adds_up(variant):
     recipe = make_recipe(variant)
     metrics = [m for _, m in on_one_device(variant)[1:]]

@@ -410,7 +410,7 @@ slurm.TrainJob(sweep_test.fake(pathlib.Path(sys.argv[1]), "a", "sleep"))()
 """
 
 
-@pytest.mark.parametrize("to_all", [False, True])
+@pytest.mark.parametrize("to_all", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_job_to_be_preempted_saves_and_waits_for_its_end(tmp_path, to_all):
     """SLURM signals the job alone where it tracks processes by cgroups, elsewhere the program too."""
     run = fake(tmp_path, "a")
