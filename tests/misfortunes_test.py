@@ -259,6 +259,7 @@ def test_a_lost_screen_is_no_error(tmp_path):
     assert status == 0 and b"\\xe9 8" in done.stdout
 
 
+@pytest.mark.slow
 def test_threads_that_wait_for_ever_end_with_the_program():
     body = "threading.Thread(target=time.sleep, args=[600]).start(); raise ConfigError('x')"
     status, done, seconds = script(body)
