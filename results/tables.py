@@ -169,7 +169,7 @@ def level(values, measure):
 
 
 def difference(values, measure, seeds=0):
-    """Mean [95% t interval], bold where it leaves out 0; says where it is of fewer pairs than `seeds`."""
+    """Mean [95% t interval], bold where it leaves out 0; their number where fewer than `seeds` are paired."""
     _, digits, factor = MEASURES[measure]
     mean, half = interval(values * factor)
     if np.isnan(half):

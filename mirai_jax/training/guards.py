@@ -21,9 +21,9 @@ _ECHO = 10.0  # seconds in which another SIGTERM is the same notice: SLURM's, an
 class Preemption:
     """Whether the run was asked to stop: SIGTERM, SIGHUP, or the platform's notice through JAX.
 
-    With several processes JAX takes SIGTERM (SIGHUP is passed on as one) and agrees with the others on the
-    time; all must call `reached` equally often. Alone, it is caught here; a SIGTERM more than _ECHO s after the first
-    notice ends the process as usual.
+    With several processes JAX takes SIGTERM (SIGHUP is passed on as one) and agrees with the others on
+    the time; all must call `reached` equally often. Alone, it is caught here; a SIGTERM more than _ECHO s
+    after the first notice ends the process as usual.
     """
 
     def __init__(self):
